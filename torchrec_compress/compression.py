@@ -1,0 +1,146 @@
+"""Which method each table gets: one config for all, or one per table name or pattern."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias, get_type_hints
+
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+
+from torchrec_compress.methods import METHODS, DenseConfig, MethodConfig, dense_bytes
+
+logger = logging.getLogger(__name__)
+
+Compression: TypeAlias = MethodConfig | Mapping[str, MethodConfig]
+
+
+def resolve(tables: Sequence[BaseEmbeddingConfig], compression: Compression) -> dict[str, MethodConfig]:
+    """Choose the method of every table.
+
+    A mapping is read by table name first, then by the first pattern (`*`, `?`, `[...]`) that fits, in its own order.
+    A table whose method would not save bytes stays dense, which is logged.
+
+    Args:
+        tables: the user's configs.
+        compression: one method for all tables, or methods by table name or pattern.
+
+    Returns:
+        The method by table name, in the order of `tables`.
+
+    Raises:
+        ValueError: a table fits no key, a key fits no table, or a method cannot store its table.
+
+    Example:
+        >>> from torchrec import EmbeddingBagConfig
+        >>> from torchrec_compress.methods import PQConfig
+        >>> tables = [EmbeddingBagConfig(name=name, num_embeddings=rows, embedding_dim=64, feature_names=[name])
+        ...           for name, rows in (("user", 100_000), ("weekday", 7))]
+        >>> {name: config.method for name, config in resolve(tables, {"*": PQConfig(num_codes=4)}).items()}
+        {'user': 'pq', 'weekday': 'dense'}
+    """
+    by_key = {"*": compression} if isinstance(compression, MethodConfig) else dict(compression)
+    unused = set(by_key)
+    chosen = {}
+    for table in tables:
+        keys = [key for key in by_key if fnmatchcase(table.name, key)]
+        unused -= set(keys)
+        if not keys:
+            raise ValueError(
+                f"compression: table {table.name!r} must fit a key, got {sorted(by_key)}; add it, or a '*' for the rest"
+            )
+        config = by_key[table.name if table.name in by_key else keys[0]]
+        chosen[table.name] = _or_dense(table, config)
+    if unused:
+        names = sorted(table.name for table in tables)
+        raise ValueError(f"compression: every key must fit a table, got {sorted(unused)}; the tables are {names}")
+    return chosen
+
+
+def _or_dense(table: BaseEmbeddingConfig, config: MethodConfig) -> MethodConfig:
+    """Return the method, or dense where it would not save bytes; checked only where it is used."""
+    stored = table.num_embeddings * table.embedding_dim * 4
+    if not isinstance(config, DenseConfig):
+        too_small = getattr(config, "codebook_size", 0) > table.num_embeddings
+        too_small |= getattr(config, "num_buckets", 0) > table.num_embeddings
+        if not too_small:
+            config.check(table)
+            stored = config.stored_bytes(table)
+        if too_small or stored >= dense_bytes(table):
+            logger.info("table %r stays dense: %s would not save bytes", table.name, config.method)
+            config = DenseConfig()
+    if isinstance(config, DenseConfig):
+        config.check(table)
+    return config
+
+
+def parse(text: Mapping[str, Any]) -> Compression:
+    """Read a compression from plain data, as YAML holds it.
+
+    Args:
+        text: {"method": name, option: value, ...} or {table name or pattern: such a mapping, ...}.
+
+    Returns:
+        The method, or methods by key.
+
+    Raises:
+        ValueError: an unknown method or option (the nearest name is given), or a missing or wrongly typed one.
+
+    Example:
+        >>> parse({"user": {"method": "pq", "num_codes": 4}, "*": {"method": "dense"}})["user"].num_codes
+        4
+    """
+    if "method" in text:
+        return _parse_method(text, "compression")
+    if not text:
+        raise ValueError("compression: must name a method or tables, got nothing; {'*': {'method': 'dense'}} is no compression")
+    wrong = [key for key, value in text.items() if not isinstance(value, Mapping) or "method" not in value]
+    if wrong:
+        raise ValueError(f"compression.{wrong[0]}: must be a mapping with the key 'method', got {text[wrong[0]]!r}")
+    return {key: _parse_method(value, f"compression.{key}") for key, value in text.items()}
+
+
+def _parse_method(text: Mapping[str, Any], where: str) -> MethodConfig:
+    name = text["method"]
+    if name not in METHODS:
+        raise ValueError(f"{where}.method: must be one of {sorted(METHODS)}, got {name!r}{_nearest(str(name), METHODS)}")
+    options = {key: value for key, value in text.items() if key != "method"}
+    return _build(METHODS[name], options, where)
+
+
+def _build(kind: type, options: Mapping[str, Any], where: str) -> Any:
+    """Build a (nested) config dataclass; errors name the key."""
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    hints = get_type_hints(kind)
+    values = {}
+    for key, value in options.items():
+        if key not in fields:
+            raise ValueError(f"{where}: unknown option {key!r}; the options are {sorted(fields)}{_nearest(key, fields)}")
+        nested = dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping)
+        values[key] = _build(hints[key], value, f"{where}.{key}") if nested else _typed(value, hints[key], f"{where}.{key}")
+    required = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise ValueError(f"{where}: must set {missing}, got {sorted(options)}")
+    return kind(**values)
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """Return the value where it has the plain type that is asked for; other hints are checked by the config itself."""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, bool, str) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+        raise ValueError(f"{where}: must be {hint.__name__}, got {value!r}")
+    return value
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

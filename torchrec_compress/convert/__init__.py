@@ -1,0 +1,5 @@
+"""From dense to compressed tables and back."""
+
+from torchrec_compress.convert.compress import compress, compress_into, decompress
+
+__all__ = ["compress", "compress_into", "decompress"]

@@ -1,0 +1,139 @@
+"""Fit a compressed collection to a trained dense one, and expand it again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from tqdm import tqdm
+
+from torchrec_compress.compression import Compression
+from torchrec_compress.methods import TableData
+from torchrec_compress.modules import CompressedEmbeddingBagCollection
+
+_ROWS_AT_ONCE = 65536
+
+
+def compress(
+    dense: EmbeddingBagCollection,
+    compression: Compression,
+    *,
+    counts: Mapping[str, Tensor] | None = None,
+    contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> CompressedEmbeddingBagCollection:
+    """Fit a compressed collection to a trained one.
+
+    Args:
+        dense: trained tables; untouched.
+        compression: a method for all tables, or methods by table name or pattern.
+        counts: look-ups per id in training, (N,) by table name. Popularity weights and hot rows need them.
+        contexts: pairs (ids, context ids), ((P,), (P,)) int64 by table name. Quantile codes need them.
+        seed: of the fit.
+        progress: whether to show a progress bar.
+
+    Returns:
+        A collection with the same keys and widths, its tables fitted.
+
+    Raises:
+        ValueError: a table cannot be stored or fitted as asked, or counts or contexts name an unknown table.
+
+    Example:
+        >>> from torchrec import EmbeddingBagConfig
+        >>> from torchrec_compress.methods import PQConfig
+        >>> table = EmbeddingBagConfig(name="user", num_embeddings=2000, embedding_dim=16, feature_names=["user"])
+        >>> compress(EmbeddingBagCollection([table]), PQConfig(num_codes=4, codebook_size=64)).footprint().ratio > 8
+        True
+    """
+    collection = CompressedEmbeddingBagCollection(
+        dense.embedding_bag_configs(), dense.device, dense.is_weighted(), compression, seed
+    )
+    rows = {name: bag.weight.detach().float().cpu() for name, bag in dense.embedding_bags.items()}
+    compress_into(collection, rows, counts=counts, contexts=contexts, seed=seed, progress=progress)
+    return collection
+
+
+def compress_into(
+    collection: CompressedEmbeddingBagCollection,
+    rows: Mapping[str, Tensor],
+    *,
+    counts: Mapping[str, Tensor] | None = None,
+    contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> None:
+    """Fit the tables of a collection in place.
+
+    Args:
+        collection: to be filled.
+        rows: pre-trained tables, (N, D) float32 by table name; a table without rows must have a method that needs none.
+        counts, contexts, seed, progress: as for `compress`.
+
+    Raises:
+        ValueError: as for `compress`.
+    """
+    counts, contexts = counts or {}, contexts or {}
+    methods = collection.methods()
+    for what, given in (("rows", rows), ("counts", counts), ("contexts", contexts)):
+        unknown = sorted(set(given) - set(methods))
+        if unknown:
+            raise ValueError(f"compress: {what} must name tables of {sorted(methods)}, got {unknown}")
+    tables = {table.name: table for table in collection.embedding_bag_configs()}
+    with tqdm(tables.items(), desc="fitting", unit="table", disable=not progress, leave=False) as bar:
+        for name, table in bar:
+            bar.set_postfix_str(f"{name}: {methods[name].method}")
+            data = TableData(rows.get(name), counts.get(name), contexts.get(name), seed, progress)
+            if data.rows is None and methods[name].method == "dense":
+                continue  # nothing to fit: the table stays as it was initialised
+            collection.load_table(name, methods[name].fit(table, data))
+
+
+@torch.no_grad()
+def decompress(collection: CompressedEmbeddingBagCollection) -> EmbeddingBagCollection:
+    """Expand every table of a compressed collection to its dense rows.
+
+    Args:
+        collection: any compressed collection, fitted or not.
+
+    Returns:
+        A stock collection on the same device whose rows are the ones that the compressed tables serve.
+
+    Example:
+        >>> from torchrec import EmbeddingBagConfig
+        >>> from torchrec_compress.methods import HashConfig
+        >>> table = EmbeddingBagConfig(name="user", num_embeddings=100, embedding_dim=4, feature_names=["user"])
+        >>> collection = CompressedEmbeddingBagCollection([table], compression=HashConfig(num_buckets=10))
+        >>> decompress(collection).embedding_bags["user"].weight.unique(dim=0).shape[0] <= 10
+        True
+    """
+    tables = copy.deepcopy(collection.embedding_bag_configs())
+    dense = EmbeddingBagCollection(tables, is_weighted=collection.is_weighted(), device=collection.device)
+    outputs = iter(_outputs_by_feature(collection))
+    features = sorted({feature for table in tables for feature in table.feature_names})
+    for table in tables:
+        names = [next(outputs) for _ in table.feature_names]
+        weight = dense.embedding_bags[table.name].weight
+        for first in range(0, table.num_embeddings, _ROWS_AT_ONCE):
+            ids = torch.arange(first, min(first + _ROWS_AT_ONCE, table.num_embeddings), device=collection.device)
+            batch = _single_id_bags(features, table.feature_names[0], ids, collection.is_weighted())
+            weight[first : first + len(ids)] = collection(batch)[names[0]]
+    return dense
+
+
+def _outputs_by_feature(collection: CompressedEmbeddingBagCollection) -> list[str]:
+    from torchrec.modules.embedding_modules import get_embedding_names_by_table
+
+    return [name for names in get_embedding_names_by_table(collection.embedding_bag_configs()) for name in names]
+
+
+def _single_id_bags(features: list[str], feature: str, ids: Tensor, is_weighted: bool) -> KeyedJaggedTensor:
+    """Return a batch whose bag b of `feature` is ids[b] alone; the other features are empty."""
+    lengths = torch.zeros(len(features), len(ids), dtype=torch.int64, device=ids.device)
+    lengths[features.index(feature)] = 1
+    weights = torch.ones(len(ids), device=ids.device) if is_weighted else None
+    return KeyedJaggedTensor(keys=features, values=ids, lengths=lengths.view(-1), weights=weights)

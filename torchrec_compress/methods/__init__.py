@@ -1,0 +1,42 @@
+"""Compression methods. A new one is a file here, a line below, a test case, a config and a README row."""
+
+from torchrec_compress.methods.base import (
+    METHODS,
+    MethodConfig,
+    NativePart,
+    Parts,
+    TableData,
+    TableDecoder,
+    TableState,
+    dense_bytes,
+)
+from torchrec_compress.methods.codebook import CodebookConfig
+from torchrec_compress.methods.dense import DenseConfig
+from torchrec_compress.methods.hash import HashConfig
+from torchrec_compress.methods.lowbit import Int4Config, Int8Config
+from torchrec_compress.methods.mec import MECConfig
+from torchrec_compress.methods.memcom import MEmComConfig
+from torchrec_compress.methods.pq import PQConfig
+from torchrec_compress.methods.quantile import QuantileCodesConfig
+from torchrec_compress.methods.random_codes import RandomCodesConfig
+
+__all__ = [
+    "METHODS",
+    "CodebookConfig",
+    "DenseConfig",
+    "HashConfig",
+    "Int4Config",
+    "Int8Config",
+    "MECConfig",
+    "MEmComConfig",
+    "MethodConfig",
+    "NativePart",
+    "PQConfig",
+    "Parts",
+    "QuantileCodesConfig",
+    "RandomCodesConfig",
+    "TableData",
+    "TableDecoder",
+    "TableState",
+    "dense_bytes",
+]

@@ -1,0 +1,215 @@
+"""Codes and codebooks: what every method shares whose rows are M codewords picked by M small integers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+
+from torchrec_compress.fit.codes import FittedCodes
+from torchrec_compress.fit.popularity import popularity_weights
+from torchrec_compress.methods.base import (
+    CodePart,
+    MethodConfig,
+    Parts,
+    TableData,
+    TableDecoder,
+    TableState,
+    uniform_init,
+)
+from torchrec_compress.ops import (
+    code_dtype,
+    codebook_bag,
+    dequantize_rows,
+    hash_codes,
+    hot_row_codes,
+    num_escape_codes,
+    quantize_rows,
+    quantized_row_bytes,
+    stable_salt,
+)
+from torchrec_compress.ops.codebooks import Structure
+from torchrec_compress.ops.lowbit import RowDtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookConfig(MethodConfig):
+    """Store M codes per row and M codebooks of K codewords.
+
+    Bytes: N M (one byte per code up to K = 256, two up to 32,768) + 4 K D (product) or 4 M K D (residual), and with
+    tiers the hot rows.
+
+    Args:
+        num_codes: codes per row, M.
+        codebook_size: codewords per codebook, K.
+        structure: "product": a row is M codewords of D / M values side by side; "residual": the sum of M codewords of
+            D values.
+        num_hot_rows: the most often looked-up rows that are stored apart (tiers), reached by escape codes of the first
+            codebook. Needs counts to fit.
+        hot_dtype: "fp32" hot rows are trained; "int8" and "int4" ones are frozen.
+    """
+
+    new_ids: ClassVar[str] = "its hashed start codes until the next fit"
+    num_codes: int
+    codebook_size: int = 256
+    structure: Structure = "product"
+    num_hot_rows: int = 0
+    hot_dtype: RowDtype = "int8"
+
+    def check(self, table: BaseEmbeddingConfig) -> None:
+        """Raise ValueError when codes, codebooks or hot rows do not fit the table."""
+        super().check(table)
+        where = f"table {table.name!r}"
+        if self.structure not in ("product", "residual"):
+            raise ValueError(f"{where}: structure must be 'product' or 'residual', got {self.structure!r}")
+        if self.num_codes < 1:
+            raise ValueError(f"{where}: num_codes must be at least 1, got {self.num_codes}")
+        if self.structure == "product" and table.embedding_dim % self.num_codes:
+            raise ValueError(
+                f"{where}: embedding_dim must be a multiple of num_codes = {self.num_codes}, got {table.embedding_dim}; "
+                "choose a divisor, or structure='residual'"
+            )
+        if not 2 <= self.codebook_size <= table.num_embeddings:
+            raise ValueError(
+                f"{where}: codebook_size must be in [2, {table.num_embeddings}] (its rows), got {self.codebook_size}; "
+                "choose fewer codewords, or leave the table dense"
+            )
+        if not 0 <= self.num_hot_rows < table.num_embeddings:
+            raise ValueError(
+                f"{where}: num_hot_rows must be in [0, {table.num_embeddings}), got {self.num_hot_rows}"
+            )
+        if self.hot_dtype not in ("fp32", "int8", "int4"):
+            raise ValueError(f"{where}: hot_dtype must be 'fp32', 'int8' or 'int4', got {self.hot_dtype!r}")
+        if self.first_size < 1:
+            raise ValueError(
+                f"{where}: num_hot_rows = {self.num_hot_rows} must leave the first codebook a codeword, but needs "
+                f"{self.codebook_size - self.first_size} escape codes of {self.codebook_size}; use more codes per row"
+            )
+
+    @property
+    def first_size(self) -> int:
+        """Codewords of the first codebook; its other codes are escapes."""
+        return self.codebook_size - num_escape_codes(self.num_hot_rows, self.num_codes, self.codebook_size)
+
+    def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
+        """Return the code table; it starts from hashed codes."""
+        start = partial(
+            hash_codes,
+            num_codes=self.num_codes,
+            codebook_size=self.codebook_size,
+            salt=stable_salt(seed, table.name),
+            first_size=self.first_size,
+        )
+        return Parts(codes=CodePart(self.num_codes, code_dtype(self.codebook_size), start))
+
+    def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> CodebookDecoder:
+        """Return the codebooks."""
+        return CodebookDecoder(self, table, device)
+
+    def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:
+        """Return the bytes of codebooks and hot rows."""
+        width = table.embedding_dim * (self.num_codes if self.structure == "residual" else 1)
+        hot_bytes = self.num_hot_rows * quantized_row_bytes(table.embedding_dim, self.hot_dtype)
+        return 4 * self.codebook_size * width + hot_bytes
+
+    def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
+        """Learn codes and codebooks for the tail and set the hot head apart."""
+        hot = self._hot_ids(table, data)
+        fitted = self.fit_codes(table, data, hot)
+        codes, decoder = fitted.codes.clone(), {"codebooks": fitted.codebooks}
+        if self.num_hot_rows:
+            rows = data.trained_rows(table)[hot]
+            codes[hot] = hot_row_codes(self.num_hot_rows, self.num_codes, self.codebook_size)
+            decoder["hot_rows"] = rows if self.hot_dtype == "fp32" else quantize_rows(rows, self.hot_dtype)
+        return TableState(codes=codes.to(code_dtype(self.codebook_size)), decoder=decoder)
+
+    @abstractmethod
+    def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:
+        """Learn the codes of all rows; those of `hot` ids, (H,) int64, are overwritten and should weigh nothing."""
+
+    def _hot_ids(self, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
+        if not self.num_hot_rows:
+            return torch.empty(0, dtype=torch.int64)
+        if data.counts is None:
+            raise ValueError(
+                f"table {table.name!r}: num_hot_rows = {self.num_hot_rows} must come with counts, got none; pass "
+                "counts={table: look-ups per id} to compress()"
+            )
+        # stable, so that equal counts are broken by id on every machine
+        return torch.argsort(data.counts, descending=True, stable=True)[: self.num_hot_rows]
+
+
+def tail_weights(
+    table: BaseEmbeddingConfig, data: TableData, hot: Tensor, popularity: Literal["count", "log2", "none"]
+) -> Tensor:
+    """Return the weight of every row in the fit: (N,) float32, zero on hot rows.
+
+    Raises:
+        ValueError: popularity needs counts and there are none, or they have the wrong shape.
+    """
+    if popularity != "none" and data.counts is None:
+        raise ValueError(
+            f"table {table.name!r}: popularity={popularity!r} must come with counts, got none; pass "
+            "counts={table: look-ups per id} to compress(), or popularity='none'"
+        )
+    if data.counts is not None and data.counts.shape != (table.num_embeddings,):
+        raise ValueError(
+            f"table {table.name!r}: counts must have shape ({table.num_embeddings},), got {tuple(data.counts.shape)}"
+        )
+    weights = popularity_weights(data.counts, popularity, table.num_embeddings).clone()
+    weights[hot] = 0.0
+    return weights
+
+
+class CodebookDecoder(TableDecoder):
+    """Codebooks, and with tiers the hot rows.
+
+    Attributes:
+        codebooks: parameter, (M * K, D / M) product or (M * K, D) residual, float32.
+        hot_rows: (H, D) float32 parameter, or (H, bytes per row) uint8 buffer; absent without tiers.
+    """
+
+    def __init__(self, config: CodebookConfig, table: BaseEmbeddingConfig, device: torch.device | None) -> None:
+        super().__init__()
+        self._config, self._table = config, table
+        num_words = config.num_codes * config.codebook_size
+        width = table.embedding_dim // (config.num_codes if config.structure == "product" else 1)
+        self.codebooks = nn.Parameter(torch.empty(num_words, width, device=device))
+        self.hot_rows: Tensor | None
+        if not config.num_hot_rows:
+            self.hot_rows = None
+        elif config.hot_dtype == "fp32":
+            self.hot_rows = nn.Parameter(torch.empty(config.num_hot_rows, table.embedding_dim, device=device))
+        else:
+            row_bytes = quantized_row_bytes(table.embedding_dim, config.hot_dtype)
+            hot = torch.zeros(config.num_hot_rows, row_bytes, dtype=torch.uint8, device=device)
+            self.register_buffer("hot_rows", hot)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise codebooks (and float hot rows) so that a row has the spread of the user's table."""
+        if self.codebooks.device.type == "meta":
+            return
+        with torch.no_grad():
+            uniform_init(self._table, self.codebooks)
+            if self._config.structure == "residual":
+                self.codebooks /= self._config.num_codes**0.5
+            if isinstance(self.hot_rows, nn.Parameter):
+                uniform_init(self._table, self.hot_rows)
+
+    def forward(
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Tensor]
+    ) -> Tensor:
+        """Return the sums over bags; `codes` are (L, M)."""
+        assert codes is not None
+        hot = self.hot_rows
+        if hot is not None and self._config.hot_dtype != "fp32":
+            hot = dequantize_rows(hot, self._config.hot_dtype)
+        return codebook_bag(
+            codes, self.codebooks, offsets, structure=self._config.structure, weights=weights, hot_rows=hot
+        )

@@ -1,0 +1,42 @@
+"""Dense: the user's own table, for what is too small to compress."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
+
+from torchrec_compress.methods.base import MethodConfig, Parts, TableData, TableState, register
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig(MethodConfig):
+    """Store the table as it is.
+
+    Bytes: 4 N D.
+
+    Example:
+        >>> DenseConfig().to_dict()
+        {'method': 'dense'}
+    """
+
+    method: ClassVar[str] = "dense"
+    new_ids: ClassVar[str] = "its untrained row"
+
+    def check(self, table: BaseEmbeddingConfig) -> None:
+        """Raise ValueError for a data type that TorchRec would change without a word."""
+        if table.data_type not in (DataType.FP32, DataType.FP16):
+            raise ValueError(
+                f"table {table.name!r}: data_type must be FP32 or FP16, got {table.data_type.value}; "
+                "TorchRec would silently store it as FP16"
+            )
+
+    def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
+        """Return the untouched table."""
+        return Parts(dense=True)
+
+    def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
+        """Keep the pre-trained rows."""
+        return TableState(native={"": data.trained_rows(table)})

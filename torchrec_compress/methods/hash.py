@@ -1,0 +1,63 @@
+"""Hash: several ids share one row (the hashing trick, Weinberger et al. 2009)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+
+from torchrec_compress.methods.base import (
+    MethodConfig,
+    NativePart,
+    Parts,
+    Remap,
+    TableData,
+    TableState,
+    bucket_means,
+    register,
+)
+from torchrec_compress.ops import stable_salt
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class HashConfig(MethodConfig):
+    """Store `num_buckets` rows; an id is hashed to one of them.
+
+    Bytes: 4 num_buckets D. There is no state per id.
+
+    Args:
+        num_buckets: rows that are stored.
+
+    Example:
+        >>> HashConfig(num_buckets=1000).to_dict()
+        {'method': 'hash', 'num_buckets': 1000}
+    """
+
+    method: ClassVar[str] = "hash"
+    new_ids: ClassVar[str] = "the row of its bucket"
+    num_buckets: int
+
+    def check(self, table: BaseEmbeddingConfig) -> None:
+        """Raise ValueError unless 1 <= num_buckets <= num_embeddings and D is a multiple of 4 (FBGEMM)."""
+        super().check(table)
+        if not 1 <= self.num_buckets <= table.num_embeddings:
+            raise ValueError(
+                f"table {table.name!r}: num_buckets must be in [1, {table.num_embeddings}], got {self.num_buckets}"
+            )
+
+    def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
+        """Return one native table of buckets."""
+        return Parts(bag=NativePart("buckets", self.num_buckets, table.embedding_dim, self._remap(table, seed)))
+
+    def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
+        """Fill every bucket with the count-weighted mean of its rows."""
+        buckets = self._remap(table, data.seed)(torch.arange(table.num_embeddings))
+        return TableState(
+            native={"buckets": bucket_means(data.trained_rows(table), buckets, self.num_buckets, data.counts)}
+        )
+
+    def _remap(self, table: BaseEmbeddingConfig, seed: int) -> Remap:
+        return Remap("hash", self.num_buckets, stable_salt(seed, table.name))

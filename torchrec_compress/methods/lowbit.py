@@ -1,0 +1,93 @@
+"""Row-wise int8 and int4: every row quantised with its own scale and bias, as TorchRec's quantised tables are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+
+from torchrec_compress.methods.base import CodePart, MethodConfig, Parts, TableData, TableDecoder, TableState, register
+from torchrec_compress.ops import dequantize_rows, pool_rows, quantize_rows, quantized_row_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowBitConfig(MethodConfig):
+    """Store quantised rows; they are fitted to a pre-trained table and then frozen.
+
+    The bytes of a row are a row of the code table, in FBGEMM's own format (`torchrec.quant` serves the same bytes), so
+    low-bit rows are sharded and sent like codes. A collection that was never fitted raises at its first forward.
+    """
+
+    dtype: ClassVar[Literal["int8", "int4"]]
+    new_ids: ClassVar[str] = "its untrained row"
+
+    def check(self, table: BaseEmbeddingConfig) -> None:
+        """Raise ValueError for an int4 row of odd width."""
+        super().check(table)
+        if self.dtype == "int4" and table.embedding_dim % 2:
+            raise ValueError(f"table {table.name!r}: embedding_dim must be even with int4, got {table.embedding_dim}")
+
+    def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
+        """Return the code table of quantised rows."""
+        return Parts(codes=CodePart(quantized_row_bytes(table.embedding_dim, self.dtype), torch.uint8))
+
+    def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> LowBitDecoder:
+        """Return the dequantiser."""
+        return LowBitDecoder(self.dtype)
+
+    def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
+        """Quantise the pre-trained rows."""
+        return TableState(codes=quantize_rows(data.trained_rows(table), self.dtype))
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Int8Config(LowBitConfig):
+    """Store int8 rows with a float32 scale and bias each.
+
+    Bytes: N (D + 8).
+
+    Example:
+        >>> Int8Config().to_dict()
+        {'method': 'int8'}
+    """
+
+    method: ClassVar[str] = "int8"
+    dtype: ClassVar[Literal["int8", "int4"]] = "int8"
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Int4Config(LowBitConfig):
+    """Store int4 rows with a float16 scale and bias each.
+
+    Bytes: N (D / 2 + 4).
+
+    Example:
+        >>> Int4Config().to_dict()
+        {'method': 'int4'}
+    """
+
+    method: ClassVar[str] = "int4"
+    dtype: ClassVar[Literal["int8", "int4"]] = "int4"
+
+
+class LowBitDecoder(TableDecoder):
+    """Dequantise rows and pool them."""
+
+    def __init__(self, dtype: Literal["int8", "int4"]) -> None:
+        super().__init__()
+        self._dtype: Literal["int8", "int4"] = dtype
+
+    def forward(
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Tensor]
+    ) -> Tensor:
+        """Return the sums over bags; `codes` are (L, bytes per row) uint8."""
+        assert codes is not None
+        embeddings = dequantize_rows(codes, self._dtype)
+        if offsets is not None:
+            return pool_rows(embeddings, offsets, weights)
+        return embeddings if weights is None else embeddings * weights.unsqueeze(1)

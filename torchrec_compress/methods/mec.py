@@ -1,0 +1,58 @@
+"""MEC: codes of a pre-trained table by a regularised, contrastive product-quantised auto-encoder (arXiv 2502.15355)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import Tensor
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+
+from torchrec_compress.fit.codes import FittedCodes
+from torchrec_compress.fit.mec import MECFit, fit_mec
+from torchrec_compress.methods.base import TableData, register
+from torchrec_compress.methods.codebook import CodebookConfig, tail_weights
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class MECConfig(CodebookConfig):
+    """Codes by MEC's auto-encoder. Bytes: see `CodebookConfig`.
+
+    The paper weighs rows by log2 of their count; raw counts, the default here, are the error that a look-up sees and
+    are better where popularity is steep. The tiers (`num_hot_rows`) are an extension of the paper.
+
+    Args:
+        popularity: how often a row was looked up weighs it as its raw "count", as "log2" of it, or not at all.
+        fit_options: the auto-encoder's terms and training, each a switch.
+
+    Example:
+        >>> MECConfig(num_codes=4).to_dict()["popularity"]
+        'count'
+    """
+
+    method: ClassVar[str] = "mec"
+    popularity: Literal["count", "log2", "none"] = "count"
+    fit_options: MECFit = field(default_factory=MECFit)
+
+    def check(self, table: BaseEmbeddingConfig) -> None:
+        """Raise ValueError for residual codes, which MEC's auto-encoder does not learn."""
+        super().check(table)
+        if self.structure != "product":
+            raise ValueError(
+                f"table {table.name!r}: structure must be 'product' with method 'mec', got {self.structure!r}; "
+                "use method 'pq' for residual codes"
+            )
+
+    def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:
+        """Train the auto-encoder, keep its codes, and refit the codebooks to the table itself."""
+        return fit_mec(
+            data.trained_rows(table),
+            self.num_codes,
+            self.codebook_size,
+            first_size=self.first_size,
+            weights=tail_weights(table, data, hot, self.popularity),
+            options=self.fit_options,
+            seed=data.seed,
+            progress=data.progress,
+        )

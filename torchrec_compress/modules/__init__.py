@@ -1,0 +1,25 @@
+"""The unsharded compressed collections: the definition of correctness."""
+
+from torchrec_compress.modules.embedding import CompressedEmbeddingCollection
+from torchrec_compress.modules.embedding_bag import (
+    CompressedEmbeddingBagCollection,
+    MECEmbeddingBagCollection,
+    MEmComEmbeddingBagCollection,
+    PQEmbeddingBagCollection,
+    RandomCodesEmbeddingBagCollection,
+    native_parameters,
+)
+from torchrec_compress.modules.footprint import Footprint, TableFootprint, optimizer_bytes
+
+__all__ = [
+    "CompressedEmbeddingBagCollection",
+    "CompressedEmbeddingCollection",
+    "Footprint",
+    "MECEmbeddingBagCollection",
+    "MEmComEmbeddingBagCollection",
+    "PQEmbeddingBagCollection",
+    "RandomCodesEmbeddingBagCollection",
+    "TableFootprint",
+    "native_parameters",
+    "optimizer_bytes",
+]

@@ -1,0 +1,124 @@
+"""The decoder of a collection: everything small and replicated, from codes and native rows to embeddings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import process_pooled_embeddings, reorder_inverse_indices
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from torchrec_compress.modules.plan import CollectionPlan, Lookup
+from torchrec_compress.ops import check_weights
+
+# fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
+torch.fx.wrap("check_weights")
+torch.fx.wrap("process_pooled_embeddings")
+torch.fx.wrap("reorder_inverse_indices")
+torch.fx.wrap("bag_means")
+torch.fx.wrap("split_columns")
+
+FORMAT_VERSION = 1
+
+
+def bag_means(sums: Tensor, lengths: Tensor) -> Tensor:
+    """Divide the sums of bags, (B, D), by their lengths, (B,); an empty bag stays zeros."""
+    return sums / lengths.clamp(min=1).unsqueeze(1)
+
+
+def split_columns(values: Tensor, widths: list[int]) -> list[Tensor]:
+    """Split (B, sum of widths) into one (B, width) per look-up."""
+    return list(values.split(widths, dim=1))
+
+
+class Decoder(nn.Module):
+    """Decode the look-ups of all tables that have a decoder.
+
+    Attributes:
+        banks: the table decoders by table name.
+        format_version: buffer, (1,) int64: version of the state dict's layout.
+    """
+
+    def __init__(self, plan: CollectionPlan, is_weighted: bool, device: torch.device | None) -> None:
+        super().__init__()
+        self._plan, self._is_weighted = plan, is_weighted
+        self.banks = nn.ModuleDict()
+        for table in plan.tables:
+            bank = plan.methods[table.name].decoder(table, device)
+            if bank is not None:
+                self.banks[table.name] = bank
+        self.register_buffer("format_version", torch.full((1,), FORMAT_VERSION, device=device))
+        self._lookups = [lookup for lookup in plan.lookups if lookup.table.name in self.banks]
+
+    @property
+    def lookups(self) -> list[Lookup]:
+        """The look-ups that this module decodes, in the order of its outputs."""
+        return self._lookups
+
+    def reset_parameters(self) -> None:
+        """Initialise every table's decoder; call it after materialising from the meta device."""
+        for bank in self.banks.values():
+            bank.reset_parameters()  # type: ignore[operator]
+        if self.format_version.device.type != "meta":
+            self.format_version.fill_(FORMAT_VERSION)  # type: ignore[operator]
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:  # type: ignore[override]
+        found = state_dict.get(prefix + "format_version")
+        if found is not None and int(found) != FORMAT_VERSION:
+            raise ValueError(
+                f"{prefix}format_version: must be {FORMAT_VERSION}, got {int(found)}; "
+                "convert the checkpoint, or load it with the release that wrote it"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(
+        self, features: KeyedJaggedTensor, codes: dict[str, Tensor] | None, rows: dict[str, dict[str, JaggedTensor]]
+    ) -> list[Tensor]:
+        """Return the pooled embedding of every look-up.
+
+        Args:
+            features: the batch.
+            codes: (L, row_size) integer by look-up key, or None without code tables.
+            rows: per group of native tables, (L, width) by look-up key.
+
+        Returns:
+            One (B, D) per look-up.
+        """
+        jagged = features.to_dict()
+        pooled = []
+        for lookup in self._lookups:
+            bags = jagged[lookup.feature]
+            weights = check_weights(bags.weights(), f"feature {lookup.feature!r}") if self._is_weighted else None
+            sums = self._decode(lookup, bags.values(), bags.offsets(), weights, codes, rows)
+            table = lookup.table
+            mean = isinstance(table, EmbeddingBagConfig) and table.pooling == PoolingType.MEAN
+            pooled.append(bag_means(sums, bags.lengths()) if mean else sums)
+        inverse = reorder_inverse_indices(
+            inverse_indices=features.inverse_indices_or_none(),
+            feature_names=[lookup.feature for lookup in self._lookups],
+        )
+        values = process_pooled_embeddings(pooled_embeddings=pooled, inverse_indices=inverse)
+        return split_columns(values, [lookup.table.embedding_dim for lookup in self._lookups])
+
+    def unpooled(
+        self, features: KeyedJaggedTensor, codes: dict[str, Tensor] | None, rows: dict[str, dict[str, JaggedTensor]]
+    ) -> list[Tensor]:
+        """Return one (L, D) per look-up; arguments as in `forward`."""
+        jagged = features.to_dict()
+        return [
+            self._decode(lookup, jagged[lookup.feature].values(), None, None, codes, rows) for lookup in self._lookups
+        ]
+
+    def _decode(
+        self,
+        lookup: Lookup,
+        ids: Tensor,
+        offsets: Tensor | None,
+        weights: Tensor | None,
+        codes: dict[str, Tensor] | None,
+        rows: dict[str, dict[str, JaggedTensor]],
+    ) -> Tensor:
+        table = lookup.table.name
+        has_codes = codes is not None and self._plan.parts[table].codes is not None
+        native = [rows[group][lookup.key].values() for group in self._plan.row_groups(table)]
+        return self.banks[table](ids, offsets, weights, codes[lookup.key] if has_codes else None, native)  # type: ignore[index]

@@ -1,0 +1,117 @@
+"""`CompressedEmbeddingCollection`: TorchRec's unpooled embedding tables, compressed."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection, EmbeddingCollectionInterface
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from torchrec_compress.compression import Compression
+from torchrec_compress.modules.parts import CompressedParts, check_features
+from torchrec_compress.modules.plan import CollectionPlan
+
+torch.fx.wrap("check_features")
+torch.fx.wrap("jagged_rows")
+
+
+def jagged_rows(rows: Tensor, bags: JaggedTensor, need_indices: bool) -> JaggedTensor:
+    """Return rows, (L, D), in the bags of `bags`; with its ids as weights where they are asked for."""
+    return JaggedTensor(values=rows, lengths=bags.lengths(), weights=bags.values() if need_indices else None)
+
+
+class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterface):
+    """Look up unpooled embeddings in compressed tables: a drop-in for TorchRec's `EmbeddingCollection`.
+
+    Args:
+        tables: as for TorchRec, all of one width; they are copied, never written to.
+        device: of all tensors, default CPU; "meta" allocates nothing.
+        need_indices: whether outputs carry their ids as weights.
+        compression: a method for all tables, or methods by table name or pattern, see `compression.resolve`.
+        seed: of start codes and hashes.
+
+    Shapes: for every feature a `JaggedTensor` of (L, D) float32 rows.
+
+    Raises:
+        ValueError: bad tables or compression at construction; at forward a missing feature or an id out of range.
+
+    Example:
+        >>> from torchrec_compress.methods import PQConfig
+        >>> table = EmbeddingConfig(name="item", num_embeddings=10_000, embedding_dim=64, feature_names=["item"])
+        >>> collection = CompressedEmbeddingCollection([table], compression=PQConfig(num_codes=4))
+        >>> batch = KeyedJaggedTensor.from_lengths_sync(["item"], torch.tensor([3, 99, 7]), torch.tensor([2, 0, 1]))
+        >>> collection(batch)["item"].values().shape
+        torch.Size([3, 64])
+    """
+
+    default_compression: ClassVar[Compression | None] = None
+
+    def __init__(
+        self,
+        tables: list[EmbeddingConfig],
+        device: torch.device | None = None,
+        need_indices: bool = False,
+        compression: Compression | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if compression is None:
+            raise ValueError(f"{type(self).__name__}: compression must be given, got None; pass compression=...")
+        plan = CollectionPlan.of(tables, compression, seed)
+        widths = {table.name: table.embedding_dim for table in plan.tables}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"{type(self).__name__}: all tables must have one embedding_dim, got {widths}")
+        self._need_indices = need_indices
+        self._build_shared(plan, False, device)
+        dense = plan.dense_tables()
+        self.dense = EmbeddingCollection(dense, device) if dense else None
+        self._features = sorted({lookup.feature for lookup in plan.lookups})
+        self._dense_lookups = self._names_in_dense(dense)
+
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        """Return the rows of every feature's ids."""
+        check_features(features, self._features, type(self).__name__)
+        codes = self.code_tables(features) if self.code_tables is not None else None
+        rows = {group: module(features) for group, module in self.rows.items()}
+        jagged = features.to_dict()
+        found: dict[str, Tensor] = {}
+        if self.dense is not None:
+            dense = self.dense(features)
+            found = {key: dense[name].values() for key, name in self._dense_lookups.items()}
+        for lookup, values in zip(self.decoder.lookups, self.decoder.unpooled(features, codes, rows), strict=True):
+            found[lookup.key] = values
+        for lookup in self._plan.lookups:
+            if lookup.key not in found:  # a native bag: its rows are the embedding
+                (group,) = self._plan.row_groups(lookup.table.name)
+                found[lookup.key] = rows[group][lookup.key].values()
+        return {
+            lookup.output: jagged_rows(found[lookup.key], jagged[lookup.feature], self._need_indices)
+            for lookup in self._plan.lookups
+        }
+
+    def _names_in_dense(self, dense: list[EmbeddingConfig]) -> dict[str, str]:
+        """Return, by look-up key, the name that the stock collection gives the output."""
+        if self.dense is None:
+            return {}
+        keys = [lookup.key for table in dense for lookup in self._plan.by_table[table.name]]
+        names = [name for table_names in self.dense.embedding_names_by_table() for name in table_names]
+        return dict(zip(keys, names, strict=True))
+
+    def embedding_configs(self) -> list[EmbeddingConfig]:
+        """Return the user's configs (copies, with feature names filled in)."""
+        return self._plan.tables
+
+    def need_indices(self) -> bool:
+        """Return whether outputs carry their ids."""
+        return self._need_indices
+
+    def embedding_dim(self) -> int:
+        """Return the width of the embeddings."""
+        return self._plan.tables[0].embedding_dim
+
+    def embedding_names_by_table(self) -> list[list[str]]:
+        """Return the output names of every table."""
+        return [[lookup.output for lookup in self._plan.by_table[table.name]] for table in self._plan.tables]

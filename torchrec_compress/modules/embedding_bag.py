@@ -1,0 +1,182 @@
+"""`CompressedEmbeddingBagCollection`: TorchRec's pooled embedding tables, compressed."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from torchrec_compress.compression import Compression
+from torchrec_compress.methods import MECConfig, MEmComConfig, PQConfig, RandomCodesConfig
+from torchrec_compress.modules.parts import CompressedParts, check_features
+from torchrec_compress.modules.plan import CollectionPlan
+from torchrec_compress.modules.tables import RemappedEmbeddingBagCollection
+
+torch.fx.wrap("check_features")
+
+
+class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionInterface):
+    """Look up pooled embeddings in compressed tables: a drop-in for TorchRec's `EmbeddingBagCollection`.
+
+    Args:
+        tables: as for TorchRec; they are copied, never written to.
+        device: of all tensors, default CPU; "meta" allocates nothing.
+        is_weighted: whether batches carry per-id weights (sum pooling only, as in TorchRec).
+        compression: a method for all tables, or methods by table name or pattern, see `compression.resolve`. A table
+            that its method would not shrink stays dense.
+        seed: of start codes and hashes, which are a pure function of (seed, table name, id).
+
+    Shapes: the input has F features of B bags; the output is (B, sum of widths), float32, with TorchRec's keys.
+
+    Raises:
+        ValueError: bad tables or compression at construction; at forward a missing feature, an id out of range or a
+            weight that is not finite.
+
+    Example:
+        >>> from torchrec_compress.methods import PQConfig
+        >>> table = EmbeddingBagConfig(name="user", num_embeddings=10_000, embedding_dim=64, feature_names=["user"])
+        >>> collection = CompressedEmbeddingBagCollection([table], compression=PQConfig(num_codes=4))
+        >>> batch = KeyedJaggedTensor.from_lengths_sync(["user"], torch.tensor([3, 99, 7]), torch.tensor([2, 0, 1]))
+        >>> collection(batch).values().shape, round(collection.footprint().ratio, 1)
+        (torch.Size([3, 64]), 24.3)
+    """
+
+    default_compression: ClassVar[Compression | None] = None
+
+    def __init__(
+        self,
+        tables: list[EmbeddingBagConfig],
+        device: torch.device | None = None,
+        is_weighted: bool = False,
+        compression: Compression | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        compression = self.default_compression if compression is None else compression
+        if compression is None:
+            raise ValueError(
+                f"{type(self).__name__}: compression must be given, got None; pass compression=..., or use a variant "
+                f"with a default: {sorted(variant.__name__ for variant in type(self).__subclasses__())}"
+            )
+        if isinstance(device, bool):
+            raise ValueError(f"{type(self).__name__}: device must be a torch.device, got {device}; pass is_weighted by name")
+        plan = CollectionPlan.of(tables, compression, seed)
+        for table in plan.tables:
+            if is_weighted and table.pooling == PoolingType.MEAN:
+                raise ValueError(f"table {table.name!r}: pooling must be SUM with is_weighted=True, got MEAN")
+        self._is_weighted = is_weighted
+        self._build_shared(plan, is_weighted, device)
+        dense = plan.dense_tables()
+        self.dense = EmbeddingBagCollection(dense, is_weighted, device) if dense else None
+        bags, bag_plan = plan.bags()
+        self.bags = RemappedEmbeddingBagCollection(bags, bag_plan, is_weighted, device) if bags else None
+        self._features = sorted({lookup.feature for lookup in plan.lookups})
+        self._order = self._output_order()
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Return the pooled embeddings of a batch."""
+        check_features(features, self._features, type(self).__name__)
+        codes = self.code_tables(features) if self.code_tables is not None else None
+        rows = {group: module(features) for group, module in self.rows.items()}
+        pieces: list[Tensor] = []
+        if self.dense is not None:
+            pieces.append(self.dense(features).values())
+        if self.bags is not None:
+            pieces.append(self.bags(features).values())
+        if self.decoder.lookups:
+            pieces += self.decoder(features, codes, rows)
+        return assemble(
+            pieces,
+            self._order,
+            [lookup.output for lookup in self._plan.lookups],
+            [lookup.table.embedding_dim for lookup in self._plan.lookups],
+        )
+
+    def _output_order(self) -> list[tuple[int, int, int]]:
+        """Return, for each output, (piece, first column, last column + 1), pieces as in `forward`."""
+        found: dict[str, tuple[int, int, int]] = {}
+        next_piece = 0
+        dense = {lookup.key for lookup in self._plan.lookups if self._plan.parts[lookup.table.name].dense}
+        bags = {lookup.key for lookup in self._plan.lookups if self._plan.parts[lookup.table.name].bag is not None}
+        for group in (dense, bags):
+            column = 0
+            for lookup in self._plan.lookups:
+                if lookup.key in group:
+                    found[lookup.key] = (next_piece, column, column + lookup.table.embedding_dim)
+                    column += lookup.table.embedding_dim
+            next_piece += bool(group)
+        for number, lookup in enumerate(self.decoder.lookups):
+            found[lookup.key] = (next_piece + number, 0, lookup.table.embedding_dim)
+        return [found[lookup.key] for lookup in self._plan.lookups]
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """Return the user's configs (copies, with feature names filled in)."""
+        return self._plan.tables
+
+    def is_weighted(self) -> bool:
+        """Return whether batches carry weights."""
+        return self._is_weighted
+
+
+@torch.fx.wrap
+def assemble(
+    pieces: list[Tensor], order: list[tuple[int, int, int]], keys: list[str], widths: list[int]
+) -> KeyedTensor:
+    """Bring the pieces into the order of the user's tables.
+
+    Args:
+        pieces: (B, any width) each.
+        order: for each key, (piece, first column, last column + 1).
+        keys: of the output.
+        widths: of the output's keys.
+
+    Returns:
+        (B, sum of widths).
+    """
+    columns = [pieces[piece][:, first:last] for piece, first, last in order]
+    return KeyedTensor(keys=keys, length_per_key=widths, values=torch.cat(columns, dim=1))
+
+
+class MECEmbeddingBagCollection(CompressedEmbeddingBagCollection):
+    """`CompressedEmbeddingBagCollection` whose default is MEC, 8 codes per row (MEC, arXiv 2502.15355)."""
+
+    default_compression = MECConfig(num_codes=8)
+
+
+class PQEmbeddingBagCollection(CompressedEmbeddingBagCollection):
+    """`CompressedEmbeddingBagCollection` whose default is plain product quantisation, 8 codes per row."""
+
+    default_compression = PQConfig(num_codes=8)
+
+
+class RandomCodesEmbeddingBagCollection(CompressedEmbeddingBagCollection):
+    """`CompressedEmbeddingBagCollection` whose default is random codes, 8 per row: the control."""
+
+    default_compression = RandomCodesConfig(num_codes=8)
+
+
+class MEmComEmbeddingBagCollection(CompressedEmbeddingBagCollection):
+    """`CompressedEmbeddingBagCollection` whose default is MEmCom with 1,000 shared rows (arXiv 2203.10135)."""
+
+    default_compression = MEmComConfig(num_buckets=1000)
+
+
+def native_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of stock TorchRec tables inside a model: those that a fused optimizer may train.
+
+    Codebooks and other replicated parameters are not among them; they belong to the dense optimizer.
+
+    Example:
+        >>> from torchrec_compress.methods import PQConfig
+        >>> table = EmbeddingBagConfig(name="user", num_embeddings=10_000, embedding_dim=64, feature_names=["user"])
+        >>> native_parameters(CompressedEmbeddingBagCollection([table], compression=PQConfig(num_codes=4)))
+        []
+    """
+    from torchrec.modules.embedding_modules import EmbeddingCollection
+
+    stock = [child for child in module.modules() if isinstance(child, EmbeddingBagCollection | EmbeddingCollection)]
+    return [parameter for child in stock for parameter in child.parameters()]

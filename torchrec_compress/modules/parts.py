@@ -1,0 +1,141 @@
+"""The parts that pooled and unpooled compressed collections are both made of."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_compress.methods import MECConfig, MethodConfig, TableState, dense_bytes
+from torchrec_compress.modules.decoder import Decoder
+from torchrec_compress.modules.footprint import Footprint, TableFootprint
+from torchrec_compress.modules.plan import CollectionPlan
+from torchrec_compress.modules.tables import CodeTableCollection, RemappedEmbeddingCollection
+
+logger = logging.getLogger(__name__)
+
+torch.fx.wrap("check_features")
+
+
+def check_features(features: KeyedJaggedTensor, wanted: list[str], where: str) -> None:
+    """Raise ValueError when the batch lacks a feature of the collection."""
+    missing = [name for name in wanted if name not in features.keys()]  # noqa: SIM118 (keys() is a list)
+    if missing:
+        raise ValueError(f"{where}: the batch must have the features {missing}, got only {features.keys()}")
+
+
+class CompressedParts(nn.Module):
+    """Build, initialise, fill and measure the parts of a compressed collection; its heirs define the forward.
+
+    Attributes:
+        code_tables: code tables, or None.
+        rows: groups of native tables whose rows come back unpooled.
+        decoder: codebooks and other small parameters.
+    """
+
+    _plan: CollectionPlan
+
+    def _build_shared(self, plan: CollectionPlan, is_weighted: bool, device: torch.device | None) -> None:
+        """Make the code tables, the unpooled native tables and the decoder."""
+        self._plan, self._device = plan, torch.device("cpu") if device is None else torch.device(device)
+        code_tables = plan.code_tables()
+        self.code_tables = CodeTableCollection(code_tables, device) if code_tables else None
+        self.rows = nn.ModuleDict(
+            {group: RemappedEmbeddingCollection(*members, device) for group, members in plan.rows().items()}
+        )
+        self.decoder = Decoder(plan, is_weighted, device)
+        unfitted = [name for name, method in plan.methods.items() if isinstance(method, MECConfig)]
+        if unfitted:
+            logger.info("MEC tables %s start from hashed codes; compress() fits codes to a pre-trained table", unfitted)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the collection was made on."""
+        return self._device
+
+    def methods(self) -> dict[str, MethodConfig]:
+        """Return the method of every table; those that compression would not shrink are dense."""
+        return dict(self._plan.methods)
+
+    def reset_parameters(self) -> None:
+        """Initialise everything, start codes included; call it after materialising from the meta device."""
+        if self.code_tables is not None:
+            self.code_tables.reset_parameters()
+        self.decoder.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, EmbeddingBagCollection):
+                for config in module.embedding_bag_configs():
+                    _reset(module.embedding_bags[config.name].weight, config)
+            elif isinstance(module, EmbeddingCollection):
+                for config in module.embedding_configs():
+                    _reset(module.embeddings[config.name].weight, config)
+
+    @torch.no_grad()
+    def load_table(self, name: str, state: TableState) -> None:
+        """Fill one table with fitted tensors.
+
+        Args:
+            name: of the user's table.
+            state: what `MethodConfig.fit` returned for it.
+
+        Raises:
+            ValueError: there is no such table, or a tensor has the wrong name or shape.
+        """
+        if name not in self._plan.methods:
+            raise ValueError(f"load_table: must name one of {sorted(self._plan.methods)}, got {name!r}")
+        if state.codes is not None:
+            assert self.code_tables is not None
+            self.code_tables.banks[name].load(state.codes)  # type: ignore[operator]
+        targets = dict(self._native_weights(name))
+        if name in self.decoder.banks:
+            bank = self.decoder.banks[name]
+            targets |= dict(bank.named_parameters()) | dict(bank.named_buffers())
+        for key, value in {**state.decoder, **state.native}.items():
+            if key not in targets or targets[key].shape != value.shape:
+                have = {part: tuple(tensor.shape) for part, tensor in targets.items()}
+                raise ValueError(f"table {name!r}: stored tensors are {have}, got {key!r} of shape {tuple(value.shape)}")
+            targets[key].copy_(value)
+
+    def footprint(self) -> Footprint:
+        """Return the bytes of all tables, counted over the real tensors (on the meta device too)."""
+        return Footprint({table.name: self._table_footprint(table) for table in self._plan.tables})
+
+    def _table_footprint(self, table: BaseEmbeddingConfig) -> TableFootprint:
+        name = table.name
+        codes = self.code_tables.banks[name].buffers() if self._plan.parts[name].codes is not None else ()  # type: ignore[union-attr]
+        decoder: list[Tensor] = []
+        if name in self.decoder.banks:
+            bank = self.decoder.banks[name]
+            decoder = [*bank.parameters(), *bank.buffers()]
+        return TableFootprint(
+            method=self._plan.methods[name].method,
+            dense_bytes=dense_bytes(table),
+            code_bytes=_num_bytes(codes),
+            decoder_bytes=_num_bytes(decoder),
+            native_bytes=_num_bytes(weight for _, weight in self._native_weights(name)),
+        )
+
+    def _native_weights(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield (part name, weight) of a table's native parts; the dense table's part is ""."""
+        physical = {"": name} if self._plan.parts[name].dense else self._plan.native_names(name)
+        for part, table in physical.items():
+            for module in self.modules():
+                if isinstance(module, EmbeddingBagCollection) and table in module.embedding_bags:
+                    yield part, module.embedding_bags[table].weight  # type: ignore[misc]
+                elif isinstance(module, EmbeddingCollection) and table in module.embeddings:
+                    yield part, module.embeddings[table].weight  # type: ignore[misc]
+
+
+def _reset(weight: Tensor, config: BaseEmbeddingConfig) -> None:
+    if weight.device.type != "meta":
+        assert config.init_fn is not None  # set by TorchRec's own config where the user gave none
+        config.init_fn(weight)
+
+
+def _num_bytes(tensors: Iterator[Tensor] | list[Tensor] | tuple[Tensor, ...]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

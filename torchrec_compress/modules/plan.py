@@ -1,0 +1,175 @@
+"""From the user's tables and their methods to the parts that store them: which look-up happens where, under which name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Generic, TypeVar
+
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
+
+from torchrec_compress.compression import Compression, resolve
+from torchrec_compress.methods import MethodConfig, NativePart, Parts
+from torchrec_compress.methods.base import uniform_init
+from torchrec_compress.modules.tables import CodeTableConfig, RemappedFeature
+
+TableConfig = TypeVar("TableConfig", EmbeddingBagConfig, EmbeddingConfig)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """One (table, feature) pair, in the order of the output.
+
+    Args:
+        table: the user's config.
+        feature: name of the feature.
+        output: its key in the output, "feature" or, where several tables share the feature, "feature@table".
+        key: a name that is unique over the collection, for codes and rewritten features.
+    """
+
+    table: BaseEmbeddingConfig
+    feature: str
+    output: str
+    key: str
+
+
+@dataclass(frozen=True)
+class CollectionPlan(Generic[TableConfig]):
+    """Everything that a compressed collection is built from.
+
+    Args:
+        tables: copies of the user's configs, with their feature names filled in.
+        methods: the method by table name.
+        parts: what each table is stored as, by table name.
+        lookups: every output of the collection, in order.
+        seed: of start codes and hashes.
+    """
+
+    tables: list[TableConfig]
+    methods: dict[str, MethodConfig]
+    parts: dict[str, Parts]
+    lookups: list[Lookup]
+    seed: int
+    by_table: dict[str, list[Lookup]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        by_table: dict[str, list[Lookup]] = {table.name: [] for table in self.tables}
+        for lookup in self.lookups:
+            by_table[lookup.table.name].append(lookup)
+        object.__setattr__(self, "by_table", by_table)
+
+    @classmethod
+    def of(cls, tables: Sequence[TableConfig], compression: Compression, seed: int) -> CollectionPlan[TableConfig]:
+        """Check the user's configs and plan their parts; the configs themselves are copied, never written to.
+
+        Raises:
+            ValueError: a table name is missing, repeated or unfit for a module, or a method cannot store its table.
+        """
+        copies = [copy.deepcopy(table) for table in tables]
+        _check_names(copies)
+        for table in copies:
+            table.feature_names = list(table.feature_names) or [table.name]
+        methods = resolve(copies, compression)
+        parts = {table.name: methods[table.name].parts(table, seed) for table in copies}
+        lookups = [
+            Lookup(table, feature, output, f"{table.name}:{feature}")
+            for table, outputs in zip(copies, get_embedding_names_by_table(copies), strict=True)
+            for feature, output in zip(table.feature_names, outputs, strict=True)
+        ]
+        return cls(copies, methods, parts, lookups, seed)
+
+    def dense_tables(self) -> list[TableConfig]:
+        """Return the tables that stay as they are."""
+        return [table for table in self.tables if self.parts[table.name].dense]
+
+    def code_tables(self) -> list[CodeTableConfig]:
+        """Return the code tables; their outputs are named by look-up key."""
+        configs = []
+        for table in self.tables:
+            part = self.parts[table.name].codes
+            if part is not None:
+                names = tuple(table.feature_names)
+                keys = tuple(lookup.key for lookup in self.by_table[table.name])
+                configs.append(CodeTableConfig(table.name, table.num_embeddings, part, names, keys))
+        return configs
+
+    def bags(self) -> tuple[list[EmbeddingBagConfig], list[RemappedFeature]]:
+        """Return the physical tables that are pooled natively behind rewritten ids, and their look-ups."""
+        tables, plan = [], []
+        for table in self.tables:
+            part = self.parts[table.name].bag
+            if part is not None and isinstance(table, EmbeddingBagConfig):
+                keys = [lookup.key for lookup in self.by_table[table.name]]
+                tables.append(EmbeddingBagConfig(**_physical(table, part, keys), pooling=table.pooling))
+                plan += self._remapped(table, part)
+        return tables, plan
+
+    def rows(self) -> dict[str, tuple[list[EmbeddingConfig], list[RemappedFeature]]]:
+        """Return the physical tables whose rows come back unpooled, and their look-ups, one group per width and part.
+
+        Tables of one group share an `EmbeddingCollection`, which wants one width and, here, one rewrite per look-up.
+        """
+        groups: dict[str, tuple[list[EmbeddingConfig], list[RemappedFeature]]] = {}
+        for table in self.tables:
+            for part in self._unpooled(table.name):
+                tables, plan = groups.setdefault(row_group(part), ([], []))
+                keys = [lookup.key for lookup in self.by_table[table.name]]
+                tables.append(EmbeddingConfig(**_physical(table, part, keys)))
+                plan += self._remapped(table, part)
+        return groups
+
+    def row_groups(self, table: str) -> list[str]:
+        """Return the group of each of a table's unpooled parts, in the order that its decoder takes them."""
+        return [row_group(part) for part in self._unpooled(table)]
+
+    def native_names(self, table: str) -> dict[str, str]:
+        """Return the physical table name of every native part of a table, by part name."""
+        parts = self.parts[table]
+        return {part.name: physical_name(table, part) for part in ((parts.bag,) if parts.bag else ()) + parts.rows}
+
+    def _unpooled(self, table: str) -> tuple[NativePart, ...]:
+        """Return a table's unpooled parts; in an unpooled collection its bag is one of them."""
+        parts = self.parts[table]
+        bag_tables = any(isinstance(config, EmbeddingBagConfig) for config in self.tables)
+        return parts.rows if bag_tables or parts.bag is None else (parts.bag, *parts.rows)
+
+    def _remapped(self, table: BaseEmbeddingConfig, part: NativePart) -> list[RemappedFeature]:
+        return [
+            RemappedFeature(lookup.feature, lookup.key, table.num_embeddings, part.remap, table.name)
+            for lookup in self.by_table[table.name]
+        ]
+
+
+def physical_name(table: str, part: NativePart) -> str:
+    """Return the name of the native table that stores a part."""
+    return f"{table}__{part.name}"
+
+
+def row_group(part: NativePart) -> str:
+    """Return the name of the collection that holds an unpooled part."""
+    return f"{part.name}_{part.embedding_dim}"
+
+
+def _physical(table: BaseEmbeddingConfig, part: NativePart, keys: list[str]) -> dict[str, object]:
+    return {
+        "name": physical_name(table.name, part),
+        "num_embeddings": part.num_embeddings,
+        "embedding_dim": part.embedding_dim,
+        "feature_names": keys,
+        "init_fn": part.init_fn or partial(uniform_init, table),
+    }
+
+
+def _check_names(tables: Sequence[BaseEmbeddingConfig]) -> None:
+    if not tables:
+        raise ValueError("compressed collection: tables must not be empty, got none")
+    seen = set()
+    for table in tables:
+        if not table.name or "." in table.name:
+            raise ValueError(f"compressed collection: a table name must be non-empty and without '.', got {table.name!r}")
+        if table.name in seen:
+            raise ValueError(f"compressed collection: table names must differ, got {table.name!r} twice")
+        seen.add(table.name)

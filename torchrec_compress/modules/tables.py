@@ -1,0 +1,211 @@
+"""The stored parts of compressed tables: code tables, and native tables whose ids are rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from torchrec_compress.methods.base import CodePart, Remap
+from torchrec_compress.ops import check_ids, lookup_codes
+
+# fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
+torch.fx.wrap("lookup_codes")
+torch.fx.wrap("remap_features")
+
+
+@dataclass(frozen=True)
+class CodeTableConfig:
+    """One code table.
+
+    Args:
+        name: of the user's table.
+        num_embeddings: rows, N.
+        part: width, dtype and start codes.
+        feature_names: features that look it up.
+        output_names: the key of each feature's codes in the output.
+    """
+
+    name: str
+    num_embeddings: int
+    part: CodePart
+    feature_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+
+class CodeBank(nn.Module):
+    """One code table's tensors.
+
+    Attributes:
+        codes: buffer, (N, row_size) integer.
+        is_set: buffer, (1,) uint8; zero until start codes, a fit or a checkpoint has filled the table.
+    """
+
+    def __init__(self, config: CodeTableConfig, device: torch.device | None) -> None:
+        super().__init__()
+        self._config = config
+        part = config.part
+        shape = (config.num_embeddings, part.row_size)
+        self.register_buffer("codes", torch.zeros(shape, dtype=part.dtype, device=device))
+        self.register_buffer("is_set", torch.zeros(1, dtype=torch.uint8, device=device))
+        self.codes: Tensor
+        self.is_set: Tensor
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill the table with its start codes, where the method has any."""
+        start = self._config.part.start
+        if start is None or self.codes.device.type == "meta":
+            return
+        rows = torch.arange(self._config.num_embeddings, device=self.codes.device)
+        self.codes.copy_(start(rows))
+        self.is_set.fill_(1)
+
+    @torch.no_grad()
+    def load(self, codes: Tensor) -> None:
+        """Replace the codes: (N, row_size) integer, values as the method made them."""
+        if codes.shape != self.codes.shape:
+            raise ValueError(
+                f"code table {self._config.name!r}: codes must have shape {tuple(self.codes.shape)}, "
+                f"got {tuple(codes.shape)}"
+            )
+        self.codes.copy_(codes)
+        self.is_set.fill_(1)
+
+
+class CodeTableCollection(nn.Module):
+    """Look up the codes of ids: unpooled integers, never trained by gradient.
+
+    Args:
+        tables: one config per code table.
+        device: of the buffers.
+    """
+
+    def __init__(self, tables: Sequence[CodeTableConfig], device: torch.device | None = None) -> None:
+        super().__init__()
+        self._configs = tuple(tables)
+        # not "tables": TorchRec 1.9's planner calls an attribute of that name
+        self.banks = nn.ModuleDict({table.name: CodeBank(table, device) for table in tables})
+
+    def configs(self) -> tuple[CodeTableConfig, ...]:
+        """Return the configs of the code tables."""
+        return self._configs
+
+    def reset_parameters(self) -> None:
+        """Fill every table with its start codes; call it after materialising from the meta device."""
+        for bank in self.banks.values():
+            bank.reset_parameters()
+
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
+        """Return the codes of every feature's ids: (L, row_size) integer by output name."""
+        jagged = features.to_dict()
+        codes = {}
+        for config in self._configs:
+            bank = self.banks[config.name]
+            for feature, output in zip(config.feature_names, config.output_names, strict=True):
+                where = f"table {config.name!r}, feature {feature!r}"
+                codes[output] = lookup_codes(bank.codes, bank.is_set, jagged[feature].values(), where)
+        return codes
+
+
+@dataclass(frozen=True)
+class RemappedFeature:
+    """One look-up of a native table.
+
+    Args:
+        feature: the user's feature.
+        key: the name that the rewritten feature gets, unique over the collection.
+        num_embeddings: rows of the user's table, the range of the ids.
+        remap: from ids to rows of the native table.
+        table: the user's table, for errors.
+    """
+
+    feature: str
+    key: str
+    num_embeddings: int
+    remap: Remap
+    table: str
+
+
+def remap_features(features: KeyedJaggedTensor, plan: Sequence[RemappedFeature]) -> KeyedJaggedTensor:
+    """Return a batch with one key per planned look-up and rewritten ids; bags, weights and VBE strides are kept.
+
+    Raises:
+        ValueError: an id is outside the range of the user's table.
+    """
+    order = [features.keys().index(entry.feature) for entry in plan]
+    picked = features if order == list(range(len(features.keys()))) else features.permute(order)
+    ids = picked.values().split(picked.length_per_key())
+    rows = [
+        entry.remap(check_ids(part, entry.num_embeddings, f"table {entry.table!r}, feature {entry.feature!r}"))
+        for entry, part in zip(plan, ids, strict=True)
+    ]
+    inverse = features.inverse_indices_or_none()
+    if inverse is not None:
+        names, indices = inverse
+        inverse = ([entry.key for entry in plan], indices[[names.index(entry.feature) for entry in plan]])
+    variable = picked.variable_stride_per_key()
+    return KeyedJaggedTensor(
+        keys=[entry.key for entry in plan],
+        values=torch.cat(rows) if rows else picked.values(),
+        weights=picked.weights_or_none(),
+        lengths=picked.lengths(),
+        offsets=picked.offsets(),
+        stride=None if variable else picked.stride(),
+        stride_per_key_per_rank=picked.stride_per_key_per_rank() if variable else None,
+        length_per_key=picked.length_per_key(),
+        offset_per_key=picked.offset_per_key(),
+        inverse_indices=inverse,
+    )
+
+
+class RemappedEmbeddingBagCollection(nn.Module):
+    """A stock `EmbeddingBagCollection` behind rewritten ids.
+
+    Args:
+        tables: physical tables; their feature names are the keys of `plan`.
+        plan: the look-ups.
+        is_weighted: whether batches carry weights.
+        device: of the tables.
+    """
+
+    def __init__(
+        self,
+        tables: list[EmbeddingBagConfig],
+        plan: Sequence[RemappedFeature],
+        is_weighted: bool,
+        device: torch.device | None,
+    ) -> None:
+        super().__init__()
+        self._plan = tuple(plan)
+        self.native = EmbeddingBagCollection(tables=tables, is_weighted=is_weighted, device=device)
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Return the pooled embeddings, (B, D) by the plan's keys."""
+        return self.native(remap_features(features, self._plan))
+
+
+class RemappedEmbeddingCollection(nn.Module):
+    """A stock `EmbeddingCollection` behind rewritten ids.
+
+    Args:
+        tables: physical tables of one width; their feature names are the keys of `plan`.
+        plan: the look-ups.
+        device: of the tables.
+    """
+
+    def __init__(
+        self, tables: list[EmbeddingConfig], plan: Sequence[RemappedFeature], device: torch.device | None
+    ) -> None:
+        super().__init__()
+        self._plan = tuple(plan)
+        self.native = EmbeddingCollection(tables=tables, device=device)
+
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        """Return the rows of every look-up, (L, width) by the plan's keys."""
+        return self.native(remap_features(features, self._plan))
