@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tqdm import tqdm
 
 from torchrec_compress.compression import Compression
@@ -113,27 +112,9 @@ def decompress(collection: CompressedEmbeddingBagCollection) -> EmbeddingBagColl
     """
     tables = copy.deepcopy(collection.embedding_bag_configs())
     dense = EmbeddingBagCollection(tables, is_weighted=collection.is_weighted(), device=collection.device)
-    outputs = iter(_outputs_by_feature(collection))
-    features = sorted({feature for table in tables for feature in table.feature_names})
     for table in tables:
-        names = [next(outputs) for _ in table.feature_names]
         weight = dense.embedding_bags[table.name].weight
         for first in range(0, table.num_embeddings, _ROWS_AT_ONCE):
             ids = torch.arange(first, min(first + _ROWS_AT_ONCE, table.num_embeddings), device=collection.device)
-            batch = _single_id_bags(features, table.feature_names[0], ids, collection.is_weighted())
-            weight[first : first + len(ids)] = collection(batch)[names[0]]
+            weight[first : first + len(ids)] = collection.table_rows(table.name, ids)
     return dense
-
-
-def _outputs_by_feature(collection: CompressedEmbeddingBagCollection) -> list[str]:
-    from torchrec.modules.embedding_modules import get_embedding_names_by_table
-
-    return [name for names in get_embedding_names_by_table(collection.embedding_bag_configs()) for name in names]
-
-
-def _single_id_bags(features: list[str], feature: str, ids: Tensor, is_weighted: bool) -> KeyedJaggedTensor:
-    """Return a batch whose bag b of `feature` is ids[b] alone; the other features are empty."""
-    lengths = torch.zeros(len(features), len(ids), dtype=torch.int64, device=ids.device)
-    lengths[features.index(feature)] = 1
-    weights = torch.ones(len(ids), device=ids.device) if is_weighted else None
-    return KeyedJaggedTensor(keys=features, values=ids, lengths=lengths.view(-1), weights=weights)

@@ -36,6 +36,10 @@ from torchrec_compress.ops import (
 from torchrec_compress.ops.codebooks import Structure
 from torchrec_compress.ops.lowbit import RowDtype
 
+# fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
+torch.fx.wrap("codebook_bag")
+torch.fx.wrap("dequantize_rows")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookConfig(MethodConfig):

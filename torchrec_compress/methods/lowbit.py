@@ -12,6 +12,10 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec_compress.methods.base import CodePart, MethodConfig, Parts, TableData, TableDecoder, TableState, register
 from torchrec_compress.ops import dequantize_rows, pool_rows, quantize_rows, quantized_row_bytes
 
+# fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
+torch.fx.wrap("dequantize_rows")
+torch.fx.wrap("pool_rows")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LowBitConfig(MethodConfig):

@@ -27,6 +27,9 @@ from torchrec_compress.ops import pool_rows
 _LANES = 4
 _FIT_ROUNDS = 8
 
+# fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
+torch.fx.wrap("pool_rows")
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +137,16 @@ class MEmComDecoder(TableDecoder):
         self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Tensor]
     ) -> Tensor:
         """Return the sums over bags; `rows` are (L, D), (L, 4) and, with biases, (L, 4)."""
-        lane = (ids % _LANES).long().unsqueeze(1)
-        factor = rows[1].gather(1, lane) if self._packed else rows[1]
-        embeddings = (rows[0].unflatten(1, (factor.shape[1], -1)) * factor.unsqueeze(2)).flatten(1)
-        if len(rows) == 3:
-            embeddings = embeddings + rows[2].gather(1, lane)
+        embeddings = scale_rows(ids, rows, self._packed)
         if offsets is not None:
             return pool_rows(embeddings, offsets, weights)
         return embeddings if weights is None else embeddings * weights.unsqueeze(1)
+
+
+@torch.fx.wrap
+def scale_rows(ids: Tensor, rows: list[Tensor], packed: bool) -> Tensor:
+    """Return row times scalar plus bias: (L, D); arguments as in `MEmComDecoder.forward`."""
+    lane = (ids % _LANES).long().unsqueeze(1)
+    factor = rows[1].gather(1, lane) if packed else rows[1]
+    embeddings = (rows[0].unflatten(1, (factor.shape[1], -1)) * factor.unsqueeze(2)).flatten(1)
+    return embeddings + rows[2].gather(1, lane) if len(rows) == 3 else embeddings

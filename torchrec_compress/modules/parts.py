@@ -16,6 +16,7 @@ from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.footprint import Footprint, TableFootprint
 from torchrec_compress.modules.plan import CollectionPlan
 from torchrec_compress.modules.tables import CodeTableCollection, RemappedEmbeddingCollection
+from torchrec_compress.ops import lookup_codes
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,29 @@ class CompressedParts(nn.Module):
                 have = {part: tuple(tensor.shape) for part, tensor in targets.items()}
                 raise ValueError(f"table {name!r}: stored tensors are {have}, got {key!r} of shape {tuple(value.shape)}")
             targets[key].copy_(value)
+
+    def table_rows(self, name: str, ids: Tensor) -> Tensor:
+        """Return the rows that one table serves for ids, without a batch around them.
+
+        Args:
+            name: of the user's table.
+            ids: (L,) int64 in [0, N).
+
+        Returns:
+            (L, D) float32.
+        """
+        parts, weights = self._plan.parts[name], dict(self._native_weights(name))
+        if parts.dense:
+            return weights[""][ids].float()
+        if parts.bag is not None:
+            return weights[parts.bag.name][parts.bag.remap(ids)]
+        codes = None
+        if parts.codes is not None:
+            assert self.code_tables is not None
+            bank = self.code_tables.banks[name]
+            codes = lookup_codes(bank.codes, bank.is_set, ids, f"table {name!r}")  # type: ignore[arg-type]
+        rows = [weights[part.name][part.remap(ids)] for part in parts.rows]
+        return self.decoder.banks[name](ids, None, None, codes, rows)
 
     def footprint(self) -> Footprint:
         """Return the bytes of all tables, counted over the real tensors (on the meta device too)."""
