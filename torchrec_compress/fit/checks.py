@@ -1,0 +1,92 @@
+"""The checks that every fit makes of its input, in one place, so that every message reads the same."""
+
+import torch
+from torch import Tensor
+
+
+def check_rows(where: str, rows: Tensor) -> None:
+    """Refuse rows that no fit can use.
+
+    Args:
+        where: name of the caller, the first word of the message.
+        rows: [N, D] float32.
+
+    Raises:
+        ValueError: not two-dimensional, not float32, empty, or a value is NaN or infinite.
+
+    Example:
+        >>> check_rows("example", torch.zeros(3, 2))
+    """
+    if rows.dim() != 2 or rows.dtype != torch.float32 or rows.numel() == 0:
+        raise ValueError(
+            f"{where}: rows must be a non-empty float32 tensor [N, D], got {rows.dtype} {list(rows.shape)}; convert with .float()"
+        )
+    # A sum is finite iff every term is, up to overflow; the exact test runs only where the cheap one fails.
+    if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():
+        first = int((~torch.isfinite(rows).all(dim=1)).nonzero()[0])
+        raise ValueError(f"{where}: rows must be finite, got NaN or infinity in row {first}; repair or drop that row")
+
+
+def check_weights(where: str, weights: Tensor | None, num_rows: int, device: torch.device) -> Tensor:
+    """Return the weights of the rows as float32 [N]; None means one for every row.
+
+    Args:
+        where: name of the caller, the first word of the message.
+        weights: [N] of any real dtype, >= 0, or None.
+        num_rows: N.
+        device: device of the rows.
+
+    Raises:
+        ValueError: wrong shape, a NaN, infinite or negative weight, or no weight above zero.
+
+    Example:
+        >>> check_weights("example", None, 2, torch.device("cpu"))
+        tensor([1., 1.])
+    """
+    if weights is None:
+        return torch.ones(num_rows, device=device)
+    if tuple(weights.shape) != (num_rows,):
+        raise ValueError(f"{where}: weights must have shape [{num_rows}], one per row, got {list(weights.shape)}")
+    weights = weights.to(device=device, dtype=torch.float32)
+    bad = ~(torch.isfinite(weights) & (weights >= 0))
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise ValueError(f"{where}: weights must be finite and >= 0, got {float(weights[first])} for row {first}")
+    if not (weights > 0).any():
+        raise ValueError(
+            f"{where}: at least one weight must be above 0, got all zeros; pass weights=None to weigh rows alike"
+        )
+    return weights
+
+
+def check_sizes(where: str, num_rows: int, num_codes: int, codebook_size: int, first_size: int | None) -> int:
+    """Check M, K and first_size against the table; return the first codebook's size.
+
+    Args:
+        where: name of the caller, the first word of the message.
+        num_rows: N.
+        num_codes: M.
+        codebook_size: K, at most 65,536 (codes are stored in at most two bytes).
+        first_size: codewords the first codebook may use, in [1, K]; None means K.
+
+    Raises:
+        ValueError: a size is out of its range, or K is larger than the rows.
+
+    Example:
+        >>> check_sizes("example", num_rows=1000, num_codes=2, codebook_size=256, first_size=255)
+        255
+    """
+    if num_codes < 1:
+        raise ValueError(f"{where}: num_codes must be at least 1, got {num_codes}")
+    if not 1 <= codebook_size <= 65536:
+        raise ValueError(f"{where}: codebook_size must be in [1, 65536], got {codebook_size}")
+    if codebook_size > num_rows:
+        raise ValueError(
+            f"{where}: codebook_size must be at most the number of rows, got K = {codebook_size} larger than the rows "
+            f"({num_rows}); lower codebook_size, or keep so small a table dense"
+        )
+    if first_size is None:
+        return codebook_size
+    if not 1 <= first_size <= codebook_size:
+        raise ValueError(f"{where}: first_size must be in [1, codebook_size = {codebook_size}], got {first_size}")
+    return first_size

@@ -1,0 +1,136 @@
+"""Residual codes: a row is the sum of M codewords, one of each codebook.
+
+Greedy residual k-means (Chen, Guan, Wang, Sensors 2010) is the start. Then, as in additive quantisation (Babenko &
+Lempitsky, CVPR 2014), rounds of codebook refit by least squares and re-coding by iterated conditional modes (ICM: one
+code at a time, the others fixed). Neither step can raise the weighted error.
+"""
+
+import torch
+from torch import Tensor
+
+from torchrec_compress.fit.checks import check_rows, check_sizes, check_weights
+from torchrec_compress.fit.codes import FittedCodes, decode, refit_codebooks
+from torchrec_compress.fit.kmeans import kmeans, nearest, sample_points, train_size
+
+CHUNK_ROWS = 65536
+
+
+def fit_residual(
+    rows: Tensor,
+    num_codes: int,
+    codebook_size: int,
+    *,
+    first_size: int | None = None,
+    weights: Tensor | None = None,
+    num_iterations: int = 25,
+    num_refits: int = 8,
+    max_points_per_centroid: int = 256,
+    seed: int = 0,
+) -> FittedCodes:
+    """Fit residual codes.
+
+    Args:
+        rows: [N, D] float32, finite.
+        num_codes: M.
+        codebook_size: K <= N.
+        first_size: codewords the first codebook may use (the others are left for escapes, as zeros); None: all K.
+        weights: [N] >= 0, not all zero; None for equal weights.
+        num_iterations: the most Lloyd iterations per codebook at the start.
+        num_refits: rounds of refit and re-coding on the training sample; 0 leaves greedy residual k-means.
+        max_points_per_centroid: codebooks train on a weighted sample (`kmeans.sample_points`) of `kmeans.train_size`
+            rows; at the end all rows are coded and the codebooks refitted to all of them.
+        seed: one seed, one result.
+
+    Returns:
+        `FittedCodes` of kind "residual", codebooks [M*K, D].
+
+    Raises:
+        ValueError: rows, weights or sizes that do not hold; see `checks`.
+
+    Example:
+        >>> rows = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+        >>> round(fit_residual(rows, num_codes=2, codebook_size=2).error(rows), 6)
+        0.0
+    """
+    check_rows("fit_residual", rows)
+    first_size = check_sizes("fit_residual", len(rows), num_codes, codebook_size, first_size)
+    weights = check_weights("fit_residual", weights, len(rows), rows.device)
+    if num_refits < 0:
+        raise ValueError(f"fit_residual: num_refits must be >= 0, got {num_refits}")
+    sizes = [first_size] + [codebook_size] * (num_codes - 1)
+    train, train_weights = rows, weights
+    num_train = train_size(codebook_size, max_points_per_centroid)
+    if len(rows) > num_train:
+        generator = torch.Generator().manual_seed(seed)
+        index, train_weights = sample_points(weights, num_train, generator)
+        train = rows[index]
+    books = torch.zeros(num_codes, codebook_size, rows.shape[1], device=rows.device)
+    codes = torch.empty(len(train), num_codes, dtype=torch.int64, device=rows.device)
+    left = train
+    for m, size in enumerate(sizes):
+        fitted = kmeans(
+            left,
+            size,
+            weights=train_weights,
+            num_iterations=num_iterations,
+            seed=seed + m,
+            max_points_per_centroid=max_points_per_centroid,
+        )
+        books[m, :size], codes[:, m] = fitted.centroids, fitted.assignment
+        left = left - fitted.centroids[fitted.assignment]
+    flat = books.view(-1, rows.shape[1])
+    if num_codes > 1:  # one codebook: k-means has nothing to refit
+        for _ in range(num_refits):
+            flat = refit_codebooks(
+                codes, train, train_weights, codebook_size=codebook_size, kind="residual", start=flat
+            )
+            codes = recode(codes, train, flat, sizes)
+    if train is not rows:
+        codes = greedy_codes(rows, flat, sizes)
+        for _ in range(2 if num_codes > 1 and num_refits else 0):
+            codes = recode(codes, rows, flat, sizes)
+    flat = refit_codebooks(codes, rows, weights, codebook_size=codebook_size, kind="residual", start=flat)
+    return FittedCodes(codes, flat, "residual")
+
+
+def greedy_codes(rows: Tensor, codebooks: Tensor, sizes: list[int]) -> Tensor:
+    """Code rows one codebook after another, each the nearest codeword to what is left.
+
+    Args:
+        rows: [N, D] float32.
+        codebooks: [M*K, D] float32.
+        sizes: M numbers; codebook m may use its first sizes[m] codewords.
+
+    Returns:
+        [N, M] int64.
+
+    Example:
+        >>> greedy_codes(torch.tensor([[11.0]]), torch.tensor([[0.0], [10.0], [0.0], [1.0]]), [2, 2])
+        tensor([[1, 1]])
+    """
+    books = codebooks.view(len(sizes), -1, rows.shape[1])
+    codes = torch.empty(len(rows), len(sizes), dtype=torch.int64, device=rows.device)
+    for start in range(0, len(rows), CHUNK_ROWS):
+        left = rows[start : start + CHUNK_ROWS]
+        for m, size in enumerate(sizes):
+            best = nearest(left, books[m, :size])
+            codes[start : start + CHUNK_ROWS, m] = best
+            left = left - books[m][best]
+    return codes
+
+
+def recode(codes: Tensor, rows: Tensor, codebooks: Tensor, sizes: list[int]) -> Tensor:
+    """Choose each code anew, one codebook after another with the other codes fixed (one ICM sweep).
+
+    No row's error rises. Arguments and result as `greedy_codes`, with the codes [N, M] to start from (not written to).
+    """
+    books = codebooks.view(len(sizes), -1, rows.shape[1])
+    codes = codes.clone()
+    for start in range(0, len(rows), CHUNK_ROWS):
+        some = codes[start : start + CHUNK_ROWS]  # a view: writes go to `codes`
+        missing = rows[start : start + CHUNK_ROWS] - decode(some, codebooks, "residual")
+        for m, size in enumerate(sizes):
+            target = missing + books[m][some[:, m]]
+            some[:, m] = nearest(target, books[m, :size])
+            missing = target - books[m][some[:, m]]
+    return codes
