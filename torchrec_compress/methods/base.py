@@ -183,6 +183,8 @@ class MethodConfig(ABC):
     method: ClassVar[str]
     unpooled: ClassVar[bool] = True
     """Whether the method also serves `CompressedEmbeddingCollection`."""
+    needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "rows"
+    """What its stored state must be fitted to before it means anything; "nothing" can be trained from the start."""
     new_ids: ClassVar[str]
     """What an id that the fit never saw is served."""
 
@@ -233,9 +235,12 @@ def dense_bytes(table: BaseEmbeddingConfig) -> int:
     return table.num_embeddings * table.embedding_dim * (2 if table.data_type == DataType.FP16 else 4)
 
 
-def uniform_init(table: BaseEmbeddingConfig, weight: Tensor) -> None:
-    """Initialise a weight over the range that the user's table would have had."""
-    nn.init.uniform_(weight, table.get_weight_init_min(), table.get_weight_init_max())
+def init_like(table: BaseEmbeddingConfig, weight: Tensor) -> None:
+    """Initialise a weight in place the way the user's table would have been."""
+    if table.init_fn is not None:
+        table.init_fn(weight)
+    else:
+        nn.init.uniform_(weight, table.get_weight_init_min(), table.get_weight_init_max())
 
 
 def bucket_means(rows: Tensor, buckets: Tensor, num_buckets: int, counts: Tensor | None) -> Tensor:

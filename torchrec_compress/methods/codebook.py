@@ -20,7 +20,7 @@ from torchrec_compress.methods.base import (
     TableData,
     TableDecoder,
     TableState,
-    uniform_init,
+    init_like,
 )
 from torchrec_compress.ops import (
     code_dtype,
@@ -200,11 +200,11 @@ class CodebookDecoder(TableDecoder):
         if self.codebooks.device.type == "meta":
             return
         with torch.no_grad():
-            uniform_init(self._table, self.codebooks)
+            init_like(self._table, self.codebooks)
             if self._config.structure == "residual":
                 self.codebooks /= self._config.num_codes**0.5
             if isinstance(self.hot_rows, nn.Parameter):
-                uniform_init(self._table, self.hot_rows)
+                init_like(self._table, self.hot_rows)
 
     def forward(
         self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Tensor]

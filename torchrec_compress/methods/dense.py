@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
@@ -23,6 +23,7 @@ class DenseConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "dense"
+    needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "nothing"
     new_ids: ClassVar[str] = "its untrained row"
 
     def check(self, table: BaseEmbeddingConfig) -> None:

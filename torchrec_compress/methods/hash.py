@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
@@ -37,6 +37,7 @@ class HashConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "hash"
+    needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "nothing"
     new_ids: ClassVar[str] = "the row of its bucket"
     num_buckets: int
 

@@ -51,6 +51,7 @@ class MEmComConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "memcom"
+    needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "nothing"
     new_ids: ClassVar[str] = "the row of its bucket (scalar 1, bias 0)"
     num_buckets: int
     scalars: Literal["packed", "grouped"] = "packed"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.fit.codes import FittedCodes, refit_codebooks
 from torchrec_compress.fit.quantile import quantile_codes
-from torchrec_compress.methods.base import TableData, register
+from torchrec_compress.methods.base import TableData, init_like, register
 from torchrec_compress.methods.codebook import CodebookConfig, tail_weights
 
 
@@ -29,6 +29,7 @@ class QuantileCodesConfig(CodebookConfig):
     """
 
     method: ClassVar[str] = "quantile"
+    needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "contexts"
 
     def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:
         """Bin the leading singular vectors of the id by context matrix."""
@@ -48,8 +49,7 @@ class QuantileCodesConfig(CodebookConfig):
         if data.rows is None:
             width = table.embedding_dim // (self.num_codes if self.structure == "product" else 1)
             words = torch.empty(self.num_codes * self.codebook_size, width)
-            generator = torch.Generator().manual_seed(data.seed)
-            words.uniform_(table.get_weight_init_min(), table.get_weight_init_max(), generator=generator)
+            init_like(table, words)
             return FittedCodes(codes=codes, codebooks=words, kind=self.structure)
         weights = tail_weights(table, data, hot, "none" if data.counts is None else "count")
         codebooks = refit_codebooks(

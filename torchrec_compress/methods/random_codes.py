@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class RandomCodesConfig(CodebookConfig):
     """
 
     method: ClassVar[str] = "random"
+    needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "nothing"
     new_ids: ClassVar[str] = "its hashed codes, as every other id"
 
     def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:

@@ -13,7 +13,7 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
 from torchrec_compress.compression import Compression, resolve
 from torchrec_compress.methods import MethodConfig, NativePart, Parts
-from torchrec_compress.methods.base import uniform_init
+from torchrec_compress.methods.base import init_like
 from torchrec_compress.modules.tables import CodeTableConfig, RemappedFeature
 
 TableConfig = TypeVar("TableConfig", EmbeddingBagConfig, EmbeddingConfig)
@@ -159,7 +159,7 @@ def _physical(table: BaseEmbeddingConfig, part: NativePart, keys: list[str]) -> 
         "num_embeddings": part.num_embeddings,
         "embedding_dim": part.embedding_dim,
         "feature_names": keys,
-        "init_fn": part.init_fn or partial(uniform_init, table),
+        "init_fn": part.init_fn or partial(init_like, table),
     }
 
 
