@@ -13,6 +13,8 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.methods import METHODS, DenseConfig, MethodConfig, dense_bytes
 
+__all__ = ["Compression", "parse", "resolve"]
+
 logger = logging.getLogger(__name__)
 
 Compression: TypeAlias = MethodConfig | Mapping[str, MethodConfig]
@@ -96,7 +98,9 @@ def parse(text: Mapping[str, Any]) -> Compression:
     if "method" in text:
         return _parse_method(text, "compression")
     if not text:
-        raise ValueError("compression: must name a method or tables, got nothing; {'*': {'method': 'dense'}} is no compression")
+        raise ValueError(
+            "compression: must name a method or tables, got nothing; {'*': {'method': 'dense'}} is no compression"
+        )
     wrong = [key for key, value in text.items() if not isinstance(value, Mapping) or "method" not in value]
     if wrong:
         raise ValueError(f"compression.{wrong[0]}: must be a mapping with the key 'method', got {text[wrong[0]]!r}")
@@ -106,7 +110,9 @@ def parse(text: Mapping[str, Any]) -> Compression:
 def _parse_method(text: Mapping[str, Any], where: str) -> MethodConfig:
     name = text["method"]
     if name not in METHODS:
-        raise ValueError(f"{where}.method: must be one of {sorted(METHODS)}, got {name!r}{_nearest(str(name), METHODS)}")
+        raise ValueError(
+            f"{where}.method: must be one of {sorted(METHODS)}, got {name!r}{_nearest(str(name), METHODS)}"
+        )
     options = {key: value for key, value in text.items() if key != "method"}
     return _build(METHODS[name], options, where)
 
@@ -118,9 +124,13 @@ def _build(kind: type, options: Mapping[str, Any], where: str) -> Any:
     values = {}
     for key, value in options.items():
         if key not in fields:
-            raise ValueError(f"{where}: unknown option {key!r}; the options are {sorted(fields)}{_nearest(key, fields)}")
+            raise ValueError(
+                f"{where}: unknown option {key!r}; the options are {sorted(fields)}{_nearest(key, fields)}"
+            )
         nested = dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping)
-        values[key] = _build(hints[key], value, f"{where}.{key}") if nested else _typed(value, hints[key], f"{where}.{key}")
+        values[key] = (
+            _build(hints[key], value, f"{where}.{key}") if nested else _typed(value, hints[key], f"{where}.{key}")
+        )
     required = [
         name
         for name, field in fields.items()

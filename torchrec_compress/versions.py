@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-# fbgemm 1.X is built against torch 2.(X + 5) and its C++ interface loads with no other; torchrec 1.X is released with it.
+# fbgemm 1.X is built against torch 2.(X + 5) and loads with no other; torchrec 1.X is released with it.
 _TORCH_MINOR_AHEAD = 5
 _OLDEST_MINOR = 6
 

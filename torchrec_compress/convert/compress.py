@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ def compress(
     collection = CompressedEmbeddingBagCollection(
         dense.embedding_bag_configs(), dense.device, dense.is_weighted(), compression, seed
     )
-    rows = {name: bag.weight.detach().float().cpu() for name, bag in dense.embedding_bags.items()}
+    bags: Any = dense.embedding_bags
+    rows = {name: bag.weight.detach().float().cpu() for name, bag in bags.items()}
     compress_into(collection, rows, counts=counts, contexts=contexts, seed=seed, progress=progress)
     return collection
 
@@ -113,7 +115,7 @@ def decompress(collection: CompressedEmbeddingBagCollection) -> EmbeddingBagColl
     tables = copy.deepcopy(collection.embedding_bag_configs())
     dense = EmbeddingBagCollection(tables, is_weighted=collection.is_weighted(), device=collection.device)
     for table in tables:
-        weight = dense.embedding_bags[table.name].weight
+        weight: Any = dense.embedding_bags[table.name].weight
         for first in range(0, table.num_embeddings, _ROWS_AT_ONCE):
             ids = torch.arange(first, min(first + _ROWS_AT_ONCE, table.num_embeddings), device=collection.device)
             weight[first : first + len(ids)] = collection.table_rows(table.name, ids)

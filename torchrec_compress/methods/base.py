@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.ops import hash_ids
 
+Config = TypeVar("Config", bound="MethodConfig")
+
 METHODS: dict[str, type[MethodConfig]] = {}
 
 
-def register(config: type[MethodConfig]) -> type[MethodConfig]:
+def register(config: type[Config]) -> type[Config]:
     """Make a method known by its name to configs, checkpoints and tests (a class decorator)."""
     if config.method in METHODS:
         raise ValueError(f"method {config.method!r} must be registered once, got {config.__qualname__} as well")
@@ -192,8 +194,8 @@ class MethodConfig(ABC):
         """Raise ValueError when the table cannot be stored this way."""
         if table.data_type != DataType.FP32:
             raise ValueError(
-                f"table {table.name!r}: data_type must be FP32 with method {self.method!r}, got {table.data_type.value}; "
-                "compressed tables are trained in float32"
+                f"table {table.name!r}: data_type must be FP32 with method {self.method!r}, got "
+                f"{table.data_type.value}; compressed tables are trained in float32"
             )
 
     @abstractmethod

@@ -75,8 +75,8 @@ class CodebookConfig(MethodConfig):
             raise ValueError(f"{where}: num_codes must be at least 1, got {self.num_codes}")
         if self.structure == "product" and table.embedding_dim % self.num_codes:
             raise ValueError(
-                f"{where}: embedding_dim must be a multiple of num_codes = {self.num_codes}, got {table.embedding_dim}; "
-                "choose a divisor, or structure='residual'"
+                f"{where}: embedding_dim must be a multiple of num_codes = {self.num_codes}, "
+                f"got {table.embedding_dim}; choose a divisor, or structure='residual'"
             )
         if not 2 <= self.codebook_size <= table.num_embeddings:
             raise ValueError(
@@ -84,9 +84,7 @@ class CodebookConfig(MethodConfig):
                 "choose fewer codewords, or leave the table dense"
             )
         if not 0 <= self.num_hot_rows < table.num_embeddings:
-            raise ValueError(
-                f"{where}: num_hot_rows must be in [0, {table.num_embeddings}), got {self.num_hot_rows}"
-            )
+            raise ValueError(f"{where}: num_hot_rows must be in [0, {table.num_embeddings}), got {self.num_hot_rows}")
         if self.hot_dtype not in ("fp32", "int8", "int4"):
             raise ValueError(f"{where}: hot_dtype must be 'fp32', 'int8' or 'int4', got {self.hot_dtype!r}")
         if self.first_size < 1:

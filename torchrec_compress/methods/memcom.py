@@ -40,9 +40,9 @@ class MEmComConfig(MethodConfig):
 
     Args:
         num_buckets: shared rows, m.
-        scalars: "packed" is the paper's one scalar per id, four ids to a native row of width 4 (a row-wise optimizer then
-            shares its state among the four; an element-wise one is exact). "grouped" is one scalar per quarter of the
-            row: four times the bytes, strictly more expressive.
+        scalars: "packed" is the paper's one scalar per id, four ids to a native row of width 4 (a row-wise optimizer
+            then shares its state among the four; an element-wise one is exact). "grouped" is one scalar per quarter of
+            the row: four times the bytes, strictly more expressive.
         bias: whether every id also has a trainable constant that is added to its whole row.
 
     Example:

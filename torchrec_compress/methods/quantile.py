@@ -20,8 +20,8 @@ from torchrec_compress.methods.codebook import CodebookConfig, tail_weights
 class QuantileCodesConfig(CodebookConfig):
     """Codes are quantile bins of the ids' co-occurrence factors, so every codeword serves equally many ids.
 
-    For tables too large to pre-train: codes need only pairs (id, context id), codebooks are then trained with the model.
-    Where a pre-trained table is at hand as well, it starts the codebooks. Bytes: see `CodebookConfig`.
+    For tables too large to pre-train: codes need only pairs (id, context id), codebooks are then trained with the
+    model. Where a pre-trained table is at hand as well, it starts the codebooks. Bytes: see `CodebookConfig`.
 
     Example:
         >>> QuantileCodesConfig(num_codes=4).method

@@ -18,7 +18,9 @@ from torchrec_compress.ops import hash_codes, stable_salt
 @register
 @dataclass(frozen=True, kw_only=True)
 class RandomCodesConfig(CodebookConfig):
-    """Codes are hashes of the id (compositional embeddings); only the codebooks know the table. Bytes: `CodebookConfig`.
+    """Codes are hashes of the id (compositional embeddings); only the codebooks know the table.
+
+    Bytes: see `CodebookConfig`.
 
     Example:
         >>> RandomCodesConfig(num_codes=4).method

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
@@ -42,7 +44,7 @@ class Decoder(nn.Module):
     def __init__(self, plan: CollectionPlan, is_weighted: bool, device: torch.device | None) -> None:
         super().__init__()
         self._plan, self._is_weighted = plan, is_weighted
-        self.banks = nn.ModuleDict()
+        self.banks: Any = nn.ModuleDict()  # Any: a ModuleDict forgets the type of its values
         for table in plan.tables:
             bank = plan.methods[table.name].decoder(table, device)
             if bank is not None:

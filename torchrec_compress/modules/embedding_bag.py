@@ -63,7 +63,9 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
                 f"with a default: {sorted(variant.__name__ for variant in type(self).__subclasses__())}"
             )
         if isinstance(device, bool):
-            raise ValueError(f"{type(self).__name__}: device must be a torch.device, got {device}; pass is_weighted by name")
+            raise ValueError(
+                f"{type(self).__name__}: device must be a torch.device, got {device}; pass is_weighted by name"
+            )
         plan = CollectionPlan.of(tables, compression, seed)
         for table in plan.tables:
             if is_weighted and table.pooling == PoolingType.MEAN:

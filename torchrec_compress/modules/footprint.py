@@ -91,7 +91,10 @@ class Footprint:
         lines = [f"{'table':<24}{'method':<10}{'dense bytes':>16}{'stored bytes':>16}{'ratio':>9}"]
         rows = [(name, t.method, t.dense_bytes, t.total_bytes, t.ratio) for name, t in self.tables.items()]
         rows.append(("all tables", "", self.dense_bytes, self.total_bytes, self.ratio))
-        lines += [f"{name:<24}{method:<10}{dense:>16,}{stored:>16,}{ratio:>8.1f}x" for name, method, dense, stored, ratio in rows]
+        lines += [
+            f"{name:<24}{method:<10}{dense:>16,}{stored:>16,}{ratio:>8.1f}x"
+            for name, method, dense, stored, ratio in rows
+        ]
         return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,9 @@ class CompressedParts(nn.Module):
         for key, value in {**state.decoder, **state.native}.items():
             if key not in targets or targets[key].shape != value.shape:
                 have = {part: tuple(tensor.shape) for part, tensor in targets.items()}
-                raise ValueError(f"table {name!r}: stored tensors are {have}, got {key!r} of shape {tuple(value.shape)}")
+                raise ValueError(
+                    f"table {name!r}: stored tensors are {have}, got {key!r} of shape {tuple(value.shape)}"
+                )
             targets[key].copy_(value)
 
     def table_rows(self, name: str, ids: Tensor) -> Tensor:
@@ -155,7 +158,7 @@ class CompressedParts(nn.Module):
                     yield part, module.embeddings[table].weight  # type: ignore[misc]
 
 
-def _reset(weight: Tensor, config: BaseEmbeddingConfig) -> None:
+def _reset(weight: Any, config: BaseEmbeddingConfig) -> None:
     if weight.device.type != "meta":
         assert config.init_fn is not None  # set by TorchRec's own config where the user gave none
         config.init_fn(weight)

@@ -1,4 +1,4 @@
-"""From the user's tables and their methods to the parts that store them: which look-up happens where, under which name."""
+"""From the user's tables and their methods to the parts that store them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
@@ -76,7 +76,7 @@ class CollectionPlan(Generic[TableConfig]):
         parts = {table.name: methods[table.name].parts(table, seed) for table in copies}
         lookups = [
             Lookup(table, feature, output, f"{table.name}:{feature}")
-            for table, outputs in zip(copies, get_embedding_names_by_table(copies), strict=True)
+            for table, outputs in zip(copies, _output_names(copies), strict=True)
             for feature, output in zip(table.feature_names, outputs, strict=True)
         ]
         return cls(copies, methods, parts, lookups, seed)
@@ -153,7 +153,7 @@ def row_group(part: NativePart) -> str:
     return f"{part.name}_{part.embedding_dim}"
 
 
-def _physical(table: BaseEmbeddingConfig, part: NativePart, keys: list[str]) -> dict[str, object]:
+def _physical(table: BaseEmbeddingConfig, part: NativePart, keys: list[str]) -> dict[str, Any]:
     return {
         "name": physical_name(table.name, part),
         "num_embeddings": part.num_embeddings,
@@ -163,13 +163,19 @@ def _physical(table: BaseEmbeddingConfig, part: NativePart, keys: list[str]) -> 
     }
 
 
+def _output_names(tables: Any) -> list[list[str]]:
+    return get_embedding_names_by_table(tables)
+
+
 def _check_names(tables: Sequence[BaseEmbeddingConfig]) -> None:
     if not tables:
         raise ValueError("compressed collection: tables must not be empty, got none")
     seen = set()
     for table in tables:
         if not table.name or "." in table.name:
-            raise ValueError(f"compressed collection: a table name must be non-empty and without '.', got {table.name!r}")
+            raise ValueError(
+                f"compressed collection: a table name must be non-empty and without '.', got {table.name!r}"
+            )
         if table.name in seen:
             raise ValueError(f"compressed collection: table names must differ, got {table.name!r} twice")
         seen.add(table.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,8 @@ class CodeTableCollection(nn.Module):
         super().__init__()
         self._configs = tuple(tables)
         # not "tables": TorchRec 1.9's planner calls an attribute of that name
-        self.banks = nn.ModuleDict({table.name: CodeBank(table, device) for table in tables})
+        # Any: a ModuleDict forgets the type of its values
+        self.banks: Any = nn.ModuleDict({table.name: CodeBank(table, device) for table in tables})
 
     def configs(self) -> tuple[CodeTableConfig, ...]:
         """Return the configs of the code tables."""

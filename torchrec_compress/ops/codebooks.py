@@ -151,6 +151,4 @@ def _add_hot_rows(
 
 
 def _bag_sum(indices: Tensor, table: Tensor, offsets: Tensor, factors: Tensor | None) -> Tensor:
-    return F.embedding_bag(
-        indices, table, offsets, mode="sum", per_sample_weights=factors, include_last_offset=True
-    )
+    return F.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=factors, include_last_offset=True)
