@@ -19,7 +19,8 @@ def check_rows(where: str, rows: Tensor) -> None:
     """
     if rows.dim() != 2 or rows.dtype != torch.float32 or rows.numel() == 0:
         raise ValueError(
-            f"{where}: rows must be a non-empty float32 tensor [N, D], got {rows.dtype} {list(rows.shape)}; convert with .float()"
+            f"{where}: rows must be a non-empty float32 tensor [N, D], got {rows.dtype} {list(rows.shape)}; "
+            "convert with .float()"
         )
     # A sum is finite iff every term is, up to overflow; the exact test runs only where the cheap one fails.
     if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():

@@ -130,8 +130,8 @@ def weighted_means(index: Tensor, values: Tensor, weights: Tensor, start: Tensor
         [K, width] float32, a new tensor.
 
     Example:
-        >>> means = weighted_means(torch.tensor([0, 0]), torch.tensor([[0.0], [4.0]]), torch.tensor([1.0, 3.0]), torch.ones(2, 1))
-        >>> means.tolist()
+        >>> values, weights = torch.tensor([[0.0], [4.0]]), torch.tensor([1.0, 3.0])
+        >>> weighted_means(torch.tensor([0, 0]), values, weights, torch.ones(2, 1)).tolist()
         [[3.0], [1.0]]
     """
     mass = torch.bincount(index, weights.to(torch.float64), minlength=len(start))

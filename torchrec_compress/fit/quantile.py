@@ -1,0 +1,122 @@
+"""Quantile codes: codes without a trained table, balanced by construction (RecJPQ; Petrov & Macdonald, WSDM 2024)."""
+
+import numpy as np
+import scipy.sparse as sparse
+import torch
+from scipy.sparse.linalg import svds
+from torch import Tensor
+
+# Below this many rows or columns LAPACK's full SVD is quick, and exact where ARPACK's iterations are not.
+SMALL_SIDE = 512
+
+
+def quantile_codes(
+    row_ids: Tensor, context_ids: Tensor, num_rows: int, num_codes: int, codebook_size: int, seed: int
+) -> Tensor:
+    """Code ids by quantiles of their co-occurrence with contexts.
+
+    The id x context matrix (1 where the pair occurs, however often) is factored by a truncated SVD; code m is the
+    quantile bin, one of K, of component m. So ids that share contexts share codes, and each code serves equally many
+    ids (sizes differ by at most one). Ids with equal values are ordered by a hash of (seed, id). Ids that never occur
+    get hashed codes, uniform and a pure function of (seed, id).
+
+    Args:
+        row_ids: [P] integer ids in [0, num_rows).
+        context_ids: [P] integer ids >= 0: of the user, the session, the sample ...
+        num_rows: N.
+        num_codes: M, at most the number of distinct ids and of distinct contexts.
+        codebook_size: K, at most N. Where fewer than K ids occur, each of them has a bin of its own.
+        seed: of the hashes and of the SVD's start vector.
+
+    Returns:
+        [N, M] int64, each in [0, K).
+
+    Raises:
+        ValueError: pairs of unequal length, none, ids out of range, or M or K too large for the pairs.
+
+    Example:
+        >>> rows, contexts = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 0, 1, 1])
+        >>> codes = quantile_codes(rows, contexts, num_rows=4, num_codes=1, codebook_size=2, seed=0)
+        >>> bool(codes[0] == codes[1]), bool(codes[2] == codes[3]), bool(codes[0] == codes[2])
+        (True, True, False)
+    """
+    _check(row_ids, context_ids, num_rows, num_codes, codebook_size)
+    seen, row = np.unique(row_ids.cpu().numpy(), return_inverse=True)
+    contexts, column = np.unique(context_ids.cpu().numpy(), return_inverse=True)
+    if num_codes > min(len(seen), len(contexts)):
+        raise ValueError(
+            f"quantile_codes: num_codes must be at most the distinct ids ({len(seen)}) and contexts ({len(contexts)}), "
+            f"got {num_codes}; lower num_codes or choose finer contexts"
+        )
+    matrix = sparse.csr_matrix((np.ones(len(row), np.float64), (row, column)), shape=(len(seen), len(contexts)))
+    matrix.data[:] = 1.0  # csr_matrix has summed repeated pairs
+    factors = _left_factors(matrix, num_codes, seed)
+    tie = _hash(seen.astype(np.uint64), seed, 0)
+    codes = _hashed_codes(num_rows, num_codes, codebook_size, seed)
+    for m in range(num_codes):
+        order = np.lexsort((tie, _rounded(factors[:, m])))
+        codes[seen[order], m] = np.arange(len(seen)) * codebook_size // len(seen)
+    return torch.from_numpy(codes)
+
+
+def _check(row_ids: Tensor, context_ids: Tensor, num_rows: int, num_codes: int, codebook_size: int) -> None:
+    if row_ids.dim() != 1 or row_ids.shape != context_ids.shape or len(row_ids) == 0:
+        raise ValueError(
+            "quantile_codes: row_ids and context_ids must be vectors of one length above 0, "
+            f"got {list(row_ids.shape)} and {list(context_ids.shape)}"
+        )
+    if num_codes < 1 or not 1 <= codebook_size <= 65536:
+        raise ValueError(
+            "quantile_codes: num_codes must be at least 1 and codebook_size in [1, 65536], "
+            f"got {num_codes} and {codebook_size}"
+        )
+    if codebook_size > num_rows:
+        raise ValueError(
+            "quantile_codes: codebook_size must be at most the number of rows, got "
+            f"K = {codebook_size} larger than the rows ({num_rows}); lower codebook_size"
+        )
+    low, high = int(row_ids.min()), int(row_ids.max())
+    if low < 0 or high >= num_rows:
+        raise ValueError(f"quantile_codes: row_ids must be in [0, {num_rows}), got {low if low < 0 else high}")
+    if int(context_ids.min()) < 0:
+        raise ValueError(f"quantile_codes: context_ids must be >= 0, got {int(context_ids.min())}")
+
+
+def _left_factors(matrix: sparse.csr_matrix, num_components: int, seed: int) -> np.ndarray:
+    """Return U * S of the truncated SVD, [rows, components] float64, largest first, the largest entry positive."""
+    rows, columns = len(matrix.indptr) - 1, int(matrix.indices.max()) + 1
+    side = min(rows, columns)
+    if side <= max(SMALL_SIDE, num_components) and rows * columns <= 2**26:
+        left, values, _ = np.linalg.svd(matrix.toarray(), full_matrices=False)
+    elif num_components < side:
+        start = np.random.default_rng(seed).uniform(-1, 1, side)
+        left, values, _ = svds(matrix, k=num_components, v0=start)
+    else:
+        raise ValueError(f"quantile_codes: num_codes must be below {side}, got {num_components}")
+    order = np.argsort(-values, kind="stable")[:num_components]
+    factors = left[:, order] * values[order]
+    # A singular vector is known up to its sign: fix it, or the codes would depend on the solver's mood.
+    top = np.abs(factors).argmax(axis=0)
+    return factors * np.where(factors[top, np.arange(num_components)] < 0, -1.0, 1.0)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Round to 1e-9 of the largest, so that ids with the same contexts tie in spite of rounding errors."""
+    largest = np.abs(values).max()
+    return np.round(values / largest, 9) if largest > 0 else values
+
+
+def _hash(ids: np.ndarray, seed: int, stream: int) -> np.ndarray:
+    """Hash uint64 ids with splitmix64's finaliser (Steele, Lea, Flood, OOPSLA 2014), [n] uint64."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + (stream + 1) * 0xD1B54A32D192ED03) & (2**64 - 1)
+    value = (ids + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(mixed)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def _hashed_codes(num_rows: int, num_codes: int, codebook_size: int, seed: int) -> np.ndarray:
+    """Return uniform codes [N, M] int64, a pure function of (seed, id, m)."""
+    ids = np.arange(num_rows, dtype=np.uint64)
+    columns = [_hash(ids, seed, m + 1) % np.uint64(codebook_size) for m in range(num_codes)]
+    return np.stack(columns, axis=1).astype(np.int64)
