@@ -11,9 +11,10 @@ from typing import Any, TypeAlias, get_type_hints
 
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
+from torchrec_compress.budget import for_budget
 from torchrec_compress.methods import METHODS, DenseConfig, MethodConfig, dense_bytes
 
-__all__ = ["Compression", "parse", "resolve"]
+__all__ = ["Compression", "for_budget", "parse", "resolve"]
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,127 @@
+"""Share a byte budget out over tables, so that bytes follow look-ups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from tqdm import tqdm
+
+from torchrec_compress.fit.allocate import Candidate, allocate
+from torchrec_compress.fit.popularity import popularity_weights
+from torchrec_compress.methods import (
+    CodebookConfig,
+    DenseConfig,
+    Int4Config,
+    Int8Config,
+    MethodConfig,
+    PQConfig,
+    TableData,
+)
+
+_HOT_SHARES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
+
+
+def for_budget(
+    tables: Mapping[str, Tensor],
+    counts: Mapping[str, Tensor],
+    budget_bytes: int,
+    *,
+    num_codes: Sequence[int] = (1, 2, 4, 8),
+    codes: CodebookConfig | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, MethodConfig]:
+    """Choose a method for every table so that all of them together fit a budget with the least error.
+
+    The error of a choice is what look-ups meet: the squared error of every row times its count in training, summed over
+    all tables. Each table is tried dense, int8, int4, and as product and residual codes of several lengths with hot
+    heads of several sizes; every candidate is fitted and measured, so this takes about as long as fitting a few dozen
+    tables.
+
+    Args:
+        tables: trained rows, (N, D) float32 by table name.
+        counts: look-ups per id in training, (N,) by table name, for every table.
+        budget_bytes: for all tables, everything counted (codes, codebooks, hot rows, dense tables).
+        num_codes: code lengths to try.
+        codes: the product-code method that candidates are made of, default `PQConfig(popularity="count")`; its
+            num_codes and tiers are replaced.
+        seed: of the fits.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The method by table name, to be passed to `compress`.
+
+    Raises:
+        ValueError: counts lack a table, or the budget is below the smallest choice (which is named).
+
+    Example:
+        >>> rows = {"user": torch.randn(2000, 16), "day": torch.randn(7, 16)}
+        >>> counts = {"user": torch.arange(2000), "day": torch.full((7,), 9)}
+        >>> {name: method.method for name, method in for_budget(rows, counts, 40_000, num_codes=(2,)).items()}
+        {'user': 'pq', 'day': 'dense'}
+    """
+    missing = sorted(set(tables) ^ set(counts))
+    if missing:
+        raise ValueError(
+            f"for_budget: tables and counts must name the same tables, got only one of the two for {missing}"
+        )
+    base = codes or PQConfig(num_codes=1, popularity="count")
+    candidates: dict[str, list[Candidate[MethodConfig]]] = {}
+    with tqdm(tables.items(), desc="measuring candidates", unit="table", disable=not progress, leave=False) as bar:
+        for name, rows in bar:
+            bar.set_postfix_str(name)
+            candidates[name] = measure_candidates(name, rows, counts[name], base, num_codes, seed)
+    return {name: choice.option for name, choice in allocate(candidates, budget_bytes).choices.items()}
+
+
+def measure_candidates(
+    name: str, rows: Tensor, counts: Tensor, base: CodebookConfig, num_codes: Sequence[int], seed: int
+) -> list[Candidate[MethodConfig]]:
+    """Return bytes and error of every way to store one table; arguments as for `for_budget`.
+
+    Returns:
+        Candidates; their error is sum over rows of count times squared distance.
+    """
+    table = EmbeddingBagConfig(
+        name=name, num_embeddings=rows.shape[0], embedding_dim=rows.shape[1], feature_names=[name]
+    )
+    weights = popularity_weights(counts, "count", rows.shape[0]).double()
+    data = TableData(rows=rows, counts=counts, seed=seed)
+    dense = DenseConfig()
+    found = [Candidate(dense.stored_bytes(table), 0.0, dense)]
+    for config in _configs(table, base, num_codes):
+        try:
+            config.check(table)
+        except ValueError:
+            continue  # this table cannot be stored this way
+        if config.stored_bytes(table) < found[0].num_bytes:
+            error = float(((rows - _served(config, table, data)).square().sum(1).double() * weights).sum())
+            found.append(Candidate(config.stored_bytes(table), error, config))
+    return found
+
+
+def _configs(table: EmbeddingBagConfig, base: CodebookConfig, num_codes: Sequence[int]) -> Iterator[MethodConfig]:
+    """Yield everything that may be tried for a table."""
+    yield Int8Config()
+    yield Int4Config()
+    hot = sorted({0, *(round(table.num_embeddings * share) for share in _HOT_SHARES)})
+    residual = PQConfig(num_codes=1, codebook_size=base.codebook_size, structure="residual", popularity="count")
+    for length in num_codes:
+        for num_hot in hot:
+            yield replace(base, num_codes=length, num_hot_rows=num_hot, hot_dtype="int8")
+            if length > 1:
+                yield replace(residual, num_codes=length, num_hot_rows=num_hot, hot_dtype="int8")
+
+
+@torch.no_grad()
+def _served(config: MethodConfig, table: EmbeddingBagConfig, data: TableData) -> Tensor:
+    """Return the rows that a fitted table serves: (N, D) float32."""
+    state = config.fit(table, data)
+    decoder = config.decoder(table, None)
+    assert decoder is not None and state.codes is not None
+    decoder.load_state_dict(state.decoder)
+    return decoder(torch.arange(table.num_embeddings), None, None, state.codes, [])
