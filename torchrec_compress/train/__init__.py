@@ -1,1 +1,1 @@
-"""Training: data, models, the loop, checkpoints, comparisons."""
+"""Training: data, models, the loop, checkpoints, stages, comparison and report."""

@@ -1,177 +1,283 @@
-"""The schema of a run: what YAML files and the command line may set. Every value has one place."""
+"""The single schema of a run: frozen dataclasses, read from YAML and the command line by `cli`.
+
+This file imports nothing heavy, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """The embedded click generator.
+
+    Args:
+        num_rows: clicks over all splits.
+        num_users: rows of the user table.
+        num_items: rows of the item table.
+        num_clusters: latent clusters of users and of items.
+        zipf: exponent of the popularity of users and items; bigger is steeper.
+        seed: of the whole data set, apart from the seed of the training.
+    """
+
+    num_rows: int = 1_000_000
+    num_users: int = 150_000
+    num_items: int = 30_000
+    num_clusters: int = 24
+    zipf: float = 1.05
+    seed: int = 7
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """Where examples come from.
+    """Where the rows come from and which columns count.
 
     Args:
-        source: "synthetic" (the embedded generator), "parquet" or "criteo" (TorchRec's NumPy files).
-        path: Parquet file, or folder of Criteo day files; unused for synthetic data.
-        features: id columns in order; empty means every integer column that has no other role (Parquet).
-        label: label column (Parquet).
-        split: split column with 0 train, 1 valid, 2 test (Parquet); empty splits at random 8:1:1 by `seed`.
-        kind: column that tells kinds of negatives apart, reported apart; 0 is the positive. Empty: none.
-        drop: {column: value}: rows with that value are left out (Parquet).
-        exclude: columns that are not features (Parquet).
-        fraction: share of the training rows that is used, a fixed sample by `seed`; validation and test stay whole.
-        num_examples: examples of the generator.
-        seed: of the generator, the random split and the sample.
+        kind: the embedded generator, a Parquet file of int columns, or Criteo's files.
+        path: a Parquet file, or the folder (or TSV file) of Criteo; unused by the generator.
+        label: the label column.
+        positive_from: smallest value of the label column that counts as a click; null where the column is already 0 or 1.
+        features: the id columns; empty means all that the schema metadata `vocab` names, less `drop`.
+        drop: columns to leave out of `features`.
+        row_filter: keeps rows, such as "rating != 3"; one comparison of a column with an int.
+        split: a column with 0 train, 1 valid, 2 test; null draws the split by `fractions` and `split_seed`.
+        fractions: share of train and valid where there is no split column; the rest is test.
+        split_seed: of the drawn split and of the subsample.
+        subsample: share of the rows to keep, drawn by `split_seed`; 1 keeps all.
+        subsample_by: column whose ids are kept or left out whole by `subsample`; null draws rows.
+        kind_column: kind of negative, for an AUC per kind (0 is the positive); null for none.
+        tail_tables: tables whose rare ids make up the tail; empty means all tables over 1,000 rows.
+        tail_count: an id seen fewer times than this in train is rare.
+        vocab: rows per table where neither the metadata nor max + 1 is wanted.
+        hash_size: Criteo only: ids are taken modulo this, as TorchRec's `hashes`; null for files of contiguous ids.
+        generator: settings of the embedded generator.
     """
 
-    source: Literal["synthetic", "parquet", "criteo"] = "synthetic"
-    path: str = ""
-    features: list[str] = field(default_factory=list)
+    kind: Literal["generator", "parquet", "criteo"] = "generator"
+    path: str | None = None
     label: str = "label"
-    split: str = "split"
-    kind: str = ""
-    drop: dict[str, int] = field(default_factory=dict)
-    exclude: list[str] = field(default_factory=list)
-    fraction: float = 1.0
-    num_examples: int = 1_000_000
-    seed: int = 0
+    positive_from: int | None = None
+    features: list[str] = field(default_factory=list)
+    drop: list[str] = field(default_factory=list)
+    row_filter: str | None = None
+    split: str | None = "split"
+    fractions: list[float] = field(default_factory=lambda: [0.8, 0.1])
+    split_seed: int = 0
+    subsample: float = 1.0
+    subsample_by: str | None = None
+    kind_column: str | None = None
+    tail_tables: list[str] = field(default_factory=list)
+    tail_count: int = 10
+    vocab: dict[str, int] = field(default_factory=dict)
+    hash_size: int | None = None
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ModelConfig:
-    """The recommender.
+    """The recommender over the embeddings.
 
     Args:
-        name: "deepfm", "dcnv2" or "dlrm".
-        embedding_dim: width of every table.
-        hidden: layer widths of the (over) MLP; its output layer comes on top.
-        dense_hidden: layer widths of DLRM's MLP over dense features, before the one of embedding_dim.
-        dropout: share of the MLP's activations that is dropped in training.
-        embedding_dropout: the same for the embeddings.
-        batch_norm: whether the MLP normalises its layers.
-        cross_layers: DCN-V2's cross layers.
-        cross_rank: rank of a cross layer's weight; 0 is full rank.
-        init_std: spread of the tables' start values; 0 keeps TorchRec's uniform start.
+        name: which model; its parts are TorchRec's own modules where those allow it.
+        embedding_dim: width of every table; FBGEMM wants a multiple of 4.
+        widths: width by table name where it differs; only DCN-V2 allows that.
+        init_scale: tables start uniform in +- this; null is TorchRec's own +- 1 / sqrt(N).
+        hidden: widths of the deep net's hidden layers.
+        dropout: of the hidden layers.
+        embedding_dropout: of the embeddings.
+        batch_norm: whether hidden layers are batch normalised.
+        num_cross_layers: DCN-V2's cross layers.
+        cross_rank: DCN-V2's low rank; null is a quarter of the width, as TorchRec advises.
+        bfloat16: whether the deep net's matrix products run in bfloat16; weights and losses stay float32.
     """
 
-    name: Literal["deepfm", "dcnv2", "dlrm"] = "deepfm"
+    name: Literal["dlrm", "deepfm", "dcnv2"] = "deepfm"
     embedding_dim: int = 32
+    widths: dict[str, int] = field(default_factory=dict)
+    init_scale: float | None = 0.01
     hidden: list[int] = field(default_factory=lambda: [256, 128])
-    dense_hidden: list[int] = field(default_factory=lambda: [128])
     dropout: float = 0.0
     embedding_dropout: float = 0.0
     batch_norm: bool = False
-    cross_layers: int = 3
-    cross_rank: int = 0
-    init_std: float = 0.01
+    num_cross_layers: int = 3
+    cross_rank: int | None = None
+    bfloat16: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class OptimConfig:
-    """Optimizers and their schedule.
+    """The optimizers of one stage.
 
     Args:
-        batch_size: examples per step.
-        epochs: at most.
-        table_optimizer: "adagrad" and "rowwise_adagrad" are fused into the backward of native tables; "adam" trains
-            them densely (small tables only), and alone supports embedding_l2.
-        table_lr: rate of native tables.
-        lr: Adam's rate for everything else: MLPs and codebooks.
-        codebook_lr: Adam's rate for codebooks and hot rows; 0 means `lr`.
-        embedding_l2: weight of half the squared norm of all embedding tables in the loss.
-        patience: evaluations without a better validation logloss before training stops; 0 never stops early.
-        evals_per_epoch: validations per epoch.
-        lr_decay: factor on all rates after an evaluation without improvement; 1 keeps them.
-        final_lr: share of the rates that is left at the end of the last epoch, reached linearly; 1 keeps them.
-        monitor: what validation judges by.
+        tables: optimizer of native tables. All but "adam" run fused in the backward pass; "adam" keeps dense gradients
+            (tables are data-parallel), the only way to a true l2 over whole tables on a CPU.
+        table_lr: learning rate of native tables.
+        table_l2: l2 of whole tables, as `table_l2 / 2 * sum of squares` in the loss; with "adam" only, since FBGEMM's
+            CPU kernels ignore weight decay.
+        lookup_l2: l2 of the rows that a batch looks up, as `lookup_l2 / 2 * mean over the batch of their squares`.
+        dense_lr: Adam's learning rate of the dense net.
+        dense_l2: l2 of the dense net.
+        codebook_lr: Adam's learning rate of codebooks and other decoder parameters.
+        decay: "linear" falls to 2 % of the rates at the last step; "plateau" divides by 10 when validation stalls.
     """
 
-    batch_size: int = 8192
-    epochs: int = 2
-    table_optimizer: Literal["adagrad", "rowwise_adagrad", "adam"] = "adagrad"
+    tables: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
     table_lr: float = 0.05
-    lr: float = 0.001
-    codebook_lr: float = 0.0
-    embedding_l2: float = 0.0
-    patience: int = 2
-    evals_per_epoch: int = 1
-    lr_decay: float = 1.0
-    final_lr: float = 1.0
-    monitor: Literal["logloss", "auc"] = "logloss"
+    table_l2: float = 0.0
+    lookup_l2: float = 0.0
+    dense_lr: float = 1e-3
+    dense_l2: float = 0.0
+    codebook_lr: float = 1e-3
+    decay: Literal["none", "linear", "plateau"] = "linear"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StageConfig:
-    """How a compressed model is made.
+    """One stage of training.
 
     Args:
-        start: "pretrained": fit to a full model and start from its other weights too; "scratch": train from the start,
-            codes (where the method learns any) fitted to the full model's tables or to co-occurrence.
-        train: whether the compressed model is trained on; without, the fitted tables replace the full ones as they are.
-        optim: values of `OptimConfig` that differ in this stage, e.g. {epochs: 1, lr: 0.0001}.
-        distill: weight of the full model's predictions in the loss, in [0, 1]; the labels have the rest.
-        train_dense: whether MLPs are trained in this stage.
-        train_codebooks: whether codebooks and hot rows are.
-        context: {table: table}: whose co-occurrence quantile codes are made of.
+        epochs: at most so many passes, which may be a fraction; 0 trains nothing.
+        batch_size: rows per step.
+        evals_per_epoch: validations per epoch.
+        patience: stop after so many validations without a better one; 0 never stops early.
+        monitor: what validation compares.
+        train_dense: whether the dense net is trained.
+        train_tables: whether native tables are trained.
+        train_codebooks: whether codebooks and other decoder parameters are trained.
+        distill_weight: weight of the cross-entropy against the full model's probabilities; the label has the rest.
+        start_l2: pulls parameters (not native tables) to where the stage started, as `start_l2 / 2 * squared distance`.
+        checkpoint_every: steps between checkpoints besides those at validations; 0 for none.
+        optim: the optimizers.
     """
 
-    start: Literal["pretrained", "scratch"] = "pretrained"
-    train: bool = True
-    optim: dict[str, Any] = field(default_factory=dict)
-    distill: float = 0.0
+    epochs: float = 2.0
+    batch_size: int = 4096
+    evals_per_epoch: int = 1
+    patience: int = 2
+    monitor: Literal["logloss", "auc"] = "logloss"
     train_dense: bool = True
+    train_tables: bool = True
     train_codebooks: bool = True
-    context: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """One training run.
-
-    Args:
-        data: examples.
-        model: the recommender.
-        optim: optimizers of the full model (and, with `stage.optim` on top, of the compressed one).
-        compression: method by table name or pattern, as `torchrec_compress.compression.parse` reads it, or
-            {"budget_bytes": n} to share a budget out over tables; empty trains the full model.
-        stage: how the compressed model is made.
-        seed: of everything random but the data.
-        out: folder of the run; a run that was cut off is continued from there.
-        cache: folder of pre-trained full models, shared by runs; empty: inside `out`.
-        checkpoint_every: steps between checkpoints; 0 only at validations.
-        num_threads: of torch; 0 leaves its own choice.
-        tensorboard: whether to write TensorBoard logs.
-    """
-
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    compression: dict[str, Any] = field(default_factory=dict)
-    stage: StageConfig = field(default_factory=StageConfig)
-    seed: int = 0
-    out: str = "runs/train"
-    cache: str = ""
+    distill_weight: float = 0.0
+    start_l2: float = 0.0
     checkpoint_every: int = 0
-    num_threads: int = 0
-    tensorboard: bool = True
+    optim: OptimConfig = field(default_factory=OptimConfig)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class CompareConfig:
-    """A comparison of methods over seeds.
+    """Which variants `compare` runs.
 
     Args:
-        base: what all variants share.
-        variants: values that differ, by variant name, as nested mappings of `RunConfig`'s keys.
-        seeds: of the runs.
-        out: folder of the comparison; finished runs in it are not run again.
-        title: of the report.
-        reference: the variant that gaps are measured against.
+        variants: overrides of this config by variant name; keys may be dotted, such as "model.embedding_dim".
+        seeds: every variant runs once per seed.
+        only: names of the variants to run; empty means all.
+        num_workers: processes that run at a time.
     """
 
-    base: RunConfig = field(default_factory=RunConfig)
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
-    out: str = "runs/compare"
-    title: str = "Comparison"
-    reference: str = "full"
+    only: list[str] = field(default_factory=list)
+    num_workers: int = 2
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: pre-train full, compress, train compressed.
+
+    Args:
+        output: folder of the run.
+        seed: of initialisation, shuffling and fitting.
+        num_threads: CPU threads of a process; FBGEMM's CPU kernels are quickest with one.
+        tensorboard: whether TensorBoard logs are written.
+        start: compress a pre-trained full model, or start the compressed tables anew ("scratch").
+        compression: {"method": name, options} or such mappings by table name or pattern, see `compression.parse`; a
+            mapping with the key "budget_bytes" or "budget_ratio" shares bytes out by `compression.for_budget`; empty
+            trains the full model only.
+        context: for quantile codes, the table whose ids are another table's contexts.
+        data: the rows.
+        model: the recommender.
+        pretrain: stage 1, the full model.
+        retrain: stage 3, the compressed model; it is the only stage where `start` is "scratch".
+        compare: the variants of `compare`.
+    """
+
+    output: str = "runs/default"
+    seed: int = 0
+    num_threads: int = 1
+    tensorboard: bool = True
+    start: Literal["pretrained", "scratch"] = "pretrained"
+    compression: dict[str, Any] = field(default_factory=dict)
+    context: dict[str, str] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pretrain: StageConfig = field(default_factory=StageConfig)
+    retrain: StageConfig = field(default_factory=lambda: StageConfig(epochs=0.0))
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+
+def override(config: Any, changes: Mapping[str, Any], where: str = "") -> Any:
+    """Return a copy of a config dataclass with some keys changed.
+
+    Args:
+        config: any of the dataclasses above.
+        changes: values by key; keys may be dotted and values of nested configs may be mappings.
+        where: prefix of keys in errors.
+
+    Raises:
+        ValueError: an unknown key; the nearest valid one is named.
+
+    Example:
+        >>> override(RunConfig(), {"model.embedding_dim": 64, "retrain": {"epochs": 1.0}}).model.embedding_dim
+        64
+    """
+    names = [f.name for f in dataclasses.fields(config)]
+    for key, value in changes.items():
+        first, _, rest = key.partition(".")
+        if first not in names:
+            raise ValueError(f"{where}{key}: no such key{nearest(first, names)}; the keys are {names}")
+        old = getattr(config, first)
+        if rest:
+            if isinstance(old, dict):
+                new: Any = {**old, rest: value}
+            elif dataclasses.is_dataclass(old):
+                new = override(old, {rest: value}, f"{where}{first}.")
+            else:
+                raise ValueError(f"{where}{key}: {first!r} has no keys of its own, got {rest!r}")
+        elif dataclasses.is_dataclass(old) and isinstance(value, Mapping):
+            new = override(old, value, f"{where}{first}.")
+        else:
+            new = float(value) if isinstance(old, float) and isinstance(value, int) else value
+            if isinstance(old, bool | int | float | str | list | dict) and not isinstance(new, type(old)):
+                raise ValueError(f"{where}{key}: must be of type {type(old).__name__}, got {value!r}")
+        config = dataclasses.replace(config, **{first: new})
+    return config
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return "; did you mean 'x'?" for a misspelt name, or nothing.
+
+    Example:
+        >>> nearest("epoch", ["epochs", "batch_size"])
+        "; did you mean 'epochs'?"
+    """
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return a short hash of configs and plain values, the same on every machine.
+
+    Example:
+        >>> fingerprint(RunConfig(), 0) == fingerprint(RunConfig(), 0)
+        True
+    """
+    plain = [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]  # type: ignore[call-overload]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,71 +1,108 @@
-"""AUC and logloss, exact and over whole splits."""
+"""Exact AUC and logloss over whole splits, on the tail and by kind of negative."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+
+from torchrec_compress.train.data import ClickData, Split
 
 
-def auc(scores: Tensor, labels: Tensor) -> float:
-    """Return the area under the ROC curve: ranks with ties averaged, no binning.
+def auc(labels: NDArray, scores: NDArray) -> float:
+    """Return the exact area under the ROC curve, ties counting half; NaN where a class is missing.
 
     Args:
-        scores: (N,) any increasing function of the probability.
-        labels: (N,) in {0, 1}.
-
-    Returns:
-        AUC in [0, 1]; NaN where only one class is present.
+        labels: (N,) 0 or 1.
+        scores: (N,) any increasing function of the click probability.
 
     Example:
-        >>> auc(torch.tensor([0.1, 0.4, 0.4, 0.9]), torch.tensor([0, 0, 1, 1]))
-        0.875
+        >>> auc(np.array([0, 0, 1, 1]), np.array([0.1, 0.4, 0.35, 0.8]))
+        0.75
     """
-    positive = labels > 0.5
+    positive = np.asarray(labels) > 0.5
     num_positive = int(positive.sum())
-    num_negative = len(labels) - num_positive
+    num_negative = len(positive) - num_positive
     if not num_positive or not num_negative:
         return float("nan")
-    _, inverse, counts = torch.unique(scores.double(), return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    ranks = last - (counts.double() - 1) / 2
-    rank_sum = float(ranks[inverse][positive].sum())
-    return (rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
+    order = np.argsort(scores, kind="stable")
+    ordered = np.asarray(scores)[order]
+    first = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))  # start of every run of ties
+    last = np.append(first[1:], len(ordered))
+    ranks = np.repeat((first + last + 1) / 2.0, last - first)  # mean rank of the run, from 1
+    total = float(ranks[positive[order]].sum())
+    return (total - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
 
 
-def logloss(probabilities: Tensor, labels: Tensor) -> float:
-    """Return the mean cross entropy of probabilities, (N,) in [0, 1], and labels, (N,) in {0, 1}, in nats.
+def logloss(labels: NDArray, logits: NDArray) -> float:
+    """Return the mean binary cross-entropy in nats, exact for extreme logits too.
 
     Example:
-        >>> round(logloss(torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0])), 4)
-        0.6931
+        >>> round(logloss(np.array([1.0, 0.0]), np.array([0.0, -1000.0])), 4)
+        0.3466
     """
-    p = probabilities.double().clamp(1e-12, 1 - 1e-12)
-    y = labels.double()
-    return float(-(y * p.log() + (1 - y) * (1 - p).log()).mean())
+    values = np.asarray(logits, dtype=np.float64)
+    return float(np.mean(np.logaddexp(0.0, values) - values * np.asarray(labels, dtype=np.float64)))
 
 
-def scores(
-    probabilities: Tensor, labels: Tensor, *, tail: Tensor | None = None, kinds: Tensor | None = None
-) -> dict[str, float]:
-    """Return AUC and logloss over all examples, over the tail, and the AUC of positives against each kind of negative.
+def tail_rows(data: ClickData, split: Split, tables: list[str], below: int) -> NDArray:
+    """Return which rows of a split have an id that train saw fewer than `below` times: (N,) bool.
 
     Args:
-        probabilities: (N,) in [0, 1].
-        labels: (N,) in {0, 1}.
-        tail: (N,) bool, examples with a rare id; or None.
-        kinds: (N,) integer, 0 for positives, another number per kind of negative; or None.
+        data: where counts and table sizes come from.
+        split: rows to judge.
+        tables: tables that count; empty means all with more than 1,000 rows (the largest where none has).
+        below: an id seen fewer times than this is rare.
 
-    Example:
-        >>> sorted(scores(torch.rand(9), torch.arange(9) % 2, tail=torch.arange(9) < 5))
-        ['auc', 'logloss', 'tail_auc', 'tail_logloss', 'tail_share']
+    Raises:
+        ValueError: an unknown table.
     """
-    found = {"auc": auc(probabilities, labels), "logloss": logloss(probabilities, labels)}
-    if tail is not None and bool(tail.any()):
-        found["tail_auc"] = auc(probabilities[tail], labels[tail])
-        found["tail_logloss"] = logloss(probabilities[tail], labels[tail])
-        found["tail_share"] = float(tail.double().mean())
+    unknown = sorted(set(tables) - set(data.features))
+    if unknown:
+        raise ValueError(f"data.tail_tables: must name features of {data.features}, got {unknown}")
+    chosen = tables or [name for name, size in zip(data.features, data.vocab, strict=True) if size > 1000]
+    chosen = chosen or [data.features[int(np.argmax(data.vocab))]]
+    counts = data.counts()
+    rows = np.zeros(len(split), dtype=bool)
+    for name in chosen:
+        ids = split.ids[:, data.features.index(name)].long()
+        rows |= (counts[name][ids] < below).numpy()
+    return rows
+
+
+def evaluate(labels: NDArray, logits: NDArray, tail: NDArray | None, kinds: NDArray | None) -> dict[str, float]:
+    """Return all metrics of one split as plain numbers.
+
+    Args:
+        labels: (N,) 0 or 1.
+        logits: (N,) float.
+        tail: (N,) bool, rows of the tail, or None.
+        kinds: (N,) kind of negative, 0 the positive, or None.
+
+    Returns:
+        auc, logloss; tail_auc, tail_logloss, tail_share; kind<k>_auc of the positives against one kind of negative.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
+    if not np.isfinite(logits).all():
+        raise ValueError("evaluate: logits must be finite, got NaN or infinity; the training diverged, lower the rates")
+    result = {"auc": auc(labels, logits), "logloss": logloss(labels, logits)}
+    if tail is not None and tail.any():
+        result["tail_auc"] = auc(labels[tail], logits[tail])
+        result["tail_logloss"] = logloss(labels[tail], logits[tail])
+        result["tail_share"] = float(tail.mean())
     if kinds is not None:
-        for kind in sorted(set(kinds.unique().tolist()) - {0}):
-            chosen = (labels > 0.5) | (kinds == kind)
-            found[f"auc_kind_{kind}"] = auc(probabilities[chosen], labels[chosen])
-    return found
+        for kind in sorted(set(np.unique(kinds).tolist()) - {0}):
+            rows = (kinds == 0) | (kinds == kind)
+            result[f"kind{kind}_auc"] = auc(labels[rows], logits[rows])
+    return result
+
+
+def bayes_metrics(split: Split) -> dict[str, float]:
+    """Return the AUC and logloss of the true probabilities, where the split knows them."""
+    if split.probabilities is None:
+        return {}
+    p = split.probabilities.double().clamp(1e-12, 1 - 1e-12).numpy()
+    logits = np.log(p) - np.log1p(-p)
+    labels = split.labels.numpy()
+    return {"bayes_auc": auc(labels, logits), "bayes_logloss": logloss(labels, logits)}

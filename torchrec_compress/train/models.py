@@ -1,0 +1,203 @@
+"""DLRM, DeepFM and DCN-V2 over any embedding bag collection, from TorchRec's own modules where those allow it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchrec.models.dlrm import InteractionArch
+from torchrec.modules.crossnet import LowRankCrossNet
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
+from torchrec.modules.mlp import MLP
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_compress.train.config import ModelConfig
+from torchrec_compress.train.data import ClickData
+
+
+class Prediction(NamedTuple):
+    """What a model returns: logits (B,) float32 and the embeddings (B, sum of widths) that they came from."""
+
+    logits: Tensor
+    embeddings: Tensor
+
+
+def make_tables(config: ModelConfig, data: ClickData) -> list[EmbeddingBagConfig]:
+    """Return one table per feature.
+
+    Raises:
+        ValueError: a width that FBGEMM or the model does not allow, or a width for an unknown table.
+    """
+    unknown = sorted(set(config.widths) - set(data.features))
+    if unknown:
+        raise ValueError(f"model.widths: must name tables of {data.features}, got {unknown}")
+    widths = {name: config.widths.get(name, config.embedding_dim) for name in data.features}
+    if any(width < 4 or width % 4 for width in widths.values()):
+        raise ValueError(f"model.embedding_dim: must be a multiple of 4 (FBGEMM), got {widths}")
+    if len(set(widths.values())) > 1 and config.name != "dcnv2":
+        raise ValueError(f"model.widths: must all be equal with model.name = {config.name!r}, got {widths}; use 'dcnv2'")
+    scale = config.init_scale
+    return [
+        EmbeddingBagConfig(
+            name=name,
+            num_embeddings=size,
+            embedding_dim=widths[name],
+            feature_names=[name],
+            init_fn=None if scale is None else _Uniform(scale),
+        )
+        for name, size in zip(data.features, data.vocab, strict=True)
+    ]
+
+
+class _Uniform:
+    """Fill a table uniformly; a class, since configs are copied and pickled."""
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return nn.init.uniform_(weight, -self._scale, self._scale)
+
+
+def deep_net(width: int, config: ModelConfig, num_out: int | None = 1) -> nn.Module:
+    """Return the deep part: (B, width) -> (B, num_out), or the last hidden layer's output where num_out is None.
+
+    TorchRec's `MLP` has neither dropout nor batch normalisation, which small sets need; it serves where both are off.
+    """
+    last = [] if num_out is None else [nn.Linear(config.hidden[-1], num_out)]
+    if not config.batch_norm and not config.dropout:
+        return nn.Sequential(MLP(width, list(config.hidden)), *last)
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip([width, *config.hidden], config.hidden, strict=False):
+        layers.append(nn.Linear(inputs, outputs))
+        if config.batch_norm:
+            layers.append(nn.BatchNorm1d(outputs))
+        layers.append(nn.ReLU())
+        if config.dropout:
+            layers.append(nn.Dropout(config.dropout))
+    return nn.Sequential(*layers, *last)
+
+
+class ClickModel(nn.Module):
+    """Look embeddings up and combine them; heirs define `combine`.
+
+    Args:
+        embeddings: any collection with one feature per table.
+        num_dense: dense columns, C; 0 for none.
+        config: of the model.
+    """
+
+    def __init__(self, embeddings: EmbeddingBagCollectionInterface, num_dense: int, config: ModelConfig) -> None:
+        super().__init__()
+        if not config.hidden or min(config.hidden) < 1:
+            raise ValueError(f"model.hidden: must hold at least one positive width, got {config.hidden}")
+        tables = embeddings.embedding_bag_configs()
+        self.embeddings = embeddings
+        self._num_features = len(tables)
+        self._width = sum(table.embedding_dim for table in tables)
+        self._dim = tables[0].embedding_dim
+        self._bfloat16 = config.bfloat16
+        self._drop = nn.Dropout(config.embedding_dropout)
+        self._build(num_dense, config)
+
+    def _build(self, num_dense: int, config: ModelConfig) -> None:
+        raise NotImplementedError
+
+    def combine(self, embedded: Tensor, dense: Tensor | None) -> Tensor:
+        """Return logits (B, 1) from embeddings (B, sum of widths) and dense columns (B, C)."""
+        raise NotImplementedError
+
+    def run_deep(self, net: nn.Module, inputs: Tensor) -> Tensor:
+        """Run a part of the net, in bfloat16 where the config asks for it; the result is float32."""
+        if not self._bfloat16:
+            return net(inputs)
+        with torch.autocast(inputs.device.type, torch.bfloat16):
+            return net(inputs).float()
+
+    def forward(self, features: KeyedJaggedTensor, dense: Tensor | None = None) -> Prediction:
+        """Return the logits and embeddings of a batch."""
+        looked_up = self.embeddings(features).values()
+        return Prediction(self.combine(self._drop(looked_up), dense).squeeze(1), looked_up)
+
+
+class DeepFM(ClickModel):
+    """A factorisation machine over the fields beside a deep net (arXiv 1703.04247), without the first-order tables.
+
+    TorchRec's `FactorizationMachine` flattens its input, so it crosses single values; the paper's sum over pairs of
+    fields would need a transposed copy of all embeddings for it, which took half of a step. Dense columns are one field.
+    """
+
+    def _build(self, num_dense: int, config: ModelConfig) -> None:
+        self._fields = self._num_features + bool(num_dense)
+        self.dense_field = nn.Linear(num_dense, self._dim) if num_dense else None
+        self.deep = deep_net(self._fields * self._dim, config)
+
+    def combine(self, embedded: Tensor, dense: Tensor | None) -> Tensor:
+        """Return logits (B, 1)."""
+        if self.dense_field is not None:
+            assert dense is not None
+            embedded = torch.cat([embedded, self.dense_field(dense)], dim=1)
+        fields = embedded.view(-1, self._fields, self._dim).sum(1)
+        pairs = 0.5 * (torch.linalg.vecdot(fields, fields) - torch.linalg.vecdot(embedded, embedded))
+        return pairs.unsqueeze(1) + self.run_deep(self.deep, embedded)
+
+
+class DLRM(ClickModel):
+    """Dot products of all pairs of fields, then a deep net (arXiv 1906.00091).
+
+    Without dense columns the bottom net has nothing to read; a trained vector takes its place in the interaction.
+    """
+
+    def _build(self, num_dense: int, config: ModelConfig) -> None:
+        self.bottom = MLP(num_dense, [*config.hidden, self._dim]) if num_dense else None
+        self.constant = None if num_dense else nn.Parameter(torch.full((self._dim,), 0.01))
+        self.interaction = InteractionArch(self._num_features)
+        num_pairs = self._num_features * (self._num_features + 1) // 2
+        # the embeddings too, as BARS's DLRM has them: dot products alone are weak with few fields
+        self.deep = deep_net(self._dim + num_pairs + self._width, config)
+
+    def combine(self, embedded: Tensor, dense: Tensor | None) -> Tensor:
+        """Return logits (B, 1)."""
+        if self.bottom is not None:
+            assert dense is not None
+            bottom = self.bottom(dense)
+        else:
+            assert self.constant is not None
+            bottom = self.constant.expand(len(embedded), -1)
+        pairs = self.interaction(bottom, embedded.view(-1, self._num_features, self._dim))
+        return self.run_deep(self.deep, torch.cat([pairs, embedded], dim=1))
+
+
+class DCNV2(ClickModel):
+    """Cross layers beside a deep net (arXiv 2008.13535)."""
+
+    def _build(self, num_dense: int, config: ModelConfig) -> None:
+        width = self._width + num_dense
+        self.cross = LowRankCrossNet(width, config.num_cross_layers, config.cross_rank or max(1, width // 4))
+        self.deep = deep_net(width, config, None)
+        self.last = nn.Linear(width + config.hidden[-1], 1)
+
+    def combine(self, embedded: Tensor, dense: Tensor | None) -> Tensor:
+        """Return logits (B, 1)."""
+        inputs = embedded if dense is None else torch.cat([embedded, dense], dim=1)
+        return self.last(torch.cat([self.run_deep(self.cross, inputs), self.run_deep(self.deep, inputs)], dim=1))
+
+
+_MODELS = {"deepfm": DeepFM, "dlrm": DLRM, "dcnv2": DCNV2}
+
+
+def make_model(embeddings: EmbeddingBagCollectionInterface, num_dense: int, config: ModelConfig) -> ClickModel:
+    """Build the model that the config names.
+
+    Raises:
+        ValueError: hidden widths that are missing.
+
+    Example:
+        >>> from torchrec import EmbeddingBagCollection
+        >>> table = EmbeddingBagConfig(name="user", num_embeddings=9, embedding_dim=4, feature_names=["user"])
+        >>> type(make_model(EmbeddingBagCollection(tables=[table]), 0, ModelConfig(name="dlrm"))).__name__
+        'DLRM'
+    """
+    return _MODELS[config.name](embeddings, num_dense, config)
