@@ -22,7 +22,9 @@ from torchrec_compress.methods import (
     TableData,
 )
 
-_HOT_SHARES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
+# Hot heads that are tried, as shares of a table's rows, and the longest residual code: longer ones take minutes to fit.
+_HOT_SHARES = (0.01, 0.03, 0.07, 0.15)
+_MAX_RESIDUAL_CODES = 4
 
 
 def for_budget(
@@ -59,9 +61,9 @@ def for_budget(
         ValueError: counts lack a table, or the budget is below the smallest choice (which is named).
 
     Example:
-        >>> rows = {"user": torch.randn(2000, 16), "day": torch.randn(7, 16)}
-        >>> counts = {"user": torch.arange(2000), "day": torch.full((7,), 9)}
-        >>> {name: method.method for name, method in for_budget(rows, counts, 40_000, num_codes=(2,)).items()}
+        >>> rows = {"user": torch.randn(4000, 16), "day": torch.randn(7, 16)}
+        >>> counts = {"user": torch.arange(4000), "day": torch.full((7,), 9)}
+        >>> {name: method.method for name, method in for_budget(rows, counts, 30_000, num_codes=(2,)).items()}
         {'user': 'pq', 'day': 'dense'}
     """
     missing = sorted(set(tables) ^ set(counts))
@@ -113,7 +115,7 @@ def _configs(table: EmbeddingBagConfig, base: CodebookConfig, num_codes: Sequenc
     for length in num_codes:
         for num_hot in hot:
             yield replace(base, num_codes=length, num_hot_rows=num_hot, hot_dtype="int8")
-            if length > 1:
+            if 1 < length <= _MAX_RESIDUAL_CODES:
                 yield replace(residual, num_codes=length, num_hot_rows=num_hot, hot_dtype="int8")
 
 
