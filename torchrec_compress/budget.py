@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from tqdm import tqdm
 
 from torchrec_compress.fit.allocate import Candidate, allocate
@@ -28,7 +30,7 @@ _MAX_RESIDUAL_CODES = 4
 
 
 def for_budget(
-    tables: Mapping[str, Tensor],
+    tables: EmbeddingBagCollection | Mapping[str, Tensor],
     counts: Mapping[str, Tensor],
     budget_bytes: int,
     *,
@@ -45,7 +47,7 @@ def for_budget(
     tables.
 
     Args:
-        tables: trained rows, (N, D) float32 by table name.
+        tables: a trained collection, or its rows, (N, D) float32 by table name.
         counts: look-ups per id in training, (N,) by table name, for every table.
         budget_bytes: for all tables, everything counted (codes, codebooks, hot rows, dense tables).
         num_codes: code lengths to try.
@@ -66,6 +68,9 @@ def for_budget(
         >>> {name: method.method for name, method in for_budget(rows, counts, 30_000, num_codes=(2,)).items()}
         {'user': 'pq', 'day': 'dense'}
     """
+    if isinstance(tables, EmbeddingBagCollection):
+        bags: Any = tables.embedding_bags
+        tables = {name: bag.weight.detach().float().cpu() for name, bag in bags.items()}
     missing = sorted(set(tables) ^ set(counts))
     if missing:
         raise ValueError(

@@ -72,7 +72,8 @@ def compress_into(
 
     Args:
         collection: to be filled.
-        rows: pre-trained tables, (N, D) float32 by table name; a table without rows must have a method that needs none.
+        rows: pre-trained tables, (N, D) float32 by table name. A table without rows keeps its start values where its
+            method can be trained from them, and is an error where it cannot (MEC, PQ, int8, int4).
         counts, contexts, seed, progress: as for `compress`.
 
     Raises:
@@ -89,8 +90,8 @@ def compress_into(
         for name, table in bar:
             bar.set_postfix_str(f"{name}: {methods[name].method}")
             data = TableData(rows.get(name), counts.get(name), contexts.get(name), seed, progress)
-            if data.rows is None and methods[name].method == "dense":
-                continue  # nothing to fit: the table stays as it was initialised
+            if data.rows is None and methods[name].needs == "nothing":
+                continue  # the table trains from the start values it has
             collection.load_table(name, methods[name].fit(table, data))
 
 
