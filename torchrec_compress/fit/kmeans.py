@@ -239,6 +239,8 @@ def _lloyd(points: Tensor, weights: Tensor, centroids: Tensor, num_iterations: i
         mass = torch.bincount(assignment, weights, minlength=len(centroids))
         empty = (mass == 0).nonzero().flatten()
         if len(empty):
-            worst = torch.sort(weights * distance, descending=True, stable=True).indices[: len(empty)]
+            potential = weights * distance
+            worst = torch.sort(potential, descending=True, stable=True).indices[: len(empty)]
+            worst = worst[potential[worst] > 0]  # a point served exactly needs no second centroid
             centroids[empty[: len(worst)]] = points[worst]
     return centroids

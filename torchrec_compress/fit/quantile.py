@@ -93,6 +93,7 @@ def _left_factors(matrix: sparse.csr_matrix, num_components: int, seed: int) -> 
         left, values, _ = svds(matrix, k=num_components, v0=start)
     else:
         raise ValueError(f"quantile_codes: num_codes must be below {side}, got {num_components}")
+    assert left is not None  # svds may leave it out, but only when asked to
     order = np.argsort(-values, kind="stable")[:num_components]
     factors = left[:, order] * values[order]
     # A singular vector is known up to its sign: fix it, or the codes would depend on the solver's mood.
