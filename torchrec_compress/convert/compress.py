@@ -51,7 +51,7 @@ def compress(
         True
     """
     collection = CompressedEmbeddingBagCollection(
-        dense.embedding_bag_configs(), dense.device, dense.is_weighted(), compression, seed
+        dense.embedding_bag_configs(), dense.device, dense.is_weighted(), compression, seed, will_fit=True
     )
     bags: Any = dense.embedding_bags
     rows = {name: bag.weight.detach().float().cpu() for name, bag in bags.items()}

@@ -32,6 +32,7 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         need_indices: whether outputs carry their ids as weights.
         compression: a method for all tables, or methods by table name or pattern, see `compression.resolve`.
         seed: of start codes and hashes.
+        will_fit: whether the caller fits the tables next; without, MEC tables that start from hashed codes log a warning.
 
     Shapes: for every feature a `JaggedTensor` of (L, D) float32 rows.
 
@@ -56,6 +57,7 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         need_indices: bool = False,
         compression: Compression | None = None,
         seed: int = 0,
+        will_fit: bool = False,
     ) -> None:
         super().__init__()
         if compression is None:
@@ -65,7 +67,7 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         if len(set(widths.values())) > 1:
             raise ValueError(f"{type(self).__name__}: all tables must have one embedding_dim, got {widths}")
         self._need_indices = need_indices
-        self._build_shared(plan, False, device)
+        self._build_shared(plan, False, device, will_fit)
         dense = plan.dense_tables()
         self.dense = EmbeddingCollection(dense, device) if dense else None
         self._features = sorted({lookup.feature for lookup in plan.lookups})

@@ -29,6 +29,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         compression: a method for all tables, or methods by table name or pattern, see `compression.resolve`. A table
             that its method would not shrink stays dense.
         seed: of start codes and hashes, which are a pure function of (seed, table name, id).
+        will_fit: whether the caller fits the tables next; without, MEC tables that start from hashed codes log a warning.
 
     Shapes: the input has F features of B bags; the output is (B, sum of widths), float32, with TorchRec's keys.
 
@@ -54,6 +55,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         is_weighted: bool = False,
         compression: Compression | None = None,
         seed: int = 0,
+        will_fit: bool = False,
     ) -> None:
         super().__init__()
         compression = self.default_compression if compression is None else compression
@@ -71,7 +73,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
             if is_weighted and table.pooling == PoolingType.MEAN:
                 raise ValueError(f"table {table.name!r}: pooling must be SUM with is_weighted=True, got MEAN")
         self._is_weighted = is_weighted
-        self._build_shared(plan, is_weighted, device)
+        self._build_shared(plan, is_weighted, device, will_fit)
         dense = plan.dense_tables()
         self.dense = EmbeddingBagCollection(dense, is_weighted, device) if dense else None
         bags, bag_plan = plan.bags()

@@ -42,7 +42,9 @@ class CompressedParts(nn.Module):
 
     _plan: CollectionPlan
 
-    def _build_shared(self, plan: CollectionPlan, is_weighted: bool, device: torch.device | None) -> None:
+    def _build_shared(
+        self, plan: CollectionPlan, is_weighted: bool, device: torch.device | None, will_fit: bool
+    ) -> None:
         """Make the code tables, the unpooled native tables and the decoder."""
         self._plan, self._device = plan, torch.device("cpu") if device is None else torch.device(device)
         code_tables = plan.code_tables()
@@ -52,8 +54,10 @@ class CompressedParts(nn.Module):
         )
         self.decoder = Decoder(plan, is_weighted, device)
         unfitted = [name for name, method in plan.methods.items() if isinstance(method, MECConfig)]
-        if unfitted:
-            logger.info("MEC tables %s start from hashed codes; compress() fits codes to a pre-trained table", unfitted)
+        if unfitted and not will_fit:
+            logger.warning(
+                "MEC tables %s start from hashed codes; compress() fits codes to a pre-trained table", unfitted
+            )
 
     @property
     def device(self) -> torch.device:
