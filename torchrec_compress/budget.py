@@ -98,8 +98,8 @@ def measure_candidates(
     )
     weights = popularity_weights(counts, "count", rows.shape[0]).double()
     data = TableData(rows=rows, counts=counts, seed=seed)
-    dense: MethodConfig = DenseConfig()
-    found = [Candidate(dense.stored_bytes(table), 0.0, dense)]
+    dense = DenseConfig()
+    found: list[Candidate[MethodConfig]] = [Candidate(dense.stored_bytes(table), 0.0, dense)]
     for config in _configs(table, base, num_codes):
         try:
             config.check(table)

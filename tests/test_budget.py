@@ -1,0 +1,62 @@
+"""A byte budget is kept, and bytes follow look-ups."""
+
+import pytest
+import torch
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+
+from torchrec_compress import compress
+from torchrec_compress.budget import measure_candidates
+from torchrec_compress.compression import for_budget
+from torchrec_compress.methods import PQConfig
+
+
+def trained(rows: dict[str, int], width: int = 16) -> EmbeddingBagCollection:
+    torch.manual_seed(0)
+    tables = [
+        EmbeddingBagConfig(name=name, num_embeddings=number, embedding_dim=width, feature_names=[name])
+        for name, number in rows.items()
+    ]
+    return EmbeddingBagCollection(tables)
+
+
+def test_the_compressed_collection_fits_the_budget() -> None:
+    dense = trained({"user": 4000, "item": 1500, "day": 7})
+    counts = {"user": torch.ones(4000), "item": 1e6 / torch.arange(1, 1501), "day": torch.full((7,), 1000.0)}
+    budget = 60_000
+    chosen = for_budget(dense, counts, budget, num_codes=(1, 2))
+    footprint = compress(dense, chosen, counts=counts).footprint()
+    assert footprint.total_bytes <= budget
+    assert footprint.total_bytes > 0.7 * budget, "most of the budget should be used"
+    assert chosen["day"].method == "dense"
+
+
+def test_bytes_follow_look_ups() -> None:
+    rows = {name: torch.randn(2000, 16, generator=torch.Generator().manual_seed(1)) for name in ("hot", "cold")}
+    counts = {"hot": torch.full((2000,), 1000.0), "cold": torch.full((2000,), 1.0)}
+    chosen = for_budget(rows, counts, 80_000, num_codes=(1, 2))
+    table = EmbeddingBagConfig(name="t", num_embeddings=2000, embedding_dim=16, feature_names=["t"])
+    assert chosen["hot"].stored_bytes(table) > 1.5 * chosen["cold"].stored_bytes(table)
+
+
+def test_a_measured_error_is_that_of_the_served_rows() -> None:
+    rows = torch.randn(600, 16, generator=torch.Generator().manual_seed(2))
+    counts = torch.arange(600) + 1
+    dense = EmbeddingBagCollection(
+        [EmbeddingBagConfig(name="t", num_embeddings=600, embedding_dim=16, feature_names=["t"])]
+    )
+    with torch.no_grad():
+        dense.embedding_bags["t"].weight.copy_(rows)  # type: ignore[operator]
+    candidates = measure_candidates("t", rows, counts, PQConfig(num_codes=1, codebook_size=16), (1, 2), seed=0)
+    assert {c.option.method for c in candidates} == {"dense", "int8", "int4", "pq"}
+    for candidate in candidates:
+        served = compress(dense, candidate.option, counts={"t": counts}).table_rows("t", torch.arange(600))
+        error = float(((rows - served).square().sum(1) * counts).sum())
+        assert candidate.error == pytest.approx(error, rel=1e-4, abs=1e-3)
+
+
+def test_bad_input_says_what_to_do() -> None:
+    rows = {"user": torch.randn(500, 16)}
+    with pytest.raises(ValueError, match="only one of the two for \\['user'\\]"):
+        for_budget(rows, {}, 1000)
+    with pytest.raises(ValueError, match="user|budget"):
+        for_budget(rows, {"user": torch.ones(500)}, 10)

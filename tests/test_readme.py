@@ -1,0 +1,40 @@
+"""The README's Python examples run as they stand."""
+
+import re
+from pathlib import Path
+
+import torch
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_the_swap_runs_and_compresses() -> None:
+    names: dict = {}
+    exec(examples()[0], names)
+    assert names["pooled"].keys() == ["user", "weekday"]
+    assert names["pooled"].values().shape == (2, 128)
+    footprint = names["embeddings"].footprint()
+    assert footprint.tables["user"].ratio > 20
+    assert footprint.tables["weekday"].method == "dense"
+
+
+def test_a_trained_collection_is_compressed() -> None:
+    table = EmbeddingBagConfig(name="user", num_embeddings=20_000, embedding_dim=16, feature_names=["user"])
+    names: dict = {
+        "trained_collection": EmbeddingBagCollection([table]),
+        "lookups_per_user": torch.arange(20_000),
+    }
+    exec(examples()[1], names)
+    assert names["compressed"].footprint().ratio > 3
+
+
+def test_every_method_has_a_row() -> None:
+    from torchrec_compress.methods import METHODS
+
+    table = README.read_text()
+    assert [name for name in METHODS if f"`{name}`" not in table] == []
