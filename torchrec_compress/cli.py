@@ -1,0 +1,142 @@
+"""The command line: train, compare, report. Heavy imports happen inside the subcommands."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import jsonargparse
+
+if TYPE_CHECKING:
+    from torchrec_compress.train.config import RunConfig
+
+_USAGE = """usage: torchrec-compress COMMAND ...
+
+  train CONFIG [--key.sub VALUE ...]     pre-train, compress, train on: one run
+  compare CONFIG [--key.sub VALUE ...]   variants over seeds, then the report; resumes where it stopped
+  report FOLDER                          write report.md, report.json and plots of a comparison again
+
+CONFIG is a YAML file such as configs/demo.yaml. Every key can be given on the command line as well.
+  torchrec-compress train --help                   all keys, what they mean and their defaults
+  torchrec-compress train CONFIG --print_config    the resolved config
+"""
+_COMMANDS = ("train", "compare", "report")
+# how jsonargparse words an unknown key on the command line, within a group of a file, and at a file's top
+_UNKNOWN = (
+    r"[Uu]nrecognized arguments: --([\w.]+)",
+    r"Group '([\w.]+)' does not accept option '([\w.]+)'",
+    r"Option '([\w.]+)' is not accepted",
+)
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """A parser whose errors are one line, with the nearest name for an unknown key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        _fail(_explain(message, [action.dest for action in self._actions]))
+
+
+def _explain(message: str, keys: list[str]) -> str:
+    """Return a parser's message in one line, with the nearest valid key where one is unknown."""
+    from torchrec_compress.train.config import nearest
+
+    text = " ".join(message.split())
+    groups = sorted({key.split(".")[0] for key in keys})
+    for pattern in _UNKNOWN:
+        found = re.search(pattern, text)
+        if found:
+            name = ".".join(found.groups())
+            return f"unknown key {name!r}{nearest(name, keys) or nearest(name.split('.')[0], groups)}"
+    return text
+
+
+def _fail(message: str) -> NoReturn:
+    sys.stderr.write(f"torchrec-compress: error: {message}\n")
+    raise SystemExit(2)
+
+
+def parse_run(arguments: Sequence[str], command: str = "train") -> RunConfig:
+    """Read a config file and overrides.
+
+    Args:
+        arguments: [CONFIG] and --key.sub VALUE pairs.
+        command: named in the usage.
+
+    Returns:
+        The resolved config.
+
+    Raises:
+        SystemExit: a bad key or value (status 2, one line on stderr), or --help.
+
+    Example:
+        >>> parse_run(["--model.embedding_dim", "64"]).model.embedding_dim
+        64
+    """
+    from torchrec_compress.train.config import RunConfig
+
+    given = list(arguments)
+    if given and not given[0].startswith("-"):
+        if not Path(given[0]).is_file():
+            _fail(f"{given[0]}: no such config file")
+        given.insert(0, "--config")
+    usage = f"torchrec-compress {command} CONFIG [--key.sub VALUE ...]"
+    parser = _Parser(prog=f"torchrec-compress {command}", usage=usage, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file; later keys win")
+    parser.add_class_arguments(RunConfig)
+    values: Any = parser.instantiate(parser.parse_args(given))
+    fields = {key: value for key, value in vars(values).items() if key != "config"}
+    return RunConfig(**fields)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; errors of the user's making are one line and status 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return
+    command, rest = given[0], given[1:]
+    if command not in _COMMANDS:
+        from torchrec_compress.train.config import nearest
+
+        _fail(f"unknown command {command!r}{nearest(command, list(_COMMANDS))}; commands are {', '.join(_COMMANDS)}")
+    try:
+        _report(rest) if command == "report" else _run(command, parse_run(rest, command))
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command continues")
+
+
+def _run(command: str, config: RunConfig) -> None:
+    from torchrec_compress.train.machine import prepare
+
+    prepare(config.num_threads)
+    if command == "compare":
+        from torchrec_compress.train.compare import compare
+
+        print((compare(config) / "report.md").read_text(), end="")
+        return
+    from torchrec_compress.train.stages import run
+
+    folder = Path(config.output)
+    summary = run(config, folder, folder / "full")
+    for split, metrics in summary["metrics"].items():
+        print(f"{split}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
+    if summary["bayes"]:
+        print("best possible: " + ", ".join(f"{key} {value:.4f}" for key, value in summary["bayes"].items()))
+    print(f"tables: {summary['footprint']['total_bytes']:,} bytes, {summary['footprint']['ratio']:.1f}x smaller; see {folder}")
+
+
+def _report(arguments: Sequence[str]) -> None:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        _fail("usage: torchrec-compress report FOLDER")
+    from torchrec_compress.train.report import write_report
+
+    print(write_report(Path(arguments[0])).read_text(), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Run variants over seeds, several at a time; what is finished is not run again."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from torchrec_compress.train.config import RunConfig, fingerprint, nearest, override
+from torchrec_compress.train.journal import write_json
+
+Job = tuple[str, RunConfig, str, str]
+
+
+def variants(config: RunConfig) -> dict[str, RunConfig]:
+    """Return the config of every variant that is asked for.
+
+    Raises:
+        ValueError: no variants, an unknown key in one, or an unknown name in `only`.
+    """
+    chosen = config.compare
+    if not chosen.variants or not chosen.seeds:
+        raise ValueError("compare: must have variants and seeds, got none; see configs/demo.yaml")
+    for name in chosen.only:
+        if name not in chosen.variants:
+            raise ValueError(f"compare.only: no variant {name!r}{nearest(name, list(chosen.variants))}")
+    names = chosen.only or list(chosen.variants)
+    base = dataclasses.replace(config, compare=type(chosen)())
+    return {name: override(base, chosen.variants[name] or {}, f"compare.variants.{name}.") for name in names}
+
+
+def compare(config: RunConfig) -> Path:
+    """Run all variants over all seeds and write the report.
+
+    Full models are trained first, once per distinct (data, model, pretrain, seed), and shared by the variants. A variant
+    that fails is reported and does not stop the others.
+
+    Args:
+        config: with `compare` filled in.
+
+    Returns:
+        The folder of the report.
+
+    Raises:
+        ValueError: bad settings, or all variants failed.
+    """
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    jobs = _jobs(config, output)
+    shared = output / "full"
+    first: dict[str, Job] = {}
+    for _, run, _, _ in jobs:
+        from torchrec_compress.train.stages import needs_pretrained, pretrained_key
+
+        key = pretrained_key(run)
+        if needs_pretrained(run) and not (shared / key / "summary.json").is_file():
+            first.setdefault(key, (f"full model {run.model.name} d={run.model.embedding_dim} seed {run.seed}", run, "", str(shared)))
+    left = [job for job in jobs if not _finished(Path(job[2]), job[1])]
+    if len(left) < len(jobs):
+        tqdm.write(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already")
+    workers = min(config.compare.num_workers, max(len(left), 1))
+    with tqdm(total=len(first) + len(left), desc="compare", unit="run", position=0) as bar:
+        failed = _run_all([*first.values()], workers, bar) + _run_all(left, workers, bar)
+    if len(failed) == len(left) + len(first) and failed:
+        raise ValueError(f"compare: all runs failed; the first: {failed[0]}")
+    from torchrec_compress.train.report import write_report
+
+    write_report(output, list(config.compare.variants))
+    return output
+
+
+def _jobs(config: RunConfig, output: Path) -> list[Job]:
+    jobs = []
+    for name, run in variants(config).items():
+        for seed in config.compare.seeds:
+            folder = output / "runs" / name / f"seed{seed}"
+            jobs.append((f"{name} seed {seed}", dataclasses.replace(run, seed=seed), str(folder), str(output / "full")))
+    return jobs
+
+
+def _finished(folder: Path, config: RunConfig) -> bool:
+    """Return whether a run is done, with these very settings.
+
+    Raises:
+        ValueError: it was done or begun with others.
+    """
+    stamp = folder / "fingerprint"
+    mine = _stamp(config)
+    if stamp.is_file() and stamp.read_text() != mine:
+        raise ValueError(
+            f"{folder}: was run with other settings (see its config.yaml); delete it, or choose another output folder"
+        )
+    return (folder / "summary.json").is_file()
+
+
+def _stamp(config: RunConfig) -> str:
+    return fingerprint(dataclasses.replace(config, output="", num_threads=1, tensorboard=True))
+
+
+def _run_all(jobs: list[Job], workers: int, bar: tqdm) -> list[str]:
+    """Run jobs in processes of their own, which keep their data; return what failed."""
+    failed: list[str] = []
+    if not jobs:
+        return failed
+    context = multiprocessing.get_context("spawn")
+    lock = tqdm.get_lock() if workers == 1 else context.RLock()
+    slots = context.Queue()
+    for slot in range(workers):
+        slots.put(slot + 1)
+    with context.Pool(workers, initializer=_begin, initargs=(lock, slots)) as pool:
+        for name, outcome, error in pool.imap_unordered(_run_job, jobs):
+            bar.update()
+            if error:
+                failed.append(f"{name}: {error}")
+            tqdm.write(f"{name}: {error or outcome}", file=sys.stderr)
+    return failed
+
+
+_position: int | None = None
+
+
+def _begin(lock: Any, slots: Any) -> None:
+    """Prepare a worker: its own line for a progress bar."""
+    global _position
+    tqdm.set_lock(lock)
+    _position = slots.get() if sys.stderr.isatty() else None
+
+
+def _run_job(job: Job) -> tuple[str, str, str]:
+    """Run one job; return its name, what to say about it, and what went wrong."""
+    name, config, folder, shared = job
+    from torchrec_compress.train import stages
+    from torchrec_compress.train.machine import prepare
+
+    prepare(config.num_threads)
+    try:
+        if not folder:
+            source = stages.pretrain(config, Path(shared), _position)
+            return name, f"trained, {source}", ""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "fingerprint").write_text(_stamp(config))
+        summary = stages.run(config, path, Path(shared), _position)
+        test, size = summary["metrics"]["test"], summary["footprint"]
+        text = f"test AUC {test['auc']:.4f} logloss {test['logloss']:.4f}, {size['total_bytes']:,} bytes ({size['ratio']:.1f}x)"
+        return name, text, ""
+    except Exception as error:  # noqa: BLE001 (one failed variant must not stop the others)
+        where = Path(folder or shared)
+        where.mkdir(parents=True, exist_ok=True)
+        write_json(where / f"error-{os.getpid()}.json", {"job": name, "traceback": traceback.format_exc()})
+        return name, "", f"failed: {type(error).__name__}: {error}"

@@ -1,0 +1,149 @@
+"""The report of a comparison: report.md, report.json and plots, from the summaries alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torchrec_compress.train.journal import write_atomically, write_json
+
+_COLUMNS = {
+    "auc": "test AUC",
+    "logloss": "test logloss",
+    "tail_auc": "tail AUC",
+    "tail_logloss": "tail logloss",
+}
+
+
+def collect(output: Path, order: Sequence[str] = ()) -> dict[str, Any]:
+    """Gather the summaries of a comparison.
+
+    Args:
+        output: folder that `compare` wrote.
+        order: names of variants in the order of the report; others follow.
+
+    Returns:
+        By variant: seeds, bytes, and mean and spread (sample standard deviation, 0 for one seed) of every test metric.
+
+    Raises:
+        ValueError: the folder holds no finished run.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(output.glob("runs/*/seed*/summary.json")):
+        found.setdefault(path.parent.parent.name, []).append(json.loads(path.read_text()))
+    if not found:
+        raise ValueError(f"{output}: must hold finished runs (runs/*/seed*/summary.json), got none; run compare first")
+    names = [name for name in order if name in found] + sorted(set(found) - set(order))
+    rows = {name: _summarise(found[name]) for name in names}
+    bayes = next((runs[0]["bayes"] for runs in found.values() if runs[0].get("bayes")), {})
+    return {"variants": rows, "bayes": bayes}
+
+
+def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return means and spreads over the seeds of one variant."""
+    result: dict[str, Any] = {"seeds": [run["seed"] for run in runs], "footprint": runs[0]["footprint"]}
+    result["bytes"] = statistics.fmean(run["footprint"]["total_bytes"] for run in runs)
+    result["ratio"] = statistics.fmean(run["footprint"]["ratio"] for run in runs)
+    result["compressed_ratio"] = statistics.fmean(run["footprint"]["compressed_ratio"] for run in runs)
+    result["test"] = _spread([run["metrics"]["test"] for run in runs])
+    result["valid"] = _spread([run["metrics"]["valid"] for run in runs])
+    fitted = [run["fitted"]["test"] for run in runs if "fitted" in run]
+    if fitted and all("training" in run for run in runs):
+        result["before_training"] = _spread(fitted)
+    result["usage"] = runs[0].get("usage", {})
+    result["training"] = [run["training"] for run in runs if "training" in run]
+    return result
+
+
+def _spread(runs: list[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    keys = [key for key in runs[0] if all(key in run for run in runs)]
+    return {
+        key: {
+            "mean": statistics.fmean(run[key] for run in runs),
+            "spread": statistics.stdev([run[key] for run in runs]) if len(runs) > 1 else 0.0,
+        }
+        for key in keys
+    }
+
+
+def write_report(output: Path, order: Sequence[str] = ()) -> Path:
+    """Write report.md, report.json and the plots of a comparison.
+
+    Args:
+        output: folder that `compare` wrote.
+        order: names of variants in the order of the report.
+
+    Returns:
+        The path of report.md.
+
+    Raises:
+        ValueError: the folder holds no finished run.
+    """
+    if not order and (output / "report.json").is_file():
+        order = list(json.loads((output / "report.json").read_text())["variants"])
+    report = collect(output, order)
+    write_json(output / "report.json", report)
+    from torchrec_compress.train.plots import draw
+
+    pictures = draw(report, output)
+    write_atomically(output / "report.md", _markdown(report, pictures))
+    return output / "report.md"
+
+
+def _markdown(report: dict[str, Any], pictures: list[str]) -> str:
+    rows = report["variants"]
+    columns = {key: title for key, title in _COLUMNS.items() if all(key in row["test"] for row in rows.values())}
+    kinds = sorted({key for row in rows.values() for key in row["test"] if key.startswith("kind")})
+    columns |= {key: f"AUC, negatives of kind {key[4:-4]}" for key in kinds}
+    lines = ["# Comparison", "", "Mean ± sample standard deviation over the seeds. Bytes count everything stored: codes, codebooks,"]
+    lines += ["per-id scalars, hot rows and dense tables. The ratio is the fp32 bytes of all the user's tables over them.", ""]
+    if report["bayes"]:
+        lines += [f"Best possible: AUC {report['bayes']['bayes_auc']:.4f}, logloss {report['bayes']['bayes_logloss']:.4f}.", ""]
+    titles = ["variant", "bytes", "ratio", "compressed tables", *columns.values(), "seeds"]
+    lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for name, row in rows.items():
+        cells = [name, f"{row['bytes']:,.0f}", f"{row['ratio']:.1f}x", f"{row['compressed_ratio']:.1f}x"]
+        cells += [_number(row["test"].get(key), len(row["seeds"])) for key in columns]
+        lines.append("| " + " | ".join([*cells, str(len(row["seeds"]))]) + " |")
+    lines += _training_lines(rows) + _usage_lines(rows)
+    for picture in pictures:
+        lines += ["", f"![{picture[:-4].replace('_', ' ')}]({picture})"]
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: Mapping[str, float] | None, num_seeds: int) -> str:
+    if value is None or math.isnan(value["mean"]):
+        return "-"
+    return f"{value['mean']:.4f}" + (f" ± {value['spread']:.4f}" if num_seeds > 1 else "")
+
+
+def _training_lines(rows: Mapping[str, Any]) -> list[str]:
+    """What training did to the fitted model."""
+    trained = {name: row for name, row in rows.items() if "before_training" in row}
+    if not trained:
+        return []
+    lines = ["", "## What training after the fit changed", ""]
+    lines += ["| variant | AUC fitted | AUC trained | logloss fitted | logloss trained |", "|---|---|---|---|---|"]
+    for name, row in trained.items():
+        before, after, n = row["before_training"], row["test"], len(row["seeds"])
+        cells = [_number(part[key], n) for key in ("auc", "logloss") for part in (before, after)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _usage_lines(rows: Mapping[str, Any]) -> list[str]:
+    """How evenly codewords are used (perplexity, at most the codebook's size)."""
+    used = [(name, table, use) for name, row in rows.items() for table, use in row["usage"].items()]
+    if not used:
+        return []
+    lines = ["", "## Code usage (perplexity per codebook, first seed)", ""]
+    lines += ["| variant | table | over rows | over look-ups | codewords |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {name} | {table} | {use['by_rows']:.1f} | {use['by_lookups']:.1f} | {use['codebook_size']:.0f} |"
+        for name, table, use in used
+    ]
+    return lines

@@ -1,0 +1,44 @@
+"""How evenly codewords are used."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchrec_compress import CompressedEmbeddingBagCollection
+from torchrec_compress.methods import CodebookConfig
+
+
+def code_usage(collection: CompressedEmbeddingBagCollection, counts: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Return the perplexity of the codes of every coded table.
+
+    Args:
+        collection: any compressed collection.
+        counts: look-ups per id in train, (N,) by table name.
+
+    Returns:
+        By table: `by_rows`, the mean over codebooks of the perplexity of codewords over rows, `by_lookups` the same with
+        rows weighted by their look-ups, and `codebook_size`, which bounds both.
+    """
+    usage = {}
+    for name, method in collection.methods().items():
+        if not isinstance(method, CodebookConfig):
+            continue
+        assert collection.code_tables is not None
+        codes: Tensor = collection.code_tables.banks[name].codes  # type: ignore[assignment]
+        rows = torch.ones(len(codes), dtype=torch.float64)
+        usage[name] = {
+            "by_rows": _perplexity(codes, rows, method.codebook_size),
+            "by_lookups": _perplexity(codes, counts[name].double(), method.codebook_size),
+            "codebook_size": float(method.codebook_size),
+        }
+    return usage
+
+
+def _perplexity(codes: Tensor, weights: Tensor, size: int) -> float:
+    values = []
+    for column in codes.long().unbind(1):
+        share = torch.bincount(column, weights, minlength=size)
+        share = share[share > 0] / share.sum().clamp(min=1e-12)
+        values.append(float(torch.exp(-(share * share.log()).sum())))
+    return sum(values) / len(values)
