@@ -49,7 +49,7 @@ def test_a_measured_error_is_that_of_the_served_rows() -> None:
     candidates = measure_candidates("t", rows, counts, PQConfig(num_codes=1, codebook_size=16), (1, 2), seed=0)
     assert {c.option.method for c in candidates} == {"dense", "int8", "int4", "pq"}
     for candidate in candidates:
-        served = compress(dense, candidate.option, counts={"t": counts}).table_rows("t", torch.arange(600))
+        served = compress(dense, candidate.option, counts={"t": counts}).table_rows("t", torch.arange(600)).detach()
         error = float(((rows - served).square().sum(1) * counts).sum())
         assert candidate.error == pytest.approx(error, rel=1e-4, abs=1e-3)
 
@@ -58,5 +58,5 @@ def test_bad_input_says_what_to_do() -> None:
     rows = {"user": torch.randn(500, 16)}
     with pytest.raises(ValueError, match="only one of the two for \\['user'\\]"):
         for_budget(rows, {}, 1000)
-    with pytest.raises(ValueError, match="user|budget"):
+    with pytest.raises(ValueError, match="budget"):
         for_budget(rows, {"user": torch.ones(500)}, 10)

@@ -32,7 +32,7 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         need_indices: whether outputs carry their ids as weights.
         compression: a method for all tables, or methods by table name or pattern, see `compression.resolve`.
         seed: of start codes and hashes.
-        will_fit: whether the caller fits the tables next; else MEC tables, which start from hashed codes, log a warning.
+        will_fit: whether the caller fits the tables next; else MEC tables log that they start from hashed codes.
 
     Shapes: for every feature a `JaggedTensor` of (L, D) float32 rows.
 

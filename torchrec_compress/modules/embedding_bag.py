@@ -29,7 +29,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         compression: a method for all tables, or methods by table name or pattern, see `compression.resolve`. A table
             that its method would not shrink stays dense.
         seed: of start codes and hashes, which are a pure function of (seed, table name, id).
-        will_fit: whether the caller fits the tables next; else MEC tables, which start from hashed codes, log a warning.
+        will_fit: whether the caller fits the tables next; else MEC tables log that they start from hashed codes.
 
     Shapes: the input has F features of B bags; the output is (B, sum of widths), float32, with TorchRec's keys.
 
