@@ -42,7 +42,7 @@ class HashConfig(MethodConfig):
     num_buckets: int
 
     def check(self, table: BaseEmbeddingConfig) -> None:
-        """Raise ValueError unless 1 <= num_buckets <= num_embeddings and D is a multiple of 4 (FBGEMM)."""
+        """Raise ValueError unless 1 <= num_buckets <= num_embeddings."""
         super().check(table)
         if not 1 <= self.num_buckets <= table.num_embeddings:
             raise ValueError(

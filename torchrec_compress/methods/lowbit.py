@@ -29,10 +29,12 @@ class LowBitConfig(MethodConfig):
     new_ids: ClassVar[str] = "its untrained row"
 
     def check(self, table: BaseEmbeddingConfig) -> None:
-        """Raise ValueError for an int4 row of odd width."""
+        """Raise ValueError for an int4 row that does not end on FBGEMM's two-byte boundary."""
         super().check(table)
-        if self.dtype == "int4" and table.embedding_dim % 2:
-            raise ValueError(f"table {table.name!r}: embedding_dim must be even with int4, got {table.embedding_dim}")
+        if self.dtype == "int4" and table.embedding_dim % 4:
+            raise ValueError(
+                f"table {table.name!r}: embedding_dim must be a multiple of 4 with int4, got {table.embedding_dim}"
+            )
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the code table of quantised rows."""

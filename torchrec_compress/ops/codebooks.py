@@ -95,7 +95,8 @@ def codebook_bag(
         (B, D), dtype of `codebooks`; an empty bag is zeros. Differentiable in codebooks, hot_rows and weights.
 
     Raises:
-        IndexError: a code is out of range.
+        RuntimeError: a code points behind the last codebook. Other codes out of range are not looked for: each look-up
+            would pay for it.
 
     Example:
         >>> codes = torch.tensor([[0, 1], [1, 0], [1, 1]], dtype=torch.uint8)
@@ -124,8 +125,8 @@ def codebook_bag(
     factors = None if weights is None else weights.repeat(num_codes)
     parts = _bag_sum(words.reshape(-1), codebooks, bag_offsets, factors)
     # (M * B, D / M) -> (B, D)
-    num_bags = offsets.shape[0] - 1
-    return parts.view(num_codes, num_bags, -1).transpose(0, 1).reshape(num_bags, num_codes * codebooks.shape[1])
+    num_bags, width = offsets.shape[0] - 1, codebooks.shape[1]
+    return parts.view(num_codes, num_bags, width).transpose(0, 1).reshape(num_bags, num_codes * width)
 
 
 def _add_hot_rows(

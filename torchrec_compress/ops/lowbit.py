@@ -28,7 +28,7 @@ def quantize_rows(rows: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
     """Quantise rows, each with its own scale and bias.
 
     Args:
-        rows: (N, D) float32, D even for int4.
+        rows: (N, D) float32, D a multiple of 4 for int4.
         dtype: "int8" or "int4".
 
     Returns:
