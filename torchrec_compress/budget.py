@@ -95,22 +95,40 @@ def measure_candidates(
     Returns:
         Candidates; their error is sum over rows of count times squared distance.
     """
-    table = EmbeddingBagConfig(
-        name=name, num_embeddings=rows.shape[0], embedding_dim=rows.shape[1], feature_names=[name]
-    )
+    table = _table(name, rows)
+    rows, counts = _sample(rows, counts, seed)
+    sample, share = _table(name, rows), rows.shape[0] / table.num_embeddings
     weights = popularity_weights(counts, "count", rows.shape[0]).double()
     data = TableData(rows=rows, counts=counts, seed=seed)
     dense = DenseConfig()
     found: list[Candidate[MethodConfig]] = [Candidate(dense.stored_bytes(table), 0.0, dense)]
     for config in _configs(table, base, num_codes):
+        measured = config
+        if isinstance(config, CodebookConfig):  # the head is as large a share of the sample as of the table
+            measured = replace(config, num_hot_rows=round(config.num_hot_rows * share))
         try:
             config.check(table)
+            measured.check(sample)
         except ValueError:
             continue  # this table cannot be stored this way
         if config.stored_bytes(table) < found[0].num_bytes:
-            error = float(((rows - _served(config, table, data)).square().sum(1).double() * weights).sum())
-            found.append(Candidate(config.stored_bytes(table), error, config))
+            error = float(((rows - _served(measured, sample, data)).square().sum(1).double() * weights).sum())
+            found.append(Candidate(config.stored_bytes(table), error / share, config))
     return found
+
+
+def _table(name: str, rows: Tensor) -> EmbeddingBagConfig:
+    return EmbeddingBagConfig(
+        name=name, num_embeddings=rows.shape[0], embedding_dim=rows.shape[1], feature_names=[name]
+    )
+
+
+def _sample(rows: Tensor, counts: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Return a fixed sample of rows and their counts, or all of them where they are few."""
+    if rows.shape[0] <= _MAX_MEASURED_ROWS:
+        return rows, counts
+    chosen = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))[:_MAX_MEASURED_ROWS]
+    return rows[chosen], counts[chosen]
 
 
 def _configs(table: EmbeddingBagConfig, base: CodebookConfig, num_codes: Sequence[int]) -> Iterator[MethodConfig]:
