@@ -13,10 +13,11 @@ from torch import Tensor
 from torchrec_compress.fit.checks import check_rows, check_weights
 from torchrec_compress.fit.codes import weighted_error, weighted_means
 
-# Floats of one block of distances: 1 MB stays in a core's second-level cache, where argmin reads it again.
-BLOCK_FLOATS = 262_144
-SEED_POINTS_PER_CENTROID = 32
-MIN_SEED_POINTS = 8192
+# Floats of one block of distances (16 MB). Smaller blocks would stay in a nearer cache, a tenth faster; but every block
+# is a meeting point of all threads, and on a busy machine those, not the arithmetic, take the time.
+BLOCK_FLOATS = 4_194_304
+SEED_POINTS_PER_CENTROID = 16
+MIN_SEED_WORK = 2**20  # points times centroids: few centroids are started on many points
 MIN_TRAIN_POINTS = 65536
 TOLERANCE = 1e-5
 
@@ -54,21 +55,24 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
 
 
 def nearest_with_distance(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `nearest` and the squared distance to it, [N] int64 and [N] float32 (>= 0)."""
-    # ||x - c||^2 - ||x||^2 = ||c||^2 - 2 x.c orders the centroids of one point: one addmm per block, one pass of min.
+    """Return `nearest` and the squared distance to it, [N] int64 and [N] float32."""
+    # ||x - c||^2 - ||x||^2 = ||c||^2 - 2 x.c orders the centroids of a point: one addmm, one argmin per block.
     # Both are moved by the centroids' mean first: distances do not change, and float32 loses less to cancellation.
     middle = centroids.mean(dim=0)
     centred = centroids - middle
     norms, doubled = centred.square().sum(dim=1), -2 * centred.T
     index = torch.empty(len(points), dtype=torch.int64, device=points.device)
     distance = torch.empty(len(points), device=points.device)
-    block = max(64, BLOCK_FLOATS // len(centroids)) if points.device.type == "cpu" else 65536
+    block = max(64, BLOCK_FLOATS // len(centroids))
+    scores = torch.empty(min(block, len(points)), len(centroids), device=points.device)
     for start in range(0, len(points), block):
         part = points[start : start + block] - middle
-        best = torch.addmm(norms, part, doubled).min(dim=1)
-        index[start : start + block] = best.indices
-        distance[start : start + block] = best.values + part.square().sum(dim=1)
-    return index, distance.clamp_(min=0)
+        out = scores[: len(part)]
+        torch.addmm(norms, part, doubled, out=out)
+        best = out.argmin(dim=1)
+        index[start : start + block] = best
+        distance[start : start + block] = (part - centred[best]).square_().sum(dim=1)
+    return index, distance
 
 
 def sample_points(weights: Tensor, num_points: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -169,7 +173,7 @@ def kmeans(
 
 
 def start_centroids(points: Tensor, weights: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
-    """Choose K points as first centroids by greedy weighted k-means++, on a sample of max(8192, 32 K) points at most.
+    """Choose K points as first centroids by greedy weighted k-means++, on a sample of max(16 K, 2^20 / K) points at most.
 
     Each round draws candidates with probability w_i * distance_i^2, 2 + log K for each centroid it adds, and keeps
     those that lower the error most. A round adds one centroid up to 1,024 chosen, then 1/512 of those chosen: so the
@@ -184,7 +188,7 @@ def start_centroids(points: Tensor, weights: Tensor, num_clusters: int, generato
     Returns:
         [K, d] float32, rows of `points`.
     """
-    num_seed = max(MIN_SEED_POINTS, SEED_POINTS_PER_CENTROID * num_clusters)
+    num_seed = max(SEED_POINTS_PER_CENTROID * num_clusters, MIN_SEED_WORK // num_clusters)
     if len(points) > num_seed:
         index, weights = sample_points(weights, num_seed, generator)
         points = points[index]
@@ -199,8 +203,7 @@ def start_centroids(points: Tensor, weights: Tensor, num_clusters: int, generato
         ).any():  # every weighted point is a centroid already: serve the others, then repeat points
             potential = distance if (distance > 0).any() else torch.ones_like(distance)
         candidates = _draw(potential, size * num_trials, generator)
-        new = candidates if len(candidates) <= size else _best(points, weights, distance, candidates, size)
-        distance = torch.minimum(distance, nearest_with_distance(points, points[new])[1])
+        new, distance = _best(points, weights, distance, candidates, size)
         chosen = torch.cat([chosen, new])
     return points[chosen]
 
@@ -215,15 +218,25 @@ def _draw(probabilities: Tensor, num_draws: int, generator: torch.Generator) -> 
     return torch.tensor(list(dict.fromkeys(index.clamp(max=last).tolist())), device=probabilities.device)
 
 
-def _best(points: Tensor, weights: Tensor, distance: Tensor, candidates: Tensor, size: int) -> Tensor:
-    """Keep the `size` candidates [C] that lower the weighted error most, each taken alone."""
-    left = torch.empty(len(candidates), device=points.device)
-    block = max(1, 16 * BLOCK_FLOATS // len(points))
-    for start in range(0, len(candidates), block):
-        some = points[candidates[start : start + block]]
-        squares = torch.cdist(points, some, compute_mode="use_mm_for_euclid_dist").square()
-        left[start : start + block] = weights @ torch.minimum(squares, distance[:, None])
-    return candidates[torch.sort(left, stable=True).indices[:size]]
+def _best(points: Tensor, weights: Tensor, distance: Tensor, candidates: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Keep the `size` candidates [C] that lower the weighted error most, each taken alone; and the new distances."""
+    block = max(1, BLOCK_FLOATS // len(points))
+    if len(candidates) > block:
+        left = torch.cat([weights @ _distances(points, some, distance) for some in candidates.split(block)])
+        new = candidates[torch.sort(left, stable=True).indices[:size]]
+        return new, torch.minimum(distance, nearest_with_distance(points, points[new])[1])
+    squares = _distances(points, candidates, distance)
+    best = torch.sort(weights @ squares, stable=True).indices[:size]
+    return candidates[best], squares[:, best].amin(dim=1)
+
+
+def _distances(points: Tensor, candidates: Tensor, distance: Tensor) -> Tensor:
+    """Return the squared distances [N, C] to each candidate, or the present `distance` where that is smaller."""
+    some = points[candidates]
+    norms = points.square().sum(dim=1)
+    squares = torch.addmm(norms[:, None] + norms[candidates], points, some.T, alpha=-2).clamp_(min=0)
+    squares[candidates, torch.arange(len(candidates), device=points.device)] = 0  # to itself: exactly
+    return torch.minimum(squares, distance[:, None], out=squares)
 
 
 def _lloyd(points: Tensor, weights: Tensor, centroids: Tensor, num_iterations: int) -> Tensor:
