@@ -65,7 +65,7 @@ def compress_into(
     *,
     counts: Mapping[str, Tensor] | None = None,
     contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     progress: bool = False,
 ) -> None:
     """Fit the tables of a collection in place.
@@ -74,11 +74,16 @@ def compress_into(
         collection: to be filled.
         rows: pre-trained tables, (N, D) float32 by table name. A table without rows keeps its start values where its
             method can be trained from them, and is an error where it cannot (MEC, PQ, int8, int4).
-        counts, contexts, seed, progress: as for `compress`.
+        counts, contexts, progress: as for `compress`.
+        seed: of the fit; the collection's own, which is the default, since its hashes were made from that.
 
     Raises:
-        ValueError: as for `compress`.
+        ValueError: as for `compress`; the seed is not the collection's.
     """
+    if seed is not None and seed != collection.seed:
+        raise ValueError(
+            f"compress_into: seed must be the collection's own, {collection.seed}, got {seed}; leave it out"
+        )
     counts, contexts = counts or {}, contexts or {}
     methods = collection.methods()
     for what, given in (("rows", rows), ("counts", counts), ("contexts", contexts)):
@@ -89,7 +94,7 @@ def compress_into(
     with tqdm(tables.items(), desc="fitting", unit="table", disable=not progress, leave=False) as bar:
         for name, table in bar:
             bar.set_postfix_str(f"{name}: {methods[name].method}")
-            data = TableData(rows.get(name), counts.get(name), contexts.get(name), seed, progress)
+            data = TableData(rows.get(name), counts.get(name), contexts.get(name), collection.seed, progress)
             if data.rows is None and methods[name].needs == "nothing":
                 continue  # the table trains from the start values it has
             collection.load_table(name, methods[name].fit(table, data))

@@ -150,6 +150,12 @@ class CodebookConfig(MethodConfig):
         return torch.argsort(data.counts, descending=True, stable=True)[: self.num_hot_rows]
 
 
+def check_popularity(table: BaseEmbeddingConfig, popularity: str) -> None:
+    """Raise ValueError unless popularity is one that `tail_weights` knows, before anything is trained."""
+    if popularity not in ("count", "log2", "none"):
+        raise ValueError(f"table {table.name!r}: popularity must be 'count', 'log2' or 'none', got {popularity!r}")
+
+
 def tail_weights(
     table: BaseEmbeddingConfig, data: TableData, hot: Tensor, popularity: Literal["count", "log2", "none"]
 ) -> Tensor:

@@ -11,7 +11,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec_compress.fit.codes import FittedCodes
 from torchrec_compress.fit.mec import MECFit, fit_mec
 from torchrec_compress.methods.base import TableData, register
-from torchrec_compress.methods.codebook import CodebookConfig, tail_weights
+from torchrec_compress.methods.codebook import CodebookConfig, check_popularity, tail_weights
 
 
 @register
@@ -36,8 +36,9 @@ class MECConfig(CodebookConfig):
     fit_options: MECFit = field(default_factory=MECFit)
 
     def check(self, table: BaseEmbeddingConfig) -> None:
-        """Raise ValueError for residual codes, which MEC's auto-encoder does not learn."""
+        """Raise ValueError for an unknown popularity, or residual codes, which MEC's auto-encoder does not learn."""
         super().check(table)
+        check_popularity(table, self.popularity)
         if self.structure != "product":
             raise ValueError(
                 f"table {table.name!r}: structure must be 'product' with method 'mec', got {self.structure!r}; "

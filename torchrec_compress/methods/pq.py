@@ -12,7 +12,7 @@ from torchrec_compress.fit.codes import FittedCodes
 from torchrec_compress.fit.product import fit_product
 from torchrec_compress.fit.residual import fit_residual
 from torchrec_compress.methods.base import TableData, register
-from torchrec_compress.methods.codebook import CodebookConfig, tail_weights
+from torchrec_compress.methods.codebook import CodebookConfig, check_popularity, tail_weights
 
 
 @register
@@ -30,6 +30,11 @@ class PQConfig(CodebookConfig):
 
     method: ClassVar[str] = "pq"
     popularity: Literal["count", "log2", "none"] = "none"
+
+    def check(self, table: BaseEmbeddingConfig) -> None:
+        """Raise ValueError for an unknown popularity as well."""
+        super().check(table)
+        check_popularity(table, self.popularity)
 
     def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:
         """Cluster the rows chunk by chunk (product) or stage by stage (residual)."""

@@ -64,6 +64,11 @@ class CompressedParts(nn.Module):
         """The device that the collection was made on."""
         return self._device
 
+    @property
+    def seed(self) -> int:
+        """The seed of start codes and hashes."""
+        return self._plan.seed
+
     def methods(self) -> dict[str, MethodConfig]:
         """Return the method of every table; those that compression would not shrink are dense."""
         return dict(self._plan.methods)

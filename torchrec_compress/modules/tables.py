@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,13 @@ class CodeBank(nn.Module):
         rows = torch.arange(self._config.num_embeddings, device=self.codes.device)
         self.codes.copy_(start(rows))
         self.is_set.fill_(1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeBank:
+        was_meta = self.codes.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.codes.is_meta:
+            self.is_set.zero_()  # to_empty() leaves garbage, which might read as "filled"
+        return self
 
     @torch.no_grad()
     def load(self, codes: Tensor) -> None:

@@ -1,0 +1,130 @@
+"""One small config list per method, and the table, batch and data that all of them are tested on."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+
+from torchrec_compress import CompressedEmbeddingBagCollection, compress
+from torchrec_compress.fit.mec import MECFit
+from torchrec_compress.methods import (
+    DenseConfig,
+    HashConfig,
+    Int4Config,
+    Int8Config,
+    MECConfig,
+    MEmComConfig,
+    MethodConfig,
+    PQConfig,
+    QuantileCodesConfig,
+    RandomCodesConfig,
+)
+
+NUM_ROWS, DIM = 403, 16  # not a multiple of 4, so that packed scalars are padded
+
+CASES: dict[str, list[MethodConfig]] = {
+    "dense": [DenseConfig()],
+    "hash": [HashConfig(num_buckets=40)],
+    "int4": [Int4Config()],
+    "int8": [Int8Config()],
+    "mec": [
+        MECConfig(num_codes=4, codebook_size=16, fit_options=MECFit(num_steps=5, batch_size=64)),
+        MECConfig(num_codes=2, codebook_size=32, num_hot_rows=20, popularity="log2", fit_options=MECFit(num_steps=2)),
+    ],
+    "memcom": [
+        MEmComConfig(num_buckets=40),
+        MEmComConfig(num_buckets=40, bias=True),
+        MEmComConfig(num_buckets=40, scalars="grouped"),
+        MEmComConfig(num_buckets=40, scalars="grouped", bias=True),
+    ],
+    "pq": [
+        PQConfig(num_codes=4, codebook_size=16),
+        PQConfig(num_codes=2, codebook_size=300),
+        PQConfig(num_codes=2, codebook_size=32, num_hot_rows=70, popularity="count"),
+        PQConfig(num_codes=4, codebook_size=16, num_hot_rows=30, hot_dtype="fp32", popularity="log2"),
+        PQConfig(num_codes=3, codebook_size=16, structure="residual", num_hot_rows=20, hot_dtype="int4"),
+        PQConfig(num_codes=2, codebook_size=16, structure="residual", num_hot_rows=20, hot_dtype="fp32"),
+    ],
+    "quantile": [
+        QuantileCodesConfig(num_codes=4, codebook_size=16),
+        QuantileCodesConfig(num_codes=2, codebook_size=32, num_hot_rows=40),
+    ],
+    "random": [
+        RandomCodesConfig(num_codes=4, codebook_size=16),
+        RandomCodesConfig(num_codes=2, codebook_size=16, structure="residual"),
+    ],
+}
+
+ALL = [(name, number) for name, configs in CASES.items() for number in range(len(configs))]
+IDS = [f"{name}-{number}" for name, number in ALL]
+CONFIGS = [CASES[name][number] for name, number in ALL]
+
+
+def table(**changes: object) -> EmbeddingBagConfig:
+    """Return the table that every case can store, with changes."""
+    values = {"name": "item", "num_embeddings": NUM_ROWS, "embedding_dim": DIM, "feature_names": ["item"]}
+    return EmbeddingBagConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def rows() -> Tensor:
+    """Return trained rows: clusters and noise, (NUM_ROWS, DIM) float32."""
+    seeded = torch.Generator().manual_seed(1)
+    centres = torch.randn(12, DIM, generator=seeded)
+    return centres[torch.randint(0, 12, (NUM_ROWS,), generator=seeded)] + 0.3 * torch.randn(
+        NUM_ROWS, DIM, generator=seeded
+    )
+
+
+def counts() -> Tensor:
+    """Return look-ups per id, steep, some of them zero."""
+    order = torch.randperm(NUM_ROWS, generator=torch.Generator().manual_seed(2))
+    return 5000 // (order + 1) - 12 * (order > 300)
+
+
+def contexts() -> tuple[Tensor, Tensor]:
+    """Return pairs (id, context id)."""
+    seeded = torch.Generator().manual_seed(3)
+    return torch.randint(0, NUM_ROWS, (3000,), generator=seeded), torch.randint(0, 50, (3000,), generator=seeded)
+
+
+def dense_collection() -> EmbeddingBagCollection:
+    """Return a stock collection that holds `rows`."""
+    collection = EmbeddingBagCollection([table()])
+    with torch.no_grad():
+        collection.embedding_bags["item"].weight.copy_(rows())
+    return collection
+
+
+def fit(config: MethodConfig, seed: int = 0) -> CompressedEmbeddingBagCollection:
+    """Return the test table compressed."""
+    return compress(dense_collection(), config, counts={"item": counts()}, contexts={"item": contexts()}, seed=seed)
+
+
+@cache
+def fitted(config: MethodConfig) -> CompressedEmbeddingBagCollection:
+    """Return the test table compressed; made once and shared, so never to be written to."""
+    return fit(config)
+
+
+def fresh(config: MethodConfig, seed: int = 0, **changes: object) -> CompressedEmbeddingBagCollection:
+    """Return an unfitted collection of the test table."""
+    return CompressedEmbeddingBagCollection([table(**changes)], compression=config, seed=seed)
+
+
+def batch(bags: list[list[int]], weights: list[float] | None = None, key: str = "item") -> KeyedJaggedTensor:
+    """Return a batch of one feature, one list of ids per bag."""
+    ids = [number for bag in bags for number in bag]
+    return KeyedJaggedTensor.from_lengths_sync(
+        [key],
+        torch.tensor(ids, dtype=torch.int64),
+        torch.tensor([len(bag) for bag in bags], dtype=torch.int64),
+        None if weights is None else torch.tensor(weights),
+    )
+
+
+def code_size(config: MethodConfig) -> int:
+    """Return how many values a code of the method may take."""
+    return getattr(config, "codebook_size", 256)
