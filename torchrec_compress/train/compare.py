@@ -60,7 +60,9 @@ def compare(config: RunConfig) -> Path:
 
         key = pretrained_key(run)
         if needs_pretrained(run) and not (shared / key / "summary.json").is_file():
-            first.setdefault(key, (f"full model {run.model.name} d={run.model.embedding_dim} seed {run.seed}", run, "", str(shared)))
+            first.setdefault(
+                key, (f"full model {run.model.name} d={run.model.embedding_dim} seed {run.seed}", run, "", str(shared))
+            )
     left = [job for job in jobs if not _finished(Path(job[2]), job[1])]
     if len(left) < len(jobs):
         tqdm.write(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already")
@@ -109,7 +111,7 @@ def _run_all(jobs: list[Job], workers: int, bar: tqdm) -> list[str]:
     if not jobs:
         return failed
     context = multiprocessing.get_context("spawn")
-    lock = tqdm.get_lock() if workers == 1 else context.RLock()
+    lock = context.RLock()
     slots = context.Queue()
     for slot in range(workers):
         slots.put(slot + 1)

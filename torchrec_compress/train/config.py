@@ -28,10 +28,10 @@ class GeneratorConfig:
     """
 
     num_rows: int = 1_000_000
-    num_users: int = 150_000
-    num_items: int = 30_000
-    num_clusters: int = 24
-    zipf: float = 1.05
+    num_users: int = 120_000
+    num_items: int = 20_000
+    num_clusters: int = 16
+    zipf: float = 1.1
     seed: int = 7
 
 
@@ -117,7 +117,7 @@ class OptimConfig:
 
     Args:
         tables: optimizer of native tables. All but "adam" run fused in the backward pass; "adam" keeps dense gradients
-            (tables are data-parallel), the only way to a true l2 over whole tables on a CPU.
+            (tables are replicated), the only way to a true l2 over whole tables on a CPU.
         table_lr: learning rate of native tables.
         table_l2: l2 of whole tables, as `table_l2 / 2 * sum of squares` in the loss; with "adam" only, since FBGEMM's
             CPU kernels ignore weight decay.

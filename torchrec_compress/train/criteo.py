@@ -68,7 +68,8 @@ def _convert(path: Path) -> Path:
     if not all(file.is_file() for file in outputs.values()):
         folder.mkdir(exist_ok=True)
         parts = {kind: folder / f"part_{kind}" for kind in _KINDS}  # renamed when whole
-        BinaryCriteoUtils.tsv_to_npys(str(path), *(str(parts[kind]) for kind in _KINDS), dataset_name="criteo_kaggle")
+        # its "criteo_kaggle" is the unlabelled test file; the labelled Kaggle file has the same columns as the 1 TB set
+        BinaryCriteoUtils.tsv_to_npys(str(path), *(str(parts[kind]) for kind in _KINDS), dataset_name="criteo_1tb")
         for kind in _KINDS:
             parts[kind].rename(outputs[kind])
     return folder

@@ -8,7 +8,7 @@ import torch
 from torchrec_compress.train.config import GeneratorConfig
 from torchrec_compress.train.data import ClickData, Split
 
-_RANK = 6
+_RANK = 4
 _CONTEXTS = {"hour": 24, "device": 4, "region": 40}
 
 
@@ -44,8 +44,8 @@ def generate(config: GeneratorConfig) -> ClickData:
     item_rows, item_clusters = _clustered(rng, config.num_items, config.num_clusters)
 
     logits = 1.6 * np.einsum("nd,nd->n", user_rows[users], item_rows[items], dtype=np.float32)
-    logits += rng.normal(0, 0.5, config.num_users).astype(np.float32)[users]
-    logits += rng.normal(0, 0.7, config.num_items).astype(np.float32)[items]
+    logits += rng.normal(0, 0.25, config.num_users).astype(np.float32)[users]
+    logits += rng.normal(0, 0.5, config.num_items).astype(np.float32)[items]
     logits += _pair_effect(rng, config.num_clusters, 24, 0.5)[item_clusters[items], contexts["hour"]]
     logits += _pair_effect(rng, config.num_clusters, 40, 0.4)[user_clusters[users], contexts["region"]]
     logits += rng.normal(0, 0.3, 4).astype(np.float32)[contexts["device"]] - 1.0
@@ -75,9 +75,9 @@ def _popular_ids(rng: np.random.Generator, num_ids: int, num_rows: int, exponent
 
 def _clustered(rng: np.random.Generator, num_rows: int, num_clusters: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw rows around cluster centres: (num_rows, rank) float32 and their clusters (num_rows,)."""
-    centres = rng.normal(0, 0.55, (num_clusters, _RANK))
+    centres = rng.normal(0, 0.7, (num_clusters, _RANK))
     clusters = rng.integers(0, num_clusters, num_rows)
-    return (centres[clusters] + rng.normal(0, 0.3, (num_rows, _RANK))).astype(np.float32), clusters
+    return (centres[clusters] + rng.normal(0, 0.12, (num_rows, _RANK))).astype(np.float32), clusters
 
 
 def _pair_effect(rng: np.random.Generator, num_first: int, num_second: int, scale: float) -> np.ndarray:

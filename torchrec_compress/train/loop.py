@@ -192,9 +192,7 @@ def _count_loss(progress: Progress, loss: float, task: Task) -> None:
     progress.loss_steps += 1
 
 
-def _validate(
-    trainable: Trainable, task: Task, progress: Progress, journal: Journal
-) -> dict[str, Tensor] | None:
+def _validate(trainable: Trainable, task: Task, progress: Progress, journal: Journal) -> dict[str, Tensor] | None:
     """Score the validation split and decide; return the model's tensors where they are the best so far."""
     labels = task.data.valid.labels.numpy()
     logits = predict(trainable.module, task.data.features, task.data.valid).numpy()

@@ -28,5 +28,9 @@ def prepare(num_threads: int) -> None:
     # torchrec 1.8 on torch 2.13: deprecated arguments that it passes itself, and notes about plans for GPU clusters
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(torch|torchrec|fbgemm_gpu|tensordict)\b")
+    warnings.filterwarnings("ignore", category=FutureWarning, message="Please use DTensor instead")
     for name in ("torchrec", "torch.fx", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger().addFilter(lambda record: not str(record.msg).startswith("Sharding spec not found"))
+    # stages fit every table that they compress, so a note about start codes would mislead
+    logging.getLogger("torchrec_compress.modules").setLevel(logging.ERROR)

@@ -37,7 +37,9 @@ def make_tables(config: ModelConfig, data: ClickData) -> list[EmbeddingBagConfig
     if any(width < 4 or width % 4 for width in widths.values()):
         raise ValueError(f"model.embedding_dim: must be a multiple of 4 (FBGEMM), got {widths}")
     if len(set(widths.values())) > 1 and config.name != "dcnv2":
-        raise ValueError(f"model.widths: must all be equal with model.name = {config.name!r}, got {widths}; use 'dcnv2'")
+        raise ValueError(
+            f"model.widths: must all be equal with model.name = {config.name!r}, got {widths}; use 'dcnv2'"
+        )
     scale = config.init_scale
     return [
         EmbeddingBagConfig(

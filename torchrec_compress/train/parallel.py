@@ -8,17 +8,15 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_default_sharders
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.types import ShardingType
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from torchrec_compress.modules import native_parameters
 from torchrec_compress.train.config import OptimConfig, StageConfig
 
 _FUSED = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
@@ -54,10 +52,9 @@ class Trainable:
         config = stage.optim
         _check(config)
         before = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        tables = _native_tables(model)
-        fused = config.tables in _FUSED and bool(tables)
+        weights = native_parameters(model)
+        fused = config.tables in _FUSED and bool(weights)
         if fused:
-            weights = [weight for weight, _ in tables.values()]
             # a fused table cannot be left out of the backward, so one that is not trained has the rate 0
             rate = config.table_lr if stage.train_tables else 0.0
             apply_optimizer_in_backward(_FUSED[config.tables], weights, {"lr": rate})
@@ -65,7 +62,7 @@ class Trainable:
         train = {"tables": stage.train_tables or fused, "codebooks": stage.train_codebooks, "dense": stage.train_dense}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(train[_part(name)])
-        self.module = _wrap(model, {table.name for _, table in tables.values()} if not fused else set())
+        self.module = _wrap(model, shard=config.tables in _FUSED)
         load_plain(self.module, before)
         self._set_dense(stage, fused)
 
@@ -86,7 +83,8 @@ class Trainable:
         for part, (rate, l2, train) in rates.items():
             if groups[part] and train:
                 optimizer = KeyedOptimizerWrapper(
-                    groups[part], lambda p, rate=rate, l2=l2: torch.optim.Adam(p, lr=rate, weight_decay=l2, foreach=True)
+                    groups[part],
+                    lambda p, rate=rate, l2=l2: torch.optim.Adam(p, lr=rate, weight_decay=l2, foreach=True),
                 )
                 self.adams[part] = optimizer._optimizer  # type: ignore[assignment]
                 optimizers.append((part, optimizer))
@@ -106,7 +104,9 @@ class Trainable:
 
     def optimizer_bytes(self) -> int:
         """Return the bytes of this rank's optimizer state."""
-        return sum(value.numel() * value.element_size() for key, value in self._tensors() if not key.startswith("model."))
+        return sum(
+            value.numel() * value.element_size() for key, value in self._tensors() if not key.startswith("model.")
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Return this rank's parameters, buffers and optimizer state as copies of plain tensors."""
@@ -166,35 +166,27 @@ def _check(config: OptimConfig) -> None:
         )
 
 
-def _native_tables(model: nn.Module) -> dict[str, tuple[nn.Parameter, BaseEmbeddingConfig]]:
-    """Return weight and config of every stock TorchRec table inside a model, by its full name."""
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, EmbeddingBagCollection):
-            for table in module.embedding_bag_configs():
-                found[f"{path}.{table.name}"] = (module.embedding_bags[table.name].weight, table)
-        elif isinstance(module, EmbeddingCollection):
-            for table in module.embedding_configs():
-                found[f"{path}.{table.name}"] = (module.embeddings[table.name].weight, table)
-    return found
+def _wrap(model: nn.Module, shard: bool) -> DistributedModelParallel:
+    """Plan and shard a model, or replicate all of it, so that its tables keep dense gradients.
 
-
-def _wrap(model: nn.Module, replicated: set[str]) -> DistributedModelParallel:
-    """Plan and shard a model; `replicated` tables keep dense gradients on every rank."""
-    constraints = {
-        name: ParameterConstraints(
-            sharding_types=[ShardingType.DATA_PARALLEL.value], compute_kernels=[EmbeddingComputeKernel.DENSE.value]
-        )
-        for name in replicated
-    }
+    Replicated tables are left as they are rather than made data-parallel by a sharder: TorchRec 1.8's data-parallel
+    `EmbeddingCollection` returns wrong rows on the CPU where it holds more than one table.
+    """
     world, group = dist.get_world_size(), dist.group.WORLD
     assert group is not None
-    sharders = _sharders()
-    planner = EmbeddingShardingPlanner(
-        topology=Topology(world_size=world, compute_device="cpu"), constraints=constraints or None
+    sharders, plan = _sharders() if shard else [], ShardingPlan({})
+    if shard:
+        planner = EmbeddingShardingPlanner(topology=Topology(world_size=world, compute_device="cpu"))
+        plan = planner.collective_plan(model, sharders, group)
+    # DDP refuses a module of which nothing is trained
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return DistributedModelParallel(
+        model,
+        device=torch.device("cpu"),
+        plan=plan,
+        sharders=sharders,
+        init_data_parallel=any(not shard or _part(name) != "tables" for name in trained),
     )
-    plan = planner.collective_plan(model, sharders, group)
-    return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
 
 
 def _sharders() -> list:
@@ -236,7 +228,9 @@ def load_plain(module: nn.Module, state: dict[str, Tensor]) -> None:
             for axis, first in enumerate(offsets or []):
                 source = source.narrow(axis, int(first), local.shape[axis])
             if source.shape != local.shape:
-                raise ValueError(f"load_plain: {name!r} must have shape {tuple(local.shape)}, got {tuple(source.shape)}")
+                raise ValueError(
+                    f"load_plain: {name!r} must have shape {tuple(local.shape)}, got {tuple(source.shape)}"
+                )
             local.copy_(source)
 
 

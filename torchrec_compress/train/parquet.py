@@ -70,7 +70,9 @@ def _read_columns(path: Path, config: DataConfig) -> tuple[dict[str, np.ndarray]
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: must be a Parquet file, got {path.stat().st_size} bytes that are not ({error})") from error
+        raise ValueError(
+            f"{path}: must be a Parquet file, got {path.stat().st_size} bytes that are not ({error})"
+        ) from error
     if file.metadata.num_rows == 0:
         raise ValueError(f"{path}: must have rows, got none")
     text = (file.schema_arrow.metadata or {}).get(b"vocab")

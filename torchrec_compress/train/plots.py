@@ -31,9 +31,7 @@ def draw(report: dict[str, Any], folder: Path) -> list[str]:
         figure.savefig(folder / names[-1], dpi=130)
         pyplot.close(figure)
     bars = [
-        (f"{name}: {table}", use)
-        for name, row in report["variants"].items()
-        for table, use in row["usage"].items()
+        (f"{name}: {table}", use) for name, row in report["variants"].items() for table, use in row["usage"].items()
     ]
     if bars:
         figure, axes = pyplot.subplots(figsize=(8, 1 + 0.32 * len(bars)), layout="constrained")

@@ -99,10 +99,20 @@ def _markdown(report: dict[str, Any], pictures: list[str]) -> str:
     columns = {key: title for key, title in _COLUMNS.items() if all(key in row["test"] for row in rows.values())}
     kinds = sorted({key for row in rows.values() for key in row["test"] if key.startswith("kind")})
     columns |= {key: f"AUC, negatives of kind {key[4:-4]}" for key in kinds}
-    lines = ["# Comparison", "", "Mean ± sample standard deviation over the seeds. Bytes count everything stored: codes, codebooks,"]
-    lines += ["per-id scalars, hot rows and dense tables. The ratio is the fp32 bytes of all the user's tables over them.", ""]
+    lines = [
+        "# Comparison",
+        "",
+        "Mean ± sample standard deviation over the seeds. Bytes count everything stored: codes, codebooks,",
+    ]
+    lines += [
+        "per-id scalars, hot rows and dense tables. The ratio is the fp32 bytes of all the user's tables over them.",
+        "",
+    ]
     if report["bayes"]:
-        lines += [f"Best possible: AUC {report['bayes']['bayes_auc']:.4f}, logloss {report['bayes']['bayes_logloss']:.4f}.", ""]
+        lines += [
+            f"Best possible: AUC {report['bayes']['bayes_auc']:.4f}, logloss {report['bayes']['bayes_logloss']:.4f}.",
+            "",
+        ]
     titles = ["variant", "bytes", "ratio", "compressed tables", *columns.values(), "seeds"]
     lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for name, row in rows.items():

@@ -201,7 +201,9 @@ def _retrain(
     teacher = None
     if config.retrain.distill_weight:
         if source is None:
-            raise ValueError("retrain.distill_weight: must be 0 with start = 'scratch', there is no full model to imitate")
+            raise ValueError(
+                "retrain.distill_weight: must be 0 with start = 'scratch', there is no full model to imitate"
+            )
         teacher = _teacher(config, data, source)
     task = dataclasses.replace(
         _task(config, data, folder, "retrain", position), keep_start=source is not None, teacher=teacher
@@ -245,7 +247,9 @@ def _task(config: RunConfig, data: ClickData, folder: Path, stage: str, position
 
 def score(model: ClickModel, data: ClickData, config: DataConfig) -> dict[str, dict[str, float]]:
     """Return all metrics of valid and test."""
-    return {name: _score_split(model, data, split, config) for name, split in (("valid", data.valid), ("test", data.test))}
+    return {
+        name: _score_split(model, data, split, config) for name, split in (("valid", data.valid), ("test", data.test))
+    }
 
 
 def _score_split(model: ClickModel, data: ClickData, split: Split, config: DataConfig) -> dict[str, float]:
@@ -275,5 +279,3 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     part = path.with_name(f".{path.name}")
     torch.save({name: value.detach() for name, value in tensors.items()}, part)
     part.replace(path)
-
-

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from torchrec_compress.train.config import DataConfig, GeneratorConfig
+from torchrec_compress.train.data import Batches, load_data
+
+
+def _columns(num_rows: int = 90) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    split = np.tile(np.array([0, 0, 1, 2], dtype=np.int8), num_rows)[:num_rows]
+    return {
+        "label": rng.integers(0, 2, num_rows),
+        "user": rng.integers(0, 9, num_rows),
+        "item": rng.integers(0, 5, num_rows),
+        "rating": rng.integers(1, 6, num_rows),
+        "split": split,
+    }
+
+
+def _write(path, columns, vocab=None):
+    table = pa.table(columns)
+    if vocab:
+        table = table.replace_schema_metadata({"vocab": json.dumps(vocab)})
+    pq.write_table(table, path)
+    return DataConfig(kind="parquet", path=str(path), features=["user", "item"])
+
+
+def test_parquet_is_read_whole_and_filtered(tmp_path):
+    columns = _columns()
+    config = _write(tmp_path / "a.parquet", columns, {"user": 50, "item": 5})
+    data = load_data(config)
+    assert data.features == ["user", "item"] and data.vocab == [50, 5]
+    train = columns["split"] == 0
+    assert np.array_equal(data.train.ids[:, 0].numpy(), columns["user"][train])
+    assert np.array_equal(data.train.labels.numpy(), columns["label"][train])
+    filtered = load_data(DataConfig(**{**vars(config), "row_filter": "rating != 3", "features": []}))
+    assert len(filtered.train) == int((train & (columns["rating"] != 3)).sum())
+    assert filtered.features == ["user", "item"]
+
+
+def test_labels_by_threshold_and_drawn_split(tmp_path):
+    columns = _columns()
+    config = _write(tmp_path / "a.parquet", columns)
+    changed = {"label": "rating", "positive_from": 4, "split": None, "fractions": [0.5, 0.2], "split_seed": 3}
+    first = load_data(DataConfig(**{**vars(config), **changed}))
+    again = load_data(DataConfig(**{**vars(config), **changed}))
+    assert torch.equal(first.test.ids, again.test.ids)
+    total = sum(float(split.labels.sum()) for split in (first.train, first.valid, first.test))
+    assert total == (columns["rating"] >= 4).sum()
+
+
+def test_subsample_by_a_column_keeps_ids_whole(tmp_path):
+    config = _write(tmp_path / "a.parquet", _columns(900))
+    data = load_data(DataConfig(**{**vars(config), "subsample": 0.5, "subsample_by": "user"}))
+    whole = load_data(config)
+    kept = set(data.train.ids[:, 0].tolist())
+    assert 0 < len(kept) < 9
+    assert len(data.train) == sum(int((whole.train.ids[:, 0] == user).sum()) for user in kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": None}, "column 'label'"),
+        ({"user": np.arange(90.0)}, "int type"),
+        ({"user": np.arange(90) - 1}, r"\[0, .*got -1"),
+        ({"item": np.arange(90)}, r"\[0, 5\), got 89"),
+        ({"label": np.arange(90)}, "0 and 1"),
+        ({"split": np.zeros(90, dtype=np.int8)}, "valid split must have rows"),
+        ({"split": np.full(90, 7)}, "hold 0, 1 and 2"),
+        ({"user": pa.array([None, *range(89)], pa.int64())}, "missing values"),
+    ],
+)
+def test_bad_parquet_is_refused(tmp_path, change, message):
+    columns = {name: value for name, value in {**_columns(), **change}.items() if value is not None}
+    config = _write(tmp_path / "a.parquet", columns, {"user": 100, "item": 5})
+    with pytest.raises(ValueError, match=message):
+        load_data(config)
+
+
+def test_files_that_are_no_parquet_are_refused(tmp_path):
+    empty = tmp_path / "empty.parquet"
+    empty.touch()
+    for path, message in ((empty, "must be a Parquet file, got 0 bytes"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(ValueError, match=message):
+            load_data(DataConfig(kind="parquet", path=str(path)))
+    with pytest.raises(ValueError, match="must have rows"):
+        load_data(_write(tmp_path / "b.parquet", {name: value[:0] for name, value in _columns().items()}))
+    with pytest.raises(ValueError, match=r"data\.path"):
+        load_data(DataConfig(kind="parquet"))
+
+
+@pytest.mark.parametrize("option", [{"row_filter": "rating ~ 3"}, {"subsample": 0.0}, {"vocab": {"usr": 3}}])
+def test_bad_options_name_their_key(tmp_path, option):
+    config = _write(tmp_path / "a.parquet", _columns())
+    with pytest.raises(ValueError, match=f"data.{next(iter(option))}"):
+        load_data(DataConfig(**{**vars(config), **option}))
+
+
+def _criteo(folder, num_rows=60, **change):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "dense": rng.random((num_rows, 13), dtype=np.float32),
+        "sparse": rng.integers(-(2**31), 2**31 - 1, (num_rows, 26)).astype(np.int32),
+        "labels": rng.integers(0, 2, (num_rows, 1)).astype(np.int32),
+    }
+    for kind, array in {**arrays, **change}.items():
+        np.save(folder / f"day_0_{kind}.npy", array)
+    return DataConfig(kind="criteo", path=str(folder), hash_size=100)
+
+
+def test_criteo_files_are_read_as_torchrec_reads_them(tmp_path):
+    data = load_data(_criteo(tmp_path))
+    assert len(data.train) + len(data.valid) + len(data.test) == 60
+    assert data.num_dense == 13 and data.vocab == [100] * 26
+    assert int(data.train.ids.min()) >= 0 and int(data.train.ids.max()) < 100
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torchrec's reader leaves its file open
+def test_criteo_tsv_is_converted_once(tmp_path):
+    row = "\t".join(["1", *["5"] * 13, *["68fd1e64"] * 26])
+    path = tmp_path / "train.txt"
+    path.write_text((row + "\n") * 40)
+    config = DataConfig(kind="criteo", path=str(path), hash_size=10)
+    assert torch.equal(load_data(config).train.ids, load_data(config).train.ids)
+    assert int(load_data(config).train.ids[0, 0]) == np.int64(0x68FD1E64).astype(np.int32) % 10
+
+
+def test_bad_criteo_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="must hold as many"):
+        load_data(DataConfig(kind="criteo", path=str(tmp_path)))
+    nan = np.full((60, 13), np.nan, dtype=np.float32)
+    with pytest.raises(ValueError, match="NaN"):
+        load_data(_criteo(tmp_path, dense=nan))
+    with pytest.raises(ValueError, match="hash_size"):
+        load_data(DataConfig(**{**vars(_criteo(tmp_path)), "hash_size": None}))
+
+
+def test_generator_is_a_function_of_its_seed():
+    config = GeneratorConfig(num_rows=500, num_users=40, num_items=20)
+    first, again = (load_data(DataConfig(generator=config)) for _ in range(2))
+    other = load_data(DataConfig(generator=GeneratorConfig(num_rows=500, num_users=40, num_items=20, seed=8)))
+    assert torch.equal(first.train.ids, again.train.ids) and not torch.equal(first.train.ids, other.train.ids)
+    with pytest.raises(ValueError, match=r"data\.generator"):
+        load_data(DataConfig(generator=GeneratorConfig(num_rows=3)))
+
+
+def test_the_default_generator_has_a_table_over_100_000_rows():
+    assert GeneratorConfig().num_users > 100_000
+
+
+def test_batches_cover_an_epoch_and_resume_in_the_middle(data):
+    batches = Batches(data.features, data.train, 300, seed=5)
+    whole = list(batches.epoch(2))
+    assert len(whole) == len(batches) == 11
+    assert torch.cat([batch.rows for batch in whole]).sort().values.equal(torch.arange(len(data.train)))
+    later = list(batches.epoch(2, first=7))
+    assert all(torch.equal(a.rows, b.rows) for a, b in zip(whole[7:], later, strict=True))
+    assert not torch.equal(next(batches.epoch(0)).rows, next(batches.epoch(1)).rows)
+    batch = whole[-1]
+    assert len(batch.labels) == 200
+    assert torch.equal(batch.features["item"].values(), data.train.ids[batch.rows, 1])
+    assert batch.features["item"].lengths().tolist() == [1] * 200

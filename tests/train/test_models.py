@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from torchrec_compress.train.config import ModelConfig
+from torchrec_compress.train.data import Batches, ClickData
+from torchrec_compress.train.models import make_model, make_tables
+
+
+def _with_dense(data: ClickData) -> ClickData:
+    splits = {
+        name: dataclasses.replace(getattr(data, name), dense=torch.randn(len(getattr(data, name)), 3))
+        for name in ("train", "valid", "test")
+    }
+    return dataclasses.replace(data, num_dense=3, **splits)
+
+
+@pytest.mark.parametrize("name", ["deepfm", "dlrm", "dcnv2"])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("plain", [False, True])
+def test_every_parameter_gets_a_gradient(data, name, dense, plain):
+    data = _with_dense(data) if dense else data
+    extra = {} if plain else {"dropout": 0.1, "batch_norm": True, "embedding_dropout": 0.1, "bfloat16": True}
+    config = ModelConfig(name=name, embedding_dim=8, hidden=[12, 6], **extra)
+    model = make_model(EmbeddingBagCollection(tables=make_tables(config, data)), data.num_dense, config)
+    batch = next(Batches(data.features, data.train, 64, 0).epoch(0))
+    output = model(batch.features, batch.dense)
+    assert output.logits.shape == (64,) and output.logits.dtype == torch.float32
+    assert output.embeddings.shape == (64, 40)
+    output.logits.square().sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+
+
+def test_deepfm_sums_dot_products_of_all_pairs_of_fields(data):
+    config = ModelConfig(embedding_dim=4, hidden=[3], init_scale=1.0)
+    model = make_model(EmbeddingBagCollection(tables=make_tables(config, data)), 0, config)
+    for parameter in model.deep.parameters():
+        torch.nn.init.zeros_(parameter)
+    batch = next(Batches(data.features, data.train, 5, 0).epoch(0))
+    output = model(batch.features)
+    fields = output.embeddings.view(5, 5, 4)
+    pairs = sum((fields[:, i] * fields[:, j]).sum(1) for i in range(5) for j in range(i))
+    torch.testing.assert_close(output.logits, pairs)
+
+
+def test_widths_may_differ_only_with_dcnv2(data):
+    config = ModelConfig(name="dcnv2", embedding_dim=8, widths={"hour": 4}, hidden=[6])
+    model = make_model(EmbeddingBagCollection(tables=make_tables(config, data)), 0, config)
+    batch = next(Batches(data.features, data.train, 5, 0).epoch(0))
+    assert model(batch.features).embeddings.shape == (5, 36)
+    with pytest.raises(ValueError, match=r"model\.widths"):
+        make_tables(dataclasses.replace(config, name="dlrm"), data)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [({"embedding_dim": 6}, "embedding_dim"), ({"widths": {"x": 4}}, "widths"), ({"hidden": []}, "hidden")],
+)
+def test_bad_models_name_their_key(data, change, key):
+    config = dataclasses.replace(ModelConfig(), **change)
+    with pytest.raises(ValueError, match=rf"model\.{key}"):
+        make_model(EmbeddingBagCollection(tables=make_tables(config, data)), 0, config)

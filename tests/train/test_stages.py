@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchrec_compress.train import stages
+from torchrec_compress.train.compare import compare, variants
+from torchrec_compress.train.config import RunConfig, override
+from torchrec_compress.train.report import collect, write_report
+
+PQ = {"*": {"method": "pq", "num_codes": 2, "codebook_size": 16}}
+
+
+def _run(config, tmp_path, name, **changes):
+    config = override(config, changes)
+    return stages.run(config, tmp_path / name, tmp_path / "full", None)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "pq", "num_codes": 2, "codebook_size": 16},
+        {"method": "mec", "num_codes": 2, "codebook_size": 16, "num_hot_rows": 5, "fit_options": {"num_steps": 5}},
+        {"method": "int8"},
+        {"method": "hash", "num_buckets": 20},
+        {"method": "memcom", "num_buckets": 20},
+    ],
+)
+@pytest.mark.parametrize("tables", ["adagrad", "adam"])
+def test_three_stages_end_with_a_summary(config, tmp_path, method, tables):
+    summary = _run(
+        config,
+        tmp_path,
+        "a",
+        compression={"*": method},
+        **{"pretrain.optim.tables": tables, "retrain": vars(config.pretrain), "retrain.optim.tables": tables},
+    )
+    assert summary["footprint"]["ratio"] > 1 and summary["training"]["steps"] == 13
+    assert {"auc", "logloss", "tail_auc"} <= set(summary["metrics"]["test"])
+    # what was fitted competes with what was trained
+    assert summary["metrics"]["valid"]["logloss"] <= summary["fitted"]["valid"]["logloss"] + 1e-6
+    assert (tmp_path / "a" / "config.yaml").is_file() and (tmp_path / "a" / "versions.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["hash", "random", "quantile"])
+def test_tables_that_need_no_full_model_start_from_scratch(config, tmp_path, method):
+    options = {"num_buckets": 20} if method == "hash" else {"num_codes": 2, "codebook_size": 16}
+    changes = {
+        "start": "scratch",
+        "compression": {"*": {"method": method, **options}},
+        "retrain": vars(config.pretrain),
+    }
+    summary = _run(config, tmp_path, "a", **changes)
+    assert not (tmp_path / "full").exists() and "fitted" not in summary
+    with pytest.raises(ValueError, match=r"retrain\.epochs"):
+        _run(config, tmp_path, "b", **{**changes, "retrain.epochs": 0.0})
+
+
+def test_without_training_nothing_but_tables_changes(config, tmp_path):
+    summary = _run(config, tmp_path, "a", compression=PQ)
+    assert summary["metrics"] == summary["fitted"] and "training" not in summary
+    full = torch.load(next((tmp_path / "full").glob("*/model.pt")), weights_only=True)
+    mine = torch.load(tmp_path / "a" / "model.pt", weights_only=True)
+    net = [name for name in full if not name.startswith("embeddings.")]
+    assert net and all(torch.equal(full[name], mine[name]) for name in net)
+
+
+def test_codes_stay_frozen_while_codebooks_train(config, tmp_path):
+    _run(
+        config,
+        tmp_path,
+        "a",
+        compression=PQ,
+        **{"retrain": vars(config.pretrain), "retrain.train_dense": False, "retrain.optim.codebook_lr": 0.01},
+    )
+    before = torch.load(tmp_path / "a" / "fitted.pt", weights_only=True)
+    trained = torch.load(sorted((tmp_path / "a/retrain/checkpoints").glob("step*"))[-1] / "state.pt", weights_only=True)
+    after = {name[len("model.") :]: value for name, value in trained["state"].items() if name.startswith("model.")}
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert any("codebooks" in name for name in moved)
+    assert not any("codes" in name.split(".") or not name.startswith("embeddings.") for name in moved)
+
+
+def test_a_byte_budget_is_kept_and_chosen_once(config, tmp_path):
+    changes = {
+        "compression": {
+            "budget_ratio": 3.0,
+            "num_codes": [1, 2],
+            "codes": {"method": "pq", "num_codes": 1, "codebook_size": 16},
+        }
+    }
+    summary = _run(config, tmp_path, "a", **changes)
+    assert summary["footprint"]["ratio"] >= 3.0
+    stamp = (tmp_path / "a" / "compression.json").stat().st_mtime_ns
+    _run(config, tmp_path, "a", **changes)
+    assert (tmp_path / "a" / "compression.json").stat().st_mtime_ns == stamp
+
+
+def test_full_models_are_shared_by_what_they_depend_on(config):
+    key = stages.pretrained_key(config)
+    assert stages.pretrained_key(override(config, {"compression": PQ, "retrain.epochs": 1.0, "output": "x"})) == key
+    for change in ({"seed": 1}, {"model.dropout": 0.5}, {"pretrain.epochs": 2.0}, {"data.tail_count": 3}):
+        assert stages.pretrained_key(override(config, change)) != key
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [({"context": {"user": "usr"}}, r"context\.user"), ({"retrain.distill_weight": 0.5}, r"retrain\.distill_weight")],
+)
+def test_bad_stages_name_their_key(config, tmp_path, change, key):
+    codes = {"method": "quantile", "num_codes": 2, "codebook_size": 16}
+    with pytest.raises(ValueError, match=key):
+        _run(
+            config,
+            tmp_path,
+            "a",
+            start="scratch",
+            compression={"*": codes},
+            **{"retrain": vars(config.pretrain), **change},
+        )
+
+
+def _comparison(config: RunConfig) -> RunConfig:
+    chosen = {
+        "full": {},
+        "pq": {"compression": PQ},
+        "bad": {"compression": {"*": {"method": "pq", "num_codes": 3, "codebook_size": 16}}},
+    }
+    return override(config, {"compare": {"variants": chosen, "seeds": [0, 1], "num_workers": 1}})
+
+
+@pytest.mark.slow
+def test_compare_reports_resumes_and_survives_a_bad_variant(config, capfd):
+    config = _comparison(config)
+    output = compare(config)
+    report = json.loads((output / "report.json").read_text())
+    assert list(report["variants"]) == ["full", "pq"] and report["variants"]["pq"]["seeds"] == [0, 1]
+    assert len(list((output / "full").glob("*/model.pt"))) == 2  # one per seed, shared by the variants
+    text = (output / "report.md").read_text()
+    assert "| pq |" in text and " ± " in text and "Best possible" in text
+    assert all(
+        (output / name).is_file() for name in ("auc_against_bytes.png", "logloss_against_bytes.png", "code_usage.png")
+    )
+    assert "embedding_dim must be a multiple of num_codes" in capfd.readouterr().err
+    stamps = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/seed*/summary.json")}
+    compare(override(config, {"compare.only": ["full", "pq"]}))
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    with pytest.raises(ValueError, match="other settings"):
+        compare(override(config, {"pretrain.epochs": 2.0, "compare.only": ["full"]}))
+
+
+def test_variants_are_overrides_with_checked_keys(config):
+    config = _comparison(config)
+    assert variants(config)["pq"].compression == PQ
+    for change, message in (
+        ({"compare.only": ["pqq"]}, "did you mean 'pq'"),
+        ({"compare.variants": {"a": {"model.embeding_dim": 3}}}, "did you mean 'embedding_dim'"),
+        ({"compare.variants": {}}, "must have variants"),
+        ({"compare.variants": {"a": {"model.embedding_dim": "x"}}}, "must be of type int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            variants(override(config, change))
+
+
+def test_a_report_needs_finished_runs(tmp_path):
+    with pytest.raises(ValueError, match="finished runs"):
+        write_report(tmp_path)
+
+
+def test_spread_is_over_seeds(tmp_path):
+    for seed, value in enumerate((0.7, 0.8)):
+        folder = tmp_path / "runs" / "a" / f"seed{seed}"
+        folder.mkdir(parents=True)
+        metrics = {"auc": value, "logloss": 0.5}
+        size = {"total_bytes": 10, "dense_bytes": 20, "ratio": 2.0, "compressed_ratio": 2.0}
+        summary = {"seed": seed, "metrics": {"test": metrics, "valid": metrics}, "footprint": size, "bayes": {}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    found = collect(Path(tmp_path))["variants"]["a"]
+    assert found["test"]["auc"]["mean"] == pytest.approx(0.75)
+    assert found["test"]["auc"]["spread"] == pytest.approx(0.0707106, abs=1e-6)
+
+
+def test_configs_are_frozen(config):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 3
