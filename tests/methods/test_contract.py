@@ -285,7 +285,12 @@ BAD = [
     ("num_hot_rows", "pq", {"num_codes": 4, "num_hot_rows": NUM_ROWS}, {}),
     ("num_hot_rows", "pq", {"num_codes": 1, "codebook_size": 16, "num_hot_rows": 16}, {}),
     ("hot_dtype", "pq", {"num_codes": 4, "hot_dtype": "int2"}, {}),
-    ("hot_dtype='int4'", "pq", {"num_codes": 2, "num_hot_rows": 9, "hot_dtype": "int4"}, {"embedding_dim": 6}),
+    (
+        "embedding_dim must be a multiple of 4 for int4",
+        "pq",
+        {"num_codes": 2, "num_hot_rows": 9, "hot_dtype": "int4"},
+        {"embedding_dim": 6},
+    ),
     ("structure", "pq", {"num_codes": 4, "structure": "tree"}, {}),
     ("structure", "mec", {"num_codes": 4, "structure": "residual"}, {}),
     ("popularity", "pq", {"num_codes": 4, "popularity": "log10"}, {}),
@@ -297,6 +302,8 @@ BAD = [
     ("scalars", "memcom", {"num_buckets": 4, "scalars": "loose"}, {}),
     ("embedding_dim", "memcom", {"num_buckets": 4, "scalars": "grouped"}, {"embedding_dim": 6}),
     ("embedding_dim", "int4", {}, {"embedding_dim": 10}),
+    ("embedding_dim", "int8", {}, {"embedding_dim": 15}),
+    ("embedding_dim", "pq", {"num_codes": 3, "num_hot_rows": 9}, {"embedding_dim": 15}),
 ]
 
 

@@ -8,13 +8,11 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 def parts(stored, dim, dtype):
     """Read FBGEMM's bytes by hand: (levels (N, D), scales (N,), biases (N,)), all float64."""
-    if dtype == "int8":
-        tail = stored[:, dim:].contiguous().view(torch.float32)
-        return stored[:, :dim].double(), tail[:, 0].double(), tail[:, 1].double()
-    packed = stored[:, : dim // 2]
-    levels = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)  # the even column is in the low half
-    tail = stored[:, dim // 2 :].contiguous().view(torch.float16)
-    return levels.double(), tail[:, 0].double(), tail[:, 1].double()
+    levels, tail = stored[:, :-4], stored[:, -4:].contiguous().view(torch.float16).double()
+    if dtype == "int4":
+        levels = torch.stack([levels & 15, levels >> 4], dim=2).flatten(1)  # the even column is in the low half
+    assert levels.shape[1] == dim
+    return levels.double(), tail[:, 0], tail[:, 1]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -27,9 +25,8 @@ def test_rows_are_stored_as_levels_scale_and_bias(shape, dtype):
     levels, scales, biases = parts(stored, shape[1], dtype)
     top = 255 if dtype == "int8" else 15
     low, high = rows.double().amin(1), rows.double().amax(1)
-    tolerance = 1e-5 if dtype == "int8" else 2e-3  # float32 or float16 scale and bias
-    torch.testing.assert_close(biases, low, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(scales, (high - low) / top, rtol=tolerance * 10, atol=1e-6)
+    torch.testing.assert_close(biases, low, rtol=1e-3, atol=1e-6)  # float16
+    torch.testing.assert_close(scales, (high - low) / top, rtol=5e-3, atol=1e-6)
     exact = ((rows.double() - biases[:, None]) / scales[:, None]).clamp(0, top)
     # rounded to the nearest level, up to the rounding of FBGEMM's own float arithmetic
     assert shape[0] == 0 or (levels - exact).abs().max() <= 0.5 + 0.02
@@ -38,12 +35,12 @@ def test_rows_are_stored_as_levels_scale_and_bias(shape, dtype):
     torch.testing.assert_close(served.double(), levels * scales[:, None] + biases[:, None], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [1, 3, 63])
-def test_int8_takes_odd_widths(width):
+@pytest.mark.parametrize("width", [2, 6, 62])
+def test_int8_takes_even_widths(width):
     rows = torch.randn(5, width)
     served = dequantize_rows(quantize_rows(rows, "int8"), "int8")
     spread = rows.amax(1) - rows.amin(1)
-    assert ((served - rows).abs().amax(1) <= spread / 255 * 0.51 + 1e-6).all()
+    assert ((served - rows).abs().amax(1) <= spread / 255 * 0.51 + rows.abs().amax(1) * 2**-9).all()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -56,10 +53,10 @@ def test_a_constant_row_is_kept(dtype):
 def test_quantising_twice_changes_nothing_more(dtype):
     once = dequantize_rows(quantize_rows(torch.randn(50, 16), dtype), dtype)
     twice = dequantize_rows(quantize_rows(once, dtype), dtype)
-    torch.testing.assert_close(twice, once, rtol=0, atol=1e-5 if dtype == "int8" else 2e-2)
+    torch.testing.assert_close(twice, once, rtol=0, atol=4e-3 if dtype == "int8" else 2e-2)
 
 
 def test_bytes_of_a_row():
     assert quantized_row_bytes(6, "fp32") == 24
-    assert quantized_row_bytes(6, "int8") == 14
+    assert quantized_row_bytes(6, "int8") == 10
     assert quantized_row_bytes(8, "int4") == 8

@@ -245,6 +245,16 @@ def init_like(table: BaseEmbeddingConfig, weight: Tensor) -> None:
         nn.init.uniform_(weight, table.get_weight_init_min(), table.get_weight_init_max())
 
 
+def check_low_bit_width(table: BaseEmbeddingConfig, dtype: str) -> None:
+    """Raise ValueError where quantised rows would not end on the two-byte boundary that FBGEMM asks for."""
+    multiple = {"int8": 2, "int4": 4}.get(dtype, 1)
+    if table.embedding_dim % multiple:
+        raise ValueError(
+            f"table {table.name!r}: embedding_dim must be a multiple of {multiple} for {dtype} rows, "
+            f"got {table.embedding_dim}"
+        )
+
+
 def bucket_means(rows: Tensor, buckets: Tensor, num_buckets: int, counts: Tensor | None) -> Tensor:
     """Return the count-weighted mean row of each bucket.
 

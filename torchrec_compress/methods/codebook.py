@@ -20,6 +20,7 @@ from torchrec_compress.methods.base import (
     TableData,
     TableDecoder,
     TableState,
+    check_low_bit_width,
     init_like,
 )
 from torchrec_compress.ops import (
@@ -87,10 +88,8 @@ class CodebookConfig(MethodConfig):
             raise ValueError(f"{where}: num_hot_rows must be in [0, {table.num_embeddings}), got {self.num_hot_rows}")
         if self.hot_dtype not in ("fp32", "int8", "int4"):
             raise ValueError(f"{where}: hot_dtype must be 'fp32', 'int8' or 'int4', got {self.hot_dtype!r}")
-        if self.num_hot_rows and self.hot_dtype == "int4" and table.embedding_dim % 4:
-            raise ValueError(
-                f"{where}: embedding_dim must be a multiple of 4 with hot_dtype='int4', got {table.embedding_dim}"
-            )
+        if self.num_hot_rows:
+            check_low_bit_width(table, self.hot_dtype)
         if self.first_size < 1:
             raise ValueError(
                 f"{where}: num_hot_rows = {self.num_hot_rows} must leave the first codebook a codeword, but needs "

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.methods.base import CodePart, MethodConfig, Parts, TableData, TableDecoder, TableState, register
+from torchrec_compress.methods.base import (
+    CodePart,
+    MethodConfig,
+    Parts,
+    TableData,
+    TableDecoder,
+    TableState,
+    check_low_bit_width,
+    register,
+)
 from torchrec_compress.ops import dequantize_rows, pool_rows, quantize_rows, quantized_row_bytes
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
@@ -29,12 +38,9 @@ class LowBitConfig(MethodConfig):
     new_ids: ClassVar[str] = "its untrained row"
 
     def check(self, table: BaseEmbeddingConfig) -> None:
-        """Raise ValueError for an int4 row that does not end on FBGEMM's two-byte boundary."""
+        """Raise ValueError for a row that does not end on FBGEMM's two-byte boundary."""
         super().check(table)
-        if self.dtype == "int4" and table.embedding_dim % 4:
-            raise ValueError(
-                f"table {table.name!r}: embedding_dim must be a multiple of 4 with int4, got {table.embedding_dim}"
-            )
+        check_low_bit_width(table, self.dtype)
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the code table of quantised rows."""
@@ -52,9 +58,9 @@ class LowBitConfig(MethodConfig):
 @register
 @dataclass(frozen=True, kw_only=True)
 class Int8Config(LowBitConfig):
-    """Store int8 rows with a float32 scale and bias each.
+    """Store int8 rows with a float16 scale and bias each.
 
-    Bytes: N (D + 8).
+    Bytes: N (D + 4).
 
     Example:
         >>> Int8Config().to_dict()

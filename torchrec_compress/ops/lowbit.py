@@ -1,7 +1,6 @@
-"""Row-wise low-bit rows in FBGEMM's own format: the quantised values of a row, then its scale and bias.
+"""Row-wise low-bit rows in FBGEMM's own format: the quantised values of a row, then its float16 scale and bias.
 
-It is the format of TorchRec's quantised tables (`torchrec.quant`): int8 rows end in a float32 scale and bias (8 bytes),
-int4 rows in a float16 scale and bias (4 bytes).
+They are the bits that TorchRec's quantised tables (`torchrec.quant`) serve, for int8 and int4 alike.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 RowDtype = Literal["fp32", "int8", "int4"]
+_BITS = {"int8": 8, "int4": 4}
 
 
 def quantized_row_bytes(embedding_dim: int, dtype: RowDtype) -> int:
@@ -19,20 +19,20 @@ def quantized_row_bytes(embedding_dim: int, dtype: RowDtype) -> int:
 
     Example:
         >>> [quantized_row_bytes(64, dtype) for dtype in ("fp32", "int8", "int4")]
-        [256, 72, 36]
+        [256, 68, 36]
     """
-    return {"fp32": embedding_dim * 4, "int8": embedding_dim + 8, "int4": embedding_dim // 2 + 4}[dtype]
+    return {"fp32": embedding_dim * 4, "int8": embedding_dim + 4, "int4": embedding_dim // 2 + 4}[dtype]
 
 
 def quantize_rows(rows: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
     """Quantise rows, each with its own scale and bias.
 
     Args:
-        rows: (N, D) float32, D a multiple of 4 for int4.
+        rows: (N, D) float32, D a multiple of 2 for int8 and of 4 for int4.
         dtype: "int8" or "int4".
 
     Returns:
-        (N, D + 8) uint8 for int8, (N, D / 2 + 4) uint8 for int4.
+        (N, D + 4) uint8 for int8, (N, D / 2 + 4) uint8 for int4.
 
     Example:
         >>> quantize_rows(torch.randn(3, 64), "int4").shape
@@ -40,9 +40,7 @@ def quantize_rows(rows: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
     """
     import fbgemm_gpu  # noqa: F401  (registers the operators)
 
-    if dtype == "int8":
-        return torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(rows)
-    return torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(rows, 4)
+    return torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(rows, _BITS[dtype])
 
 
 def dequantize_rows(rows: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
@@ -62,6 +60,4 @@ def dequantize_rows(rows: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
     """
     import fbgemm_gpu  # noqa: F401  (registers the operators)
 
-    if dtype == "int8":
-        return torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(rows)
-    return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(rows, 4)
+    return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(rows, _BITS[dtype])
