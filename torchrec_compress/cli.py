@@ -127,9 +127,8 @@ def _run(command: str, config: RunConfig) -> None:
         print(f"{split}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
     if summary["bayes"]:
         print("best possible: " + ", ".join(f"{key} {value:.4f}" for key, value in summary["bayes"].items()))
-    print(
-        f"tables: {summary['footprint']['total_bytes']:,} bytes, {summary['footprint']['ratio']:.1f}x smaller; see {folder}"
-    )
+    size = summary["footprint"]
+    print(f"tables: {size['total_bytes']:,} bytes, {size['ratio']:.1f}x smaller; see {folder}")
 
 
 def _report(arguments: Sequence[str]) -> None:

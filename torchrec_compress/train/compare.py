@@ -38,7 +38,7 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
 def compare(config: RunConfig) -> Path:
     """Run all variants over all seeds and write the report.
 
-    Full models are trained first, once per distinct (data, model, pretrain, seed), and shared by the variants. A variant
+    Full models are trained first, once per distinct (data, model, pretrain, seed), and shared by the variants. One
     that fails is reported and does not stop the others.
 
     Args:
@@ -150,8 +150,8 @@ def _run_job(job: Job) -> tuple[str, str, str]:
         (path / "fingerprint").write_text(_stamp(config))
         summary = stages.run(config, path, Path(shared), _position)
         test, size = summary["metrics"]["test"], summary["footprint"]
-        text = f"test AUC {test['auc']:.4f} logloss {test['logloss']:.4f}, {size['total_bytes']:,} bytes ({size['ratio']:.1f}x)"
-        return name, text, ""
+        text = f"test AUC {test['auc']:.4f} logloss {test['logloss']:.4f}"
+        return name, f"{text}, {size['total_bytes']:,} bytes ({size['ratio']:.1f}x)", ""
     except Exception as error:  # noqa: BLE001 (one failed variant must not stop the others)
         where = Path(folder or shared)
         where.mkdir(parents=True, exist_ok=True)

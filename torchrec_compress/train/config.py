@@ -43,7 +43,7 @@ class DataConfig:
         kind: the embedded generator, a Parquet file of int columns, or Criteo's files.
         path: a Parquet file, or the folder (or TSV file) of Criteo; unused by the generator.
         label: the label column.
-        positive_from: smallest value of the label column that counts as a click; null where the column is already 0 or 1.
+        positive_from: smallest value of the label column that counts as a click; null where the column is 0 or 1.
         features: the id columns; empty means all that the schema metadata `vocab` names, less `drop`.
         drop: columns to leave out of `features`.
         row_filter: keeps rows, such as "rating != 3"; one comparison of a column with an int.

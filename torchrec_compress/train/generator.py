@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
@@ -60,7 +62,7 @@ def generate(config: GeneratorConfig) -> ClickData:
             torch.from_numpy(labels[first:last].astype(np.float32)),
             probabilities=torch.from_numpy(probabilities[first:last].astype(np.float32)),
         )
-        for first, last in zip(bounds, bounds[1:], strict=False)
+        for first, last in pairwise(bounds)
     )
     vocab = [config.num_users, config.num_items, *_CONTEXTS.values()]
     return ClickData(["user", "item", *_CONTEXTS], vocab, 0, train, valid, test)

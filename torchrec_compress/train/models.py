@@ -128,7 +128,8 @@ class DeepFM(ClickModel):
     """A factorisation machine over the fields beside a deep net (arXiv 1703.04247), without the first-order tables.
 
     TorchRec's `FactorizationMachine` flattens its input, so it crosses single values; the paper's sum over pairs of
-    fields would need a transposed copy of all embeddings for it, which took half of a step. Dense columns are one field.
+    fields would need a transposed copy of all embeddings for it, which took half of a step.
+    Dense columns are one more field.
     """
 
     def _build(self, num_dense: int, config: ModelConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,7 +75,7 @@ class Trainable:
             "codebooks": (config.codebook_lr, 0.0, stage.train_codebooks),
             "dense": (config.dense_lr, config.dense_l2, stage.train_dense),
         }
-        groups: dict[str, dict[str, nn.Parameter]] = {part: {} for part in rates}
+        groups: dict[str, dict[str, Any]] = {part: {} for part in rates}
         for name, parameter in in_backward_optimizer_filter(self.module.named_parameters()):
             groups[_part(name)][name] = parameter  # type: ignore[assignment]
         self.pulled = {**groups["dense"], **groups["codebooks"]}
@@ -96,7 +97,7 @@ class Trainable:
     def set_rate(self, factor: float) -> None:
         """Set every learning rate to `factor` times its configured value."""
         for group, rate in self._groups:
-            group["lr"] = rate * factor
+            group["lr"] = rate * factor  # type: ignore[index]
 
     def model_state(self) -> dict[str, Tensor]:
         """Return copies of the model's whole tensors, by name."""
@@ -161,7 +162,7 @@ def _part(name: str) -> str:
 def _check(config: OptimConfig) -> None:
     if config.table_l2 and config.tables != "adam":
         raise ValueError(
-            f"optim.table_l2: must be 0 with optim.tables = {config.tables!r} (FBGEMM's CPU kernels ignore weight decay), "
+            f"optim.table_l2: must be 0 with optim.tables = {config.tables!r} (FBGEMM's CPU kernels ignore it), "
             f"got {config.table_l2}; use optim.tables='adam', or optim.lookup_l2"
         )
 

@@ -28,7 +28,8 @@ _COMPARE = {
 def read_parquet(config: DataConfig) -> ClickData:
     """Read a Parquet file.
 
-    The rows of a table are, in this order: `data.vocab`, the schema metadata `vocab` (a JSON or Python mapping by column), max + 1.
+    The rows of a table are, in this order: `data.vocab`, the schema metadata `vocab` (a JSON or Python
+    mapping by column), max + 1.
 
     Args:
         config: path, columns, filter and split.

@@ -171,7 +171,7 @@ def _choose(config: RunConfig, data: ClickData, source: Path | None, folder: Pat
         full = _full(config, data, source)
         rows = {name: bag.weight.detach() for name, bag in full.embeddings.embedding_bags.items()}  # type: ignore[union-attr]
         dense = sum(4 * weight.numel() for weight in rows.values())
-        budget = int(size if ratio is None else dense / ratio)
+        budget = int(dense / float(ratio or 1)) if size is None else int(size)
         method = {} if codes is None else {"codes": parse(codes)}
         chosen = for_budget(rows, data.counts(), budget, seed=config.seed, **method, **wanted)
         write_json(kept, {name: choice.to_dict() for name, choice in chosen.items()})

@@ -17,8 +17,8 @@ def code_usage(collection: CompressedEmbeddingBagCollection, counts: dict[str, T
         counts: look-ups per id in train, (N,) by table name.
 
     Returns:
-        By table: `by_rows`, the mean over codebooks of the perplexity of codewords over rows, `by_lookups` the same with
-        rows weighted by their look-ups, and `codebook_size`, which bounds both.
+        By table: `by_rows`, the mean over codebooks of the perplexity of codewords over rows, `by_lookups` the same
+        with rows weighted by their look-ups, and `codebook_size`, which bounds both.
     """
     usage = {}
     for name, method in collection.methods().items():
