@@ -1,0 +1,161 @@
+"""Codes and tiers: what PQ, MEC, quantile and random codes share, and each one's own truth."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.cases import CASES, NUM_ROWS, batch, contexts, counts, dense_collection, fit, fitted, fresh, rows, table
+from torchrec_compress import compress, decompress
+from torchrec_compress.fit.mec import MECFit
+from torchrec_compress.methods import MECConfig, PQConfig, QuantileCodesConfig, RandomCodesConfig, TableData
+from torchrec_compress.ops import dequantize_rows, hash_codes, hot_row_codes, quantize_rows, stable_salt
+
+TIERED = [
+    PQConfig(num_codes=2, codebook_size=32, num_hot_rows=70, popularity="count", hot_dtype="fp32"),
+    PQConfig(num_codes=2, codebook_size=32, num_hot_rows=70, hot_dtype="int8"),
+    PQConfig(num_codes=2, codebook_size=32, structure="residual", num_hot_rows=70, hot_dtype="int4"),
+    PQConfig(num_codes=1, codebook_size=100, num_hot_rows=9, hot_dtype="int8"),
+    RandomCodesConfig(num_codes=4, codebook_size=32, num_hot_rows=70, hot_dtype="fp32"),
+    QuantileCodesConfig(num_codes=2, codebook_size=32, num_hot_rows=70),
+    MECConfig(num_codes=2, codebook_size=32, num_hot_rows=70, fit_options=MECFit(num_steps=2)),
+]
+
+
+def served(config, **given):
+    return decompress(fit(config, **given)).embedding_bags["item"].weight.detach()
+
+
+def error(config):
+    seen = counts().clamp(min=1e-3).unsqueeze(1)
+    return float(((served(config) - rows()).square() * seen).sum() / seen.sum())
+
+
+@pytest.mark.parametrize("config", TIERED)
+def test_hot_rows_are_served_as_stored_rows(config):
+    got = decompress(fitted(config)).embedding_bags["item"].weight
+    hot = counts().argsort(descending=True, stable=True)[: config.num_hot_rows]
+    expected = rows()[hot]
+    if config.hot_dtype != "fp32":
+        expected = dequantize_rows(quantize_rows(expected, config.hot_dtype), config.hot_dtype)
+    torch.testing.assert_close(got[hot], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", TIERED)
+def test_exactly_the_hot_rows_have_escape_codes(config):
+    codes = fitted(config).code_tables.banks["item"].codes.long()
+    hot = counts().argsort(descending=True, stable=True)[: config.num_hot_rows]
+    is_hot = codes[:, 0] >= config.first_size
+    assert is_hot.nonzero().flatten().tolist() == sorted(hot.tolist())
+    assert torch.equal(codes[hot], hot_row_codes(config.num_hot_rows, config.num_codes, config.codebook_size))
+
+
+def test_tiers_without_counts_raise():
+    with pytest.raises(ValueError, match="table 'item': num_hot_rows = 70 must come with counts, got none; pass counts"):
+        compress(dense_collection(), TIERED[0])
+
+
+@pytest.mark.parametrize("popularity", ["count", "log2"])
+def test_popularity_without_counts_raises(popularity):
+    with pytest.raises(ValueError, match=f"popularity='{popularity}' must come with counts, got none"):
+        compress(dense_collection(), PQConfig(num_codes=4, codebook_size=16, popularity=popularity))
+
+
+def test_counts_of_the_wrong_shape_raise():
+    with pytest.raises(ValueError, match=r"counts must have shape \(403,\), got \(7,\)"):
+        compress(dense_collection(), PQConfig(num_codes=4, codebook_size=16), counts={"item": torch.ones(7)})
+
+
+def test_pq_is_exact_where_there_are_codewords_for_all_rows():
+    distinct = torch.randn(30, 16)
+    stock = dense_collection()
+    with torch.no_grad():
+        stock.embedding_bags["item"].weight.copy_(distinct[torch.arange(NUM_ROWS) % 30])
+    got = decompress(compress(stock, PQConfig(num_codes=2, codebook_size=30))).embedding_bags["item"].weight
+    torch.testing.assert_close(got, stock.embedding_bags["item"].weight, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_is_its_codewords_side_by_side():
+    collection = fresh(PQConfig(num_codes=2, codebook_size=4))
+    bank = collection.code_tables.banks["item"]
+    bank.codes[5], bank.codes[6] = torch.tensor([3, 0]), torch.tensor([1, 1])
+    with torch.no_grad():
+        collection.decoder.banks["item"].codebooks.copy_(torch.arange(8.0).unsqueeze(1).expand(8, 8))
+    assert collection(batch([[5], [5, 6]])).values().tolist() == [[3] * 8 + [4] * 8, [4] * 8 + [9] * 8]
+
+
+def test_a_residual_row_is_the_sum_of_its_codewords():
+    collection = fresh(PQConfig(num_codes=2, codebook_size=4, structure="residual"))
+    collection.code_tables.banks["item"].codes[5] = torch.tensor([3, 0])
+    with torch.no_grad():
+        collection.decoder.banks["item"].codebooks.copy_(torch.arange(8.0).unsqueeze(1).expand(8, 16))
+    assert collection(batch([[5]])).values().tolist() == [[7] * 16]
+
+
+def test_learned_codes_beat_random_ones():
+    random = error(RandomCodesConfig(num_codes=4, codebook_size=16))
+    plain = error(PQConfig(num_codes=4, codebook_size=16))
+    weighted = error(PQConfig(num_codes=4, codebook_size=16, popularity="count"))
+    mec = error(MECConfig(num_codes=4, codebook_size=16, fit_options=MECFit(num_steps=20)))
+    assert weighted < plain < random
+    assert mec < random
+
+
+def test_random_codes_are_the_start_codes():
+    config = RandomCodesConfig(num_codes=4, codebook_size=16)
+    expected = hash_codes(torch.arange(NUM_ROWS), 4, 16, stable_salt(0, "item"))
+    assert torch.equal(fitted(config).code_tables.banks["item"].codes.long(), expected)
+    assert torch.equal(fresh(config).code_tables.banks["item"].codes.long(), expected)
+
+
+@pytest.mark.parametrize("config", CASES["random"])
+def test_random_codebooks_solve_least_squares(config):
+    # at the minimum the gradient of the weighted error vanishes
+    collection = fit(config)
+    seen = counts().clamp(min=1e-3)
+    books = collection.decoder.banks["item"].codebooks
+    got = collection(batch([[number] for number in range(NUM_ROWS)])).values()
+    ((got - rows()).square() * seen.unsqueeze(1)).sum().backward()
+    steepest = float(books.grad.abs().max())
+    with torch.no_grad():
+        books.zero_()
+    books.grad = None
+    got = collection(batch([[number] for number in range(NUM_ROWS)])).values()
+    ((got - rows()).square() * seen.unsqueeze(1)).sum().backward()
+    assert steepest < 1e-2 * float(books.grad.abs().max())
+
+
+def test_quantile_codes_need_contexts_and_no_rows():
+    config = QuantileCodesConfig(num_codes=4, codebook_size=16)
+    with pytest.raises(ValueError, match="quantile codes must come with contexts, got none; pass contexts"):
+        compress(dense_collection(), config)
+    state = config.fit(table(), TableData(None, contexts=contexts()))
+    seen = contexts()[0].unique()
+    for m in range(4):
+        sizes = state.codes[seen, m].long().bincount(minlength=16)
+        assert int(sizes.max() - sizes.min()) <= 1
+    assert state.decoder["codebooks"].shape == (64, 4)
+
+
+def test_a_fit_that_meets_bad_rows_says_so():
+    stock = dense_collection()
+    with torch.no_grad():
+        stock.embedding_bags["item"].weight[3, 2] = float("nan")
+    for config in (CASES["pq"][0], CASES["mec"][0], CASES["hash"][0], CASES["int8"][0]):
+        with pytest.raises(ValueError, match="table 'item': pre-trained rows must be finite, got NaN or infinity"):
+            compress(stock, config, counts={"item": counts()})
+
+
+def test_bytes():
+    pq = PQConfig(num_codes=4, codebook_size=16)
+    assert pq.stored_bytes(table()) == NUM_ROWS * 4 + 1 + 16 * 16 * 4
+    assert replace(pq, codebook_size=300).stored_bytes(table()) == NUM_ROWS * 8 + 1 + 300 * 16 * 4
+    assert replace(pq, structure="residual").stored_bytes(table()) == NUM_ROWS * 4 + 1 + 4 * 16 * 16 * 4
+    assert replace(pq, num_hot_rows=10).stored_bytes(table()) == pq.stored_bytes(table()) + 10 * 20
+    assert replace(pq, num_hot_rows=10, hot_dtype="fp32").stored_bytes(table()) == pq.stored_bytes(table()) + 10 * 64
+
+
+def test_mec_that_was_never_fitted_says_so(caplog):
+    with caplog.at_level("INFO"):
+        fresh(CASES["mec"][0])
+    assert "MEC tables ['item'] start from hashed codes" in caplog.text
