@@ -5,6 +5,8 @@ cluster that loses its last point restarts on the point that is served worst. Th
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +15,15 @@ from torch import Tensor
 from torchrec_compress.fit.checks import check_rows, check_weights
 from torchrec_compress.fit.codes import weighted_error, weighted_means
 
-# Floats of one block of distances (16 MB). Smaller blocks would stay in a nearer cache, a tenth faster; but every block
+# Floats of one block of distances (32 MB). Smaller blocks would stay in a nearer cache, a tenth faster; but every block
 # is a meeting point of all threads, and on a busy machine those, not the arithmetic, take the time.
-BLOCK_FLOATS = 4_194_304
+BLOCK_FLOATS = 8_388_608
 SEED_POINTS_PER_CENTROID = 16
 MIN_SEED_WORK = 2**20  # points times centroids: few centroids are started on many points
 MIN_TRAIN_POINTS = 65536
 TOLERANCE = 1e-5
+# Multiplications of one Lloyd iteration below which one thread does the training: some 10 ms of work.
+ONE_THREAD_WORK = 2**28
 
 
 @dataclass(frozen=True)
@@ -51,28 +55,27 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
         >>> nearest(torch.tensor([[0.9], [0.1]]), torch.tensor([[0.0], [1.0]]))
         tensor([1, 0])
     """
-    return nearest_with_distance(points, centroids)[0]
-
-
-def nearest_with_distance(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `nearest` and the squared distance to it, [N] int64 and [N] float32."""
-    # ||x - c||^2 - ||x||^2 = ||c||^2 - 2 x.c orders the centroids of a point: one addmm, one argmin per block.
+    # ||x - c||^2 - ||x||^2 = ||c||^2 - 2 x.c orders the centroids of one point: one addmm and one argmin per block.
     # Both are moved by the centroids' mean first: distances do not change, and float32 loses less to cancellation.
+    points, centroids = points.detach(), centroids.detach()
     middle = centroids.mean(dim=0)
     centred = centroids - middle
     norms, doubled = centred.square().sum(dim=1), -2 * centred.T
     index = torch.empty(len(points), dtype=torch.int64, device=points.device)
-    distance = torch.empty(len(points), device=points.device)
     block = max(64, BLOCK_FLOATS // len(centroids))
     scores = torch.empty(min(block, len(points)), len(centroids), device=points.device)
     for start in range(0, len(points), block):
         part = points[start : start + block] - middle
         out = scores[: len(part)]
         torch.addmm(norms, part, doubled, out=out)
-        best = out.argmin(dim=1)
-        index[start : start + block] = best
-        distance[start : start + block] = (part - centred[best]).square_().sum(dim=1)
-    return index, distance
+        torch.argmin(out, dim=1, out=index[start : start + block])
+    return index
+
+
+def nearest_with_distance(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `nearest` and the squared distance to it, [N] int64 and [N] float32."""
+    index = nearest(points, centroids)
+    return index, (points - centroids[index]).square_().sum(dim=1)
 
 
 def sample_points(weights: Tensor, num_points: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -166,14 +169,32 @@ def kmeans(
     if len(points) > num_train:
         index, train_weights = sample_points(weights, num_train, generator)
         train = points[index]
-    centroids = start_centroids(train, train_weights, num_clusters, generator)
-    centroids = _lloyd(train, train_weights, centroids, num_iterations)
+    with threads_for(len(train), num_clusters, points.shape[1]):
+        centroids = start_centroids(train, train_weights, num_clusters, generator)
+        centroids = _lloyd(train, train_weights, centroids, num_iterations)
     assignment = nearest(points, centroids)
     return KMeans(centroids, assignment, weighted_error(points, centroids[assignment], weights))
 
 
+@contextmanager
+def threads_for(num_points: int, num_clusters: int, width: int) -> Iterator[None]:
+    """Train on one thread where an iteration is short, on torch's threads otherwise.
+
+    Threads meet a dozen times in every step of the training. Where a step takes milliseconds that saves little on an
+    idle machine, and on a busy one each meeting waits for a time slice (measured: 10 ms; 60 s instead of 10 s for
+    1M x 64 product codes). The assignment of all points, which is long, keeps all threads.
+    """
+    num_threads = torch.get_num_threads()
+    if num_points * num_clusters * width <= ONE_THREAD_WORK:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def start_centroids(points: Tensor, weights: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
-    """Choose K points as first centroids by greedy weighted k-means++, on a sample of max(16 K, 2^20 / K) points at most.
+    """Choose K points as first centroids by greedy weighted k-means++, on a sample of max(16 K, 2^20 / K) points.
 
     Each round draws candidates with probability w_i * distance_i^2, 2 + log K for each centroid it adds, and keeps
     those that lower the error most. A round adds one centroid up to 1,024 chosen, then 1/512 of those chosen: so the
