@@ -11,10 +11,8 @@ from torchrec.modules.embedding_modules import process_pooled_embeddings, reorde
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_compress.modules.plan import CollectionPlan, Lookup
-from torchrec_compress.ops import check_weights
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
-torch.fx.wrap("check_weights")
 torch.fx.wrap("process_pooled_embeddings")
 torch.fx.wrap("reorder_inverse_indices")
 torch.fx.wrap("bag_means")
@@ -79,7 +77,7 @@ class Decoder(nn.Module):
         """Return the pooled embedding of every look-up.
 
         Args:
-            features: the batch.
+            features: the batch; its weights, if any, are taken as they are.
             codes: (L, row_size) integer by look-up key, or None without code tables.
             rows: per group of native tables, (L, width) by look-up key.
 
@@ -90,7 +88,7 @@ class Decoder(nn.Module):
         pooled = []
         for lookup in self._lookups:
             bags = jagged[lookup.feature]
-            weights = check_weights(bags.weights(), f"feature {lookup.feature!r}") if self._is_weighted else None
+            weights = bags.weights() if self._is_weighted else None
             sums = self._decode(lookup, bags.values(), bags.offsets(), weights, codes, rows)
             table = lookup.table
             mean = isinstance(table, EmbeddingBagConfig) and table.pooling == PoolingType.MEAN

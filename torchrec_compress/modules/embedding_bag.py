@@ -12,10 +12,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_compress.compression import Compression
 from torchrec_compress.methods import MECConfig, MEmComConfig, PQConfig, RandomCodesConfig
-from torchrec_compress.modules.parts import CompressedParts, check_features
+from torchrec_compress.modules.parts import CompressedParts, check_batch_weights, check_features
 from torchrec_compress.modules.plan import CollectionPlan
 from torchrec_compress.modules.tables import RemappedEmbeddingBagCollection
 
+torch.fx.wrap("check_batch_weights")
 torch.fx.wrap("check_features")
 
 
@@ -34,8 +35,8 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
     Shapes: the input has F features of B bags; the output is (B, sum of widths), float32, with TorchRec's keys.
 
     Raises:
-        ValueError: bad tables or compression at construction; at forward a missing feature, an id out of range or a
-            weight that is not finite.
+        ValueError: bad tables or compression at construction; at forward a missing feature, missing weights, an id out
+            of range or a weight that is not finite.
 
     Example:
         >>> from torchrec_compress.methods import PQConfig
@@ -84,6 +85,8 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Return the pooled embeddings of a batch."""
         check_features(features, self._features, type(self).__name__)
+        if self._is_weighted:
+            check_batch_weights(features, type(self).__name__)
         codes = self.code_tables(features) if self.code_tables is not None else None
         rows = {group: module(features) for group, module in self.rows.items()}
         pieces: list[Tensor] = []

@@ -17,7 +17,7 @@ from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.footprint import Footprint, TableFootprint
 from torchrec_compress.modules.plan import CollectionPlan
 from torchrec_compress.modules.tables import CodeTableCollection, RemappedEmbeddingCollection
-from torchrec_compress.ops import lookup_codes
+from torchrec_compress.ops import check_weights, lookup_codes
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,16 @@ def check_features(features: KeyedJaggedTensor, wanted: list[str], where: str) -
     missing = [name for name in wanted if name not in features.keys()]  # noqa: SIM118 (keys() is a list)
     if missing:
         raise ValueError(f"{where}: the batch must have the features {missing}, got only {features.keys()}")
+
+
+def check_batch_weights(features: KeyedJaggedTensor, where: str) -> None:
+    """Raise ValueError when the batch lacks the weights of a weighted collection, or one is not finite."""
+    weights = features.weights_or_none()
+    if weights is None:
+        raise ValueError(
+            f"{where}: the batch must carry weights with is_weighted=True, got none; give the batch weights"
+        )
+    check_weights(weights, where)
 
 
 class CompressedParts(nn.Module):

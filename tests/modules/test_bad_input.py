@@ -1,0 +1,198 @@
+"""Bad input: a clear error with what must hold, what came and what to do."""
+
+import pytest
+import torch
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, PoolingType
+
+from tests.cases import CASES, CONFIGS, IDS, NUM_ROWS, batch, fitted, fresh, table
+from torchrec_compress import (
+    CompressedEmbeddingBagCollection,
+    CompressedEmbeddingCollection,
+    MECEmbeddingBagCollection,
+    MEmComEmbeddingBagCollection,
+    PQEmbeddingBagCollection,
+    RandomCodesEmbeddingBagCollection,
+    compress,
+)
+from torchrec_compress.compression import parse
+from torchrec_compress.methods import DenseConfig, HashConfig, PQConfig, TableState
+
+every = pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+PQ = PQConfig(num_codes=4, codebook_size=16)
+VARIANTS = {
+    "mec": MECEmbeddingBagCollection,
+    "memcom": MEmComEmbeddingBagCollection,
+    "pq": PQEmbeddingBagCollection,
+    "random": RandomCodesEmbeddingBagCollection,
+}
+
+
+@every
+@pytest.mark.parametrize("wrong", [-1, NUM_ROWS, 10**12])
+def test_ids_out_of_range(config, wrong):
+    if config.method == "dense":
+        with pytest.raises((IndexError, RuntimeError)):  # TorchRec's own table
+            fitted(config)(batch([[0, wrong]]))
+        return
+    message = rf"table 'item', feature 'item': every id must be in \[0, {NUM_ROWS}\), got {wrong}; map ids"
+    with pytest.raises(ValueError, match=message):
+        fitted(config)(batch([[0, wrong]]))
+
+
+@every
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(config, bad):
+    collection = CompressedEmbeddingBagCollection([table()], is_weighted=True, compression=config)
+    if config.method in ("int8", "int4"):
+        collection.load_table("item", TableState(codes=fitted(config).code_tables.banks["item"].codes))
+    with pytest.raises(ValueError, match="weights must be finite, got NaN or infinity"):
+        collection(batch([[0, 1]], [1.0, bad]))
+
+
+@every
+def test_a_weighted_collection_needs_weights(config):
+    collection = CompressedEmbeddingBagCollection([table()], is_weighted=True, compression=config)
+    if config.method in ("int8", "int4"):
+        collection.load_table("item", TableState(codes=fitted(config).code_tables.banks["item"].codes))
+    with pytest.raises(ValueError, match="the batch must carry weights with is_weighted=True, got none"):
+        collection(batch([[0, 1]]))
+
+
+@every
+def test_a_missing_feature(config):
+    with pytest.raises(ValueError, match=r"the batch must have the features \['item'\], got only \['other'\]"):
+        fitted(config)(batch([[0]], key="other"))
+
+
+def test_mean_pooling_with_weights():
+    mean = table(pooling=PoolingType.MEAN)
+    with pytest.raises(ValueError, match="table 'item': pooling must be SUM with is_weighted=True, got MEAN"):
+        CompressedEmbeddingBagCollection([mean], is_weighted=True, compression=PQ)
+
+
+@pytest.mark.parametrize("kind", [CompressedEmbeddingBagCollection, CompressedEmbeddingCollection])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "tables must not be empty"),
+        (["a", "a"], "table names must differ, got 'a' twice"),
+        (["a.b"], "a table name must be non-empty and without '.', got 'a.b'"),
+        ([""], "a table name must be non-empty and without '.', got ''"),
+    ],
+)
+def test_bad_table_names(kind, names, message):
+    config = EmbeddingBagConfig if kind is CompressedEmbeddingBagCollection else EmbeddingConfig
+    made = [config(name=name, num_embeddings=99, embedding_dim=8, feature_names=["f"]) for name in names]
+    with pytest.raises(ValueError, match=message):
+        kind(made, compression=DenseConfig())
+
+
+def test_a_width_that_codes_do_not_divide():
+    with pytest.raises(ValueError, match="embedding_dim must be a multiple of num_codes = 5, got 16; choose a divisor"):
+        fresh(PQConfig(num_codes=5, codebook_size=16))
+
+
+def test_more_codewords_than_rows_stays_dense_and_is_logged(caplog):
+    with caplog.at_level("INFO"):
+        collection = fresh(PQConfig(num_codes=4), num_embeddings=100)
+    assert collection.methods()["item"] == DenseConfig()
+    assert "table 'item' stays dense: pq would not save bytes" in caplog.text
+    with pytest.raises(ValueError, match=r"codebook_size must be in \[2, 100\] \(its rows\), got 256; choose fewer"):
+        PQConfig(num_codes=4).check(table(num_embeddings=100))
+
+
+def test_a_bool_as_device_is_a_misplaced_is_weighted():
+    with pytest.raises(ValueError, match=r"device must be a torch.device, got True; pass is_weighted by name"):
+        CompressedEmbeddingBagCollection([table()], True, compression=PQ)
+
+
+def test_the_base_class_demands_compression_and_names_the_variants():
+    with pytest.raises(ValueError, match=r"compression must be given, got None; .*a variant with a default") as found:
+        CompressedEmbeddingBagCollection([table()])
+    for variant in VARIANTS.values():
+        assert variant.__name__ in str(found.value)
+    with pytest.raises(ValueError, match="CompressedEmbeddingCollection: compression must be given"):
+        CompressedEmbeddingCollection(
+            [EmbeddingConfig(name="a", num_embeddings=9, embedding_dim=4, feature_names=["a"])]
+        )
+
+
+@pytest.mark.parametrize("method", sorted(VARIANTS))
+def test_variants_have_a_default_and_take_another(method):
+    big = [table(num_embeddings=5000, embedding_dim=64)]
+    stock = EmbeddingBagCollection(big)
+    collection = VARIANTS[method](big)  # one changed import
+    assert collection.methods()["item"].method == method
+    features = batch([[1, 2], [4999]])
+    assert collection(features).keys() == stock(features).keys()
+    assert collection(features).values().shape == stock(features).values().shape
+    assert VARIANTS[method](big, compression=HashConfig(num_buckets=9)).methods()["item"].method == "hash"
+    assert isinstance(collection, CompressedEmbeddingBagCollection)
+
+
+@pytest.mark.parametrize(
+    ("compression", "message"),
+    [
+        ({"user": PQ}, r"table 'item' must fit a key, got \['user'\]; add it, or a '\*' for the rest"),
+        ({"*": PQ, "usr": PQ}, r"every key must fit a table, got \['usr'\]; the tables are \['item'\]"),
+        ({}, "table 'item' must fit a key"),
+    ],
+)
+def test_compression_that_fits_no_table(compression, message):
+    with pytest.raises(ValueError, match=message):
+        CompressedEmbeddingBagCollection([table()], compression=compression)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({}, "must name a method or tables, got nothing"),
+        ({"method": "pqq"}, "compression.method: must be one of .*got 'pqq'; did you mean 'pq'"),
+        ({"method": "pq"}, r"compression: must set \['num_codes'\]"),
+        ({"method": "pq", "num_codse": 4}, "unknown option 'num_codse'; .*did you mean 'num_codes'"),
+        ({"method": "pq", "num_codes": "4"}, "compression.num_codes: must be int, got '4'"),
+        ({"method": "pq", "num_codes": True}, "compression.num_codes: must be int, got True"),
+        ({"user": {"num_codes": 4}}, "compression.user: must be a mapping with the key 'method'"),
+        ({"user": 4}, "compression.user: must be a mapping with the key 'method', got 4"),
+        ({"u": {"method": "mec", "num_codes": 2, "fit_options": {"comitment": 1}}}, "did you mean 'commitment'"),
+        ({"u": {"method": "mec", "num_codes": 2, "fit_options": {"usage": "x"}}}, "u.fit_options.usage: must be float"),
+    ],
+)
+def test_bad_compression_text(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(text)
+
+
+def test_counts_of_an_unknown_table():
+    with pytest.raises(ValueError, match=r"counts must name tables of \['item'\], got \['itm'\]"):
+        compress(EmbeddingBagCollection([table()]), PQ, counts={"itm": torch.ones(NUM_ROWS)})
+
+
+def test_load_table_checks_names_and_shapes():
+    collection = fresh(PQ)
+    with pytest.raises(ValueError, match=r"load_table: must name one of \['item'\], got 'itm'"):
+        collection.load_table("itm", TableState())
+    with pytest.raises(ValueError, match=r"code table 'item': codes must have shape \(403, 4\), got \(403, 2\)"):
+        collection.load_table("item", TableState(codes=torch.zeros(NUM_ROWS, 2)))
+    with pytest.raises(ValueError, match=r"table 'item': stored tensors are .*got 'codebooks' of shape"):
+        collection.load_table("item", TableState(decoder={"codebooks": torch.zeros(3, 3)}))
+
+
+def test_a_checkpoint_of_another_format_version():
+    state = fresh(PQ).state_dict()
+    state["decoder.format_version"] += 1
+    with pytest.raises(ValueError, match=r"decoder.format_version: must be 1, got 2; convert the checkpoint"):
+        fresh(PQ).load_state_dict(state)
+
+
+def test_a_checkpoint_of_another_size():
+    state = fresh(PQ).state_dict()
+    with pytest.raises(RuntimeError, match=r"size mismatch for code_tables.banks.item.codes"):
+        fresh(PQConfig(num_codes=2, codebook_size=16)).load_state_dict(state)
+
+
+def test_a_weight_vector_of_the_wrong_length_never_passes():
+    features = KeyedJaggedTensor(["item"], torch.tensor([1, 2]), torch.ones(1), torch.tensor([2]))
+    collection = CompressedEmbeddingBagCollection([table()], is_weighted=True, compression=CASES["pq"][0])
+    with pytest.raises((ValueError, RuntimeError)):
+        collection(features)
