@@ -34,6 +34,7 @@ class Result:
     run: Callable[[Tensor, Tensor], Tensor]  # rows, weights -> reconstruction
     bytes_per_row: int
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     loads: list[float] = field(default_factory=list)
     plain_error: float = float("nan")
     lookup_error: float = float("nan")
@@ -59,13 +60,15 @@ def faiss_product(rows: Tensor, weights: Tensor) -> Tensor:
 
 def measure(result: Result, rows: Tensor, weights: Tensor) -> None:
     """Run one fit once and note its time, load and errors."""
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     reconstruction = result.run(rows, weights)
     result.seconds.append(time.perf_counter() - start)
+    result.cpu_seconds.append(time.process_time() - cpu_start)
     result.loads.append(os.getloadavg()[0])
     result.plain_error = weighted_error(rows, reconstruction)
     result.lookup_error = weighted_error(rows, reconstruction, weights)
-    print(f"{result.name}: {result.seconds[-1]:.1f} s, load {result.loads[-1]:.1f}", flush=True)
+    cpu = f"{result.cpu_seconds[-1]:.1f} s of CPU"
+    print(f"{result.name}: {result.seconds[-1]:.1f} s, {cpu}, load {result.loads[-1]:.1f}", flush=True)
 
 
 def report(results: list[Result], num_rows: int, width: int, threads: int, variance: float) -> str:
@@ -80,18 +83,20 @@ def report(results: list[Result], num_rows: int, width: int, threads: int, varia
         "",
         f"{num_rows:,} rows x {width}, float32, Zipf counts; {threads} threads of {os.cpu_count()} ({cpu}); "
         f"torch {torch.__version__}, faiss {faiss.__version__}; commit {commit.strip()}; "
-        f"{time.strftime('%Y-%m-%d')}. Command: `python benchmarks/fit_time.py`.",
+        f"{time.strftime('%Y-%m-%d')}. Command: `python benchmarks/fit_time.py --threads {threads}`.",
         "Errors are mean squares, as a share of the table's; `lookups`: rows weighted by their counts. "
-        "Seconds include coding all rows; load is the machine's 1-minute average when the best run ended.",
+        "Seconds include coding all rows; CPU seconds (of all threads) tell more on a shared machine; "
+        "load is its 1-minute average when the best run ended.",
         "",
-        "| fit | bytes a row | seconds (best) | runs | load | error, rows alike | error, lookups |",
-        "|---|---|---|---|---|---|---|",
+        "| fit | bytes a row | seconds (best) | runs | CPU seconds | load | error, rows alike | error, lookups |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         best = min(range(len(r.seconds)), key=r.seconds.__getitem__)
         runs = ", ".join(f"{s:.1f}" for s in r.seconds)
         lines.append(
-            f"| {r.name} | {r.bytes_per_row} | {r.seconds[best]:.1f} | {runs} | {r.loads[best]:.1f} "
+            f"| {r.name} | {r.bytes_per_row} | {r.seconds[best]:.1f} | {runs} "
+            f"| {min(r.cpu_seconds):.1f} | {r.loads[best]:.1f} "
             f"| {r.plain_error / variance:.4f} | {r.lookup_error / variance:.4f} |"
         )
     return "\n".join(lines) + "\n"

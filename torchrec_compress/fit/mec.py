@@ -263,6 +263,20 @@ def train_auto_encoder(
             used.zero_()
 
 
+def _start_codebooks(
+    rows: Tensor, num_codes: int, codebook_size: int, first_size: int, weights: Tensor, options: MECFit,
+    generator: torch.Generator, seed: int,
+) -> Tensor:  # fmt: skip
+    """Return the codebooks to start from, [M, K, D/M]."""
+    shape = (num_codes, codebook_size, rows.shape[1] // num_codes)
+    if not options.kmeans_start:
+        return (2 * torch.rand(shape, generator=generator) - 1).to(rows.device) / codebook_size
+    fitted = fit_product(
+        rows, num_codes, codebook_size, first_size=first_size, weights=weights, num_iterations=10, seed=seed
+    )
+    return fitted.codebooks.view(shape)
+
+
 def fit_mec(
     rows: Tensor,
     num_codes: int,
@@ -311,13 +325,7 @@ def fit_mec(
     scale = (weights @ rows.square().mean(dim=1) / len(rows)).sqrt().clamp(min=1e-30)
     scaled = rows / scale
     generator = torch.Generator().manual_seed(seed)
-    shape = (num_codes, codebook_size, rows.shape[1] // num_codes)
-    if options.kmeans_start:
-        start = fit_product(
-            scaled, num_codes, codebook_size, first_size=first_size, weights=weights, num_iterations=10, seed=seed
-        ).codebooks.view(shape)
-    else:
-        start = (2 * torch.rand(shape, generator=generator) - 1).to(rows.device) / codebook_size
+    start = _start_codebooks(scaled, num_codes, codebook_size, first_size, weights, options, generator, seed)
     model = MECAutoEncoder(start, first_size)
     train_auto_encoder(model, scaled, weights, options, generator, progress)
     with torch.no_grad():

@@ -13,6 +13,7 @@ from torchrec_compress.fit.codes import FittedCodes, decode, refit_codebooks
 from torchrec_compress.fit.kmeans import kmeans, nearest, sample_points, train_size
 
 CHUNK_ROWS = 65536
+NUM_FINAL_SWEEPS = 2  # ICM sweeps over all rows where the codebooks were trained on a sample
 
 
 def fit_residual(
@@ -61,36 +62,41 @@ def fit_residual(
     train, train_weights = rows, weights
     num_train = train_size(codebook_size, max_points_per_centroid)
     if len(rows) > num_train:
-        generator = torch.Generator().manual_seed(seed)
-        index, train_weights = sample_points(weights, num_train, generator)
+        index, train_weights = sample_points(weights, num_train, torch.Generator().manual_seed(seed))
         train = rows[index]
-    books = torch.zeros(num_codes, codebook_size, rows.shape[1], device=rows.device)
-    codes = torch.empty(len(train), num_codes, dtype=torch.int64, device=rows.device)
-    left = train
+    codes, books = _greedy_kmeans(train, train_weights, sizes, codebook_size, num_iterations, seed)
+    num_refits = num_refits if num_codes > 1 else 0  # one codebook: k-means has left nothing to refit
+    for _ in range(num_refits):
+        books = refit_codebooks(codes, train, train_weights, codebook_size=codebook_size, kind="residual", start=books)
+        codes = recode(codes, train, books, sizes)
+    if train is not rows:
+        codes = greedy_codes(rows, books, sizes)
+        for _ in range(min(num_refits, NUM_FINAL_SWEEPS)):
+            codes = recode(codes, rows, books, sizes)
+    books = refit_codebooks(codes, rows, weights, codebook_size=codebook_size, kind="residual", start=books)
+    return FittedCodes(codes, books, "residual")
+
+
+def _greedy_kmeans(
+    rows: Tensor, weights: Tensor, sizes: list[int], codebook_size: int, num_iterations: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Cluster the rows, then what the first codebook leaves, and so on: codes [N, M] and codebooks [M*K, D]."""
+    books = torch.zeros(len(sizes), codebook_size, rows.shape[1], device=rows.device)
+    codes = torch.empty(len(rows), len(sizes), dtype=torch.int64, device=rows.device)
+    left = rows
     for m, size in enumerate(sizes):
+        # The rows are a sample already: no second one within it.
         fitted = kmeans(
             left,
             size,
-            weights=train_weights,
+            weights=weights,
             num_iterations=num_iterations,
+            max_points_per_centroid=len(rows),
             seed=seed + m,
-            max_points_per_centroid=max_points_per_centroid,
         )
         books[m, :size], codes[:, m] = fitted.centroids, fitted.assignment
         left = left - fitted.centroids[fitted.assignment]
-    flat = books.view(-1, rows.shape[1])
-    if num_codes > 1:  # one codebook: k-means has nothing to refit
-        for _ in range(num_refits):
-            flat = refit_codebooks(
-                codes, train, train_weights, codebook_size=codebook_size, kind="residual", start=flat
-            )
-            codes = recode(codes, train, flat, sizes)
-    if train is not rows:
-        codes = greedy_codes(rows, flat, sizes)
-        for _ in range(2 if num_codes > 1 and num_refits else 0):
-            codes = recode(codes, rows, flat, sizes)
-    flat = refit_codebooks(codes, rows, weights, codebook_size=codebook_size, kind="residual", start=flat)
-    return FittedCodes(codes, flat, "residual")
+    return codes, books.view(-1, rows.shape[1])
 
 
 def greedy_codes(rows: Tensor, codebooks: Tensor, sizes: list[int]) -> Tensor:
