@@ -6,6 +6,8 @@ import torch
 from scipy.sparse.linalg import svds
 from torch import Tensor
 
+from torchrec_compress.ops import hash_codes, hash_ids, stable_salt
+
 # Below this many rows or columns LAPACK's full SVD is quick, and exact where ARPACK's iterations are not.
 SMALL_SIDE = 512
 
@@ -51,8 +53,9 @@ def quantile_codes(
     matrix = sparse.csr_matrix((np.ones(len(row), np.float64), (row, column)), shape=(len(seen), len(contexts)))
     matrix.data[:] = 1.0  # csr_matrix has summed repeated pairs
     factors = _left_factors(matrix, num_codes, seed)
-    tie = _hash(seen.astype(np.uint64), seed, 0)
-    codes = _hashed_codes(num_rows, num_codes, codebook_size, seed)
+    tie = hash_ids(torch.from_numpy(seen), 2**62, stable_salt(seed, "quantile ties")).numpy()
+    salt = stable_salt(seed, "quantile codes")
+    codes = hash_codes(torch.arange(num_rows), num_codes, codebook_size, salt).numpy()
     for m in range(num_codes):
         order = np.lexsort((tie, _rounded(factors[:, m])))
         codes[seen[order], m] = np.arange(len(seen)) * codebook_size // len(seen)
@@ -105,19 +108,3 @@ def _rounded(values: np.ndarray) -> np.ndarray:
     """Round to 1e-9 of the largest, so that ids with the same contexts tie in spite of rounding errors."""
     largest = np.abs(values).max()
     return np.round(values / largest, 9) if largest > 0 else values
-
-
-def _hash(ids: np.ndarray, seed: int, stream: int) -> np.ndarray:
-    """Hash uint64 ids with splitmix64's finaliser (Steele, Lea, Flood, OOPSLA 2014), [n] uint64."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + (stream + 1) * 0xD1B54A32D192ED03) & (2**64 - 1)
-    value = (ids + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(mixed)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
-def _hashed_codes(num_rows: int, num_codes: int, codebook_size: int, seed: int) -> np.ndarray:
-    """Return uniform codes [N, M] int64, a pure function of (seed, id, m)."""
-    ids = np.arange(num_rows, dtype=np.uint64)
-    columns = [_hash(ids, seed, m + 1) % np.uint64(codebook_size) for m in range(num_codes)]
-    return np.stack(columns, axis=1).astype(np.int64)
