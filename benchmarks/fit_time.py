@@ -71,9 +71,14 @@ def measure(result: Result, rows: Tensor, weights: Tensor) -> None:
     print(f"{result.name}: {result.seconds[-1]:.1f} s, {cpu}, load {result.loads[-1]:.1f}", flush=True)
 
 
-def report(results: list[Result], num_rows: int, width: int, threads: int, variance: float) -> str:
+def current_commit() -> str:
+    """Return the short hash of the checkout."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def report(results: list[Result], arguments: argparse.Namespace, commit: str, variance: float) -> str:
     """Return the table and where it was measured, in Markdown."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -81,9 +86,10 @@ def report(results: list[Result], num_rows: int, width: int, threads: int, varia
     lines = [
         "# Time to learn codes",
         "",
-        f"{num_rows:,} rows x {width}, float32, Zipf counts; {threads} threads of {os.cpu_count()} ({cpu}); "
-        f"torch {torch.__version__}, faiss {faiss.__version__}; commit {commit.strip()}; "
-        f"{time.strftime('%Y-%m-%d')}. Command: `python benchmarks/fit_time.py --threads {threads}`.",
+        f"{arguments.rows:,} rows x {arguments.width}, float32, Zipf counts; {arguments.threads} of {os.cpu_count()} "
+        f"threads ({cpu}); "
+        f"torch {torch.__version__}, faiss {faiss.__version__}; commit {commit}; "
+        f"{time.strftime('%Y-%m-%d')}. Command: `python benchmarks/fit_time.py --threads {arguments.threads}`.",
         "Errors are mean squares, as a share of the table's; `lookups`: rows weighted by their counts. "
         "Seconds include coding all rows; CPU seconds (of all threads) tell more on a shared machine; "
         "load is its 1-minute average when the best run ended.",
@@ -111,6 +117,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the product codes; the slow fits run once")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
+    commit = current_commit()  # now: the code is loaded, the checkout may move on while it runs
     torch.set_num_threads(arguments.threads)
     faiss.omp_set_num_threads(arguments.threads)
     rows, weights = table(arguments.rows, arguments.width)
@@ -134,7 +141,7 @@ def main() -> None:
     for result in once:
         measure(result, rows, weights)
     variance = weighted_error(rows, torch.zeros_like(rows))
-    text = report([ours, theirs, *once], arguments.rows, arguments.width, arguments.threads, variance)
+    text = report([ours, theirs, *once], arguments, commit, variance)
     print(text)
     arguments.output.write_text(text)
 
