@@ -217,4 +217,18 @@ class RemappedEmbeddingCollection(nn.Module):
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Return the rows of every look-up, (L, width) by the plan's keys."""
+        _refuse_pooled_rows(self.native, features)
         return self.native(remap_features(features, self._plan))
+
+
+def _refuse_pooled_rows(native: nn.Module, features: KeyedJaggedTensor) -> None:
+    """Raise where TorchRec's sharded collection would sum the rows of a bag: data-parallel on a CPU (TorchRec 1.8)."""
+    sharding = getattr(native, "module_sharding_plan", None)
+    if sharding is None or features.device().type != "cpu":
+        return
+    wrong = sorted(name for name, how in sharding.items() if how.sharding_type == "data_parallel")
+    if wrong:
+        raise ValueError(
+            f"tables {wrong}: must not be sharded data-parallel on a CPU, where TorchRec pools their rows; give the "
+            "planner ParameterConstraints with other sharding_types for them"
+        )

@@ -1,0 +1,128 @@
+"""Conversion of whole collections; the methods' own truths are in tests/methods."""
+
+import copy
+
+import pytest
+import torch
+from torchrec import DataType, EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
+
+from tests.cases import CASES, counts, dense_collection, fit, fresh, rows, table
+from tests.modules.batches import KEYS, MIXED, batch, collection, expected, tables
+from torchrec_compress import CompressedEmbeddingBagCollection, compress, compress_into, decompress
+from torchrec_compress.compression import resolve
+from torchrec_compress.methods import DenseConfig, HashConfig, PQConfig, RandomCodesConfig
+
+
+def stock(**kwargs):
+    made = EmbeddingBagCollection(tables(), **kwargs)
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.normal_()
+    return made
+
+
+def test_keys_widths_and_weights_are_kept():
+    dense = stock(is_weighted=True)
+    seen = {table.name: torch.randint(0, 9, (table.num_embeddings,)) for table in tables()}
+    compressed = compress(dense, MIXED, counts=seen)
+    features = batch([[2, 1]] * len(KEYS), weighted=True)
+    assert compressed.is_weighted()
+    assert compressed(features).keys() == dense(features).keys()
+    assert compressed(features).length_per_key() == dense(features).length_per_key()
+    assert compressed.footprint().tables.keys() == {table.name for table in tables()}
+
+
+def test_dense_tables_are_copied_bit_for_bit():
+    dense = stock()
+    compressed = compress(dense, DenseConfig())
+    features = batch([[2, 1]] * len(KEYS))
+    assert torch.equal(compressed(features).values(), dense(features).values())
+    with torch.no_grad():
+        next(dense.parameters()).zero_()
+    assert not torch.equal(compressed(features).values(), dense(features).values())
+
+
+@pytest.mark.parametrize("pooling", [PoolingType.SUM, PoolingType.MEAN])
+def test_decompress_gives_a_stock_collection(pooling):
+    compressed = collection(None, pooling)
+    dense = decompress(compressed)
+    assert type(dense) is EmbeddingBagCollection
+    features = batch([[2, 0, 3]] * len(KEYS))
+    wanted = expected(dense, features, pooling)
+    for made in (compressed, dense):
+        for key, value in wanted.items():
+            torch.testing.assert_close(made(features)[key], value, rtol=1e-4, atol=1e-4)
+
+
+def test_decompressing_twice_changes_nothing():
+    compressed = fit(CASES["pq"][0])
+    once = decompress(compressed).state_dict()
+    assert all(torch.equal(value, once[name]) for name, value in decompress(compressed).state_dict().items())
+
+
+def test_compress_into_leaves_trainable_tables_without_rows_at_their_start():
+    both = [table(name="a"), table(name="b")]
+    start = CompressedEmbeddingBagCollection(both, compression={"a": HashConfig(num_buckets=9), "b": CASES["pq"][0]})
+    before = copy.deepcopy(start)
+    compress_into(start, {"b": rows()})
+    ids = torch.arange(9)
+    assert torch.equal(start.table_rows("a", ids), before.table_rows("a", ids))
+    assert not torch.equal(start.table_rows("b", ids), before.table_rows("b", ids))
+
+
+@pytest.mark.parametrize("method", ["pq", "mec", "int8", "int4"])
+def test_compress_into_without_the_rows_that_a_method_needs(method):
+    with pytest.raises(ValueError, match="table 'item': this method must be fitted to a pre-trained table, got none"):
+        compress_into(fresh(CASES[method][0]), {}, counts={"item": counts()})
+
+
+def test_compress_into_takes_the_collections_seed():
+    """Hashed tables are read with the collection's hash: a fit by another seed would fill the wrong rows."""
+    config = HashConfig(num_buckets=40)
+    compressed = fresh(config, seed=5)
+    compress_into(compressed, {"item": rows()}, counts={"item": counts()})
+    wanted = fit(config, seed=5)
+    ids = torch.arange(403)
+    assert torch.equal(compressed.table_rows("item", ids), wanted.table_rows("item", ids))
+    with pytest.raises(ValueError, match="seed must be the collection's own, 5, got 0; leave it out"):
+        compress_into(compressed, {"item": rows()}, seed=0)
+
+
+def test_rows_of_the_wrong_shape():
+    with pytest.raises(ValueError, match=r"the pre-trained table must be 403 x 16, got \(403, 8\)"):
+        compress_into(fresh(CASES["pq"][0]), {"item": torch.zeros(403, 8)})
+
+
+def test_an_unknown_table_of_rows():
+    with pytest.raises(ValueError, match=r"rows must name tables of \['item'\], got \['user'\]"):
+        compress_into(fresh(CASES["pq"][0]), {"user": rows()})
+
+
+def test_half_precision_tables_stay_half_and_dense():
+    half = EmbeddingBagConfig(
+        name="h", num_embeddings=50, embedding_dim=8, feature_names=["h"], data_type=DataType.FP16
+    )
+    compressed = compress(EmbeddingBagCollection([half]), DenseConfig())
+    assert [parameter.dtype for parameter in compressed.parameters()] == [torch.float16]
+    assert compressed.footprint().total_bytes == 50 * 8 * 2
+
+
+def test_names_go_before_patterns_and_patterns_by_order():
+    many = [table(name=name) for name in ("item_a", "item_b", "user")]
+    one, two, rest = (RandomCodesConfig(num_codes=n, codebook_size=8) for n in (1, 2, 4))
+    chosen = resolve(many, {"item_*": one, "*": rest, "item_b": two})
+    assert chosen == {"item_a": one, "item_b": two, "user": rest}
+
+
+def test_what_would_not_save_bytes_stays_dense():
+    small = [table(name=name, num_embeddings=size) for name, size in (("big", 4000), ("small", 20), ("edge", 270))]
+    chosen = resolve(small, PQConfig(num_codes=4, codebook_size=256))
+    assert [config.method for config in chosen.values()] == ["pq", "dense", "dense"]
+
+
+def test_a_collection_trained_after_its_fit_can_be_compressed_again():
+    once = decompress(fit(CASES["pq"][0]))
+    again = compress(once, CASES["int8"][0])
+    served = decompress(again).embedding_bags["item"].weight
+    assert (served - once.embedding_bags["item"].weight).abs().max() < 0.03
+    assert not torch.equal(dense_collection().embedding_bags["item"].weight, served)

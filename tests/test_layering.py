@@ -1,0 +1,130 @@
+"""The layers, the limits on size, and a lean import, checked from the source itself."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "torchrec_compress"
+FILES = sorted(PACKAGE.rglob("*.py"))
+EVERYTHING = [*FILES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+
+# a part may import itself and what stands below it; `compression`, `budget` and `versions` are files of their own
+LAYERS = {
+    "versions": set(),
+    "ops": set(),
+    "fit": {"ops"},
+    "methods": {"fit", "ops"},
+    "budget": {"methods", "fit", "ops"},
+    "compression": {"budget", "methods"},
+    "modules": {"compression", "methods", "ops"},
+    "convert": {"modules", "compression", "methods", "fit", "ops"},
+    "train": {"convert", "budget", "modules", "compression", "methods", "fit", "ops", "versions"},
+    "cli": {"train"},
+    "__main__": {"cli"},
+}
+# what a part may import from outside the standard library
+OUTSIDE = {
+    "versions": set(),
+    "ops": {"torch", "fbgemm_gpu"},
+    "fit": {"torch", "numpy", "scipy", "tqdm"},
+    "methods": {"torch", "torchrec"},
+    "compression": {"torchrec"},
+    "modules": {"torch", "torchrec"},
+    "convert": {"torch", "torchrec", "tqdm"},
+}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    """Return every module that a file imports, with its line, wherever in the file the import stands."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            module = node.module or ""
+            names = [f"{module}.{alias.name}" for alias in node.names] if module == "torchrec_compress" else [module]
+            found += [(name, node.lineno) for name in names]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down_the_layers(path):
+    part = part_of(path)
+    if part == "__init__":
+        return
+    assert part in LAYERS, f"a new part {part!r} needs its line in LAYERS"
+    for name, line in imports(path):
+        first, *rest = name.split(".")
+        if first == "torchrec_compress" and rest:
+            # the face of the package re-exports conversion and modules
+            used = rest[0] if rest[0] in LAYERS else "convert"
+            assert used in LAYERS[part] | {part}, f"{path}:{line}: {part} must not import {name}"
+        elif part in OUTSIDE and first not in sys.stdlib_module_names and first != "torchrec_compress":
+            assert first in OUTSIDE[part], f"{path}:{line}: {part} must not import {first}"
+
+
+def test_callers_import_ops_from_its_face():
+    """Types aside, nothing reaches around `ops/__init__.py`."""
+    for path in FILES:
+        if part_of(path) == "ops":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torchrec_compress.ops."):
+                names = {alias.name for alias in node.names}
+                assert names <= {"RowDtype", "Structure"}, f"{path}:{node.lineno}: import {names} from ops"
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_and_no_function_is_too_long(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 60, f"{path}:{node.lineno}: {node.name} has {length} lines"
+
+
+def _is_public(path: Path, node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_everything_public_is_annotated_and_described(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if _is_public(path, node):
+            doc = ast.get_docstring(node)
+            homes = [tree, *(home for home in _classes(tree) if not home.name.startswith("_"))]
+            nested = not any(node in ast.iter_child_nodes(home) for home in homes)
+            assert nested or (doc and doc.splitlines()[0].endswith((".", ":", ")"))), f"{path}: {node.name}: {doc!r}"
+        if isinstance(node, ast.FunctionDef):
+            bare = [arg.arg for arg in node.args.args + node.args.kwonlyargs if arg.annotation is None]
+            assert set(bare) <= {"self", "cls"}, f"{path}: {node.name}: {bare}"
+
+
+def _classes(tree: ast.AST) -> list[ast.ClassDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+
+
+def test_importing_the_package_initialises_no_cuda_and_needs_no_training_package():
+    code = (
+        "import sys, torchrec_compress, torch;"
+        "assert not torch.cuda.is_initialized();"
+        "extra = {'jsonargparse', 'pyarrow', 'matplotlib', 'tensorboard', 'torchx', 'faiss', 'sklearn'};"
+        "mine = {name for name in sys.modules if name.startswith('torchrec_compress.')};"
+        "assert not {name for name in mine if name.split('.')[1] in ('train', 'cli')}, mine;"
+        "print(sorted(extra & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "jsonargparse" not in done.stdout
+    assert "faiss" not in done.stdout
