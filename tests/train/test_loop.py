@@ -86,7 +86,8 @@ def test_lookup_l2_and_start_l2_hold_parameters_back(config, data, tmp_path):
 def test_the_rate_falls_to_zero_with_the_schedule_on_fused_tables_too(config, data):
     trainable = Trainable(full_model(config, data), STAGE)
     trainable.set_rate(0.5)
-    assert {group["lr"] for group in trainable.optimizer.param_groups} == {0.025, 0.0005}
+    # a fused table keeps its rate as a float32
+    assert sorted(group["lr"] for group in trainable.optimizer.param_groups) == pytest.approx([0.0005, 0.025])
 
 
 def test_teacher_replaces_labels(config, data, tmp_path):

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_default_sharders
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -171,13 +171,19 @@ def _wrap(model: nn.Module, shard: bool) -> DistributedModelParallel:
     """Plan and shard a model, or replicate all of it, so that its tables keep dense gradients.
 
     Replicated tables are left as they are rather than made data-parallel by a sharder: TorchRec 1.8's data-parallel
-    `EmbeddingCollection` returns wrong rows on the CPU where it holds more than one table.
+    `EmbeddingCollection` pools its rows on the CPU. Sharded tables are never data-parallel either: TorchRec would drop
+    their fused optimizer without a word, and they train in the backward or not at all.
     """
     world, group = dist.get_world_size(), dist.group.WORLD
     assert group is not None
     sharders, plan = _sharders() if shard else [], ShardingPlan({})
     if shard:
-        planner = EmbeddingShardingPlanner(topology=Topology(world_size=world, compute_device="cpu"))
+        kinds = [kind.value for kind in ShardingType if kind is not ShardingType.DATA_PARALLEL]
+        names = {name.split(".")[-2] for name, _ in model.named_parameters() if _part(name) == "tables"}
+        planner = EmbeddingShardingPlanner(
+            topology=Topology(world_size=world, compute_device="cpu"),
+            constraints={name: ParameterConstraints(sharding_types=kinds) for name in names},
+        )
         plan = planner.collective_plan(model, sharders, group)
     # DDP refuses a module of which nothing is trained
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
