@@ -125,7 +125,8 @@ class OptimConfig:
         dense_lr: Adam's learning rate of the dense net.
         dense_l2: l2 of the dense net.
         codebook_lr: Adam's learning rate of codebooks and other decoder parameters.
-        decay: "linear" falls to `final_rate` times the rates at the last step; "plateau" divides by 10 when validation stalls.
+        decay: "linear" falls to `final_rate` times the rates at the last step; "plateau" divides by 10 when validation
+            stalls.
         final_rate: where the linear decay ends.
     """
 
