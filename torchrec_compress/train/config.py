@@ -125,9 +125,7 @@ class OptimConfig:
         dense_lr: Adam's learning rate of the dense net.
         dense_l2: l2 of the dense net.
         codebook_lr: Adam's learning rate of codebooks and other decoder parameters.
-        decay: "linear" falls to `final_rate` times the rates at the last step; "plateau" divides by 10 when validation
-            stalls.
-        final_rate: where the linear decay ends.
+        decay: "linear" falls to 2 % of the rates at the last step; "plateau" divides by 10 when validation stalls.
     """
 
     tables: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
@@ -138,7 +136,6 @@ class OptimConfig:
     dense_l2: float = 0.0
     codebook_lr: float = 1e-3
     decay: Literal["none", "linear", "plateau"] = "linear"
-    final_rate: float = 0.02
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def _step(trainable: Trainable, batch: Batch, task: Task, start: dict[str, Tenso
 def _rate(stage: StageConfig, progress: Progress, total: int) -> float:
     """Return the factor of all learning rates."""
     if stage.optim.decay == "linear":
-        return 1 - (1 - stage.optim.final_rate) * progress.step / total
+        return max(0.02, 1 - progress.step / total)
     return progress.scale
 
 
