@@ -94,7 +94,7 @@ def report(results: list[Result], arguments: argparse.Namespace, commit: str, va
         "Seconds include coding all rows; CPU seconds (of all threads) tell more on a shared machine; "
         "load is its 1-minute average when the best run ended.",
         "",
-        "| fit | bytes a row | seconds (best) | runs | CPU seconds | load | error, rows alike | error, lookups |",
+        "| fit | code bytes a row | seconds (best) | runs | CPU seconds | load | error, rows alike | error, lookups |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
