@@ -1,0 +1,48 @@
+import copy
+
+import torch
+
+from tests.modules.batches import KEYS, batch, collection, tables
+from torchrec_compress import Footprint, optimizer_bytes
+from torchrec_compress.modules import TableFootprint
+
+
+def test_totals_are_sums_and_codes_are_counted():
+    footprint = collection().footprint()
+    assert footprint.dense_bytes == sum(table.num_embeddings * table.embedding_dim * 4 for table in tables())
+    assert footprint.total_bytes == sum(table.total_bytes for table in footprint.tables.values())
+    user = footprint.tables["user"]
+    assert user.code_bytes == 400 * 4 + 1
+    assert user.decoder_bytes == 16 * 16 * 4 + 20 * (16 + 4)
+    assert user.native_bytes == 0
+    assert footprint.tables["item"].native_bytes == 30 * 8 * 4
+    assert footprint.tables["ctx"].ratio == 1.0
+
+
+def test_compressed_ratio_leaves_dense_tables_out():
+    small = TableFootprint("dense", dense_bytes=100, code_bytes=0, decoder_bytes=0, native_bytes=100)
+    big = TableFootprint("pq", dense_bytes=1000, code_bytes=60, decoder_bytes=40, native_bytes=0)
+    footprint = Footprint({"small": small, "big": big})
+    assert footprint.ratio == 1100 / 200
+    assert footprint.compressed_ratio == 10.0
+    assert Footprint({"small": small}).compressed_ratio == 1.0
+
+
+def test_plain_data_and_text_name_every_table():
+    footprint = collection().footprint()
+    plain, text = footprint.to_dict(), str(footprint)
+    assert plain["total_bytes"] == footprint.total_bytes
+    assert plain["tables"]["user"]["total_bytes"] == footprint.tables["user"].total_bytes
+    assert all(table.name in text for table in tables())
+    assert f"{footprint.total_bytes:,}" in text
+
+
+def test_optimizer_bytes_are_apart():
+    compressed = copy.deepcopy(collection())
+    before = compressed.footprint()
+    optimizer = torch.optim.Adam(compressed.parameters())
+    compressed(batch([[3]] * len(KEYS))).values().sum().backward()
+    optimizer.step()
+    parameters = list(compressed.parameters())
+    assert optimizer_bytes(optimizer) == sum(2 * 4 * p.numel() + 4 for p in parameters)
+    assert compressed.footprint() == before
