@@ -124,3 +124,11 @@ def test_load_plain_refuses_other_shapes(config, data):
         load_plain(model, state)
     with pytest.raises(ValueError, match="names"):
         load_plain(model, {})
+
+
+def test_several_processes_are_refused(config, data, monkeypatch):
+    from torchrec_compress.train import parallel
+
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="must run as one process"):
+        Trainable(full_model(config, data), STAGE)

@@ -187,3 +187,13 @@ def test_spread_is_over_seeds(tmp_path):
 def test_configs_are_frozen(config):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 3
+
+
+def test_a_full_disk_while_a_model_is_written_leaves_nothing_half(config, tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(stages.torch, "save", full)
+    with pytest.raises(OSError, match=r"could not be written"):
+        stages._save_tensors(tmp_path / "model.pt", {"a": torch.ones(2)})
+    assert not list(tmp_path.iterdir())

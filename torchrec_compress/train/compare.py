@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import sys
 import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +117,15 @@ def _run_all(jobs: list[Job], workers: int, bar: tqdm) -> list[str]:
     slots = context.Queue()
     for slot in range(workers):
         slots.put(slot + 1)
-    with context.Pool(workers, initializer=_begin, initargs=(lock, slots)) as pool:
-        for name, outcome, error in pool.imap_unordered(_run_job, jobs):
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(lock, slots)) as pool:
+        for done in as_completed([pool.submit(_run_job, job) for job in jobs]):
+            try:
+                name, outcome, error = done.result()
+            except BrokenProcessPool as broken:
+                pool.shutdown(cancel_futures=True)
+                raise ValueError(
+                    "compare: a worker was killed (out of memory?); the same command continues"
+                ) from broken
             bar.update()
             if error:
                 failed.append(f"{name}: {error}")

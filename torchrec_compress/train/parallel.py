@@ -24,12 +24,15 @@ _FUSED = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "sg
 
 
 def init_process_group() -> None:
-    """Join the process group: torchrun's where it started us, else one of a single process, without any port."""
-    if dist.is_initialized():
-        return
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-    else:
+    """Start a process group of this process alone, without any port, unless one is running.
+
+    Raises:
+        ValueError: under torchrun with several processes; batches are not shared out among ranks yet.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if world != 1:
+        raise ValueError(f"training: must run as one process, got WORLD_SIZE={world}; start it without torchrun")
+    if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 

@@ -278,5 +278,9 @@ def _training(trained: Trained) -> dict[str, float]:
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     part = path.with_name(f".{path.name}")
-    torch.save({name: value.detach() for name, value in tensors.items()}, part)
+    try:
+        torch.save({name: value.detach() for name, value in tensors.items()}, part)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written ({error}); free some space, the same command continues") from error
     part.replace(path)
