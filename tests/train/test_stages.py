@@ -139,6 +139,7 @@ def test_compare_reports_resumes_and_survives_a_bad_variant(config, capfd):
     output = compare(config)
     report = json.loads((output / "report.json").read_text())
     assert list(report["variants"]) == ["full", "pq"] and report["variants"]["pq"]["seeds"] == [0, 1]
+    assert report["variants"]["full"]["optimizer_bytes"] > 0 and report["variants"]["pq"]["optimizer_bytes"] is None
     assert len(list((output / "full").glob("*/model.pt"))) == 2  # one per seed, shared by the variants
     text = (output / "report.md").read_text()
     assert "| pq |" in text and " ± " in text and "Best possible" in text

@@ -22,7 +22,8 @@ _COLUMNS = {
 _NOTE = (
     "Mean ± sample standard deviation over the seeds. Bytes count everything stored: codes, codebooks, per-id scalars,",
     "hot rows and dense tables. `smaller`: the bytes of the variant `full` over them. `ratio`: the fp32 bytes of the",
-    "variant's own tables over them, of all tables and of the compressed ones alone.",
+    "variant's own tables over them, of all tables and of the compressed ones alone. Optimizer state is apart,",
+    "and only where there was training.",
 )
 
 
@@ -47,7 +48,8 @@ def collect(output: Path, order: Sequence[str] = ()) -> dict[str, Any]:
         raise ValueError(f"{output}: must hold finished runs (runs/*/seed*/summary.json), got none; run compare first")
     names = [name for name in order if name in found] + sorted(set(found) - set(order))
     rows = {name: _summarise(found[name]) for name in names}
-    for row in rows.values():
+    for name, row in rows.items():
+        row["gap"] = _gap(found[name], found.get("full", [])) if name != "full" else {}
         row["against_full"] = rows["full"]["bytes"] / row["bytes"] if "full" in rows else row["ratio"]
     bayes = next((runs[0]["bayes"] for runs in found.values() if runs[0].get("bayes")), {})
     return {"variants": rows, "bayes": bayes}
@@ -64,9 +66,22 @@ def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     fitted = [run["fitted"]["test"] for run in runs if "fitted" in run]
     if fitted and all("training" in run for run in runs):
         result["before_training"] = _spread(fitted)
+    result["optimizer_bytes"] = runs[0].get("optimizer_bytes")
     result["usage"] = runs[0].get("usage", {})
     result["training"] = [run["training"] for run in runs if "training" in run]
     return result
+
+
+def _gap(runs: list[dict[str, Any]], full: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return mean and spread of a variant's scores less those of the full model of the same seed."""
+    base = {run["seed"]: run["metrics"]["test"] for run in full}
+    pairs = [(run["metrics"]["test"], base[run["seed"]]) for run in runs if run["seed"] in base]
+    if not pairs:
+        return {}
+    return {
+        **_spread([{key: mine[key] - its[key] for key in _COLUMNS if key in mine} for mine, its in pairs]),
+        "seeds": len(pairs),
+    }
 
 
 def _spread(runs: list[Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -115,7 +130,16 @@ def _markdown(report: dict[str, Any], pictures: list[str]) -> str:
             f"Best possible: AUC {report['bayes']['bayes_auc']:.4f}, logloss {report['bayes']['bayes_logloss']:.4f}.",
             "",
         ]
-    titles = ["variant", "bytes", "smaller", "ratio", "ratio, compressed", *columns.values(), "seeds"]
+    titles = [
+        "variant",
+        "bytes",
+        "smaller",
+        "ratio",
+        "ratio, compressed",
+        *columns.values(),
+        "optimizer bytes",
+        "seeds",
+    ]
     lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for name, row in rows.items():
         cells = [
@@ -126,8 +150,9 @@ def _markdown(report: dict[str, Any], pictures: list[str]) -> str:
             f"{row['compressed_ratio']:.1f}x",
         ]
         cells += [_number(row["test"].get(key), len(row["seeds"])) for key in columns]
-        lines.append("| " + " | ".join([*cells, str(len(row["seeds"]))]) + " |")
-    lines += _training_lines(rows) + _usage_lines(rows)
+        cells += ["-" if row["optimizer_bytes"] is None else f"{row['optimizer_bytes']:,}", str(len(row["seeds"]))]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += _gap_lines(rows) + _training_lines(rows) + _usage_lines(rows)
     for picture in pictures:
         lines += ["", f"![{picture[:-4].replace('_', ' ')}]({picture})"]
     return "\n".join(lines) + "\n"
@@ -137,6 +162,27 @@ def _number(value: Mapping[str, float] | None, num_seeds: int) -> str:
     if value is None or math.isnan(value["mean"]):
         return "-"
     return f"{value['mean']:.4f}" + (f" ± {value['spread']:.4f}" if num_seeds > 1 else "")
+
+
+def _gap_lines(rows: Mapping[str, Any]) -> list[str]:
+    """Scores less those of the full model of the same seed, whose spread is that of the gap alone."""
+    gaps = {name: row["gap"] for name, row in rows.items() if row["gap"]}
+    if not gaps:
+        return []
+    lines = [
+        "",
+        "## Gap to the full model of the same seed",
+        "",
+        "| variant | smaller | AUC | logloss | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for name, gap in gaps.items():
+        cells = [
+            f"{gap[key]['mean']:+.4f}" + (f" ± {gap[key]['spread']:.4f}" if gap["seeds"] > 1 else "")
+            for key in ("auc", "logloss")
+        ]
+        lines.append(f"| {name} | {rows[name]['against_full']:.1f}x | " + " | ".join(cells) + f" | {gap['seeds']} |")
+    return lines
 
 
 def _training_lines(rows: Mapping[str, Any]) -> list[str]:

@@ -113,11 +113,15 @@ def run(config: RunConfig, folder: Path, shared: Path, position: int | None = 0)
         size = sum(4 * t.num_embeddings * t.embedding_dim for t in model.embeddings.embedding_bag_configs())
         summary["footprint"] = {"dense_bytes": size, "total_bytes": size, "ratio": 1.0, "compressed_ratio": 1.0}
     if source is not None:
-        done = None if config.compression else json.loads((source / "summary.json").read_text())["metrics"]
-        summary["metrics"] = summary["fitted"] = done or score(model, data, config.data)
+        full = json.loads((source / "summary.json").read_text())
+        summary["fitted"] = score(model, data, config.data) if config.compression else full["metrics"]
+        summary["metrics"] = summary["fitted"]
+        if not config.compression:
+            summary["optimizer_bytes"] = full["training"]["optimizer_bytes"]
     if config.compression and config.retrain.epochs > 0:
         model, trained = _retrain(config, data, model, source, folder, position)
         summary["training"] = _training(trained)
+        summary["optimizer_bytes"] = trained.optimizer_bytes
         summary["metrics"] = score(model, data, config.data)
     elif source is None:
         raise ValueError("retrain.epochs: must be over 0 with start = 'scratch', got 0; nothing would be trained")
