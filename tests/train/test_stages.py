@@ -100,6 +100,13 @@ def test_a_byte_budget_is_kept_and_chosen_once(config, tmp_path):
     assert (tmp_path / "a" / "compression.json").stat().st_mtime_ns == stamp
 
 
+def test_a_folder_with_other_settings_is_refused_by_key(config, tmp_path):
+    _run(config, tmp_path, "a", compression=PQ)
+    with pytest.raises(ValueError, match=r"compression\.\*\.num_codes must be 2 .* got 4"):
+        _run(config, tmp_path, "a", compression={"*": {**PQ["*"], "num_codes": 4}})
+    _run(config, tmp_path, "a", compression=PQ, num_threads=2, output="elsewhere")
+
+
 def test_full_models_are_shared_by_what_they_depend_on(config):
     key = stages.pretrained_key(config)
     assert stages.pretrained_key(override(config, {"compression": PQ, "retrain.epochs": 1.0, "output": "x"})) == key

@@ -89,7 +89,7 @@ def load(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
             problems.append(f"{path}: {problem}")
             continue
         meta = json.loads((path / "meta.json").read_text())
-        _check_config(path, meta["config"], config)
+        check_same(path, meta["config"], config)
         if problems:
             from tqdm import tqdm
 
@@ -110,14 +110,18 @@ def _problem(path: Path) -> str | None:
     return None if digest == meta["sha256"] else "truncated or changed (its checksum differs)"
 
 
-def _check_config(path: Path, old: Any, new: Any, where: str = "") -> None:
-    """Raise ValueError naming the first key whose value differs."""
+def check_same(path: Path, old: Any, new: Any, where: str = "") -> None:
+    """Compare plain data that was written with a file to what it is now.
+
+    Raises:
+        ValueError: a value differs; the message names the first such key.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(set(old) | set(new)):
-            _check_config(path, old.get(key), new.get(key), f"{where}.{key}" if where else key)
+            check_same(path, old.get(key), new.get(key), f"{where}.{key}" if where else key)
     elif json.loads(json.dumps(new)) != old:
         raise ValueError(
-            f"checkpoint {path}: {where} must be {old!r} as when it was written, got {new!r}; "
+            f"{path}: {where} must be {old!r} as when it was written, got {new!r}; "
             "put it back, or choose another output folder"
         )
 

@@ -17,6 +17,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec_compress import CompressedEmbeddingBagCollection, compress, compress_into
 from torchrec_compress.budget import for_budget
 from torchrec_compress.compression import parse, resolve
+from torchrec_compress.train.checkpoint import check_same
 from torchrec_compress.train.config import DataConfig, RunConfig, fingerprint
 from torchrec_compress.train.data import ClickData, Split, load_data
 from torchrec_compress.train.journal import versions, write_atomically, write_json
@@ -100,6 +101,7 @@ def run(config: RunConfig, folder: Path, shared: Path, position: int | None = 0)
         ValueError: bad data, settings, or a resumed run of other settings.
         OSError: something could not be written.
     """
+    _check_unchanged(config, folder)
     record(config, folder)
     data = get_data(config.data)
     source = pretrain(config, shared, position) if needs_pretrained(config) else None
@@ -129,6 +131,19 @@ def run(config: RunConfig, folder: Path, shared: Path, position: int | None = 0)
     _save_tensors(folder / "model.pt", dict(model.state_dict()))
     write_json(folder / "summary.json", summary)
     return summary
+
+
+def _check_unchanged(config: RunConfig, folder: Path) -> None:
+    """Raise ValueError where a folder holds what other settings led to."""
+    if not any((folder / name).is_file() for name in ("fitted.pt", "compression.json", "summary.json")):
+        return
+    free = ("output", "num_threads", "tensorboard", "compare")
+    old = yaml.safe_load((folder / "config.yaml").read_text())
+    new = dataclasses.asdict(config)
+    for key in free:
+        old.pop(key, None)
+        new.pop(key, None)
+    check_same(folder, old, new)
 
 
 def _full(config: RunConfig, data: ClickData, source: Path | None) -> ClickModel:
