@@ -6,6 +6,8 @@ import dataclasses
 import multiprocessing
 import os
 import sys
+import threading
+import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -137,10 +139,18 @@ _position: int | None = None
 
 
 def _begin(lock: Any, slots: Any) -> None:
-    """Prepare a worker: its own line for a progress bar."""
+    """Prepare a worker: its own line for a progress bar, and an end with its parent, also when that is killed."""
     global _position
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     tqdm.set_lock(lock)
     _position = slots.get() if sys.stderr.isatty() else None
+
+
+def _end_with(parent: int) -> None:
+    """Leave as soon as the parent is gone; a killed `compare` would otherwise leave its workers training."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _run_job(job: Job) -> tuple[str, str, str]:

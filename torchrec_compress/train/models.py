@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ def deep_net(width: int, config: ModelConfig, num_out: int | None = 1) -> nn.Mod
     return nn.Sequential(*layers, *last)
 
 
-class ClickModel(nn.Module):
+class ClickModel(nn.Module, ABC):
     """Look embeddings up and combine them; heirs define `combine`.
 
     Args:
@@ -104,12 +105,13 @@ class ClickModel(nn.Module):
         self._drop = nn.Dropout(config.embedding_dropout)
         self._build(num_dense, config)
 
+    @abstractmethod
     def _build(self, num_dense: int, config: ModelConfig) -> None:
-        raise NotImplementedError
+        """Make the heir's parts."""
 
+    @abstractmethod
     def combine(self, embedded: Tensor, dense: Tensor | None) -> Tensor:
         """Return logits (B, 1) from embeddings (B, sum of widths) and dense columns (B, C)."""
-        raise NotImplementedError
 
     def run_deep(self, net: nn.Module, inputs: Tensor) -> Tensor:
         """Run a part of the net, in bfloat16 where the config asks for it; the result is float32."""
