@@ -7,7 +7,12 @@ import time
 
 CHILD = """
 import os, subprocess, sys
-watch = "import os; from torchrec_compress.train.compare import _end_with; print('up', flush=True); _end_with(os.getppid())"
+watch = '''
+import os
+from torchrec_compress.train.compare import _end_with
+print("up", flush=True)
+_end_with(os.getppid())
+'''
 worker = subprocess.Popen([sys.executable, "-W", "ignore", "-c", watch], stdout=subprocess.PIPE)
 worker.stdout.readline()
 print(worker.pid, flush=True)
