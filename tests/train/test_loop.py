@@ -132,3 +132,16 @@ def test_several_processes_are_refused(config, data, monkeypatch):
     monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="must run as one process"):
         Trainable(full_model(config, data), STAGE)
+
+
+def test_l2_leaves_multipliers_of_memcom_alone(config, data, tmp_path):
+    from torchrec_compress.train.config import override
+    from torchrec_compress.train.stages import run
+
+    changes = {"start": "scratch", "compression": {"*": {"method": "memcom", "num_buckets": 20}}}
+    optim = {"tables": "adam", "table_lr": 0.01, "table_l2": 5.0}
+    changes |= {"retrain": vars(config.pretrain), "retrain.epochs": 3.0, "retrain.optim": optim}
+    run(override(config, changes), tmp_path / "a", tmp_path / "full", None)
+    state = torch.load(tmp_path / "a" / "model.pt", weights_only=True)
+    scalars = torch.cat([value.flatten() for name, value in state.items() if name.endswith("__scalars.weight")])
+    assert 0.9 < float(scalars.mean()) < 1.1

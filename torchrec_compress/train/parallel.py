@@ -75,12 +75,15 @@ class Trainable:
         config = stage.optim
         rates = {
             "tables": (config.table_lr, config.table_l2, stage.train_tables),
+            # MEmCom's multipliers start at 1: l2 towards 0 would shrink whole rows away
+            "scalars": (config.table_lr, 0.0, stage.train_tables),
             "codebooks": (config.codebook_lr, 0.0, stage.train_codebooks),
             "dense": (config.dense_lr, config.dense_l2, stage.train_dense),
         }
         groups: dict[str, dict[str, Any]] = {part: {} for part in rates}
         for name, parameter in in_backward_optimizer_filter(self.module.named_parameters()):
-            groups[_part(name)][name] = parameter  # type: ignore[assignment]
+            part = "scalars" if name.endswith("__scalars.weight") else _part(name)
+            groups[part][name] = parameter  # type: ignore[assignment]
         self.pulled = {**groups["dense"], **groups["codebooks"]}
         optimizers: list[tuple[str, KeyedOptimizerWrapper]] = []
         self.adams: dict[str, torch.optim.Adam] = {}
