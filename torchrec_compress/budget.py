@@ -139,7 +139,7 @@ def _configs(table: EmbeddingBagConfig, base: CodebookConfig, num_codes: Sequenc
     residual = PQConfig(num_codes=1, codebook_size=base.codebook_size, structure="residual", popularity="count")
     for length in num_codes:
         for num_hot in hot:
-            # int4: per byte, twice the rows stored apart beat rows stored twice as finely
+            # int4 alone: trying int8 as well would double the fits
             yield replace(base, num_codes=length, num_hot_rows=num_hot, hot_dtype="int4")
             if 1 < length <= _MAX_RESIDUAL_CODES:
                 yield replace(residual, num_codes=length, num_hot_rows=num_hot, hot_dtype="int4")
