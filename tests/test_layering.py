@@ -21,6 +21,7 @@ LAYERS = {
     "budget": {"methods", "fit", "ops"},
     "compression": {"budget", "methods"},
     "modules": {"compression", "methods", "ops"},
+    "sharding": {"modules", "ops"},
     "convert": {"modules", "compression", "methods", "fit", "ops"},
     "train": {"convert", "budget", "modules", "compression", "methods", "fit", "ops", "versions"},
     "cli": {"train"},
@@ -34,6 +35,7 @@ OUTSIDE = {
     "methods": {"torch", "torchrec"},
     "compression": {"torchrec"},
     "modules": {"torch", "torchrec"},
+    "sharding": {"torch", "torchrec"},
     "convert": {"torch", "torchrec", "tqdm"},
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ torch.fx.wrap("process_pooled_embeddings")
 torch.fx.wrap("reorder_inverse_indices")
 torch.fx.wrap("bag_means")
 torch.fx.wrap("split_columns")
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 
@@ -61,6 +65,23 @@ class Decoder(nn.Module):
             bank.reset_parameters()  # type: ignore[operator]
         if self.format_version.device.type != "meta":
             self.format_version.fill_(FORMAT_VERSION)  # type: ignore[operator]
+
+    def replicated_tensors(self) -> dict[str, Tensor]:
+        """Return the codebooks, hot rows and other two-dimensional tensors by "table.tensor"."""
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        return {name.removeprefix("banks."): tensor for name, tensor in tensors if tensor.dim() == 2}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        # The last call before DistributedDataParallel wraps a decoder that no sharder of ours has seen.
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            strip_in_backward_optimizers(self)
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        # DistributedModelParallel materialises buffers from the meta device as zeros
+        if self.format_version.device.type != "meta":
+            self.format_version.fill_(FORMAT_VERSION)  # type: ignore[operator]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:  # type: ignore[override]
         found = state_dict.get(prefix + "format_version")
@@ -122,3 +143,22 @@ class Decoder(nn.Module):
         has_codes = codes is not None and self._plan.parts[table].codes is not None
         native = [rows[group][lookup.key].values() for group in self._plan.row_groups(table)]
         return self.banks[table](ids, offsets, weights, codes[lookup.key] if has_codes else None, native)  # type: ignore[index]
+
+
+def strip_in_backward_optimizers(module: nn.Module) -> list[str]:
+    """Replace parameters that carry an optimizer for the backward pass by fresh ones without, and return their names.
+
+    A replicated parameter may only step after the ranks have reduced its gradient, so the dense optimizer trains it.
+    TorchRec's own data-parallel tables drop such optimizers as well.
+    """
+    stripped = []
+    for path, owner in module.named_modules():
+        for name, parameter in list(owner._parameters.items()):
+            if parameter is not None and hasattr(parameter, "_in_backward_optimizers"):
+                owner._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                stripped.append(f"{path}.{name}" if path else name)
+    if stripped:
+        logger.warning(
+            "replicated parameters %s do not step in the backward; the dense optimizer trains them", stripped
+        )
+    return stripped

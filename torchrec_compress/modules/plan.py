@@ -137,8 +137,9 @@ class CollectionPlan(Generic[TableConfig]):
         return parts.rows if bag_tables or parts.bag is None else (parts.bag, *parts.rows)
 
     def _remapped(self, table: BaseEmbeddingConfig, part: NativePart) -> list[RemappedFeature]:
+        native = physical_name(table.name, part)
         return [
-            RemappedFeature(lookup.feature, lookup.key, table.num_embeddings, part.remap, table.name)
+            RemappedFeature(lookup.feature, lookup.key, table.num_embeddings, part.remap, table.name, native)
             for lookup in self.by_table[table.name]
         ]
 

@@ -131,7 +131,8 @@ class RemappedFeature:
         key: the name that the rewritten feature gets, unique over the collection.
         num_embeddings: rows of the user's table, the range of the ids.
         remap: from ids to rows of the native table.
-        table: the user's table, for errors.
+        table: the user's table.
+        native_table: the native table.
     """
 
     feature: str
@@ -139,6 +140,21 @@ class RemappedFeature:
     num_embeddings: int
     remap: Remap
     table: str
+    native_table: str
+
+
+def remapped_ids(features: KeyedJaggedTensor, plan: Sequence[RemappedFeature]) -> dict[str, Tensor]:
+    """Return the rows of the native tables that a batch looks up, (L,) integer by the plan's keys.
+
+    Raises:
+        ValueError: an id is outside the range of the user's table.
+    """
+    jagged = features.to_dict()
+    rows = {}
+    for entry in plan:
+        where = f"table {entry.table!r}, feature {entry.feature!r}"
+        rows[entry.key] = entry.remap(check_ids(jagged[entry.feature].values(), entry.num_embeddings, where))
+    return rows
 
 
 def remap_features(features: KeyedJaggedTensor, plan: Sequence[RemappedFeature]) -> KeyedJaggedTensor:
@@ -149,11 +165,7 @@ def remap_features(features: KeyedJaggedTensor, plan: Sequence[RemappedFeature])
     """
     order = [features.keys().index(entry.feature) for entry in plan]
     picked = features if order == list(range(len(features.keys()))) else features.permute(order)
-    ids = picked.values().split(picked.length_per_key())
-    rows = [
-        entry.remap(check_ids(part, entry.num_embeddings, f"table {entry.table!r}, feature {entry.feature!r}"))
-        for entry, part in zip(plan, ids, strict=True)
-    ]
+    rows = [*remapped_ids(features, plan).values()]
     inverse = features.inverse_indices_or_none()
     if inverse is not None:
         names, indices = inverse
@@ -191,12 +203,12 @@ class RemappedEmbeddingBagCollection(nn.Module):
         device: torch.device | None,
     ) -> None:
         super().__init__()
-        self._plan = tuple(plan)
+        self.plan = tuple(plan)
         self.native = EmbeddingBagCollection(tables=tables, is_weighted=is_weighted, device=device)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Return the pooled embeddings, (B, D) by the plan's keys."""
-        return self.native(remap_features(features, self._plan))
+        return self.native(remap_features(features, self.plan))
 
 
 class RemappedEmbeddingCollection(nn.Module):
@@ -212,13 +224,13 @@ class RemappedEmbeddingCollection(nn.Module):
         self, tables: list[EmbeddingConfig], plan: Sequence[RemappedFeature], device: torch.device | None
     ) -> None:
         super().__init__()
-        self._plan = tuple(plan)
+        self.plan = tuple(plan)
         self.native = EmbeddingCollection(tables=tables, device=device)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Return the rows of every look-up, (L, width) by the plan's keys."""
         _refuse_pooled_rows(self.native, features)
-        return self.native(remap_features(features, self._plan))
+        return self.native(remap_features(features, self.plan))
 
 
 def _refuse_pooled_rows(native: nn.Module, features: KeyedJaggedTensor) -> None:

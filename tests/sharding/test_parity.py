@@ -1,0 +1,115 @@
+"""Sharded collections against unsharded ones: bit-equal forward, equal training, equal state."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torchrec import EmbeddingConfig, PoolingType
+
+from tests.cases import CONFIGS, IDS, NUM_ROWS, fit
+from tests.modules import batches
+from tests.sharding.models import RATE, Model, local_state, loss_of, optimizer_of, shard, whole_state
+from torchrec_compress import CompressedEmbeddingCollection
+from torchrec_compress.methods import HashConfig, MEmComConfig, MethodConfig, PQConfig
+
+KINDS = ["row_wise", "table_wise", "data_parallel"]
+STEPS = 3
+
+
+def one_table(config: MethodConfig) -> Model:
+    torch.manual_seed(0)
+    return Model(fit(config))
+
+
+def mixed(pooling: PoolingType, weighted: bool) -> Model:
+    torch.manual_seed(0)
+    return Model(batches.collection(pooling=pooling, is_weighted=weighted))
+
+
+def unpooled(config: MethodConfig) -> Model:
+    torch.manual_seed(0)
+    tables = [
+        EmbeddingConfig(name=name, num_embeddings=rows, embedding_dim=8, feature_names=features)
+        for name, rows, features in (("user", 400, ["u", "u2"]), ("item", 300, ["i"]))
+    ]
+    return Model(CompressedEmbeddingCollection(tables, compression=config))
+
+
+def draw(kind: str, step: int, rank: int, keys: list[str], ranges: dict[str, int], weighted: bool):
+    """Return one rank's batch: plain, all empty, empty on rank 1, or uneven over the ranks; int32 or int64 ids."""
+    seeded = torch.Generator().manual_seed(1000 * step + rank)
+    num_bags = 3 + rank if kind == "uneven" else 4
+    longest = {"empty": 1, "rank 1 empty": 1 if rank == 1 else 4}.get(kind, 4)
+    lengths = torch.randint(0, longest, (len(keys) * num_bags,), generator=seeded)
+    per_key = lengths.view(len(keys), num_bags).sum(1).tolist()
+    ids = [torch.randint(0, ranges[key], (n,), generator=seeded) for key, n in zip(keys, per_key, strict=True)]
+    values = torch.cat(ids).to(torch.int32 if kind == "int32" else torch.int64)
+    weights = torch.randn(len(values), generator=seeded) if weighted else None
+    return batches.KeyedJaggedTensor.from_lengths_sync(keys, values, lengths.to(values.dtype), weights)
+
+
+def compare_with_unsharded(
+    make, arguments, how: str, kind: str, keys: list[str], ranges: dict[str, int], weighted: bool
+):
+    """Train both, on every rank; return the largest difference of outputs and the states."""
+    plain = make(*arguments)
+    sharded = shard(copy.deepcopy(plain), how)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    ours, theirs = optimizer_of(sharded), torch.optim.SGD(plain.parameters(), lr=RATE)
+    first = None
+    for step in range(STEPS):
+        drawn = [draw(kind, step, r, keys, ranges, weighted) for r in range(world)]
+        with torch.no_grad():
+            gap = (sharded(drawn[rank]) - plain(drawn[rank])).abs()
+            first = float(gap.max()) if first is None and len(gap) else first
+        ours.zero_grad()
+        theirs.zero_grad()
+        loss_of(sharded, drawn[rank]).backward()
+        (sum(loss_of(plain, features) for features in drawn) / world).backward()
+        ours.step()
+        theirs.step()
+    return first or 0.0, local_state(sharded), plain.state_dict()
+
+
+def check(results, allowed: float = 0.0) -> None:
+    """Forward bit-equal before training; all values equal after it.
+
+    Where TorchRec pools a table on several ranks (row-wise bags), it adds in another order: `allowed` is for that.
+    """
+    expected = results[0][2]
+    got = whole_state([state for _, state, _ in results], expected)
+    assert all(gap <= allowed for gap, _, _ in results), [gap for gap, _, _ in results]
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_every_method_trains_as_unsharded(two_ranks, config, how):
+    ranges = {"item": NUM_ROWS}
+    results = two_ranks.run(compare_with_unsharded, one_table, (config,), how, "plain", ["item"], ranges, False)
+    check(results, allowed=1e-6 if isinstance(config, HashConfig) else 0.0)
+
+
+@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("kind", ["plain", "uneven", "empty", "rank 1 empty", "int32"])
+def test_a_mixed_collection_trains_as_unsharded(two_ranks, kind, how):
+    arguments = (PoolingType.SUM, True)
+    check(two_ranks.run(compare_with_unsharded, mixed, arguments, how, kind, batches.KEYS, batches.ROWS, True), 1e-5)
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_mean_pooling_on_four_ranks(four_ranks, how):
+    arguments = (PoolingType.MEAN, False)
+    results = four_ranks.run(compare_with_unsharded, mixed, arguments, how, "uneven", batches.KEYS, batches.ROWS, False)
+    check(results, allowed=1e-5)
+
+
+@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("config", [PQConfig(num_codes=4, codebook_size=16), MEmComConfig(num_buckets=30, bias=True)])
+def test_unpooled_collections_train_as_unsharded(two_ranks, config, how):
+    check(
+        two_ranks.run(compare_with_unsharded, unpooled, (config,), how, "uneven", ["i", "u", "u2"], batches.ROWS, False)
+    )

@@ -1,0 +1,300 @@
+"""Sharded code tables: ids travel to the owner of the row, codes travel back, nothing is differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.embedding_types import ShardedEmbeddingModule
+from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterSharding, ShardingEnv, ShardingType
+from torchrec.distributed.utils import append_prefix
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_compress.modules.tables import CodeTableCollection, CodeTableConfig
+from torchrec_compress.ops import check_ids
+from torchrec_compress.sharding.agree import raise_together
+from torchrec_compress.sharding.seams import (
+    EmbeddingCollectionContext,
+    KJTList,
+    KJTListSplitsAwaitable,
+    RowTable,
+    row_exchange,
+    sequence_context,
+    shard_bounds,
+    sharded_tensor,
+)
+
+_DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
+
+
+def row_words(config: CodeTableConfig) -> int:
+    """Return the 32-bit words that one row of codes takes on the wire.
+
+    FBGEMM permutes what it receives, and has no kernel for bytes.
+    """
+    return -(-config.part.row_size * config.part.dtype.itemsize // 4)
+
+
+def pack_rows(codes: Tensor) -> Tensor:
+    """View rows of codes as 32-bit words, padded with zeros: (L, row_size) integer -> (L, words) int32.
+
+    Example:
+        >>> pack_rows(torch.tensor([[1, 2, 3, 4, 5]], dtype=torch.uint8)).shape
+        torch.Size([1, 2])
+    """
+    as_bytes = codes.contiguous().view(torch.uint8)
+    return F.pad(as_bytes, (0, -as_bytes.shape[1] % 4)).view(torch.int32)
+
+
+def unpack_rows(words: Tensor, row_size: int, dtype: torch.dtype) -> Tensor:
+    """Undo `pack_rows`: (L, words) int32 -> (L, row_size) of `dtype`.
+
+    Example:
+        >>> unpack_rows(pack_rows(torch.tensor([[7, 300, 9]], dtype=torch.int16)), 3, torch.int16).tolist()
+        [[7, 300, 9]]
+    """
+    as_bytes = words.contiguous().view(torch.uint8)
+    return as_bytes[:, : row_size * dtype.itemsize].contiguous().view(dtype)
+
+
+@dataclass
+class CodeContext(EmbeddingCollectionContext):
+    """What the way back needs to know of one batch.
+
+    Attributes:
+        inverse: by table, (ids before de-duplication,) int64 positions among the distinct ids; absent if not done.
+        num_ids: by table, ids of each of its features.
+    """
+
+    inverse: dict[str, Tensor] = field(default_factory=dict)
+    num_ids: dict[str, list[int]] = field(default_factory=dict)
+
+    def record_stream(self, stream: Any) -> None:
+        """Keep the tensors alive until the stream is done with them."""
+        super().record_stream(stream)
+        for positions in self.inverse.values():
+            positions.record_stream(stream)
+
+
+class CodesAwaitable(LazyAwaitable[dict[str, Tensor]]):
+    """The codes of a batch, on their way back."""
+
+    def __init__(
+        self, rows: list[Awaitable[Tensor]], tables: list[list[CodeTableConfig]], context: CodeContext
+    ) -> None:
+        super().__init__()
+        self._rows, self._tables, self._context = rows, tables, context
+
+    def _wait_impl(self) -> dict[str, Tensor]:
+        codes: dict[str, Tensor] = {}
+        for awaitable, tables, sent in zip(self._rows, self._tables, self._context.sharding_contexts, strict=True):
+            assert sent.features_before_input_dist is not None
+            counts = sent.features_before_input_dist.length_per_key()
+            for config, words in zip(tables, awaitable.wait().split(counts), strict=True):
+                inverse = self._context.inverse.get(config.name)
+                found = words if inverse is None else words.index_select(0, inverse)
+                rows = unpack_rows(found, config.part.row_size, config.part.dtype)
+                parts = rows.split(self._context.num_ids[config.name])
+                codes.update(zip(config.output_names, parts, strict=True))
+        return codes
+
+
+class CodeShard(nn.Module):
+    """The rows of one code table that this rank holds; attributes as in `CodeBank`."""
+
+    def __init__(self, codes: Tensor, is_set: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("is_set", is_set)
+        self.codes: Tensor
+        self.is_set: Tensor
+
+
+class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], dict[str, Tensor], CodeContext]):
+    """`CodeTableCollection` over many ranks: row-wise, table-wise or data-parallel, table by table.
+
+    Only flat lists of ids travel, not bags; so uneven batches, weights and variable batch sizes never get here.
+
+    Args:
+        module: the unsharded collection; one on the meta device gives start codes.
+        plan: the planner's choice by table name.
+        env: ranks and process group.
+        device: of the shards.
+        deduplicate: whether each id of a batch is asked for once per table.
+
+    Raises:
+        ValueError: the plan cuts columns or cuts rows unevenly.
+    """
+
+    def __init__(
+        self,
+        module: CodeTableCollection,
+        plan: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device,
+        deduplicate: bool = True,
+    ) -> None:
+        super().__init__()
+        self._env, self._device, self._plan, self._deduplicate = env, device, plan, deduplicate
+        self._configs = {config.name: config for config in module.configs()}
+        self.banks: Any = nn.ModuleDict()
+        groups: dict[tuple[str, int], list[RowTable]] = {}  # one exchange moves rows of one width
+        for config in module.configs():
+            bank, sharding = module.banks[config.name], plan[config.name]
+            self.banks[config.name] = self._shard_of(config, bank.codes, bank.is_set)
+            table = RowTable(config.name, config.num_embeddings, row_words(config), bank.codes, sharding)
+            groups.setdefault((sharding.sharding_type, table.num_words), []).append(table)
+        self._kinds = [kind for kind, _ in groups]
+        self._words = [words for _, words in groups]
+        self._exchanges = [row_exchange(kind, tables, env, device) for (kind, _), tables in groups.items()]
+        self._tables = [[self._configs[name] for name in exchange.feature_names()] for exchange in self._exchanges]
+        self._output_dists = [exchange.create_output_dist() for exchange in self._exchanges]
+        self._has_uninitialized_input_dist = True
+        few_rows = all(config.num_embeddings < 2**31 for config in module.configs())
+        self._id_dtype = torch.int32 if few_rows else torch.int64
+        self._register_state_dict_hook(_share_codes)
+        self._register_load_state_dict_pre_hook(_take_codes, with_module=True)
+
+    def _shard_of(self, config: CodeTableConfig, codes: Tensor, is_set: Tensor) -> CodeShard:
+        first, last = shard_bounds(config.name, config.num_embeddings, self._plan[config.name], self._env)
+        if not codes.is_meta:
+            return CodeShard(codes[first:last].to(self._device, copy=True), is_set.to(self._device, copy=True))
+        start = config.part.start
+        shape = (last - first, config.part.row_size)
+        local = torch.zeros(shape, dtype=config.part.dtype, device=self._device)
+        flag = torch.zeros(1, dtype=torch.uint8, device=self._device)
+        if start is not None:
+            local.copy_(start(torch.arange(first, last, device=self._device)))
+            flag.fill_(1)
+        return CodeShard(local, flag)
+
+    def create_context(self) -> CodeContext:
+        """Return an empty context for one batch."""
+        return CodeContext()
+
+    @torch.no_grad()
+    def input_dist(  # type: ignore[override]
+        self, ctx: CodeContext, features: KeyedJaggedTensor
+    ) -> Awaitable[Awaitable[KJTList]]:
+        """Send every id to the rank that owns its row."""
+        if self._has_uninitialized_input_dist:
+            self._input_dists = [exchange.create_input_dist() for exchange in self._exchanges]
+            self._has_uninitialized_input_dist = False
+        error, sent = None, []
+        try:
+            jagged = features.to_dict()
+            for kind, tables in zip(self._kinds, self._tables, strict=True):
+                sent.append([self._distinct_ids(ctx, config, jagged, kind) for config in tables])
+        except (ValueError, RuntimeError, KeyError) as caught:
+            error = caught
+        raise_together(error, self._env, self._device)
+        awaitables = []
+        for dist, tables, ids in zip(self._input_dists, self._tables, sent, strict=True):
+            flat = self._flat([config.name for config in tables], ids)
+            awaitables.append(dist(flat))
+            ctx.sharding_contexts.append(sequence_context(flat, dist))
+        return KJTListSplitsAwaitable(awaitables, ctx)
+
+    def _distinct_ids(self, ctx: CodeContext, config: CodeTableConfig, jagged: dict[str, Any], kind: str) -> Tensor:
+        """Return the ids that are asked of one table, and note in the context how to undo it."""
+        if self._device.type == "cpu" and not bool(self.banks[config.name].is_set):
+            raise RuntimeError(
+                f"table {config.name!r}: the code table must be filled before it is used, got one that never was; "
+                "load a checkpoint, or shard a collection that compress() made"
+            )
+        parts = [
+            check_ids(jagged[feature].values(), config.num_embeddings, f"table {config.name!r}, feature {feature!r}")
+            for feature in config.feature_names
+        ]
+        ctx.num_ids[config.name] = [len(part) for part in parts]
+        ids = torch.cat(parts)
+        if self._deduplicate and kind != _DATA_PARALLEL:
+            ids, ctx.inverse[config.name] = torch.unique(ids, return_inverse=True)
+        return ids.to(self._id_dtype)
+
+    def _flat(self, names: list[str], ids: list[Tensor]) -> KeyedJaggedTensor:
+        """Return lists of ids as a batch of one bag."""
+        counts = [len(part) for part in ids]
+        lengths = torch.tensor(counts, dtype=self._id_dtype, device=self._device)
+        return KeyedJaggedTensor(names, torch.cat(ids), lengths=lengths, stride=1, length_per_key=counts)
+
+    @torch.no_grad()
+    def compute(self, ctx: CodeContext, dist_input: KJTList) -> list[Tensor]:  # type: ignore[override]
+        """Look the received ids up in this rank's rows: one (ids, words) int32 per exchange."""
+        found = []
+        for asked, sent, kind, tables, words in zip(
+            dist_input, ctx.sharding_contexts, self._kinds, self._tables, self._words, strict=True
+        ):
+            sent.lengths_after_input_dist = asked.lengths().view(-1, max(asked.stride(), 1))
+            here = [config for config in tables if kind != ShardingType.TABLE_WISE.value or self._owns(config.name)]
+            parts = asked.values().split(asked.length_per_key())
+            # row-wise ids are already relative to the first row of the rank that owns them
+            rows = [
+                pack_rows(self.banks[config.name].codes.index_select(0, ids))
+                for config, ids in zip(here, parts, strict=True)
+            ]
+            empty = torch.empty(0, words, dtype=torch.int32, device=self._device)
+            found.append(torch.cat([empty, *rows]))
+        return found
+
+    def _owns(self, name: str) -> bool:
+        return self._env.rank in (self._plan[name].ranks or [])
+
+    def output_dist(self, ctx: CodeContext, output: list[Tensor]) -> LazyAwaitable[dict[str, Tensor]]:
+        """Send the codes back to the ranks that asked: (L, row_size) integer by output name."""
+        rows = [
+            dist(words, sent)
+            for dist, words, sent in zip(self._output_dists, output, ctx.sharding_contexts, strict=True)
+        ]
+        return CodesAwaitable(rows, self._tables, ctx)
+
+    def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
+        """Yield the names of the buffers that differ over the ranks, which no wrapper may synchronise."""
+        for name, _ in self.named_buffers():
+            yield append_prefix(prefix, name)
+
+    @property
+    def unsharded_module_type(self) -> type[nn.Module]:
+        """The module that this one replaces."""
+        return CodeTableCollection
+
+    def shared_names(self) -> dict[str, CodeTableConfig]:
+        """Return the state-dict names of the tables that are spread over the ranks."""
+        return {
+            f"banks.{name}.codes": config
+            for name, config in self._configs.items()
+            if self._plan[name].sharding_type != _DATA_PARALLEL
+        }
+
+
+def _share_codes(module: ShardedCodeTableCollection, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Put each sharded table into the state dict under its unsharded name, as a `ShardedTensor`."""
+    for name, config in module.shared_names().items():
+        local = module.banks[config.name].codes
+        state[prefix + name] = sharded_tensor(local, config.num_embeddings, module._plan[config.name], module._env)
+
+
+def _take_codes(module: ShardedCodeTableCollection, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Cut this rank's rows out of a whole table or a `ShardedTensor` of the same plan."""
+    for name, config in module.shared_names().items():
+        value = state.get(prefix + name)
+        if value is None:
+            continue
+        local = module.banks[config.name].codes
+        whole = (config.num_embeddings, config.part.row_size)
+        if tuple(value.size()) != whole or value.dtype != local.dtype:
+            raise ValueError(
+                f"{prefix}{name}: must be {whole} of {local.dtype}, got {tuple(value.size())} of {value.dtype}; load "
+                "it into a collection with the compression that it was saved with"
+            )
+        if isinstance(value, ShardedTensor):
+            shards = value.local_shards()
+            state[prefix + name] = shards[0].tensor if shards else local.new_empty(0, whole[1])
+        else:
+            first, last = shard_bounds(config.name, config.num_embeddings, module._plan[config.name], module._env)
+            state[prefix + name] = value[first:last]

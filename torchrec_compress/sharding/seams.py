@@ -1,0 +1,132 @@
+"""Every seam of TorchRec that is not in its documented interface, in one place.
+
+Checked on TorchRec 1.6 to 1.9; where a release moves one, this is the file to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, TensorProperties
+from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEmbeddingCollection
+from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo, KJTListSplitsAwaitable
+from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
+from torchrec.distributed.sharding.sequence_sharding import SequenceShardingContext
+from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingTableConfig, PoolingType
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+__all__ = [
+    "EmbeddingCollectionContext",
+    "KJTList",
+    "KJTListSplitsAwaitable",
+    "RowTable",
+    "row_exchange",
+    "sequence_context",
+    "shard_bounds",
+    "sharded_tensor",
+]
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """A table whose rows are exchanged unpooled.
+
+    Args:
+        name: of the table; also of the one feature that looks it up.
+        num_rows: rows of the whole table.
+        num_words: width of a row in 32-bit words.
+        tensor: the whole table, possibly on the meta device; only its strides are read.
+        sharding: the planner's choice.
+    """
+
+    name: str
+    num_rows: int
+    num_words: int
+    tensor: Tensor
+    sharding: ParameterSharding
+
+
+def row_exchange(
+    sharding_type: str, tables: Sequence[RowTable], env: ShardingEnv, device: torch.device
+) -> EmbeddingSharding:
+    """Return TorchRec's own sequence sharding of tables, used for its input and output exchange only.
+
+    Its lookup, which holds floating-point tables, is never created.
+    """
+    infos = [
+        EmbeddingShardingInfo(
+            embedding_config=EmbeddingTableConfig(
+                num_embeddings=table.num_rows,
+                embedding_dim=table.num_words,
+                name=table.name,
+                data_type=DataType.FP32,
+                feature_names=[table.name],
+                pooling=PoolingType.NONE,
+                embedding_names=[table.name],
+            ),
+            param_sharding=table.sharding,
+            param=table.tensor,  # type: ignore[arg-type]
+            fused_params={},
+        )
+        for table in tables
+    ]
+    return ShardedEmbeddingCollection.create_embedding_sharding(sharding_type, infos, env, device)
+
+
+def sequence_context(features: KeyedJaggedTensor, input_dist: torch.nn.Module) -> SequenceShardingContext:
+    """Return what the exchange back needs to know about the exchange there."""
+    row_wise = isinstance(input_dist, RwSparseFeaturesDist)
+    return SequenceShardingContext(
+        features_before_input_dist=features,
+        unbucketize_permute_tensor=input_dist.unbucketize_permute_tensor if row_wise else None,
+    )
+
+
+def shard_bounds(name: str, num_rows: int, sharding: ParameterSharding, env: ShardingEnv) -> tuple[int, int]:
+    """Return the rows (first, last + 1) of a table that this rank holds.
+
+    Raises:
+        ValueError: the plan cuts columns, or cuts rows unevenly, which TorchRec's exchange does not support.
+    """
+    if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
+        return 0, num_rows
+    mine = (0, 0)
+    block = -(-num_rows // env.world_size)
+    for shard in sharding.sharding_spec.shards:  # type: ignore[union-attr]
+        first, size, rank = shard.shard_offsets[0], shard.shard_sizes[0], shard.placement.rank()  # type: ignore[union-attr]
+        even = sharding.sharding_type != ShardingType.ROW_WISE.value or size == min(
+            block, max(num_rows - rank * block, 0)
+        )
+        if shard.shard_offsets[1] != 0 or not even:
+            raise ValueError(
+                f"table {name!r}: shards must be whole rows, {block} per rank, got rows [{first}, {first + size}) from "
+                f"column {shard.shard_offsets[1]} on rank {rank}; let a planner make the plan"
+            )
+        if rank == env.rank:
+            mine = (first, first + size)
+    return mine
+
+
+def sharded_tensor(local: Tensor, num_rows: int, sharding: ParameterSharding, env: ShardingEnv) -> ShardedTensor:
+    """Return this rank's rows as part of a `ShardedTensor`; no rank waits for another.
+
+    Args:
+        local: (rows of this rank, width).
+        num_rows: of the whole table.
+        sharding: the planner's choice.
+        env: ranks and process group.
+    """
+    metadata = sharding.sharding_spec.build_metadata(  # type: ignore[union-attr]
+        torch.Size([num_rows, local.shape[1]]), TensorProperties(dtype=local.dtype)
+    )
+    mine = [shard for shard in metadata.shards_metadata if shard.placement.rank() == env.rank]  # type: ignore[union-attr]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        local_shards=[Shard(local, shard) for shard in mine],
+        sharded_tensor_metadata=metadata,
+        process_group=env.process_group,
+    )

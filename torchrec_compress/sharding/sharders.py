@@ -1,0 +1,230 @@
+"""The sharders: one per part of a compressed collection, as TorchRec ties sharding types to the sharder."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import get_default_sharders as get_stock_sharders
+from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv, ShardingEnv2D, ShardingType
+
+from torchrec_compress.modules.decoder import Decoder, strip_in_backward_optimizers
+from torchrec_compress.modules.tables import (
+    CodeTableCollection,
+    RemappedEmbeddingBagCollection,
+    RemappedEmbeddingCollection,
+)
+from torchrec_compress.sharding.code_tables import ShardedCodeTableCollection
+from torchrec_compress.sharding.remapped import (
+    ShardedRemappedEmbeddingBagCollection,
+    ShardedRemappedEmbeddingCollection,
+)
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def _check_env(env: ShardingEnv, where: str) -> None:
+    if isinstance(env, ShardingEnv2D) or env.output_dtensor:
+        raise ValueError(
+            f"{where}: the sharding environment must be one-dimensional with ShardedTensor output, got "
+            f"{type(env).__name__} with output_dtensor={env.output_dtensor}; use DistributedModelParallel"
+        )
+
+
+def _device(device: torch.device | None) -> torch.device:
+    return torch.device("cpu") if device is None else device
+
+
+class CodeTableCollectionSharder(BaseEmbeddingSharder[CodeTableCollection]):
+    """Shard code tables row-wise, table-wise or data-parallel.
+
+    Args:
+        deduplicate: whether each id of a batch is asked for once per table (fewer bytes, one sort).
+    """
+
+    def __init__(self, deduplicate: bool = True) -> None:
+        super().__init__()
+        self._deduplicate = deduplicate
+
+    def shard(
+        self,
+        module: CodeTableCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedCodeTableCollection:
+        """Return the sharded collection."""
+        _check_env(env, "code tables")
+        return ShardedCodeTableCollection(module, params, env, _device(device), self._deduplicate)
+
+    def shardable_parameters(self, module: CodeTableCollection) -> dict[str, nn.Parameter]:
+        """Return the code tables by the names of the user's tables; they are buffers."""
+        return {name: bank.codes for name, bank in module.banks.items()}
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Return what the exchange of codes can do."""
+        return [ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value, ShardingType.DATA_PARALLEL.value]
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """Return the name that the planner's tables of bandwidths know."""
+        dense = sharding_type == ShardingType.DATA_PARALLEL.value
+        return [EmbeddingComputeKernel.DENSE.value if dense else EmbeddingComputeKernel.FUSED.value]
+
+    @property
+    def module_type(self) -> type[CodeTableCollection]:
+        """The module that is sharded."""
+        return CodeTableCollection
+
+
+class _RemappedSharder(BaseEmbeddingSharder[Module]):
+    """What the two sharders of native tables share.
+
+    The planner, and so the user's constraints, know a native table by the name of the user's table.
+    """
+
+    _stock: Any
+
+    def _native_names(self, module: Module) -> dict[str, str]:
+        """Return the physical table name by the name of the user's table."""
+        return {entry.table: entry.native_table for entry in module.plan}  # type: ignore[union-attr]
+
+    def _native_plan(self, module: Module, params: dict[str, ParameterSharding]) -> dict[str, ParameterSharding]:
+        return {physical: params[table] for table, physical in self._native_names(module).items()}
+
+    def shardable_parameters(self, module: Module) -> dict[str, nn.Parameter]:
+        """Return the native tables by the names of the user's tables."""
+        native = self._stock.shardable_parameters(module.native)
+        return {table: native[physical] for table, physical in self._native_names(module).items()}
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """Return TorchRec's kernels."""
+        return self._stock.compute_kernels(sharding_type, compute_device_type)
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Return TorchRec's sharding types, and row-wise on a CPU too, where it works but is not offered."""
+        types = self._stock.sharding_types(compute_device_type)
+        return types if ShardingType.ROW_WISE.value in types else [*types, ShardingType.ROW_WISE.value]
+
+    @property
+    def fused_params(self) -> dict[str, Any] | None:
+        """Parameters of the fused kernels, which the planner reads as well."""
+        return self._stock.fused_params
+
+
+class RemappedEmbeddingBagCollectionSharder(_RemappedSharder[RemappedEmbeddingBagCollection]):
+    """Shard pooled native tables behind rewritten ids, in any way that TorchRec shards an `EmbeddingBagCollection`.
+
+    Args:
+        stock: TorchRec's sharder, where its fused parameters or quantised collectives are wanted.
+    """
+
+    def __init__(self, stock: EmbeddingBagCollectionSharder | None = None) -> None:
+        super().__init__()
+        self._stock = EmbeddingBagCollectionSharder() if stock is None else stock
+
+    def shard(
+        self,
+        module: RemappedEmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedRemappedEmbeddingBagCollection:
+        """Return the sharded collection."""
+        _check_env(env, "native tables")
+        plan = self._native_plan(module, params)
+        return ShardedRemappedEmbeddingBagCollection(module, plan, env, _device(device), self._stock)
+
+    @property
+    def module_type(self) -> type[RemappedEmbeddingBagCollection]:
+        """The module that is sharded."""
+        return RemappedEmbeddingBagCollection
+
+
+class RemappedEmbeddingCollectionSharder(_RemappedSharder[RemappedEmbeddingCollection]):
+    """Shard unpooled native tables behind rewritten ids, in any way that TorchRec shards an `EmbeddingCollection`.
+
+    Args:
+        stock: TorchRec's sharder, where its fused parameters or quantised collectives are wanted.
+    """
+
+    def __init__(self, stock: EmbeddingCollectionSharder | None = None) -> None:
+        super().__init__()
+        self._stock = EmbeddingCollectionSharder() if stock is None else stock
+
+    def shard(
+        self,
+        module: RemappedEmbeddingCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedRemappedEmbeddingCollection:
+        """Return the sharded collection."""
+        _check_env(env, "native tables")
+        plan = self._native_plan(module, params)
+        return ShardedRemappedEmbeddingCollection(module, plan, env, _device(device), self._stock)
+
+    @property
+    def module_type(self) -> type[RemappedEmbeddingCollection]:
+        """The module that is sharded."""
+        return RemappedEmbeddingCollection
+
+
+class DecoderSharder(BaseEmbeddingSharder[Decoder]):
+    """Show the replicated decoder to the planner; DistributedModelParallel's own DistributedDataParallel trains it."""
+
+    def shard(
+        self,
+        module: Decoder,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> Decoder:
+        """Return the decoder itself, with optimizers for the backward pass taken off its parameters."""
+        _check_env(env, "decoder")
+        strip_in_backward_optimizers(module)
+        return module
+
+    def shardable_parameters(self, module: Decoder) -> dict[str, nn.Parameter]:
+        """Return codebooks, hot rows and the like by "table.tensor"."""
+        return module.replicated_tensors()  # type: ignore[return-value]
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Return data-parallel alone."""
+        return [ShardingType.DATA_PARALLEL.value]
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """Return the name that the planner's tables of bandwidths know."""
+        return [EmbeddingComputeKernel.DENSE.value]
+
+    @property
+    def module_type(self) -> type[Decoder]:
+        """The module that is replicated."""
+        return Decoder
+
+
+def compressed_sharders() -> list[ModuleSharder[nn.Module]]:
+    """Return the sharders of the parts of compressed collections."""
+    return [
+        CodeTableCollectionSharder(),
+        RemappedEmbeddingBagCollectionSharder(),
+        RemappedEmbeddingCollectionSharder(),
+        DecoderSharder(),
+    ]  # type: ignore[list-item]
+
+
+def get_default_sharders() -> list[ModuleSharder[nn.Module]]:
+    """Return TorchRec's default sharders and those of compressed collections.
+
+    Example:
+        >>> [type(sharder).__name__ for sharder in get_default_sharders()][-1]
+        'DecoderSharder'
+    """
+    return [*get_stock_sharders(), *compressed_sharders()]
