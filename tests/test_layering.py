@@ -22,8 +22,9 @@ LAYERS = {
     "compression": {"budget", "methods"},
     "modules": {"compression", "methods", "ops"},
     "sharding": {"modules", "ops"},
+    "planner": {"sharding", "modules", "methods"},
     "convert": {"modules", "compression", "methods", "fit", "ops"},
-    "train": {"convert", "budget", "modules", "compression", "methods", "fit", "ops", "versions"},
+    "train": {"convert", "planner", "budget", "modules", "compression", "methods", "fit", "ops", "versions"},
     "cli": {"train"},
     "__main__": {"cli"},
 }
@@ -36,6 +37,7 @@ OUTSIDE = {
     "compression": {"torchrec"},
     "modules": {"torch", "torchrec"},
     "sharding": {"torch", "torchrec"},
+    "planner": {"torch", "torchrec", "matplotlib"},
     "convert": {"torch", "torchrec", "tqdm"},
 }
 

@@ -1,0 +1,24 @@
+"""TorchRec's planner for compressed tables: estimators, a planner, and a report of who holds which bytes."""
+
+from torchrec_compress.planner.constraints import translate_constraints
+from torchrec_compress.planner.estimators import CompressedPerfEstimator, CompressedStorageEstimator, estimators
+from torchrec_compress.planner.planners import EmbeddingShardingPlanner
+from torchrec_compress.planner.proposers import TradeOffProposer
+from torchrec_compress.planner.report import PartPlan, PlanReport, RankPlan, TablePlan
+from torchrec_compress.planner.reservation import DecodeReservation
+from torchrec_compress.planner.stats import PlanStats
+
+__all__ = [
+    "CompressedPerfEstimator",
+    "CompressedStorageEstimator",
+    "DecodeReservation",
+    "EmbeddingShardingPlanner",
+    "PartPlan",
+    "PlanReport",
+    "PlanStats",
+    "RankPlan",
+    "TablePlan",
+    "TradeOffProposer",
+    "estimators",
+    "translate_constraints",
+]

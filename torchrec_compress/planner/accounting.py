@@ -1,0 +1,153 @@
+"""Which bytes one shard of a table takes: weights, optimizer state and gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner.types import Shard, ShardingOption
+from torchrec.distributed.types import ShardingType
+
+DenseOptimizer: TypeAlias = str | float
+"""Name of a dense optimizer, or its bytes of state per parameter."""
+
+# Float32 values of state that FBGEMM keeps in a fused optimizer: per weight, per row of a shard. By the class that
+# `apply_optimizer_in_backward` was given (torch's and TorchRec's share their names) or the sharder's `fused_params`.
+_FUSED_STATE: dict[str, tuple[int, int]] = {
+    "SGD": (0, 0),
+    "LarsSGD": (1, 0),
+    "Adagrad": (1, 0),
+    "RowWiseAdagrad": (0, 1),
+    "Adam": (2, 0),
+    "PartialRowWiseAdam": (1, 1),
+    "LAMB": (2, 0),
+    "PartialRowWiseLAMB": (1, 1),
+    "sgd": (0, 0),
+    "exact_sgd": (0, 0),
+    "lars_sgd": (1, 0),
+    "exact_adagrad": (1, 0),
+    "row_wise_adagrad": (0, 1),
+    "exact_row_wise_adagrad": (0, 1),
+    "adam": (2, 0),
+    "partial_row_wise_adam": (1, 1),
+    "lamb": (2, 0),
+    "partial_row_wise_lamb": (1, 1),
+    "none": (0, 0),
+}
+# bytes per parameter, and per tensor (PyTorch's float32 step count)
+_DENSE_STATE: dict[str, tuple[float, int]] = {
+    "sgd": (0.0, 0),
+    "momentum": (4.0, 0),
+    "adagrad": (4.0, 4),
+    "rmsprop": (4.0, 4),
+    "adam": (8.0, 4),
+    "adamw": (8.0, 4),
+}
+
+
+@dataclass(frozen=True)
+class ShardBytes:
+    """The lasting bytes of one shard on its rank.
+
+    Args:
+        weights: the stored tensor itself.
+        optimizer: state of the optimizer that trains it.
+        gradient: its gradient, which with `DistributedModelParallel` is a view into DDP's bucket, so both at once.
+    """
+
+    weights: int
+    optimizer: int
+    gradient: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.optimizer + self.gradient
+
+
+def check_dense_optimizer(optimizer: DenseOptimizer) -> None:
+    """Raise ValueError unless it is a known name or a number of bytes per parameter.
+
+    Example:
+        >>> check_dense_optimizer("adam")
+    """
+    known = optimizer in _DENSE_STATE if isinstance(optimizer, str) else optimizer >= 0
+    if not known:
+        raise ValueError(
+            f"dense_optimizer: must be one of {sorted(_DENSE_STATE)} or bytes of state per parameter, got {optimizer!r}"
+        )
+
+
+def dense_state_bytes(num_values: int, optimizer: DenseOptimizer) -> int:
+    """Return the bytes of state that a dense optimizer keeps for one tensor of float32 parameters.
+
+    Example:
+        >>> dense_state_bytes(1000, "adam"), dense_state_bytes(1000, "sgd"), dense_state_bytes(1000, 2.0)
+        (8004, 0, 2000)
+    """
+    check_dense_optimizer(optimizer)
+    per_value, per_tensor = _DENSE_STATE[optimizer] if isinstance(optimizer, str) else (optimizer, 0)
+    return round(num_values * per_value) + per_tensor
+
+
+def fused_state_bytes(rows: int, columns: int, optimizer: str | None) -> int:
+    """Return the bytes of state that FBGEMM keeps for one shard of a table; None is no optimizer in the backward.
+
+    An optimizer that is not known counts one value per weight, as it does for TorchRec.
+
+    Example:
+        >>> fused_state_bytes(1000, 16, "RowWiseAdagrad"), fused_state_bytes(1000, 16, "Adam")
+        (4000, 128000)
+    """
+    if optimizer is None or not rows * columns:
+        return 0
+    per_weight, per_row = _FUSED_STATE.get(optimizer, (1, 0))
+    return 4 * (rows * columns * per_weight + rows * per_row)
+
+
+def fused_optimizer(option: ShardingOption, fused_params: dict[str, Any] | None) -> str | None:
+    """Return the name of the optimizer that runs in the backward of a table, or None.
+
+    Args:
+        option: of the table; `apply_optimizer_in_backward` leaves its mark on the tensor.
+        fused_params: of its sharder, which count where there is no mark.
+    """
+    marked = getattr(option.tensor, "_optimizer_classes", None)
+    if marked:
+        return marked[0].__name__
+    chosen = (fused_params or {}).get("optimizer")
+    return None if chosen is None else str(chosen)
+
+
+def is_replicated(option: ShardingOption) -> bool:
+    """Return whether every rank holds the whole tensor, and DDP and the dense optimizer train it."""
+    return option.sharding_type == ShardingType.DATA_PARALLEL.value
+
+
+def is_exact(option: ShardingOption) -> bool:
+    """Return whether the bytes of an option are counted here: in device memory, without a cache before the host's."""
+    return option.compute_kernel in (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value)
+
+
+def shard_bytes(
+    option: ShardingOption, shard: Shard, fused_params: dict[str, Any] | None, dense_optimizer: DenseOptimizer
+) -> ShardBytes:
+    """Return the lasting bytes of one shard.
+
+    Codes and low-bit rows are integers: nothing trains them. Replicated floats are trained by the dense optimizer,
+    whatever `apply_optimizer_in_backward` asked for, since DDP owns their gradients.
+
+    Args:
+        option: the table's sharding.
+        shard: of the option.
+        fused_params: of the sharder, or None.
+        dense_optimizer: that trains replicated parameters.
+    """
+    rows, columns = shard.size
+    weights = rows * columns * option.tensor.element_size()
+    if not option.tensor.is_floating_point():
+        return ShardBytes(weights, 0, 0)
+    if is_replicated(option):
+        return ShardBytes(weights, dense_state_bytes(rows * columns, dense_optimizer), weights)
+    return ShardBytes(weights, fused_state_bytes(rows, columns, fused_optimizer(option, fused_params)), 0)

@@ -1,0 +1,233 @@
+"""What to compress further where tables do not fit, tried out before it is said."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
+from torchrec.distributed.planner.types import PlannerError, PlannerErrorType, ShardingOption, Storage, Topology
+from torchrec.distributed.planner.utils import reset_shard_rank
+
+from torchrec_compress.methods import MethodConfig
+from torchrec_compress.planner.estimators import estimators
+from torchrec_compress.planner.ladder import NUM_STEPS, step
+from torchrec_compress.planner.proposers import TradeOffProposer
+from torchrec_compress.planner.shell import Shell
+from torchrec_compress.planner.stats import Failure
+from torchrec_compress.planner.text import size
+
+_MOST_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What does not fit, and what would.
+
+    Args:
+        missing_bytes: memory that every rank lacks, at least.
+        tables: stored bytes, over all ranks, of the tables that are to change, or of the largest where nothing helps.
+        changes: the methods under which everything fits, by table name; empty where none was found.
+    """
+
+    missing_bytes: int
+    tables: dict[str, int]
+    changes: dict[str, MethodConfig]
+
+    @property
+    def yaml_line(self) -> str:
+        """The changes as one line of YAML, for the mapping `compression:`."""
+        plain = {name: _written(method) for name, method in self.changes.items()}
+        return json.dumps(plain)  # which is YAML too
+
+    @property
+    def python_line(self) -> str:
+        """The changes as one line of Python."""
+        return "compression={" + ", ".join(f"{name!r}: {_call(method)}" for name, method in self.changes.items()) + "}"
+
+
+class InsufficientStorageError(PlannerError):
+    """No plan fits; the message names tables, the bytes missing, and a line to paste.
+
+    Attributes:
+        advice: the same as data.
+    """
+
+    def __init__(self, message: str, advice: Advice, error_type: PlannerErrorType) -> None:
+        super().__init__(message, error_type)
+        self.advice = advice
+
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.advice, self.error_type)
+
+    @classmethod
+    def of(cls, failure: Failure, error: PlannerError) -> InsufficientStorageError:
+        """Work out what is missing and what would help.
+
+        Args:
+            failure: what the planner could choose from.
+            error: that it raised, whose text is kept.
+        """
+        advice = advise(failure)
+        named = list(advice.tables.items())
+        tables = ", ".join(f"{name!r} ({size(stored)})" for name, stored in named[:_MOST_NAMED])
+        if len(named) > _MOST_NAMED:
+            tables += f" and {len(named) - _MOST_NAMED} more"
+        left = min(_memory(device.storage, failure.topology) for device in failure.topology.devices)
+        lines = [
+            f"planner: all tables must fit into {size(left)} on each of {failure.topology.world_size} ranks, but "
+            f"{size(advice.missing_bytes)} ({advice.missing_bytes:,} bytes) a rank are missing. Too large: {tables}."
+        ]
+        if advice.changes:
+            lines += [
+                "It fits with these methods, put before any pattern such as '*':",
+                f"  YAML, under compression:  {advice.yaml_line}",
+                f"  Python:                   {advice.python_line}",
+            ]
+        else:
+            lines.append("No compression of single tables was found to fit; use more ranks, or a smaller batch.")
+        return cls("\n".join([*lines, "", f"TorchRec says: {error}"]), advice, error.error_type)
+
+
+def advise(failure: Failure) -> Advice:
+    """Return what is missing, and the gentlest compression that makes the tables fit.
+
+    Methods are tried from the gentlest: int8, int4, then codes, ever fewer. For the first that would free enough, as
+    few tables as possible change, the largest first. The result is estimated and placed like any plan before it is
+    returned.
+    """
+    missing = missing_bytes(failure.options, failure.topology)
+    shell = Shell(failure.module, failure.sharders)
+    stored = _stored_by_table(failure.options, shell)
+    for level in range(NUM_STEPS):
+        steps = {name: step(shell.tables[name], shell.methods[name], level) for name in stored if name in shell.methods}
+        changes = {name: method for name, method in steps.items() if method is not None}
+        if changes and _fits(failure, shell, changes):
+            changes = _fewest(failure, shell, changes)
+            return Advice(missing, {name: stored[name] for name in changes}, changes)
+    return Advice(missing, dict(list(stored.items())[:_MOST_NAMED]), {})
+
+
+def missing_bytes(options: list[ShardingOption], topology: Topology) -> int:
+    """Return how much memory every rank lacks for some plan to fit, to a thousandth.
+
+    Args:
+        options: to choose from, estimated.
+        topology: with what is left of the memory.
+    """
+    proposals = _proposals(options)
+    total = sum(_memory(shard.storage, topology) for option in proposals[-1] for shard in option.shards)
+    low, high = 0, max(total, 1)
+    while not any(_places(proposal, topology, high) for proposal in proposals):
+        low, high = high, 2 * high
+        if high > 2**60:
+            raise ValueError("missing_bytes: constraints must allow some plan, got none that fits any memory")
+    while high - low > max(1, high // 1000):
+        middle = (low + high) // 2
+        if any(_places(proposal, topology, middle) for proposal in proposals):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _proposals(options: list[ShardingOption]) -> list[list[ShardingOption]]:
+    proposer = TradeOffProposer()
+    proposer.load(options)
+    found = []
+    while (proposal := proposer.propose()) is not None:
+        found.append(proposal)
+        proposer.feedback(False)
+    return found
+
+
+def _places(proposal: list[ShardingOption], topology: Topology, extra: int) -> bool:
+    """Return whether a proposal can be placed where every rank has so many bytes more."""
+    roomy = _with_more(topology, extra)
+    try:
+        GreedyPerfPartitioner().partition(proposal, roomy)
+    except PlannerError:
+        return False
+    finally:
+        reset_shard_rank(proposal)
+    return True
+
+
+def _with_more(topology: Topology, extra: int) -> Topology:
+    roomy = copy.deepcopy(topology)
+    for device in roomy.devices:
+        if topology.compute_device == "cpu":
+            device.storage.ddr += extra
+        else:
+            device.storage.hbm += extra
+    return roomy
+
+
+def _fits(failure: Failure, shell: Shell, changes: Mapping[str, MethodConfig]) -> bool:
+    """Return whether everything fits with some methods changed."""
+    model = shell.build(changes)
+    enumerator = EmbeddingEnumerator(
+        failure.topology,
+        failure.batch_size,
+        shell.constraints(model, failure.constraints, failure.topology.compute_device),
+        estimators(failure.topology, failure.constraints, failure.dense_optimizer),
+    )
+    options = enumerator.enumerate(model, shell.sharders)
+    return any(_places(proposal, failure.topology, 0) for proposal in _proposals(options))
+
+
+def _fewest(failure: Failure, shell: Shell, changes: dict[str, MethodConfig]) -> dict[str, MethodConfig]:
+    """Return the shortest head of the changes, largest tables first, under which everything fits."""
+    names = list(changes)
+    low, high = 0, len(names)  # `high` changes are known to fit, `low` ones not to
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _fits(failure, shell, {name: changes[name] for name in names[:middle]}):
+            high = middle
+        else:
+            low = middle
+    return {name: changes[name] for name in names[:high]}
+
+
+def _stored_by_table(options: list[ShardingOption], shell: Shell) -> dict[str, int]:
+    """Return the least bytes of every table over all ranks, the largest first."""
+    least: dict[tuple[str, str], int] = {}
+    for option in options:
+        total = option.total_storage
+        key = (shell.table_of(option), option.fqn)
+        least[key] = min(least.get(key, total.hbm + total.ddr), total.hbm + total.ddr)
+    found: dict[str, int] = {}
+    for (name, _), num_bytes in least.items():
+        found[name] = found.get(name, 0) + num_bytes
+    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+
+def _memory(storage: Storage | None, topology: Topology) -> int:
+    assert storage is not None
+    return math.floor(storage.ddr if topology.compute_device == "cpu" else storage.hbm)
+
+
+def _changed(method: MethodConfig) -> dict[str, Any]:
+    """Return the options of a method that are not its defaults."""
+    defaults = {
+        field.name: field.default
+        if field.default is not dataclasses.MISSING or field.default_factory is dataclasses.MISSING
+        else field.default_factory()
+        for field in dataclasses.fields(method)
+    }
+    return {name: getattr(method, name) for name in defaults if getattr(method, name) != defaults[name]}
+
+
+def _written(method: MethodConfig) -> dict[str, Any]:
+    plain = method.to_dict()
+    return {"method": method.method, **{name: plain[name] for name in _changed(method)}}
+
+
+def _call(method: MethodConfig) -> str:
+    return f"{type(method).__name__}({', '.join(f'{name}={value!r}' for name, value in _changed(method).items())})"

@@ -1,0 +1,165 @@
+"""Constraints that name the user's tables, translated to what the parts of compressed tables can do."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.planner.utils import sharder_name
+from torchrec.distributed.types import ModuleSharder, ShardingType
+
+from torchrec_compress.modules.decoder import Decoder
+from torchrec_compress.modules.tables import (
+    CodeTableCollection,
+    RemappedEmbeddingBagCollection,
+    RemappedEmbeddingCollection,
+)
+from torchrec_compress.sharding import get_default_sharders
+
+logger = logging.getLogger(__name__)
+
+_PARTS: dict[type[nn.Module], str] = {
+    CodeTableCollection: "code table",
+    RemappedEmbeddingBagCollection: "native table of pooled rows",
+    RemappedEmbeddingCollection: "native table of unpooled rows",
+    Decoder: "replicated decoder",
+}
+# what to do instead, nearest first: what a sharding type is wished for is how it spreads bytes and traffic
+_INSTEAD: dict[str, tuple[str, ...]] = {
+    ShardingType.COLUMN_WISE.value: ("row_wise", "table_wise", "data_parallel"),
+    ShardingType.TABLE_COLUMN_WISE.value: ("column_wise", "row_wise", "table_wise", "data_parallel"),
+    ShardingType.TABLE_ROW_WISE.value: ("row_wise", "table_wise", "data_parallel"),
+    ShardingType.GRID_SHARD.value: ("table_row_wise", "row_wise", "table_wise", "data_parallel"),
+    ShardingType.ROW_WISE.value: ("table_wise", "data_parallel"),
+    ShardingType.TABLE_WISE.value: ("row_wise", "data_parallel"),
+    ShardingType.DATA_PARALLEL.value: ("table_wise", "row_wise"),
+}
+# of the fields of `ParameterConstraints`, what means anything for integers without a fused kernel
+_FOR_CODES = {
+    "sharding_types",
+    "compute_kernels",
+    "pooling_factors",
+    "num_poolings",
+    "batch_sizes",
+    "is_weighted",
+    "feature_names",
+    "device_group",
+}
+
+
+def shardable_modules(
+    module: nn.Module, sharders: Sequence[ModuleSharder[Any]]
+) -> Iterator[tuple[str, nn.Module, ModuleSharder[Any]]]:
+    """Yield (path, module, its sharder) in the way that the planner finds them."""
+    by_name = {sharder_name(sharder.module_type): sharder for sharder in sharders}
+    queue = [("", module)]
+    while queue:
+        path, child = queue.pop()
+        sharder = by_name.get(sharder_name(type(child)))
+        if sharder is not None:
+            yield path, child, sharder
+        else:
+            queue += [(f"{path}.{name}" if path else name, part) for name, part in child.named_children()]
+
+
+def translate_constraints(
+    module: nn.Module,
+    constraints: Mapping[str, ParameterConstraints] | None,
+    compute_device: str,
+    sharders: Sequence[ModuleSharder[Any]] | None = None,
+) -> dict[str, ParameterConstraints]:
+    """Return constraints that every part of every compressed table can meet; each change is logged as a warning.
+
+    A part keeps of its table's `sharding_types` and `compute_kernels` what it can do. Where nothing is left, it gets
+    the nearest that it can do: row-wise for a code table that was to be cut by columns, the plain kernel for one that
+    was to be cached. Pooling factors and batch sizes, one per feature, reach all parts as they are.
+
+    Args:
+        module: the model, before it is sharded.
+        constraints: by table name; they are copied, never written to. "table.tensor" names a decoder's tensor.
+        compute_device: of the topology: "cpu", "cuda" or "mtia".
+        sharders: as for the planner, default `torchrec_compress.sharding.get_default_sharders()`.
+
+    Example:
+        >>> from torchrec import EmbeddingBagConfig
+        >>> from torchrec_compress import PQEmbeddingBagCollection
+        >>> table = EmbeddingBagConfig(name="user", num_embeddings=10_000, embedding_dim=64, feature_names=["user"])
+        >>> model = PQEmbeddingBagCollection([table], device="meta")
+        >>> wish = {"user": ParameterConstraints(sharding_types=["column_wise"], pooling_factors=[20.0])}
+        >>> found = translate_constraints(model, wish, "cuda")["user"]
+        >>> found.sharding_types, found.pooling_factors
+        (['row_wise'], [20.0])
+    """
+    wishes = dict(constraints or {})
+    found: dict[str, list[ParameterConstraints]] = {}
+    for path, part, sharder in shardable_modules(module, get_default_sharders() if sharders is None else sharders):
+        for name in sharder.shardable_parameters(part):
+            if name in wishes:
+                kind = _PARTS.get(type(part))
+                where = f"table {name!r}, {kind} {path!r}"
+                can = {
+                    how: sharder.compute_kernels(how, compute_device) for how in sharder.sharding_types(compute_device)
+                }
+                mine = wishes[name] if kind is None else _translate(wishes[name], can, where)
+                found.setdefault(name, []).append(_for_codes(mine, where) if kind == "code table" else mine)
+    unknown = sorted(set(wishes) - set(found))
+    if unknown:
+        logger.warning("constraints: no table or tensor is called %s; they have no effect", unknown)
+    return {name: _together(found[name]) if name in found else wishes[name] for name in wishes}
+
+
+def _translate(wish: ParameterConstraints, can: Mapping[str, list[str]], where: str) -> ParameterConstraints:
+    """Return the wish with sharding types and kernels that a part can do: `can` is the kernels by sharding type."""
+    types = [how for how in wish.sharding_types or can if how in can]
+    if not types:
+        wished = wish.sharding_types or []
+        types = list(dict.fromkeys(next(how for how in _INSTEAD[asked] if how in can) for asked in wished))
+        logger.warning("%s cannot be sharded %s; it is planned %s instead", where, _listed(wished), _listed(types))
+        wish = dataclasses.replace(wish, sharding_types=types)
+    if wish.compute_kernels:
+        kernels = list(dict.fromkeys(kernel for how in types for kernel in can[how]))
+        if not set(kernels) & set(wish.compute_kernels):
+            plain = [kernel for kernel in kernels if kernel in ("fused", "dense")] or kernels
+            logger.warning(
+                "%s has no kernel %s; it is planned with %s instead",
+                where,
+                _listed(wish.compute_kernels),
+                _listed(plain),
+            )
+            wish = dataclasses.replace(wish, compute_kernels=plain)
+    return wish
+
+
+def _for_codes(wish: ParameterConstraints, where: str) -> ParameterConstraints:
+    """Drop, with a warning, what only tables of trained floats can do."""
+    default = ParameterConstraints()
+    dropped = {
+        field.name: getattr(default, field.name)
+        for field in dataclasses.fields(wish)
+        if field.name not in _FOR_CODES and getattr(wish, field.name) != getattr(default, field.name)
+    }
+    if not dropped:
+        return wish
+    logger.warning("%s has no use for the constraints %s; they are left out", where, sorted(dropped))
+    return dataclasses.replace(wish, **dropped)
+
+
+def _together(wishes: list[ParameterConstraints]) -> ParameterConstraints:
+    """Return one constraint for all parts of a name: each part then picks what it can do."""
+    first, *rest = wishes
+    for other in rest:
+        if first.sharding_types and other.sharding_types:
+            types = list(dict.fromkeys([*first.sharding_types, *other.sharding_types]))
+            first = dataclasses.replace(first, sharding_types=types)
+        if first.compute_kernels and other.compute_kernels:
+            kernels = list(dict.fromkeys([*first.compute_kernels, *other.compute_kernels]))
+            first = dataclasses.replace(first, compute_kernels=kernels)
+    return first
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join(names)

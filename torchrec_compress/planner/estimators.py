@@ -1,0 +1,254 @@
+"""Estimators for TorchRec's planner that know compressed tables, around the stock ones.
+
+The stock estimators take every table for one of trained, pooled floats. Here codes have no backward and no optimizer
+state and come back one row per id; codebooks are charged with their gradient and the dense optimizer's state on every
+rank, and with the embeddings that are decoded there; and rows behind rewritten ids count unpooled where they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
+from torchrec.distributed.planner.types import (
+    ParameterConstraints,
+    Shard,
+    ShardEstimator,
+    ShardingOption,
+    Topology,
+)
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
+
+from torchrec_compress.methods import CodebookConfig
+from torchrec_compress.modules.decoder import Decoder
+from torchrec_compress.modules.tables import CodeTableCollection, RemappedEmbeddingCollection
+from torchrec_compress.planner.accounting import (
+    DenseOptimizer,
+    check_dense_optimizer,
+    is_exact,
+    is_replicated,
+    shard_bytes,
+)
+from torchrec_compress.planner.lookups import Lookups
+
+# ids that fit go as int32; the stock estimators count 8 bytes each
+_INT32_ROWS = 2**31
+
+
+def estimators(
+    topology: Topology,
+    constraints: dict[str, ParameterConstraints] | None = None,
+    dense_optimizer: DenseOptimizer = "adam",
+) -> list[ShardEstimator]:
+    """Return what `EmbeddingEnumerator(estimator=...)` takes, so that the stock planner counts compressed tables right.
+
+    Args:
+        topology: of the planner.
+        constraints: of the planner, as `translate_constraints` returned them.
+        dense_optimizer: that trains codebooks and other replicated parameters, by name or as bytes of state per
+            parameter.
+
+    Raises:
+        ValueError: an unknown dense optimizer.
+
+    Example:
+        >>> from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+        >>> topology = Topology(world_size=8, compute_device="cuda")
+        >>> enumerator = EmbeddingEnumerator(topology, batch_size=512, estimator=estimators(topology))
+    """
+    return [
+        CompressedPerfEstimator(topology, constraints),
+        CompressedStorageEstimator(topology, constraints, dense_optimizer=dense_optimizer),
+    ]
+
+
+class _Estimator(ShardEstimator):
+    """Show the inner estimator a corrected stand-in for every option, then correct what it says.
+
+    A stand-in has one shard per distinct shard size, since shards of one size cost the same: a row-wise table over 512
+    ranks is estimated once or twice instead of 512 times.
+    """
+
+    _field: ClassVar[Literal["perf", "storage"]]
+
+    def __init__(
+        self, topology: Topology, constraints: dict[str, ParameterConstraints] | None, inner: ShardEstimator
+    ) -> None:
+        self._topology, self._constraints, self._inner = topology, constraints, inner
+
+    def estimate(self, sharding_options: list[ShardingOption], *args: Any, **kwargs: Any) -> None:
+        """Estimate every shard in place; further arguments, which differ over TorchRec's releases, are handed on."""
+        sharders: dict[str, Any] = next(iter([*args, *kwargs.values()]), None) or {}
+        stand_ins = [self._stand_in(option) for option in sharding_options]
+        self._inner.estimate(stand_ins, *args, **kwargs)
+        for option, stand_in in zip(sharding_options, stand_ins, strict=True):
+            # by the real size: a stand-in's may be padded
+            by_size = dict(zip(_distinct(option), stand_in.shards, strict=True))
+            option.is_weighted = stand_in.is_weighted
+            params = getattr(sharders.get(option.module_type_key), "fused_params", None)
+            for size, estimated in by_size.items():
+                self._correct(option, Shard(list(size), [0, 0]), stand_in, estimated, params)
+            for shard in option.shards:  # shards of one size share the estimate, which nothing writes to
+                setattr(shard, self._field, getattr(by_size[tuple(shard.size)], self._field))
+
+    def _stand_in(self, option: ShardingOption) -> ShardingOption:
+        """Return the option as the inner estimator should see it."""
+        stand_in = copy.copy(option)
+        stand_in.shards = [Shard(list(size), [0, 0]) for size in _distinct(option)]
+        if is_exact(option):
+            # a bare tensor: without the mark of an optimizer, whose state is counted in `accounting`
+            stand_in._tensor = torch.empty(option.tensor.shape, dtype=option.tensor.dtype, device="meta")
+        part = option.module[1]
+        if isinstance(part, CodeTableCollection):
+            stand_in._is_pooled = False
+            row_bytes = _travelling_bytes(option)
+            stand_in._tensor = torch.empty(option.tensor.shape[0], row_bytes, dtype=torch.uint8, device="meta")
+            for shard in stand_in.shards:
+                shard.size = [shard.size[0], row_bytes]
+        elif isinstance(part, RemappedEmbeddingCollection):
+            stand_in._is_pooled = False
+        elif isinstance(part, Decoder):
+            stand_in.name, _, tensor = option.name.partition(".")
+            lookups = self._decoder_lookups(part, stand_in.name, tensor, option.batch_size)
+            stand_in.input_lengths, stand_in.num_poolings = lookups.pooling_factors, lookups.num_poolings
+        return stand_in
+
+    def _decoder_lookups(self, decoder: Decoder, table: str, tensor: str, batch_size: int) -> Lookups:
+        """Return the look-ups of one tensor of a table's decoder, in its own rows: codewords."""
+        lookups = Lookups.of(table, self._constraints, batch_size)
+        if not isinstance(_config(decoder, table), EmbeddingBagConfig):
+            lookups = lookups.unpooled()
+        if tensor != "codebooks":  # hot rows share the look-up of the codebooks
+            return lookups.scaled(0, 1)
+        method = decoder._plan.methods[table]
+        assert isinstance(method, CodebookConfig)
+        # a residual row is the sum of M codewords, a product row is M of them side by side
+        codes = method.num_codes
+        return lookups.scaled(codes, 1) if method.structure == "residual" else lookups.scaled(1, codes)
+
+    @abstractmethod
+    def _correct(
+        self,
+        option: ShardingOption,
+        shard: Shard,
+        stand_in: ShardingOption,
+        estimated: Shard,
+        fused_params: dict[str, Any] | None,
+    ) -> None:
+        """Correct what the inner estimator wrote into `estimated`, whose real size is that of `shard`."""
+
+
+class CompressedPerfEstimator(_Estimator):
+    """Estimate the time of a step, with frozen codes and unpooled rows.
+
+    Args:
+        topology: of the planner.
+        constraints: of the planner.
+        inner: the estimator to correct, default TorchRec's.
+    """
+
+    _field = "perf"
+
+    def __init__(
+        self,
+        topology: Topology,
+        constraints: dict[str, ParameterConstraints] | None = None,
+        inner: ShardEstimator | None = None,
+    ) -> None:
+        super().__init__(topology, constraints, inner or EmbeddingPerfEstimator(topology, constraints))
+
+    def _correct(
+        self,
+        option: ShardingOption,
+        shard: Shard,
+        stand_in: ShardingOption,
+        estimated: Shard,
+        fused_params: dict[str, Any] | None,
+    ) -> None:
+        perf = estimated.perf
+        assert perf is not None
+        if not option.tensor.is_floating_point():
+            perf.bwd_compute = perf.bwd_comms = perf.prefetch_compute = 0.0
+        part = option.module[1]
+        if isinstance(part, CodeTableCollection) and all(
+            config.num_embeddings < _INT32_ROWS for config in part.configs()
+        ):
+            perf.input_dist_comms /= 2
+
+
+class CompressedStorageEstimator(_Estimator):
+    """Estimate the bytes of every shard: weights, optimizer state and gradients exactly, activations as TorchRec does.
+
+    For kernels that cache tables before the host's memory, and for nothing else, the inner estimate stands as it is.
+
+    Args:
+        topology: of the planner.
+        constraints: of the planner.
+        inner: the estimator to correct, default TorchRec's; give one with the `pipeline_type` of the training.
+        dense_optimizer: that trains codebooks and other replicated parameters, by name or as bytes of state per
+            parameter.
+
+    Raises:
+        ValueError: an unknown dense optimizer.
+    """
+
+    _field = "storage"
+
+    def __init__(
+        self,
+        topology: Topology,
+        constraints: dict[str, ParameterConstraints] | None = None,
+        inner: ShardEstimator | None = None,
+        dense_optimizer: DenseOptimizer = "adam",
+    ) -> None:
+        check_dense_optimizer(dense_optimizer)
+        super().__init__(topology, constraints, inner or EmbeddingStorageEstimator(topology, constraints))
+        self._dense_optimizer: DenseOptimizer = dense_optimizer
+
+    def _correct(
+        self,
+        option: ShardingOption,
+        shard: Shard,
+        stand_in: ShardingOption,
+        estimated: Shard,
+        fused_params: dict[str, Any] | None,
+    ) -> None:
+        storage = estimated.storage
+        assert storage is not None
+        if not is_exact(option):
+            return
+        lasting = shard_bytes(option, shard, fused_params, self._dense_optimizer).total
+        change = lasting + _stacked_bytes(option) - math.prod(estimated.size) * stand_in.tensor.element_size()
+        if self._topology.compute_device == "cpu":
+            storage.ddr += change
+        else:
+            storage.hbm += change
+
+
+def _distinct(option: ShardingOption) -> dict[tuple[int, ...], None]:
+    return dict.fromkeys(tuple(shard.size) for shard in option.shards)
+
+
+def _travelling_bytes(option: ShardingOption) -> int:
+    """Return the bytes of a row of codes as it is looked up: padded to 32-bit words where it travels."""
+    row_bytes = option.tensor.shape[1] * option.tensor.element_size()
+    return row_bytes if is_replicated(option) else -(-row_bytes // 4) * 4
+
+
+def _config(decoder: Decoder, table: str) -> BaseEmbeddingConfig:
+    return decoder._plan.by_table[table][0].table
+
+
+def _stacked_bytes(option: ShardingOption) -> int:
+    """Return the bytes of the float32 copy in which codebooks and hot rows stand together for a step; see `ops`."""
+    decoder = option.module[1]
+    if not isinstance(decoder, Decoder) or not option.name.endswith(".hot_rows"):
+        return 0
+    table = option.name.partition(".")[0]
+    codebooks: Tensor = decoder.banks[table].codebooks
+    return 4 * (codebooks.numel() + option.tensor.shape[0] * _config(decoder, table).embedding_dim)

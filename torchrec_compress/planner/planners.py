@@ -1,0 +1,186 @@
+"""The one-line way to plan compressed tables: TorchRec's planner with everything of ours put in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from torch import distributed as dist
+from torch import nn
+from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.planner import EmbeddingShardingPlanner as StockPlanner
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
+from torchrec.distributed.planner.stats import EmbeddingStats
+from torchrec.distributed.planner.types import (
+    ParameterConstraints,
+    Partitioner,
+    PerfModel,
+    PlannerError,
+    Proposer,
+    ShardingOption,
+    Stats,
+    StorageReservation,
+    Topology,
+)
+from torchrec.distributed.types import ModuleSharder, ShardingPlan
+from torchrec.distributed.utils import get_device_type
+
+from torchrec_compress.modules.parts import CompressedParts
+from torchrec_compress.planner.accounting import DenseOptimizer
+from torchrec_compress.planner.constraints import translate_constraints
+from torchrec_compress.planner.estimators import estimators
+from torchrec_compress.planner.proposers import TradeOffProposer, UnlessMany
+from torchrec_compress.planner.report import PlanReport
+from torchrec_compress.planner.reservation import DecodeReservation
+from torchrec_compress.planner.stats import PlanStats
+from torchrec_compress.sharding import compressed_sharders, get_default_sharders
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_BATCH_SIZE = 512  # TorchRec's
+
+
+class EmbeddingShardingPlanner(StockPlanner):
+    """TorchRec's `EmbeddingShardingPlanner` for models with compressed tables; other tables are planned as ever.
+
+    It counts compressed tables as they are stored (`estimators`), translates constraints that name them
+    (`translate_constraints`), keeps a report, and says what would fit where nothing does.
+
+    Args:
+        topology: default: of the running process group.
+        batch_size: examples of a rank, default 512 as in TorchRec.
+        constraints: by the user's table name.
+        dense_optimizer: that trains codebooks and other replicated parameters, by name or as bytes of state per
+            parameter.
+        storage_reservation: default TorchRec's; what a rank decodes itself is held back in any case.
+        proposer, partitioner, performance_model, callbacks, timeout_seconds, debug: as in TorchRec. Proposers default
+            to TorchRec's and `TradeOffProposer`, and for more than `many_tables` to the latter alone.
+        stats: besides the report, default TorchRec's.
+        many_tables: tables and other shardable parameters from which TorchRec's own proposers are left out, since their
+            work grows with the square.
+
+    Attributes:
+        report: a `PlanReport` of the last plan, on the rank that made it (rank 0 with `collective_plan`), else None.
+
+    Raises:
+        ValueError: an unknown dense optimizer.
+
+    Example:
+        >>> from torchrec import EmbeddingBagConfig
+        >>> from torchrec_compress import PQEmbeddingBagCollection
+        >>> table = EmbeddingBagConfig(name="user", num_embeddings=10**9, embedding_dim=64, feature_names=["user"])
+        >>> model = nn.ModuleDict({"sparse": PQEmbeddingBagCollection([table], device="meta")})
+        >>> planner = EmbeddingShardingPlanner(Topology(world_size=8, compute_device="cuda", hbm_cap=4 * 2**30))
+        >>> plan = planner.plan(model)
+        >>> sorted(plan.plan), round(planner.report.ratio)
+        (['sparse.code_tables', 'sparse.decoder'], 32)
+    """
+
+    def __init__(
+        self,
+        topology: Topology | None = None,
+        batch_size: int | None = None,
+        constraints: dict[str, ParameterConstraints] | None = None,
+        *,
+        dense_optimizer: DenseOptimizer = "adam",
+        storage_reservation: StorageReservation | None = None,
+        proposer: Proposer | list[Proposer] | None = None,
+        partitioner: Partitioner | None = None,
+        performance_model: PerfModel | None = None,
+        stats: Stats | list[Stats] | None = None,
+        callbacks: list[Callable[[list[ShardingOption]], list[ShardingOption]]] | None = None,
+        timeout_seconds: int | None = None,
+        debug: bool = True,
+        many_tables: int = 100,
+    ) -> None:
+        topology = topology or _topology_of_the_process_group()
+        batch_size = batch_size or _DEFAULT_BATCH_SIZE
+        self._device = topology.compute_device
+        self._wishes = dict(constraints or {})
+        # the planner's parts share this dict; `plan` fills it with what the model's parts can do
+        self._translated = dict(self._wishes)
+        self._plan_stats = PlanStats(dense_optimizer=dense_optimizer)
+        own_stats = [EmbeddingStats()] if stats is None else stats if isinstance(stats, list) else [stats]
+        if proposer is None:
+            stock = [GridSearchProposer(), GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
+            proposer = [TradeOffProposer(), *(UnlessMany(each, many_tables) for each in stock)]
+        super().__init__(
+            topology=topology,
+            batch_size=batch_size,
+            enumerator=EmbeddingEnumerator(
+                topology, batch_size, self._translated, estimators(topology, self._translated, dense_optimizer)
+            ),
+            storage_reservation=DecodeReservation(storage_reservation),
+            proposer=proposer,
+            partitioner=partitioner,
+            performance_model=performance_model,
+            stats=[*own_stats, self._plan_stats],
+            constraints=self._translated,
+            debug=debug,
+            callbacks=callbacks,
+            timeout_seconds=timeout_seconds,
+        )
+
+    @property
+    def report(self) -> PlanReport | None:
+        """The report of the last plan."""
+        return self._plan_stats.report
+
+    def plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]] | None = None) -> ShardingPlan:
+        """Return the best plan that was found.
+
+        Args:
+            module: the model, on any device; on the meta device nothing is allocated.
+            sharders: default `torchrec_compress.sharding.get_default_sharders()`.
+
+        Raises:
+            InsufficientStorageError: nothing fits; it says what does not, and what to change.
+            PlannerError: no plan for another reason.
+        """
+        sharders = get_default_sharders() if sharders is None else sharders
+        _warn_of_missing_sharders(module, sharders)
+        self._translated.clear()
+        self._translated.update(translate_constraints(module, self._wishes, self._device, sharders))
+        self._plan_stats.watch(module)
+        try:
+            return super().plan(module, sharders)
+        except PlannerError as error:
+            explained = self._plan_stats.explain(error)
+            if explained is error:
+                raise
+            raise explained from error
+
+    def collective_plan(
+        self,
+        module: nn.Module,
+        sharders: list[ModuleSharder[nn.Module]] | None = None,
+        pg: dist.ProcessGroup | None = None,
+    ) -> ShardingPlan:
+        """Plan on rank 0 and send the plan to all ranks; arguments and errors as for `plan`."""
+        return super().collective_plan(module, get_default_sharders() if sharders is None else sharders, pg)  # type: ignore[arg-type]
+
+
+def _topology_of_the_process_group() -> Topology:
+    if not dist.is_initialized():
+        raise ValueError(
+            "EmbeddingShardingPlanner: topology must be given without a process group, got None; pass "
+            "Topology(world_size=..., compute_device=..., hbm_cap=...)"
+        )
+    return Topology(
+        world_size=dist.get_world_size(), local_world_size=get_local_size(), compute_device=get_device_type()
+    )
+
+
+def _warn_of_missing_sharders(module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> None:
+    """Warn where parts of compressed tables would be replicated for want of a sharder."""
+    given = {sharder.module_type for sharder in sharders}
+    wanted = {sharder.module_type for sharder in compressed_sharders()}
+    parts = {type(part) for child in module.modules() if isinstance(child, CompressedParts) for part in child.modules()}
+    missing = sorted(kind.__name__ for kind in parts & wanted - given)
+    if missing:
+        logger.warning(
+            "planner: no sharder for %s, so they are replicated on every rank; pass "
+            "sharders=torchrec_compress.sharding.get_default_sharders()",
+            missing,
+        )

@@ -1,0 +1,107 @@
+"""What every rank needs beside its shards: the embeddings that it decodes itself."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+from torchrec.distributed.planner.storage_reservations import HeuristicalStorageReservation
+from torchrec.distributed.planner.types import (
+    ParameterConstraints,
+    PlannerError,
+    PlannerErrorType,
+    StorageReservation,
+    Topology,
+)
+from torchrec.distributed.types import ModuleSharder
+
+from torchrec_compress.modules.parts import CompressedParts
+from torchrec_compress.planner.lookups import Constraints, Lookups, decoded_bytes
+
+
+def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size: int) -> dict[str, int]:
+    """Return the bytes of a step's embeddings that no stored tensor of a decoder stands for, by table name.
+
+    Low-bit rows and MEmCom are decoded without codebooks, so the estimators have no option to charge it to.
+
+    Args:
+        module: the model.
+        constraints: by table name, for pooling factors.
+        batch_size: of a rank.
+    """
+    found: dict[str, int] = {}
+    for part in module.modules():
+        if isinstance(part, CompressedParts):
+            charged = {name.partition(".")[0] for name in part.decoder.replicated_tensors()}
+            for name in part.decoder.banks:
+                if name not in charged:
+                    table = part._plan.by_table[name][0].table
+                    lookups = Lookups.of(name, constraints, batch_size)
+                    found[name] = found.get(name, 0) + decoded_bytes(table, lookups, makes_rows=True)
+    return found
+
+
+class DecodeReservation(StorageReservation):
+    """Hold back, on every rank, the memory of embeddings that are decoded there, beside what another policy holds back.
+
+    Args:
+        inner: the other policy, default the stock planner's (`HeuristicalStorageReservation(0.15)`).
+
+    Attributes:
+        decoded: bytes by table name, after `reserve`.
+
+    Example:
+        >>> from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+        >>> reservation = DecodeReservation(FixedPercentageStorageReservation(0.1))
+    """
+
+    def __init__(self, inner: StorageReservation | None = None) -> None:
+        self._inner = HeuristicalStorageReservation(percentage=0.15) if inner is None else inner
+        # the stock planner prints it when it finds no plan
+        self._percentage = getattr(self._inner, "_percentage", 0.0)
+        self._reserved: Topology | None = None
+        self.decoded: dict[str, int] = {}
+
+    def reserve(
+        self,
+        topology: Topology,
+        batch_size: int,
+        module: nn.Module,
+        sharders: list[ModuleSharder[nn.Module]],
+        constraints: dict[str, ParameterConstraints] | None = None,
+    ) -> Topology:
+        """Return a copy of the topology with what is left for the planner.
+
+        Raises:
+            PlannerError: nothing is left.
+        """
+        # decoder tensors have no ids of their own, but TorchRec holds 20 id lists back for every name
+        tensors = {
+            name
+            for part in module.modules()
+            if isinstance(part, CompressedParts)
+            for name in part.decoder.replicated_tensors()
+        }
+        known = {**(constraints or {}), **{name: ParameterConstraints(pooling_factors=[0.0]) for name in tensors}}
+        reserved = copy.deepcopy(self._inner.reserve(topology, batch_size, module, sharders, known))
+        self.decoded = decode_bytes(module, constraints, batch_size)
+        needed = sum(self.decoded.values())
+        for device in reserved.devices:
+            storage = device.storage
+            if topology.compute_device == "cpu":
+                storage.ddr -= needed
+            else:
+                storage.hbm -= needed
+            if min(storage.hbm, storage.ddr) < 0:
+                raise PlannerError(
+                    f"storage reservation: rank {device.rank} must have memory left for tables, got none after "
+                    f"{needed:,} bytes for decoded embeddings; use a smaller batch, or fewer low-bit or MEmCom tables",
+                    PlannerErrorType.INSUFFICIENT_STORAGE,
+                )
+        self._reserved = reserved
+        return reserved
+
+    @property
+    def last_reserved_topology(self) -> Topology | None:
+        """What `reserve` returned last."""
+        return copy.deepcopy(self._reserved)

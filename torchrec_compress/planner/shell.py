@@ -1,0 +1,107 @@
+"""The tables of a model without the model, on the meta device, to try other methods on them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption
+from torchrec.distributed.types import ModuleSharder
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+from torchrec_compress.methods import DenseConfig, MethodConfig
+from torchrec_compress.modules.decoder import Decoder
+from torchrec_compress.modules.embedding import CompressedEmbeddingCollection
+from torchrec_compress.modules.embedding_bag import CompressedEmbeddingBagCollection
+from torchrec_compress.modules.parts import CompressedParts
+from torchrec_compress.planner.constraints import shardable_modules, translate_constraints
+from torchrec_compress.sharding import compressed_sharders
+
+_META = torch.device("meta")
+
+
+class Shell:
+    """Every collection of a model, to be built again with other methods; other shardable modules stay as they are.
+
+    Args:
+        module: the model.
+        sharders: of the planner.
+
+    Attributes:
+        tables: configs by table name.
+        methods: as they are now, by table name; "dense" for TorchRec's own collections.
+        sharders: those given, and ours where they were missing, since a changed table needs them.
+    """
+
+    def __init__(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> None:
+        given = {sharder.module_type for sharder in sharders}
+        self.sharders = [*sharders, *(sharder for sharder in compressed_sharders() if sharder.module_type not in given)]
+        self.tables: dict[str, Any] = {}
+        self.methods: dict[str, MethodConfig] = {}
+        self._collections = [part for part in module.modules() if isinstance(part, CompressedParts)]
+        inside = {id(child) for part in self._collections for child in part.modules()}
+        self._others: list[nn.Module] = []
+        self._stock: list[EmbeddingBagCollection | EmbeddingCollection] = []
+        for _, part, _ in shardable_modules(module, sharders):
+            if id(part) in inside:
+                continue
+            if isinstance(part, EmbeddingBagCollection | EmbeddingCollection):
+                self._stock.append(part)
+            else:
+                self._others.append(part)
+        for part in self._collections:
+            self.tables |= {table.name: table for table in part._plan.tables}
+            self.methods |= part.methods()
+        for part in self._stock:
+            self.tables |= {table.name: table for table in _configs(part)}
+            self.methods |= {table.name: DenseConfig() for table in _configs(part)}
+
+    def build(self, changes: Mapping[str, MethodConfig]) -> nn.Module:
+        """Return all tables on the meta device, some with other methods, and the optimizers in their backwards."""
+        quiet = logging.getLogger("torchrec_compress.modules.parts")
+        was, quiet.level = quiet.level, logging.ERROR  # nobody will train these tables
+        try:
+            return nn.ModuleList([*self._others, *(self._rebuilt(part, changes) for part in self._parts())])
+        finally:
+            quiet.level = was
+
+    def constraints(
+        self, model: nn.Module, constraints: Mapping[str, ParameterConstraints] | None, compute_device: str
+    ) -> dict[str, ParameterConstraints]:
+        """Return the constraints of the planner for a model that `build` returned."""
+        logger = logging.getLogger("torchrec_compress.planner.constraints")
+        was, logger.disabled = logger.disabled, True  # the user was told once
+        try:
+            return translate_constraints(model, constraints, compute_device, self.sharders)
+        finally:
+            logger.disabled = was
+
+    def table_of(self, option: ShardingOption) -> str:
+        """Return the name of the user's table that an option belongs to."""
+        return option.name.partition(".")[0] if isinstance(option.module[1], Decoder) else option.name
+
+    def _parts(self) -> list[Any]:
+        return [*self._collections, *self._stock]
+
+    def _rebuilt(self, part: Any, changes: Mapping[str, MethodConfig]) -> nn.Module:
+        configs = _configs(part)
+        methods = {table.name: changes.get(table.name, self.methods[table.name]) for table in configs}
+        pooled = isinstance(part, EmbeddingBagCollection | CompressedEmbeddingBagCollection)
+        kind: Any = CompressedEmbeddingBagCollection if pooled else CompressedEmbeddingCollection
+        rebuilt = kind(configs, device=_META, compression=methods)
+        marked = [weight for weight in part.parameters() if hasattr(weight, "_optimizer_classes")]
+        if marked:
+            for child in rebuilt.modules():
+                if isinstance(child, EmbeddingBagCollection | EmbeddingCollection):
+                    for weight in child.parameters():
+                        weight._optimizer_classes = marked[0]._optimizer_classes  # type: ignore[attr-defined]
+        return rebuilt
+
+
+def _configs(part: Any) -> list[Any]:
+    if isinstance(part, CompressedParts):
+        return part._plan.tables
+    return part.embedding_bag_configs() if isinstance(part, EmbeddingBagCollection) else part.embedding_configs()
