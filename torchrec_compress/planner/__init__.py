@@ -1,6 +1,7 @@
 """TorchRec's planner for compressed tables: estimators, a planner, and a report of who holds which bytes."""
 
 from torchrec_compress.planner.constraints import translate_constraints
+from torchrec_compress.planner.enumerators import CompressedEnumerator
 from torchrec_compress.planner.estimators import CompressedPerfEstimator, CompressedStorageEstimator, estimators
 from torchrec_compress.planner.planners import EmbeddingShardingPlanner
 from torchrec_compress.planner.proposers import TradeOffProposer
@@ -9,6 +10,7 @@ from torchrec_compress.planner.reservation import DecodeReservation
 from torchrec_compress.planner.stats import PlanStats
 
 __all__ = [
+    "CompressedEnumerator",
     "CompressedPerfEstimator",
     "CompressedStorageEstimator",
     "DecodeReservation",

@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
 from torchrec.distributed.planner.types import PlannerError, PlannerErrorType, ShardingOption, Storage, Topology
 from torchrec.distributed.planner.utils import reset_shard_rank
 
 from torchrec_compress.methods import MethodConfig
-from torchrec_compress.planner.estimators import estimators
+from torchrec_compress.planner.enumerators import CompressedEnumerator
 from torchrec_compress.planner.ladder import NUM_STEPS, step
 from torchrec_compress.planner.proposers import TradeOffProposer
 from torchrec_compress.planner.shell import Shell
@@ -172,12 +171,8 @@ def _with_more(topology: Topology, extra: int) -> Topology:
 def _fits(failure: Failure, shell: Shell, changes: Mapping[str, MethodConfig]) -> bool:
     """Return whether everything fits with some methods changed."""
     model = shell.build(changes)
-    enumerator = EmbeddingEnumerator(
-        failure.topology,
-        failure.batch_size,
-        shell.constraints(model, failure.constraints, failure.topology.compute_device),
-        estimators(failure.topology, failure.constraints, failure.dense_optimizer),
-    )
+    constraints = shell.constraints(model, failure.constraints, failure.topology.compute_device)
+    enumerator = CompressedEnumerator(failure.topology, failure.batch_size, constraints, failure.dense_optimizer)
     options = enumerator.enumerate(model, shell.sharders)
     return any(_places(proposal, failure.topology, 0) for proposal in _proposals(options))
 

@@ -9,7 +9,6 @@ from torch import distributed as dist
 from torch import nn
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.planner import EmbeddingShardingPlanner as StockPlanner
-from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
 from torchrec.distributed.planner.stats import EmbeddingStats
 from torchrec.distributed.planner.types import (
@@ -29,7 +28,7 @@ from torchrec.distributed.utils import get_device_type
 from torchrec_compress.modules.parts import CompressedParts
 from torchrec_compress.planner.accounting import DenseOptimizer
 from torchrec_compress.planner.constraints import translate_constraints
-from torchrec_compress.planner.estimators import estimators
+from torchrec_compress.planner.enumerators import CompressedEnumerator
 from torchrec_compress.planner.proposers import TradeOffProposer, UnlessMany
 from torchrec_compress.planner.report import PlanReport
 from torchrec_compress.planner.reservation import DecodeReservation
@@ -108,9 +107,7 @@ class EmbeddingShardingPlanner(StockPlanner):
         super().__init__(
             topology=topology,
             batch_size=batch_size,
-            enumerator=EmbeddingEnumerator(
-                topology, batch_size, self._translated, estimators(topology, self._translated, dense_optimizer)
-            ),
+            enumerator=CompressedEnumerator(topology, batch_size, self._translated, dense_optimizer),
             storage_reservation=DecodeReservation(storage_reservation),
             proposer=proposer,
             partitioner=partitioner,
