@@ -10,7 +10,9 @@ import yaml
 from torchrec_compress.cli import main, parse_run
 from torchrec_compress.train.compare import variants
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted(
+    path for path in (Path(__file__).parents[1] / "configs").glob("*.yaml") if not path.stem.startswith("plan_")
+)
 
 
 def _error(capsys, *arguments: str) -> str:

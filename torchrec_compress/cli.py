@@ -1,4 +1,4 @@
-"""The command line: train, compare, report. Heavy imports happen inside the subcommands."""
+"""The command line: train, compare, report, plan. Heavy imports happen inside the subcommands."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ import jsonargparse
 
 if TYPE_CHECKING:
     from torchrec_compress.train.config import RunConfig
+    from torchrec_compress.train.plan_config import PlanConfig
 
 _USAGE = """usage: torchrec-compress COMMAND ...
 
   train CONFIG [--key.sub VALUE ...]     pre-train, compress, train on: one run
   compare CONFIG [--key.sub VALUE ...]   variants over seeds, then the report; resumes where it stopped
   report FOLDER                          write report.md, report.json and plots of a comparison again
+  plan CONFIG [--world-size N ...]       who holds which bytes on many GPUs; needs none, and no data
 
 CONFIG is a YAML file such as configs/demo.yaml. Every key can be given on the command line as well.
   torchrec-compress train --help                   all keys, what they mean and their defaults
   torchrec-compress train CONFIG --print_config    the resolved config
 """
-_COMMANDS = ("train", "compare", "report")
+_COMMANDS = ("train", "compare", "report", "plan")
 # how jsonargparse words an unknown key on the command line, within a group of a file, and at a file's top
 _UNKNOWN = (
     r"[Uu]nrecognized arguments: --([\w.]+)",
@@ -77,6 +79,11 @@ def parse_run(arguments: Sequence[str], command: str = "train") -> RunConfig:
     """
     from torchrec_compress.train.config import RunConfig
 
+    return _parse(RunConfig, arguments, command, {})
+
+
+def _parse(schema: type, arguments: Sequence[str], command: str, defaults: dict[str, Any]) -> Any:
+    """Return the dataclass that a config file and overrides describe, with defaults where both are silent."""
     given = list(arguments)
     if given and not given[0].startswith("-"):
         if not Path(given[0]).is_file():
@@ -85,10 +92,53 @@ def parse_run(arguments: Sequence[str], command: str = "train") -> RunConfig:
     usage = f"torchrec-compress {command} CONFIG [--key.sub VALUE ...]"
     parser = _Parser(prog=f"torchrec-compress {command}", usage=usage, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; later keys win")
-    parser.add_class_arguments(RunConfig)
+    parser.add_class_arguments(schema)
+    parser.set_defaults(defaults)
     values: Any = parser.instantiate(parser.parse_args(given))
     fields = {key: value for key, value in vars(values).items() if key != "config"}
-    return RunConfig(**fields)
+    return schema(**fields)
+
+
+def parse_plan(arguments: Sequence[str]) -> PlanConfig:
+    """Read what to plan: a planning config, or a training config that states its tables' sizes, and overrides.
+
+    Args:
+        arguments: [CONFIG] and --key.sub VALUE pairs; dashes in a key are underscores.
+
+    Returns:
+        The resolved config.
+
+    Raises:
+        SystemExit: a bad key or value (status 2, one line on stderr), or --help.
+        ValueError: a training config whose sizes or methods depend on its data.
+
+    Example:
+        >>> parse_plan(["--world-size", "64", "--hbm", "80GB"]).world_size
+        64
+    """
+    from torchrec_compress.train.plan_config import PlanConfig, from_training
+
+    given = [_underscored(argument) for argument in arguments]
+    if given and _is_training_config(given[0]):
+        return _parse(PlanConfig, given[1:], "plan", from_training(parse_run(given[:1], "plan")))
+    return _parse(PlanConfig, given, "plan", {})
+
+
+def _underscored(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    return "--" + key[2:].replace("-", "_") + equals + value if argument.startswith("--") else argument
+
+
+def _is_training_config(path: str) -> bool:
+    import yaml
+
+    if not Path(path).is_file():
+        return False
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError:
+        return False  # the parser will say what is wrong
+    return isinstance(found, dict) and bool({"data", "model", "pretrain", "retrain"} & set(found))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -103,7 +153,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         _fail(f"unknown command {command!r}{nearest(command, list(_COMMANDS))}; commands are {', '.join(_COMMANDS)}")
     try:
-        _report(rest) if command == "report" else _run(command, parse_run(rest, command))
+        if command == "report":
+            _report(rest)
+        elif command == "plan":
+            _plan(parse_plan(rest))
+        else:
+            _run(command, parse_run(rest, command))
     except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -129,6 +184,12 @@ def _run(command: str, config: RunConfig) -> None:
         print("best possible: " + ", ".join(f"{key} {value:.4f}" for key, value in summary["bayes"].items()))
     size = summary["footprint"]
     print(f"tables: {size['total_bytes']:,} bytes, {size['ratio']:.1f}x smaller; see {folder}")
+
+
+def _plan(config: PlanConfig) -> None:
+    from torchrec_compress.train.plan import run
+
+    print(run(config))
 
 
 def _report(arguments: Sequence[str]) -> None:

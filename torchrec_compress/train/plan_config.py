@@ -1,0 +1,148 @@
+"""The schema of `torchrec-compress plan`: tables by their sizes alone, and the machines that they go on.
+
+This file imports nothing heavy, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torchrec_compress.train.config import RunConfig
+
+_UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One table.
+
+    Args:
+        num_embeddings: rows.
+        embedding_dim: width; null is the config's.
+        feature_names: features that look it up; empty is the table's own name.
+        pooling_factor: ids per bag, on average.
+        pooling: how bags are pooled.
+        sharding_types: allowed sharding types, such as "row_wise"; empty allows all.
+        compute_kernels: allowed kernels, such as "fused"; empty allows all.
+    """
+
+    num_embeddings: int
+    embedding_dim: int | None = None
+    feature_names: list[str] = field(default_factory=list)
+    pooling_factor: float = 1.0
+    pooling: Literal["sum", "mean"] = "sum"
+    sharding_types: list[str] = field(default_factory=list)
+    compute_kernels: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What to plan, and for which machines.
+
+    Args:
+        tables: by name.
+        embedding_dim: width of tables that state none.
+        unpooled: whether the tables are an `EmbeddingCollection`, whose rows are not pooled.
+        compression: {"method": name, options} or such mappings by table name or pattern; empty plans the tables as they
+            are.
+        world_size: ranks.
+        local_world_size: ranks of one host; null puts all on one.
+        device: of the ranks.
+        hbm: memory of a GPU, such as "80GB" (2**30 bytes to a GB, as in TorchRec).
+        ddr: memory of the host for each rank; on the CPU it holds the tables.
+        reserved: share of the memory that is held back, as in TorchRec.
+        dense_net: memory of a rank for the rest of the model, its optimizer and its activations.
+        batch_size: examples of a rank in a step.
+        optimizer: of native tables, in the backward.
+        dense_optimizer: of codebooks and other replicated parameters.
+        output: folder for plan.json, plan.md and plan.png; null writes nothing.
+    """
+
+    tables: dict[str, TableSpec] = field(default_factory=dict)
+    embedding_dim: int = 128
+    unpooled: bool = False
+    compression: dict[str, Any] = field(default_factory=dict)
+    world_size: int = 8
+    local_world_size: int | None = None
+    device: Literal["cuda", "cpu"] = "cuda"
+    hbm: str = "80GB"
+    ddr: str = "128GB"
+    reserved: float = 0.15
+    dense_net: str = "0GB"
+    batch_size: int = 4096
+    optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
+    dense_optimizer: Literal["adam", "adamw", "adagrad", "rmsprop", "momentum", "sgd"] = "adam"
+    output: str | None = None
+
+
+def memory(text: str, where: str) -> int:
+    """Return a size in bytes.
+
+    Args:
+        text: such as "80GB" or "512 MiB"; a GB and a GiB are both 2**30 bytes.
+        where: the key, for the error.
+
+    Raises:
+        ValueError: it is not a size.
+
+    Example:
+        >>> memory("1.5GB", "hbm")
+        1610612736
+    """
+    plain = text.strip().upper().replace("IB", "B")
+    for unit in sorted(_UNITS, key=len, reverse=True):
+        if plain.endswith(unit):
+            try:
+                value = float(plain.removesuffix(unit))
+            except ValueError:
+                break
+            if value >= 0:
+                return int(value * _UNITS[unit])
+            break
+    raise ValueError(f"{where}: must be a size such as '80GB' or '512MB', got {text!r}")
+
+
+def from_training(run: RunConfig) -> dict[str, Any]:
+    """Return the keys of a `PlanConfig` that a training config states.
+
+    Args:
+        run: whose tables' sizes are known without its data.
+
+    Raises:
+        ValueError: they are not, or the methods depend on the data.
+    """
+    if {"budget_bytes", "budget_ratio"} & set(run.compression):
+        raise ValueError(
+            "compression: must name the methods to be planned, got a budget, which is shared out by the data; give "
+            "methods by table"
+        )
+    sizes = _sizes(run)
+    return {
+        "tables": {
+            name: {"num_embeddings": size, "embedding_dim": run.model.widths.get(name)} for name, size in sizes.items()
+        },
+        "embedding_dim": run.model.embedding_dim,
+        "compression": run.compression,
+        "batch_size": run.retrain.batch_size if run.compression else run.pretrain.batch_size,
+        "optimizer": (run.retrain if run.compression else run.pretrain).optim.tables,
+    }
+
+
+def _sizes(run: RunConfig) -> dict[str, int]:
+    """Return rows by table name."""
+    data = run.data
+    if data.kind == "generator":
+        from torchrec_compress.train.generator import _CONTEXTS
+
+        return {"user": data.generator.num_users, "item": data.generator.num_items, **_CONTEXTS}
+    names = [f"cat_{number}" for number in range(26)] if data.kind == "criteo" else data.features or list(data.vocab)
+    if data.kind == "criteo" and data.hash_size is not None:
+        return dict.fromkeys(names, data.hash_size)
+    missing = [name for name in names if name not in data.vocab]
+    if missing or not names:
+        raise ValueError(
+            f"data.vocab: must give the rows of every table to plan without data, got none for {missing or 'any'}; add "
+            "them, or write a config with `tables:` (see configs/plan_criteo_1tb.yaml)"
+        )
+    return {name: data.vocab[name] for name in names if name not in data.drop}
