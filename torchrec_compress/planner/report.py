@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from torchrec_compress.planner.accounting import DenseOptimizer, shard_bytes
 from torchrec_compress.planner.text import rank_lines, table_lines
 
 Kind = Literal["codes", "native", "decoder"]
+_KINDS: tuple[Kind, ...] = ("codes", "native", "decoder")
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class TablePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
-        kinds = {f"{kind}_bytes": self.stored(kind) for kind in ("codes", "native", "decoder")}
+        kinds = {f"{kind}_bytes": self.stored(kind) for kind in _KINDS}
         names = ("stored_bytes", "ratio", "optimizer_bytes", "gradient_bytes", "activation_bytes")
         return {**asdict(self), **kinds, **{name: getattr(self, name) for name in names}}
 
@@ -250,10 +252,10 @@ class _Counter:
         parts: dict[tuple[str, str], list[PartPlan]] = {}
         for option in self._options:
             parts.setdefault(self._table_of(option), []).append(self._part(option))
-        names = [name for _, name in parts]
+        names = Counter(name for _, name in parts)
         tables = {
-            name if names.count(name) == 1 else f"{path}.{name}": self._table(path, name, tuple(found))
-            for (path, name), found in parts.items()
+            name if names[name] == 1 else f"{path}.{name}": self._table(path, name, parts[path, name])
+            for path, name in sorted(parts, key=self._order)
         }
         for rank in self._ranks:
             rank.activation_bytes += sum(self._decoded.values())
@@ -265,7 +267,14 @@ class _Counter:
         owners = [path for path in self._collections if not path or option.path.startswith(f"{path}.")]
         return (max(owners, key=len) if owners else option.path), name
 
-    def _table(self, path: str, name: str, parts: tuple[PartPlan, ...]) -> TablePlan:
+    def _order(self, table: tuple[str, str]) -> tuple[str, int]:
+        """Return the place of a table: in the user's order where it is compressed."""
+        path, name = table
+        collection = self._collections.get(path)
+        return path, list(collection.methods()).index(name) if collection else 0
+
+    def _table(self, path: str, name: str, found: list[PartPlan]) -> TablePlan:
+        parts = tuple(sorted(found, key=lambda part: (_KINDS.index(part.kind), part.path)))
         decoded = self._decoded.get(name, 0) * len(self._ranks)
         collection = self._collections.get(path)
         if collection is None:
