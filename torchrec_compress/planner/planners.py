@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import distributed as dist
 from torch import nn
+from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.planner import EmbeddingShardingPlanner as StockPlanner
 from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
@@ -154,8 +155,24 @@ class EmbeddingShardingPlanner(StockPlanner):
         sharders: list[ModuleSharder[nn.Module]] | None = None,
         pg: dist.ProcessGroup | None = None,
     ) -> ShardingPlan:
-        """Plan on rank 0 and send the plan to all ranks; arguments and errors as for `plan`."""
-        return super().collective_plan(module, get_default_sharders() if sharders is None else sharders, pg)  # type: ignore[arg-type]
+        """Plan on rank 0 and send the plan to all ranks; arguments and errors as for `plan`, errors on every rank."""
+        group = pg or dist.GroupMember.WORLD
+        if group is None:
+            raise ValueError("collective_plan: a process group must be running, got none; call init_process_group()")
+        plan, error = invoke_on_rank_and_broadcast_result(group, 0, self._plan_or_error, module, sharders)
+        if plan is None:
+            assert error is not None
+            raise error
+        return plan
+
+    def _plan_or_error(
+        self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]] | None
+    ) -> tuple[ShardingPlan | None, Exception | None]:
+        # TorchRec would leave the other ranks waiting
+        try:
+            return self.plan(module, sharders), None
+        except (PlannerError, ValueError, RuntimeError) as error:
+            return None, error
 
 
 def _topology_of_the_process_group() -> Topology:
