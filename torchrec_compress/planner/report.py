@@ -104,7 +104,8 @@ class TablePlan:
         """Return everything as plain data."""
         kinds = {f"{kind}_bytes": self.stored(kind) for kind in _KINDS}
         names = ("stored_bytes", "ratio", "optimizer_bytes", "gradient_bytes", "activation_bytes")
-        return {**asdict(self), **kinds, **{name: getattr(self, name) for name in names}}
+        parts = [{**asdict(part), "ranks": list(part.ranks)} for part in self.parts]
+        return {**asdict(self), "parts": parts, **kinds, **{name: getattr(self, name) for name in names}}
 
 
 @dataclass
@@ -247,11 +248,20 @@ class _Counter:
         ]
         self._fused = {sharder.module_type: getattr(sharder, "fused_params", None) for sharder in sharders}
         self._collections = {path: part for path, part in module.named_modules() if isinstance(part, CompressedParts)}
+        self._native_names = {
+            (path, physical): name
+            for path, collection in self._collections.items()
+            for name in collection.methods()
+            for physical in collection._plan.native_names(name).values()
+        }
 
     def report(self, batch_size: int) -> PlanReport:
         parts: dict[tuple[str, str], list[PartPlan]] = {}
         for option in self._options:
             parts.setdefault(self._table_of(option), []).append(self._part(option))
+        for path, collection in self._collections.items():
+            for name in collection.methods():
+                parts.setdefault((path, name), []).extend(self._unplanned(path, name, parts.get((path, name), [])))
         names = Counter(name for _, name in parts)
         tables = {
             name if names[name] == 1 else f"{path}.{name}": self._table(path, name, parts[path, name])
@@ -265,7 +275,23 @@ class _Counter:
         """Return the path of the collection and the name of the user's table that an option belongs to."""
         name = option.name.partition(".")[0] if isinstance(option.module[1], Decoder) else option.name
         owners = [path for path in self._collections if not path or option.path.startswith(f"{path}.")]
-        return (max(owners, key=len) if owners else option.path), name
+        if not owners:
+            return option.path, name
+        path = max(owners, key=len)
+        # a native table whose own sharder was not passed is planned by TorchRec's, by its own name
+        return path, self._native_names.get((path, name), name)
+
+    def _unplanned(self, path: str, name: str, parts: list[PartPlan]) -> list[PartPlan]:
+        """Return what no sharder was passed for, and so every rank holds."""
+        collection = self._collections[path]
+        table = collection._plan.by_table[name][0].table
+        rest = collection.methods()[name].stored_bytes(table) - sum(part.stored_bytes for part in parts)
+        if not rest:
+            return []
+        for rank in self._ranks:
+            rank.decoder_bytes += rest
+        ranks = tuple(range(len(self._ranks)))
+        return [PartPlan("decoder", f"{path}: {name}", "unplanned", "dense", ranks, rest, rest * len(ranks), 0, 0, 0)]
 
     def _order(self, table: tuple[str, str]) -> tuple[str, int]:
         """Return the place of a table: in the user's order where it is compressed."""

@@ -1,0 +1,173 @@
+"""What each part is charged, against numbers worked out by hand and against the stock estimators."""
+
+import pytest
+import torch
+from torchrec.distributed.planner import ParameterConstraints
+from torchrec.optim import RowWiseAdagrad
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+from tests.cases import CONFIGS, IDS, fresh
+from tests.planner.plans import BATCH, DIM, RANKS, model, options, topology
+from torchrec_compress import native_parameters
+from torchrec_compress.methods import DenseConfig, HashConfig, Int8Config, MEmComConfig, MethodConfig, PQConfig
+from torchrec_compress.planner import CompressedStorageEstimator, EmbeddingShardingPlanner, estimators
+
+ROWS = 1_000_000
+POOLING = 20
+LOOKUPS = {"t": ParameterConstraints(pooling_factors=[float(POOLING)])}
+NUM_IDS = BATCH * POOLING
+MANY = {"row_wise", "table_wise"}
+
+
+def one(method: MethodConfig, *, pooled: bool = True, device: str = "cuda", **more):
+    return options(model({"t": method}, ROWS, pooled), LOOKUPS, device=device, **more)
+
+
+def bytes_of(option, rank: int = 0) -> int:
+    storage = option.shards[rank].storage
+    return storage.hbm + storage.ddr
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize(("method", "row_bytes"), [(PQConfig(num_codes=8), 8), (Int8Config(), DIM + 4)])
+def test_codes_are_frozen_and_unpooled(method, row_bytes, device):
+    found = one(method, device=device)
+    sharded = {key[1]: option for key, option in found.items() if key[0] == "code_tables.t"}
+    assert set(sharded) == {"row_wise", "table_wise", "data_parallel"}
+    for how, option in sharded.items():
+        perf = option.shards[0].perf
+        assert perf.bwd_compute == perf.bwd_comms == perf.prefetch_compute == 0 < perf.fwd_compute
+        assert (perf.fwd_comms > 0) == (perf.input_dist_comms > 0) == (how in MANY)
+    # the weights, the ids as int64, and one row of codes per id
+    step = NUM_IDS * (8 + row_bytes)
+    assert bytes_of(sharded["row_wise"]) == ROWS // RANKS * row_bytes + step
+    assert bytes_of(sharded["table_wise"]) == ROWS * row_bytes + RANKS * step
+    assert bytes_of(sharded["data_parallel"]) == ROWS * row_bytes + step
+
+
+def test_codes_are_padded_where_they_travel_and_only_there():
+    found = one(PQConfig(num_codes=6, codebook_size=300, structure="residual"))  # twelve bytes
+    assert bytes_of(found["code_tables.t", "row_wise", "fused"]) == ROWS // RANKS * 12 + NUM_IDS * (8 + 12)
+    found = one(PQConfig(num_codes=1, codebook_size=16))
+    assert bytes_of(found["code_tables.t", "row_wise", "fused"]) == ROWS // RANKS + NUM_IDS * (8 + 4)
+    assert bytes_of(found["code_tables.t", "data_parallel", "dense"]) == ROWS + NUM_IDS * (8 + 1)
+
+
+def test_traffic_of_codes_grows_with_the_ids_not_with_the_bags():
+    few = options(model({"t": PQConfig(num_codes=8)}))["code_tables.t", "row_wise", "fused"]
+    many = one(PQConfig(num_codes=8))["code_tables.t", "row_wise", "fused"]
+    assert many.shards[0].perf.fwd_comms == pytest.approx(POOLING * few.shards[0].perf.fwd_comms)
+    stock = options(model({"t": PQConfig(num_codes=8)}), LOOKUPS, stock=True)["code_tables.t", "row_wise", "fused"]
+    assert stock.shards[0].perf.bwd_compute > 0  # what the wrapper is for
+
+
+def test_ids_travel_as_int32_until_a_table_has_more_rows():
+    few, many = (
+        options(model({"t": PQConfig(num_codes=8)}, rows))["code_tables.t", "row_wise", "fused"].shards[0].perf
+        for rows in (2**31 - 1, 2**31)
+    )
+    assert few.input_dist_comms * 2 == many.input_dist_comms
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("structure", ["product", "residual"])
+def test_codebooks_are_charged_with_gradient_optimizer_and_decoded_embeddings(structure, pooled):
+    method = PQConfig(num_codes=4, structure=structure)
+    option = one(method, pooled=pooled)["decoder.t.codebooks", "data_parallel", "dense"]
+    values = 256 * DIM * (4 if structure == "residual" else 1)
+    words, embeddings = NUM_IDS * 4 * 8, 4 * DIM * (BATCH if pooled else NUM_IDS)
+    for rank in range(RANKS):
+        assert bytes_of(option, rank) == 4 * values * (1 + 1 + 2) + 4 + words + embeddings
+    assert option.shards[0].perf.bwd_comms > 0
+    plain = one(method, pooled=pooled, dense_optimizer="sgd")["decoder.t.codebooks", "data_parallel", "dense"]
+    assert bytes_of(option) - bytes_of(plain) == 8 * values + 4
+    given = one(method, pooled=pooled, dense_optimizer=6.0)["decoder.t.codebooks", "data_parallel", "dense"]
+    assert bytes_of(given) - bytes_of(plain) == 6 * values
+
+
+def test_frozen_hot_rows_have_neither_gradient_nor_state_but_a_float_copy():
+    key = ("decoder.t.hot_rows", "data_parallel", "dense")
+    option = one(PQConfig(num_codes=4, num_hot_rows=1000, hot_dtype="int8"))[key]
+    assert bytes_of(option) == 1000 * (DIM + 4) + 4 * (256 * DIM + 1000 * DIM)
+    assert option.shards[0].perf.total == 0
+    floats = one(PQConfig(num_codes=4, num_hot_rows=1000, hot_dtype="fp32"))[
+        "decoder.t.hot_rows", "data_parallel", "dense"
+    ]
+    assert bytes_of(floats) == 1000 * DIM * 16 + 4 + 4 * (256 * DIM + 1000 * DIM)
+    assert floats.shards[0].perf.bwd_comms > 0
+
+
+def test_rows_behind_rewritten_ids_are_unpooled_and_bags_are_not():
+    rows = one(MEmComConfig(num_buckets=1000))["rows.buckets_64.t", "table_wise", "fused"]
+    bag = one(HashConfig(num_buckets=1000))["bags.t", "table_wise", "fused"]
+    assert bytes_of(rows) == 4000 * DIM + RANKS * NUM_IDS * (8 + 4 * DIM)
+    assert bytes_of(bag) == 4000 * DIM + RANKS * (8 * NUM_IDS + 4 * DIM * BATCH)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("ranks", [8, 3])  # 1,000,000 rows do not divide by three
+def test_stock_tables_are_estimated_as_ever_unless_replicated(device, ranks):
+    of = model(None)
+    apply_optimizer_in_backward(RowWiseAdagrad, of.parameters(), {"lr": 0.1})
+    ours, stock = (options(of, LOOKUPS, device=device, ranks=ranks, stock=flag) for flag in (False, True))
+    assert ours.keys() == stock.keys() and len(ours) >= 8
+    for key, option in ours.items():
+        for mine, theirs in zip(option.shards, stock[key].shards, strict=True):
+            assert mine.size == theirs.size and mine.perf == theirs.perf
+            if key[1] != "data_parallel":
+                assert mine.storage == theirs.storage, key
+            else:  # gradient and Adam; the optimizer in the backward never runs
+                extra = mine.storage.hbm + mine.storage.ddr - theirs.storage.hbm - theirs.storage.ddr
+                assert extra == 4 * ROWS * DIM * 3 + 4 - 4 * ROWS
+
+
+def test_the_state_of_a_fused_optimizer_is_that_of_its_shards():
+    of = model({"t": HashConfig(num_buckets=2000)}, dim=512)
+    without = options(of)
+    apply_optimizer_in_backward(RowWiseAdagrad, native_parameters(of), {"lr": 0.1})
+    found = options(of)
+    key = ("bags.t", "column_wise", "fused")
+    assert len(found[key].shards) == 4  # each keeps a state for all rows, which the stock estimate spreads over them
+    assert [bytes_of(found[key], n) - bytes_of(without[key], n) for n in range(4)] == [4 * 2000] * 4
+    key = ("bags.t", "data_parallel", "dense")
+    assert bytes_of(found[key]) == bytes_of(without[key])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_stored_bytes_are_the_footprint_of_the_real_tensors(config, ranks):
+    collection = fresh(config)
+    planner = EmbeddingShardingPlanner(topology("cpu", ranks), BATCH, stats=[])
+    planner.plan(torch.nn.ModuleList([collection]))
+    table, real = planner.report.tables["item"], collection.footprint().tables["item"]
+    assert (table.stored("codes"), table.stored("native")) == (real.code_bytes, real.native_bytes)
+    assert (table.stored("decoder"), table.stored_bytes) == (real.decoder_bytes, real.total_bytes)
+    assert (table.dense_bytes, table.ratio, table.method) == (real.dense_bytes, real.ratio, real.method)
+    once = {part.path: part.stored_bytes - (part.kind == "codes") for part in table.parts}
+    for part in table.parts:
+        copies = ranks if part.sharding_type == "data_parallel" else 1
+        assert part.weight_bytes == copies * once[part.path]
+
+
+def test_estimators_take_the_second_argument_by_any_name_and_refuse_unknown_optimizers():
+    of = model({"t": DenseConfig()})
+    found = list(options(of).values())
+    before = [bytes_of(option) for option in found]
+    inner = CompressedStorageEstimator(topology(), inner=_Counting())
+    inner.estimate(found, sharder_map={})
+    inner.estimate(found, {})
+    assert [bytes_of(option) for option in found] != before
+    with pytest.raises(ValueError, match=r"dense_optimizer: must be one of .* got 'adan'"):
+        estimators(topology(), dense_optimizer="adan")
+    with pytest.raises(ValueError, match="got -1"):
+        CompressedStorageEstimator(topology(), dense_optimizer=-1.0)
+
+
+class _Counting:
+    """An inner estimator that charges a megabyte."""
+
+    def estimate(self, sharding_options, *_, **__):
+        for option in sharding_options:
+            assert len(option.shards) == len({tuple(shard.size) for shard in option.shards})
+            for shard in option.shards:
+                shard.storage = topology().devices[0].storage.__class__(hbm=2**40, ddr=0)
