@@ -1,22 +1,30 @@
-"""Compressed embedding tables for TorchRec."""
+"""Compressed embedding tables for TorchRec.
+
+Names are imported when they are first used, so that the command line answers at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from torchrec_compress.versions import check_versions
 
 check_versions()
 
-from torchrec_compress import methods  # noqa: E402
-from torchrec_compress.convert import compress, compress_into, decompress  # noqa: E402
-from torchrec_compress.modules import (  # noqa: E402
-    CompressedEmbeddingBagCollection,
-    CompressedEmbeddingCollection,
-    Footprint,
-    MECEmbeddingBagCollection,
-    MEmComEmbeddingBagCollection,
-    PQEmbeddingBagCollection,
-    RandomCodesEmbeddingBagCollection,
-    native_parameters,
-    optimizer_bytes,
-)
+if TYPE_CHECKING:
+    from torchrec_compress import methods
+    from torchrec_compress.convert import compress, compress_into, decompress
+    from torchrec_compress.modules import (
+        CompressedEmbeddingBagCollection,
+        CompressedEmbeddingCollection,
+        Footprint,
+        MECEmbeddingBagCollection,
+        MEmComEmbeddingBagCollection,
+        PQEmbeddingBagCollection,
+        RandomCodesEmbeddingBagCollection,
+        native_parameters,
+        optimizer_bytes,
+    )
+    from torchrec_compress.sharding import get_default_sharders
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,7 +39,26 @@ __all__ = [
     "compress",
     "compress_into",
     "decompress",
+    "get_default_sharders",
     "methods",
     "native_parameters",
     "optimizer_bytes",
 ]
+_HOMES = {
+    **dict.fromkeys(("compress", "compress_into", "decompress"), "convert"),
+    "get_default_sharders": "sharding",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "methods":
+        return import_module(f"{__name__}.methods")
+    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'modules')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -23,9 +23,10 @@ from torchrec_compress.methods import (
     PQConfig,
     TableData,
 )
+from torchrec_compress.ops import dequantize_rows, quantize_rows
 
 # Hot heads that are tried, as shares of a table's rows, and the longest residual code: longer ones take minutes to fit.
-_HOT_SHARES = (0.01, 0.03, 0.07, 0.15)
+_HOT_SHARES = (0.01, 0.03, 0.07, 0.15, 0.25)
 _MAX_RESIDUAL_CODES = 4
 # A larger table is measured on a sample of so many rows: enough to fit 256 codewords as well as all rows would.
 _MAX_MEASURED_ROWS = 65536
@@ -36,7 +37,7 @@ def for_budget(
     counts: Mapping[str, Tensor],
     budget_bytes: int,
     *,
-    num_codes: Sequence[int] = (1, 2, 4, 8),
+    num_codes: Sequence[int] = (1, 2, 4, 8, 16),
     codes: CodebookConfig | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -45,8 +46,8 @@ def for_budget(
 
     The error of a choice is what look-ups meet: the squared error of every row times its count in training, summed over
     all tables. Each table is tried dense, int8, int4, and as product and residual codes of several lengths with hot
-    heads of several sizes. Every candidate is fitted and measured (on 65,536 rows of a larger table), so this takes a
-    few minutes for a few large tables.
+    heads of several sizes in int4 and int8. Every candidate is fitted and measured (on 65,536 rows of a larger table),
+    so this takes a few minutes for a few large tables.
 
     Args:
         tables: a trained collection, or its rows, (N, D) float32 by table name.
@@ -112,9 +113,21 @@ def measure_candidates(
         except ValueError:
             continue  # this table cannot be stored this way
         if config.stored_bytes(table) < found[0].num_bytes:
-            error = float(((rows - _served(measured, sample, data)).square().sum(1).double() * weights).sum())
-            found.append(Candidate(config.stored_bytes(table), error / share, config))
+            served = _served(measured, sample, data)
+            for choice in _with_finer_heads(config):
+                if choice is not config:  # the tail is the same: it was fitted without the head
+                    assert isinstance(measured, CodebookConfig)
+                    hot = measured.hot_ids(sample, data)
+                    served[hot] = dequantize_rows(quantize_rows(rows[hot], "int8"), "int8")
+                error = float(((rows - served).square().sum(1).double() * weights).sum())
+                found.append(Candidate(choice.stored_bytes(table), error / share, choice))
     return found
+
+
+def _with_finer_heads(config: MethodConfig) -> list[MethodConfig]:
+    """Return a config and, where it has a hot head in int4, the same with one in int8."""
+    tiers = isinstance(config, CodebookConfig) and config.num_hot_rows > 0
+    return [config, replace(config, hot_dtype="int8")] if tiers else [config]  # type: ignore[type-var, list-item]
 
 
 def _table(name: str, rows: Tensor) -> EmbeddingBagConfig:
@@ -139,7 +152,6 @@ def _configs(table: EmbeddingBagConfig, base: CodebookConfig, num_codes: Sequenc
     residual = PQConfig(num_codes=1, codebook_size=base.codebook_size, structure="residual", popularity="count")
     for length in num_codes:
         for num_hot in hot:
-            # int4 alone: trying int8 as well would double the fits
             yield replace(base, num_codes=length, num_hot_rows=num_hot, hot_dtype="int4")
             if 1 < length <= _MAX_RESIDUAL_CODES:
                 yield replace(residual, num_codes=length, num_hot_rows=num_hot, hot_dtype="int4")

@@ -187,8 +187,18 @@ def test_a_checkpoint_of_another_format_version():
 
 def test_a_checkpoint_of_another_size():
     state = fresh(PQ).state_dict()
-    with pytest.raises(RuntimeError, match=r"size mismatch for code_tables.banks.item.codes"):
+    with pytest.raises(
+        ValueError, match=r"table 'item': the checkpoint's sizes must be those of PQConfig\(num_codes=2"
+    ):
         fresh(PQConfig(num_codes=2, codebook_size=16)).load_state_dict(state)
+
+
+def test_a_checkpoint_of_another_method_or_seed():
+    """Hashed rows of another seed have the right shape and would be served to the wrong ids."""
+    with pytest.raises(ValueError, match="the checkpoint's method and sizes and seed must be"):
+        fresh(PQ).load_state_dict(fresh(HashConfig(num_buckets=40)).state_dict())
+    with pytest.raises(ValueError, match="the checkpoint's seed must be"):
+        fresh(HashConfig(num_buckets=40), seed=1).load_state_dict(fresh(HashConfig(num_buckets=40)).state_dict())
 
 
 def test_a_weight_vector_of_the_wrong_length_never_passes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from types import ModuleType
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.test_utils import emb_sharder
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
@@ -26,7 +29,12 @@ from torchrec.distributed.test_utils.test_sharding import sharding_single_rank_t
 
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.methods import MethodConfig, TableData
-from torchrec_compress.sharding import get_default_sharders
+from torchrec_compress.sharding import (
+    CodeTableCollectionSharder,
+    DecoderSharder,
+    RemappedEmbeddingBagCollectionSharder,
+    RemappedEmbeddingCollectionSharder,
+)
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"has_weighted_tables": True},
@@ -79,6 +87,17 @@ def weighted_tables() -> list[EmbeddingBagConfig]:
     ]
 
 
+def sharders() -> list[Any]:
+    """Return our sharders, the native ones with the learning rate of the harness in their fused optimizer."""
+    fused = {"learning_rate": 0.1}
+    return [
+        CodeTableCollectionSharder(),
+        RemappedEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder(fused_params=fused)),
+        RemappedEmbeddingCollectionSharder(EmbeddingCollectionSharder(fused_params=fused)),
+        DecoderSharder(),
+    ]
+
+
 def model_class(config: MethodConfig) -> type[TestSparseNN]:
     """Return TorchRec's test model with its collections swapped."""
 
@@ -111,7 +130,7 @@ def fill_unset(collection: CompressedEmbeddingBagCollection, config: MethodConfi
 
 def run_case(config: MethodConfig, how: str, case: str) -> None:
     """Run one case of the harness on this rank."""
-    options = dict(CASES[case])
+    options = copy.deepcopy(CASES[case])  # TorchRec writes into the arguments of optimizers
     pooling = options.pop("pooling", PoolingType.SUM)
     weighted = weighted_tables() if options.pop("has_weighted_tables", True) else None
     mine = tables(pooling)
@@ -129,7 +148,7 @@ def run_case(config: MethodConfig, how: str, case: str) -> None:
         embedding_groups={"group_0": groups},
         tables=mine,  # type: ignore[arg-type]
         weighted_tables=weighted,  # type: ignore[arg-type]
-        sharders=get_default_sharders(),
+        sharders=sharders(),
         optim=EmbOptimType.EXACT_SGD,
         constraints={name: ParameterConstraints(sharding_types=[how]) for name in names},
         local_size=world_size,

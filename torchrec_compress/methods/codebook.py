@@ -124,7 +124,7 @@ class CodebookConfig(MethodConfig):
 
     def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
         """Learn codes and codebooks for the tail and set the hot head apart."""
-        hot = self._hot_ids(table, data)
+        hot = self.hot_ids(table, data)
         fitted = self.fit_codes(table, data, hot)
         codes, decoder = fitted.codes.clone(), {"codebooks": fitted.codebooks}
         if self.num_hot_rows:
@@ -137,7 +137,8 @@ class CodebookConfig(MethodConfig):
     def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:
         """Learn the codes of all rows; those of `hot` ids, (H,) int64, are overwritten and should weigh nothing."""
 
-    def _hot_ids(self, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
+    def hot_ids(self, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
+        """Return the ids of the hot rows: (H,) int64, the most often looked-up first."""
         if not self.num_hot_rows:
             return torch.empty(0, dtype=torch.int64)
         if data.counts is None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import process_pooled_embeddings, reorder_inverse_indices
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from torchrec_compress.modules.features import split_features
 from torchrec_compress.modules.plan import CollectionPlan, Lookup
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
@@ -19,10 +21,13 @@ torch.fx.wrap("process_pooled_embeddings")
 torch.fx.wrap("reorder_inverse_indices")
 torch.fx.wrap("bag_means")
 torch.fx.wrap("split_columns")
+torch.fx.wrap("split_features")
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+# what a checkpoint and a collection must agree on, table by table; their fingerprints are stored
+LAYOUT = ("method", "sizes", "seed")
 
 
 def bag_means(sums: Tensor, lengths: Tensor) -> Tensor:
@@ -40,7 +45,8 @@ class Decoder(nn.Module):
 
     Attributes:
         banks: the table decoders by table name.
-        format_version: buffer, (1,) int64: version of the state dict's layout.
+        format_version: buffer, (1,) int64: version of the state dict's format.
+        layout: buffer, (tables, 3) int64: fingerprints of what each table is stored as, see `LAYOUT`.
     """
 
     def __init__(self, plan: CollectionPlan, is_weighted: bool, device: torch.device | None) -> None:
@@ -52,6 +58,8 @@ class Decoder(nn.Module):
             if bank is not None:
                 self.banks[table.name] = bank
         self.register_buffer("format_version", torch.full((1,), FORMAT_VERSION, device=device))
+        self._layout = [self._fingerprints(table) for table in plan.tables]
+        self.register_buffer("layout", torch.tensor(self._layout, dtype=torch.int64, device=device))
         self._lookups = [lookup for lookup in plan.lookups if lookup.table.name in self.banks]
 
     @property
@@ -63,13 +71,33 @@ class Decoder(nn.Module):
         """Initialise every table's decoder; call it after materialising from the meta device."""
         for bank in self.banks.values():
             bank.reset_parameters()  # type: ignore[operator]
+        self._write_constants()
+
+    def _fingerprints(self, table: BaseEmbeddingConfig) -> list[int]:
+        """Return a hash of each `LAYOUT` field of a table."""
+        parts = self._plan.parts[table.name]
+        native = ((parts.bag,) if parts.bag else ()) + parts.rows
+        bank = self.banks[table.name] if table.name in self.banks else nn.Module()
+        tensors = [*bank.named_parameters(), *bank.named_buffers()]
+        codes = None if parts.codes is None else (parts.codes.row_size, str(parts.codes.dtype))
+        method = (codes is None, [(p.name, p.remap.kind) for p in native], [name for name, _ in tensors])
+        sizes = (
+            (table.num_embeddings, table.embedding_dim, codes),
+            [(p.num_embeddings, p.embedding_dim, p.remap.value) for p in native],
+            [(tuple(tensor.shape), str(tensor.dtype)) for _, tensor in tensors],
+        )
+        return [zlib.crc32(repr(field).encode()) for field in (method, sizes, [p.remap.salt for p in native])]
+
+    def _write_constants(self) -> None:
+        """Restore the buffers that never change; DistributedModelParallel takes them off the meta device as zeros."""
         if self.format_version.device.type != "meta":
             self.format_version.fill_(FORMAT_VERSION)  # type: ignore[operator]
+            self.layout.copy_(torch.tensor(self._layout))  # type: ignore[operator]
 
     def replicated_tensors(self) -> dict[str, Tensor]:
         """Return the codebooks, hot rows and other two-dimensional tensors by "table.tensor"."""
-        tensors = [*self.named_parameters(), *self.named_buffers()]
-        return {name.removeprefix("banks."): tensor for name, tensor in tensors if tensor.dim() == 2}
+        tensors = [*self.banks.named_parameters(), *self.banks.named_buffers()]
+        return {name: tensor for name, tensor in tensors if tensor.dim() == 2}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
         # The last call before DistributedDataParallel wraps a decoder that no sharder of ours has seen.
@@ -78,19 +106,32 @@ class Decoder(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[return-value]
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        # DistributedModelParallel materialises buffers from the meta device as zeros
-        if self.format_version.device.type != "meta":
-            self.format_version.fill_(FORMAT_VERSION)  # type: ignore[operator]
+        self._write_constants()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:  # type: ignore[override]
+    def check_format(self, state_dict: dict, prefix: str) -> None:
+        """Raise ValueError when a state dict was written by another version, or for tables stored otherwise."""
         found = state_dict.get(prefix + "format_version")
         if found is not None and int(found) != FORMAT_VERSION:
             raise ValueError(
                 f"{prefix}format_version: must be {FORMAT_VERSION}, got {int(found)}; "
                 "convert the checkpoint, or load it with the release that wrote it"
             )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        layout = state_dict.get(prefix + "layout")
+        if layout is not None:
+            self._check_layout(layout.tolist(), prefix)
+
+    def _check_layout(self, found: list[list[int]], prefix: str) -> None:
+        if len(found) != len(self._layout):
+            raise ValueError(f"{prefix}layout: must be of {len(self._layout)} tables, got {len(found)}")
+        for table, theirs, ours in zip(self._plan.tables, found, self._layout, strict=True):
+            differ = [field for field, a, b in zip(LAYOUT, theirs, ours, strict=True) if a != b]
+            if differ:
+                raise ValueError(
+                    f"table {table.name!r}: the checkpoint's {' and '.join(differ)} must be those of "
+                    f"{self._plan.methods[table.name]} with seed {self._plan.seed}, got others; build the collection "
+                    "with the compression, table sizes and seed that the checkpoint was saved with"
+                )
 
     def forward(
         self, features: KeyedJaggedTensor, codes: dict[str, Tensor] | None, rows: dict[str, dict[str, JaggedTensor]]
@@ -105,7 +146,7 @@ class Decoder(nn.Module):
         Returns:
             One (B, D) per look-up.
         """
-        jagged = features.to_dict()
+        jagged = split_features(features)
         pooled = []
         for lookup in self._lookups:
             bags = jagged[lookup.feature]
@@ -125,7 +166,7 @@ class Decoder(nn.Module):
         self, features: KeyedJaggedTensor, codes: dict[str, Tensor] | None, rows: dict[str, dict[str, JaggedTensor]]
     ) -> list[Tensor]:
         """Return one (L, D) per look-up; arguments as in `forward`."""
-        jagged = features.to_dict()
+        jagged = split_features(features)
         return [
             self._decode(lookup, jagged[lookup.feature].values(), None, None, codes, rows) for lookup in self._lookups
         ]

@@ -11,11 +11,13 @@ from torchrec.modules.embedding_modules import EmbeddingCollection, EmbeddingCol
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_compress.compression import Compression
-from torchrec_compress.modules.parts import CompressedParts, check_features
+from torchrec_compress.modules.features import check_features, split_features
+from torchrec_compress.modules.parts import CompressedParts
 from torchrec_compress.modules.plan import CollectionPlan
 
 torch.fx.wrap("check_features")
 torch.fx.wrap("jagged_rows")
+torch.fx.wrap("split_features")
 
 
 def jagged_rows(rows: Tensor, bags: JaggedTensor, need_indices: bool) -> JaggedTensor:
@@ -78,7 +80,7 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         check_features(features, self._features, type(self).__name__)
         codes = self.code_tables(features) if self.code_tables is not None else None
         rows = {group: module(features) for group, module in self.rows.items()}
-        jagged = features.to_dict()
+        jagged = split_features(features)
         found: dict[str, Tensor] = {}
         if self.dense is not None:
             dense = self.dense(features)

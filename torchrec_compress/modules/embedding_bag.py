@@ -7,12 +7,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingBagCollectionInterface,
+    get_embedding_names_by_table,
+)
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_compress.compression import Compression
 from torchrec_compress.methods import MECConfig, MEmComConfig, PQConfig, RandomCodesConfig
-from torchrec_compress.modules.parts import CompressedParts, check_batch_weights, check_features
+from torchrec_compress.modules.features import check_batch_weights, check_features
+from torchrec_compress.modules.parts import CompressedParts
 from torchrec_compress.modules.plan import CollectionPlan
 from torchrec_compress.modules.tables import RemappedEmbeddingBagCollection
 
@@ -80,7 +85,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         bags, bag_plan = plan.bags()
         self.bags = RemappedEmbeddingBagCollection(bags, bag_plan, is_weighted, device) if bags else None
         self._features = sorted({lookup.feature for lookup in plan.lookups})
-        self._order = self._output_order()
+        self._sources = self._find_sources(dense)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Return the pooled embeddings of a batch."""
@@ -89,35 +94,30 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
             check_batch_weights(features, type(self).__name__)
         codes = self.code_tables(features) if self.code_tables is not None else None
         rows = {group: module(features) for group, module in self.rows.items()}
-        pieces: list[Tensor] = []
+        pooled: list[KeyedTensor] = []
         if self.dense is not None:
-            pieces.append(self.dense(features).values())
+            pooled.append(self.dense(features))
         if self.bags is not None:
-            pieces.append(self.bags(features).values())
-        if self.decoder.lookups:
-            pieces += self.decoder(features, codes, rows)
+            pooled.append(self.bags(features))
+        decoded = self.decoder(features, codes, rows) if self.decoder.lookups else []
         return assemble(
-            pieces,
-            self._order,
+            pooled,
+            decoded,
+            self._sources,
             [lookup.output for lookup in self._plan.lookups],
             [lookup.table.embedding_dim for lookup in self._plan.lookups],
         )
 
-    def _output_order(self) -> list[tuple[int, int, int]]:
-        """Return, for each output, (piece, first column, last column + 1), pieces as in `forward`."""
-        found: dict[str, tuple[int, int, int]] = {}
-        next_piece = 0
-        dense = {lookup.key for lookup in self._plan.lookups if self._plan.parts[lookup.table.name].dense}
-        bags = {lookup.key for lookup in self._plan.lookups if self._plan.parts[lookup.table.name].bag is not None}
-        for group in (dense, bags):
-            column = 0
-            for lookup in self._plan.lookups:
-                if lookup.key in group:
-                    found[lookup.key] = (next_piece, column, column + lookup.table.embedding_dim)
-                    column += lookup.table.embedding_dim
-            next_piece += bool(group)
-        for number, lookup in enumerate(self.decoder.lookups):
-            found[lookup.key] = (next_piece + number, 0, lookup.table.embedding_dim)
+    def _find_sources(self, dense: list[EmbeddingBagConfig]) -> list[tuple[int, str, int]]:
+        """Return (pooled piece, key there, 0) or (-1, "", number among the decoded) for each output."""
+        keys = [lookup.key for table in dense for lookup in self._plan.by_table[table.name]]
+        names = [name for of_table in get_embedding_names_by_table(dense) for name in of_table]
+        found = {key: (0, name, 0) for key, name in zip(keys, names, strict=True)}
+        number = int(self.dense is not None)
+        for lookup in self._plan.lookups:
+            if self._plan.parts[lookup.table.name].bag is not None:
+                found[lookup.key] = (number, lookup.key, 0)
+        found |= {lookup.key: (-1, "", n) for n, lookup in enumerate(self.decoder.lookups)}
         return [found[lookup.key] for lookup in self._plan.lookups]
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
@@ -131,20 +131,26 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
 
 @torch.fx.wrap
 def assemble(
-    pieces: list[Tensor], order: list[tuple[int, int, int]], keys: list[str], widths: list[int]
+    pooled: list[KeyedTensor],
+    decoded: list[Tensor],
+    sources: list[tuple[int, str, int]],
+    keys: list[str],
+    widths: list[int],
 ) -> KeyedTensor:
     """Bring the pieces into the order of the user's tables.
 
     Args:
-        pieces: (B, any width) each.
-        order: for each key, (piece, first column, last column + 1).
+        pooled: outputs of native collections, found by key: once sharded, TorchRec orders them by rank.
+        decoded: (B, width) each.
+        sources: for each output, where it is, see `_find_sources`.
         keys: of the output.
         widths: of the output's keys.
 
     Returns:
         (B, sum of widths).
     """
-    columns = [pieces[piece][:, first:last] for piece, first, last in order]
+    by_key = [piece.to_dict() for piece in pooled]
+    columns = [decoded[number] if piece < 0 else by_key[piece][name] for piece, name, number in sources]
     return KeyedTensor(keys=keys, length_per_key=widths, values=torch.cat(columns, dim=1))
 
 

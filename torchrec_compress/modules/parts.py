@@ -10,35 +10,15 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_compress.methods import MECConfig, MethodConfig, TableState, dense_bytes
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.footprint import Footprint, TableFootprint
 from torchrec_compress.modules.plan import CollectionPlan
 from torchrec_compress.modules.tables import CodeTableCollection, RemappedEmbeddingCollection
-from torchrec_compress.ops import check_weights, lookup_codes
+from torchrec_compress.ops import lookup_codes
 
 logger = logging.getLogger(__name__)
-
-torch.fx.wrap("check_features")
-
-
-def check_features(features: KeyedJaggedTensor, wanted: list[str], where: str) -> None:
-    """Raise ValueError when the batch lacks a feature of the collection."""
-    missing = [name for name in wanted if name not in features.keys()]  # noqa: SIM118 (keys() is a list)
-    if missing:
-        raise ValueError(f"{where}: the batch must have the features {missing}, got only {features.keys()}")
-
-
-def check_batch_weights(features: KeyedJaggedTensor, where: str) -> None:
-    """Raise ValueError when the batch lacks the weights of a weighted collection, or one is not finite."""
-    weights = features.weights_or_none()
-    if weights is None:
-        raise ValueError(
-            f"{where}: the batch must carry weights with is_weighted=True, got none; give the batch weights"
-        )
-    check_weights(weights, where)
 
 
 class CompressedParts(nn.Module):
@@ -68,6 +48,10 @@ class CompressedParts(nn.Module):
             logger.warning(
                 "MEC tables %s start from hashed codes; compress() fits codes to a pre-trained table", unfitted
             )
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        self.decoder.check_format(state_dict, prefix + "decoder.")  # before any part takes its tensors
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def device(self) -> torch.device:

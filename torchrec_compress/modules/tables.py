@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,15 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from torchrec_compress.methods.base import CodePart, Remap
+from torchrec_compress.modules.features import split_features
 from torchrec_compress.ops import check_ids, lookup_codes
+
+logger = logging.getLogger(__name__)
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("lookup_codes")
 torch.fx.wrap("remap_features")
+torch.fx.wrap("split_features")
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,12 @@ class CodeBank(nn.Module):
     def reset_parameters(self) -> None:
         """Fill the table with its start codes, where the method has any."""
         start = self._config.part.start
-        if start is None or self.codes.device.type == "meta":
+        codes, is_set = self._buffers["codes"], self._buffers["is_set"]  # past the attributes that fx records
+        assert codes is not None and is_set is not None
+        if start is None or codes.is_meta:
             return
-        rows = torch.arange(self._config.num_embeddings, device=self.codes.device)
-        self.codes.copy_(start(rows))
-        self.is_set.fill_(1)
+        codes.copy_(start(torch.arange(self._config.num_embeddings, device=codes.device)))
+        is_set.fill_(1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeBank:
         was_meta = self.codes.is_meta
@@ -100,6 +106,12 @@ class CodeTableCollection(nn.Module):
         # not "tables": TorchRec 1.9's planner calls an attribute of that name
         # Any: a ModuleDict forgets the type of its values
         self.banks: Any = nn.ModuleDict({table.name: CodeBank(table, device) for table in tables})
+        self._is_checked = False
+        self.register_forward_pre_hook(_check_once)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeTableCollection:
+        self._is_checked = False
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
 
     def configs(self) -> tuple[CodeTableConfig, ...]:
         """Return the configs of the code tables."""
@@ -112,7 +124,7 @@ class CodeTableCollection(nn.Module):
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Return the codes of every feature's ids: (L, row_size) integer by output name."""
-        jagged = features.to_dict()
+        jagged = split_features(features)
         codes = {}
         for config in self._configs:
             bank = self.banks[config.name]
@@ -120,6 +132,28 @@ class CodeTableCollection(nn.Module):
                 where = f"table {config.name!r}, feature {feature!r}"
                 codes[output] = lookup_codes(bank.codes, bank.is_set, jagged[feature].values(), where)
         return codes
+
+
+def _check_once(module: CodeTableCollection, _: Any) -> None:
+    """Before the first batch: fill tables that another's hand took off the meta device, and warn of whole copies.
+
+    DistributedModelParallel turns meta buffers into zeros and calls no `reset_parameters` on a module without
+    parameters.
+    """
+    if module._is_checked or torch.compiler.is_compiling():
+        return
+    module._is_checked = True
+    for bank in module.banks.values():
+        is_set = bank._buffers["is_set"]
+        if not is_set.is_meta and not bool(is_set):
+            bank.reset_parameters()
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        logger.warning(
+            "code tables %s are whole on each of %d ranks; pass sharders=torchrec_compress.get_default_sharders() to "
+            "the planner and to DistributedModelParallel to share them out",
+            [config.name for config in module.configs()],
+            torch.distributed.get_world_size(),
+        )
 
 
 @dataclass(frozen=True)
@@ -149,7 +183,7 @@ def remapped_ids(features: KeyedJaggedTensor, plan: Sequence[RemappedFeature]) -
     Raises:
         ValueError: an id is outside the range of the user's table.
     """
-    jagged = features.to_dict()
+    jagged = split_features(features)
     rows = {}
     for entry in plan:
         where = f"table {entry.table!r}, feature {entry.feature!r}"

@@ -15,6 +15,7 @@ from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterShardi
 from torchrec.distributed.utils import append_prefix
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_compress.modules.features import split_features
 from torchrec_compress.modules.tables import CodeTableCollection, CodeTableConfig
 from torchrec_compress.ops import check_ids
 from torchrec_compress.sharding.agree import raise_together
@@ -187,7 +188,7 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
             self._has_uninitialized_input_dist = False
         error, sent = None, []
         try:
-            jagged = features.to_dict()
+            jagged = split_features(features)
             for kind, tables in zip(self._kinds, self._tables, strict=True):
                 sent.append([self._distinct_ids(ctx, config, jagged, kind) for config in tables])
         except (ValueError, RuntimeError, KeyError) as caught:

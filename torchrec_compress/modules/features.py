@@ -1,0 +1,38 @@
+"""Batches of jagged features: checked, and split by feature."""
+
+from __future__ import annotations
+
+import torch
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from torchrec_compress.ops import check_weights
+
+
+def check_features(features: KeyedJaggedTensor, wanted: list[str], where: str) -> None:
+    """Raise ValueError when the batch lacks a feature of the collection."""
+    missing = [name for name in wanted if name not in features.keys()]  # noqa: SIM118 (keys() is a list)
+    if missing:
+        raise ValueError(f"{where}: the batch must have the features {missing}, got only {features.keys()}")
+
+
+def check_batch_weights(features: KeyedJaggedTensor, where: str) -> None:
+    """Raise ValueError when the batch lacks the weights of a weighted collection, or one is not finite."""
+    weights = features.weights_or_none()
+    if weights is None:
+        raise ValueError(
+            f"{where}: the batch must carry weights with is_weighted=True, got none; give the batch weights"
+        )
+    check_weights(weights, where)
+
+
+def split_features(features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+    """Return the bags of every feature; TorchRec's own `to_dict` fails on a batch of no bags."""
+    if features.lengths().numel() > 0:
+        return features.to_dict()
+    nothing = JaggedTensor(
+        features.values(),
+        weights=features.weights_or_none(),
+        lengths=features.lengths(),
+        offsets=torch.zeros(1, dtype=features.lengths().dtype, device=features.device()),
+    )
+    return dict.fromkeys(features.keys(), nothing)
