@@ -1,0 +1,132 @@
+"""`torchrec-compress plan`, run in this process."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from torchrec_compress.cli import main, parse_plan
+from torchrec_compress.train.plan import make_tables, plan
+from torchrec_compress.train.plan_config import PlanConfig, TableSpec, memory
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = """
+tables:
+  user: {num_embeddings: 500000000, feature_names: [u, u2], pooling_factor: 3}
+  item: {num_embeddings: 20000000, embedding_dim: 32, sharding_types: [column_wise], pooling: mean}
+  hour: {num_embeddings: 24}
+compression: {"*": {method: mec, num_codes: 8}, item: {method: int8}}
+hbm: 8GB
+"""
+
+
+@pytest.fixture
+def small(tmp_path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", *arguments])
+    assert stopped.value.code == 2
+    text = capsys.readouterr().err
+    assert "torchrec-compress: error: " in text
+    return text
+
+
+def test_the_command_of_the_readme(tmp_path, capsys):
+    config = str(CONFIGS / "plan_criteo_1tb.yaml")
+    main(["plan", config, "--world-size", "64", "--local-world-size", "8", "--hbm", "80GB", "--output", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "cat_20 " in text and "most of 64" in text and "204,184,588" in text
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert len(found["ranks"]) == 64 and len(found["tables"]) == 26
+    assert found["dense_bytes"] == 204_184_588 * 128 * 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.md", "plan.png"]
+
+
+def test_keys_of_file_and_command_line(small):
+    config = parse_plan([small, "--world-size=16", "--local_world_size", "4", "--device", "cpu"])
+    assert (config.world_size, config.local_world_size, config.device, config.hbm) == (16, 4, "cpu", "8GB")
+    assert config.tables["user"] == TableSpec(500_000_000, feature_names=["u", "u2"], pooling_factor=3)
+    user, item, hour = make_tables(config)
+    assert (user.embedding_dim, item.embedding_dim, item.pooling.name, hour.feature_names) == (
+        128,
+        32,
+        "MEAN",
+        ["hour"],
+    )
+
+
+def test_constraints_and_pooling_reach_the_parts(small, caplog):
+    with caplog.at_level(logging.WARNING):
+        report = plan(parse_plan([small]))
+    assert report.tables["item"].parts[0].sharding_type == "row_wise"
+    assert "table 'item', code table 'embeddings.code_tables' cannot be sharded column_wise" in caplog.text
+    codebooks = next(part for part in report.tables["user"].parts if part.kind == "decoder")
+    ids = 4096 * 3 * 2  # of both features
+    assert codebooks.activation_bytes == 8 * (ids * 8 * 8 + 2 * 4096 * 128 * 4)
+
+
+@pytest.mark.parametrize("unpooled", [False, True])
+def test_without_compression_the_tables_are_planned_as_they_are(unpooled):
+    config = PlanConfig(tables={"user": TableSpec(10**6)}, unpooled=unpooled, optimizer="adam", world_size=2)
+    table = plan(config).tables["user"]
+    assert (table.method, table.ratio) == ("dense", 1.0)
+    assert table.optimizer_bytes == 2 * 10**6 * 128 * 4
+
+
+def test_a_training_config_that_states_its_sizes():
+    demo = parse_plan([str(CONFIGS / "demo.yaml"), "--world-size", "2"])
+    assert demo.tables["user"].num_embeddings == 120_000 and list(demo.tables)[2:] == ["hour", "device", "region"]
+    criteo = parse_plan([str(CONFIGS / "criteo_kaggle.yaml"), "--world-size", "2", "--hbm", "1GB"])
+    assert len(criteo.tables) == 26 and criteo.tables["cat_25"].num_embeddings == 1_000_000
+    assert (criteo.embedding_dim, criteo.batch_size, criteo.optimizer, criteo.hbm) == (
+        16,
+        4096,
+        "rowwise_adagrad",
+        "1GB",
+    )
+    assert plan(criteo).tables["cat_0"].method == "mec"
+
+
+def test_what_cannot_be_planned_is_one_clear_error(small, capsys, tmp_path):
+    assert "data.vocab: must give the rows of every table" in refused(capsys, str(CONFIGS / "frappe_x1.yaml"))
+    assert "tables: must name at least one table" in refused(capsys)
+    assert "no such config file" in refused(capsys, "none.yaml")
+    assert "did you mean 'world_size'?" in refused(capsys, small, "--wrld-size", "3")
+    assert "hbm: must be a size such as '80GB'" in refused(capsys, small, "--hbm", "much")
+    assert "world_size: must be a multiple of local_world_size" in refused(
+        capsys, small, "--world-size", "12", "--local-world-size", "8"
+    )
+    assert "reserved: must be in [0, 1)" in refused(capsys, small, "--reserved", "1")
+    assert "dense_net: must leave memory" in refused(capsys, small, "--dense-net", "9GB")
+    (tmp_path / "bad.yaml").write_text("tables: {user: {num_embeddings: 7, embedding_dim: 6}}")
+    assert "tables.user: num_embeddings must be positive" in refused(capsys, str(tmp_path / "bad.yaml"))
+    (tmp_path / "budget.yaml").write_text("model: {name: dlrm}\ncompression: {budget_ratio: 10}")
+    assert "must name the methods to be planned, got a budget" in refused(capsys, str(tmp_path / "budget.yaml"))
+
+
+def test_tables_that_do_not_fit_come_with_a_line_to_paste(small, capsys):
+    text = refused(capsys, small, "--hbm", "512MB")
+    assert "bytes) a rank are missing. Too large: 'user'" in text and "TorchRec says" not in text
+    line = text.partition("YAML, under compression:  ")[2].partition("\n")[0]
+    merged = {**json.loads(line), "*": {"method": "mec", "num_codes": 8}, "item": {"method": "int8"}}
+    main(["plan", small, "--hbm", "512MB", "--compression", json.dumps(merged)])
+    assert "this plan:" in capsys.readouterr().out
+
+
+def test_memory_of_the_host_counts_on_a_cpu(small):
+    report = plan(parse_plan([small, "--device", "cpu", "--ddr", "64GB", "--dense-net", "1GB", "--reserved", "0.5"]))
+    decoded = report.tables["item"].decoded_bytes // 8
+    assert {rank.capacity_bytes for rank in report.ranks} == {31 * 2**30 - decoded}
+    assert memory("512 MiB", "x") == memory("0.5GB", "x") == 2**29
+
+
+def test_logging_is_left_as_it_was(small):
+    before = [logging.getLogger(name).level for name in ("", "torchrec", "torchrec_compress")]
+    main(["plan", small])
+    assert before == [logging.getLogger(name).level for name in ("", "torchrec", "torchrec_compress")]
