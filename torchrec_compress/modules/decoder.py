@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 from torchrec.modules.embedding_modules import process_pooled_embeddings, reorder_inverse_indices
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from torchrec_compress.modules.backward import strip_where_replicated
 from torchrec_compress.modules.features import split_features
 from torchrec_compress.modules.plan import CollectionPlan, Lookup
 
@@ -22,8 +22,6 @@ torch.fx.wrap("reorder_inverse_indices")
 torch.fx.wrap("bag_means")
 torch.fx.wrap("split_columns")
 torch.fx.wrap("split_features")
-
-logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 # what a checkpoint and a collection must agree on, table by table; their fingerprints are stored
@@ -100,9 +98,8 @@ class Decoder(nn.Module):
         return {name: tensor for name, tensor in tensors if tensor.dim() == 2}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
-        # The last call before DistributedDataParallel wraps a decoder that no sharder of ours has seen.
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            strip_in_backward_optimizers(self)
+        # the last call before DistributedDataParallel wraps a decoder that no sharder of ours has seen
+        strip_where_replicated(self)
         return super()._apply(fn, recurse)  # type: ignore[return-value]
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -184,22 +181,3 @@ class Decoder(nn.Module):
         has_codes = codes is not None and self._plan.parts[table].codes is not None
         native = [rows[group][lookup.key].values() for group in self._plan.row_groups(table)]
         return self.banks[table](ids, offsets, weights, codes[lookup.key] if has_codes else None, native)  # type: ignore[index]
-
-
-def strip_in_backward_optimizers(module: nn.Module) -> list[str]:
-    """Replace parameters that carry an optimizer for the backward pass by fresh ones without, and return their names.
-
-    A replicated parameter may only step after the ranks have reduced its gradient, so the dense optimizer trains it.
-    TorchRec's own data-parallel tables drop such optimizers as well.
-    """
-    stripped = []
-    for path, owner in module.named_modules():
-        for name, parameter in list(owner._parameters.items()):
-            if parameter is not None and hasattr(parameter, "_in_backward_optimizers"):
-                owner._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-                stripped.append(f"{path}.{name}" if path else name)
-    if stripped:
-        logger.warning(
-            "replicated parameters %s do not step in the backward; the dense optimizer trains them", stripped
-        )
-    return stripped

@@ -14,6 +14,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from torchrec_compress.methods.base import CodePart, Remap
+from torchrec_compress.modules.backward import strip_where_replicated
 from torchrec_compress.modules.features import split_features
 from torchrec_compress.ops import check_ids, lookup_codes
 
@@ -147,12 +148,17 @@ def _check_once(module: CodeTableCollection, _: Any) -> None:
         is_set = bank._buffers["is_set"]
         if not is_set.is_meta and not bool(is_set):
             bank.reset_parameters()
+    _warn_of_missing_sharders([config.name for config in module.configs()], "code tables are whole on every rank")
+
+
+def _warn_of_missing_sharders(tables: list[str], effect: str) -> None:
+    """Log, when there are several ranks, that TorchRec was not given the sharders of compressed collections."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         logger.warning(
-            "code tables %s are whole on each of %d ranks; pass sharders=torchrec_compress.get_default_sharders() to "
-            "the planner and to DistributedModelParallel to share them out",
-            [config.name for config in module.configs()],
-            torch.distributed.get_world_size(),
+            "tables %s: %s; pass sharders=torchrec_compress.get_default_sharders() to the planner and to "
+            "DistributedModelParallel",
+            sorted(set(tables)),
+            effect,
         )
 
 
@@ -219,7 +225,33 @@ def remap_features(features: KeyedJaggedTensor, plan: Sequence[RemappedFeature])
     )
 
 
-class RemappedEmbeddingBagCollection(nn.Module):
+class _Remapped(nn.Module):
+    """What pooled and unpooled native tables behind rewritten ids share."""
+
+    plan: tuple[RemappedFeature, ...]
+    native: EmbeddingBagCollection | EmbeddingCollection
+
+    def __init__(self, plan: Sequence[RemappedFeature]) -> None:
+        super().__init__()
+        self.plan = tuple(plan)
+        self._is_warned = False
+        self.register_forward_pre_hook(_warn_once)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Remapped:
+        # the last call before DistributedDataParallel wraps tables that no sharder, TorchRec's neither, has taken
+        if type(self.native) in (EmbeddingBagCollection, EmbeddingCollection):
+            strip_where_replicated(self.native)
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
+
+
+def _warn_once(module: _Remapped, _: Any) -> None:
+    if not module._is_warned and not torch.compiler.is_compiling():
+        module._is_warned = True
+        effect = "ids are rewritten outside of TorchRec's input exchange, so that no pipeline runs ahead of it"
+        _warn_of_missing_sharders([entry.table for entry in module.plan], effect)
+
+
+class RemappedEmbeddingBagCollection(_Remapped):
     """A stock `EmbeddingBagCollection` behind rewritten ids.
 
     Args:
@@ -236,8 +268,7 @@ class RemappedEmbeddingBagCollection(nn.Module):
         is_weighted: bool,
         device: torch.device | None,
     ) -> None:
-        super().__init__()
-        self.plan = tuple(plan)
+        super().__init__(plan)
         self.native = EmbeddingBagCollection(tables=tables, is_weighted=is_weighted, device=device)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
@@ -245,7 +276,7 @@ class RemappedEmbeddingBagCollection(nn.Module):
         return self.native(remap_features(features, self.plan))
 
 
-class RemappedEmbeddingCollection(nn.Module):
+class RemappedEmbeddingCollection(_Remapped):
     """A stock `EmbeddingCollection` behind rewritten ids.
 
     Args:
@@ -257,8 +288,7 @@ class RemappedEmbeddingCollection(nn.Module):
     def __init__(
         self, tables: list[EmbeddingConfig], plan: Sequence[RemappedFeature], device: torch.device | None
     ) -> None:
-        super().__init__()
-        self.plan = tuple(plan)
+        super().__init__(plan)
         self.native = EmbeddingCollection(tables=tables, device=device)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:

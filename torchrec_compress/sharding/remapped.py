@@ -164,6 +164,7 @@ class ShardedRemappedEmbeddingCollection(ShardedEmbeddingModule[Any, Any, dict[s
             self.native: Any = sharder.shard(
                 subset, {config.name: plan[config.name] for config in sharded}, env, device
             )
+            copy_values(subset, self.native)
         else:
             self.native = nn.Module()
             self.native.embeddings = nn.ModuleDict()

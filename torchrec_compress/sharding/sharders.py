@@ -12,7 +12,8 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import get_default_sharders as get_stock_sharders
 from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv, ShardingEnv2D, ShardingType
 
-from torchrec_compress.modules.decoder import Decoder, strip_in_backward_optimizers
+from torchrec_compress.modules.backward import strip_in_backward_optimizers
+from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.tables import (
     CodeTableCollection,
     RemappedEmbeddingBagCollection,

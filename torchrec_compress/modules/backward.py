@@ -1,0 +1,35 @@
+"""Optimizers that run in the backward pass, and the parameters that must not have them."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+def strip_in_backward_optimizers(module: nn.Module) -> list[str]:
+    """Replace parameters that carry an optimizer for the backward pass by fresh ones without, and return their names.
+
+    A replicated parameter may only step after the ranks have reduced its gradient, so the dense optimizer trains it.
+    TorchRec's own data-parallel tables drop such optimizers as well.
+    """
+    stripped = []
+    for path, owner in module.named_modules():
+        for name, parameter in list(owner._parameters.items()):
+            if parameter is not None and hasattr(parameter, "_in_backward_optimizers"):
+                owner._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                stripped.append(f"{path}.{name}" if path else name)
+    if stripped:
+        logger.warning(
+            "replicated parameters %s do not step in the backward; the dense optimizer trains them", stripped
+        )
+    return stripped
+
+
+def strip_where_replicated(module: nn.Module) -> None:
+    """Do so where there are several ranks, so that every rank holds a copy of the parameters."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        strip_in_backward_optimizers(module)
