@@ -18,6 +18,7 @@ from torchrec_compress.methods import MethodConfig
 from torchrec_compress.planner.enumerators import CompressedEnumerator
 from torchrec_compress.planner.ladder import NUM_STEPS, step
 from torchrec_compress.planner.proposers import TradeOffProposer
+from torchrec_compress.planner.reservation import decode_bytes
 from torchrec_compress.planner.shell import Shell
 from torchrec_compress.planner.stats import Failure
 from torchrec_compress.planner.text import size
@@ -107,8 +108,12 @@ def advise(failure: Failure) -> Advice:
     for level in range(NUM_STEPS):
         steps = {name: step(shell.tables[name], shell.methods[name], level) for name in stored if name in shell.methods}
         changes = {name: method for name, method in steps.items() if method is not None}
-        if changes and _fits(failure, shell, changes):
-            changes = _fewest(failure, shell, changes)
+        room = sum(_memory(device.storage, failure.topology) for device in failure.topology.devices)
+        if not changes or _least_bytes(shell, changes) > room:
+            continue
+        trial = _Trial(failure, shell, changes)
+        if trial.fits(len(changes)):
+            changes = dict(list(changes.items())[: trial.fewest()])
             return Advice(missing, {name: stored[name] for name in changes}, changes)
     return Advice(missing, dict(list(stored.items())[:_MOST_NAMED]), {})
 
@@ -119,10 +124,12 @@ def missing_bytes(options: list[ShardingOption], topology: Topology) -> int:
     Args:
         options: to choose from, estimated.
         topology: with what is left of the memory.
+
+    Raises:
+        ValueError: the constraints allow no plan, however much memory there is.
     """
     proposals = _proposals(options)
-    total = sum(_memory(shard.storage, topology) for option in proposals[-1] for shard in option.shards)
-    low, high = 0, max(total, 1)
+    low, high = 0, 2**20
     while not any(_places(proposal, topology, high) for proposal in proposals):
         low, high = high, 2 * high
         if high > 2**60:
@@ -134,6 +141,45 @@ def missing_bytes(options: list[ShardingOption], topology: Topology) -> int:
         else:
             low = middle
     return high
+
+
+class _Trial:
+    """Some tables under other methods: their options, in place of those that they have now.
+
+    The options of a table do not depend on other tables, so all are estimated once, whichever of them change.
+    """
+
+    def __init__(self, failure: Failure, shell: Shell, changes: Mapping[str, MethodConfig]) -> None:
+        self._topology, self._names = failure.topology, list(changes)
+        model = shell.build(changes)
+        constraints = shell.constraints(model, failure.constraints, failure.topology.compute_device)
+        enumerator = CompressedEnumerator(failure.topology, failure.batch_size, constraints, failure.dense_optimizer)
+        self._before = [(shell.table_of(option), option) for option in failure.options]
+        self._after = [(shell.table_of(option), option) for option in enumerator.enumerate(model, shell.sharders)]
+        decoded = decode_bytes(model, constraints, failure.batch_size)
+        already = decode_bytes(failure.module, failure.constraints, failure.batch_size)
+        self._decoded = {name: decoded.get(name, 0) - already.get(name, 0) for name in changes}
+
+    def fits(self, count: int) -> bool:
+        """Return whether everything fits with the first `count` changes."""
+        changed = set(self._names[:count])
+        options = [option for name, option in self._before if name not in changed]
+        options += [option for name, option in self._after if name in changed]
+        decoded = sum(self._decoded[name] for name in changed)
+        return any(_places(proposal, self._topology, -decoded) for proposal in _proposals(options))
+
+    def fewest(self) -> int:
+        """Return the least number of changes, largest tables first, under which everything fits."""
+        low, high = 0, len(self._names)  # `high` changes are known to fit, `low` ones not to
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.fits(middle) else (middle, high)
+        return high
+
+
+def _least_bytes(shell: Shell, changes: Mapping[str, MethodConfig]) -> int:
+    """Return what the tables take at least, once: a quick look before all of them are estimated."""
+    return sum(changes.get(name, method).stored_bytes(shell.tables[name]) for name, method in shell.methods.items())
 
 
 def _proposals(options: list[ShardingOption]) -> list[list[ShardingOption]]:
@@ -148,7 +194,15 @@ def _proposals(options: list[ShardingOption]) -> list[list[ShardingOption]]:
 
 def _places(proposal: list[ShardingOption], topology: Topology, extra: int) -> bool:
     """Return whether a proposal can be placed where every rank has so many bytes more."""
-    roomy = _with_more(topology, extra)
+    roomy = copy.deepcopy(topology)
+    for device in roomy.devices:
+        if topology.compute_device == "cpu":
+            device.storage.ddr += extra
+        else:
+            device.storage.hbm += extra
+    needed = sum(_memory(option.total_storage, topology) for option in proposal)
+    if needed > sum(_memory(device.storage, topology) for device in roomy.devices):
+        return False
     try:
         GreedyPerfPartitioner().partition(proposal, roomy)
     except PlannerError:
@@ -156,38 +210,6 @@ def _places(proposal: list[ShardingOption], topology: Topology, extra: int) -> b
     finally:
         reset_shard_rank(proposal)
     return True
-
-
-def _with_more(topology: Topology, extra: int) -> Topology:
-    roomy = copy.deepcopy(topology)
-    for device in roomy.devices:
-        if topology.compute_device == "cpu":
-            device.storage.ddr += extra
-        else:
-            device.storage.hbm += extra
-    return roomy
-
-
-def _fits(failure: Failure, shell: Shell, changes: Mapping[str, MethodConfig]) -> bool:
-    """Return whether everything fits with some methods changed."""
-    model = shell.build(changes)
-    constraints = shell.constraints(model, failure.constraints, failure.topology.compute_device)
-    enumerator = CompressedEnumerator(failure.topology, failure.batch_size, constraints, failure.dense_optimizer)
-    options = enumerator.enumerate(model, shell.sharders)
-    return any(_places(proposal, failure.topology, 0) for proposal in _proposals(options))
-
-
-def _fewest(failure: Failure, shell: Shell, changes: dict[str, MethodConfig]) -> dict[str, MethodConfig]:
-    """Return the shortest head of the changes, largest tables first, under which everything fits."""
-    names = list(changes)
-    low, high = 0, len(names)  # `high` changes are known to fit, `low` ones not to
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _fits(failure, shell, {name: changes[name] for name in names[:middle]}):
-            high = middle
-        else:
-            low = middle
-    return {name: changes[name] for name in names[:high]}
 
 
 def _stored_by_table(options: list[ShardingOption], shell: Shell) -> dict[str, int]:

@@ -11,9 +11,10 @@ import copy
 import math
 from abc import abstractmethod
 from typing import Any, ClassVar, Literal
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
 from torchrec.distributed.planner.types import (
     ParameterConstraints,
@@ -161,6 +162,7 @@ class CompressedPerfEstimator(_Estimator):
         inner: ShardEstimator | None = None,
     ) -> None:
         super().__init__(topology, constraints, inner or EmbeddingPerfEstimator(topology, constraints))
+        self._short_ids: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
     def _correct(
         self,
@@ -175,10 +177,10 @@ class CompressedPerfEstimator(_Estimator):
         if not option.tensor.is_floating_point():
             perf.bwd_compute = perf.bwd_comms = perf.prefetch_compute = 0.0
         part = option.module[1]
-        if isinstance(part, CodeTableCollection) and all(
-            config.num_embeddings < _INT32_ROWS for config in part.configs()
-        ):
-            perf.input_dist_comms /= 2
+        if isinstance(part, CodeTableCollection):
+            if part not in self._short_ids:
+                self._short_ids[part] = all(config.num_embeddings < _INT32_ROWS for config in part.configs())
+            perf.input_dist_comms /= 2 if self._short_ids[part] else 1
 
 
 class CompressedStorageEstimator(_Estimator):
