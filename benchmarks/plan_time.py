@@ -1,8 +1,8 @@
 """Seconds to plan compressed tables, by number of tables and ranks: `python benchmarks/plan_time.py`.
 
 Each case runs in a process of its own, and reports CPU seconds, since planning is one thread; wall-clock seconds are
-those on an idle core. The tables are spread over the methods in turn; 1,000 of them hold 1.7 * 10**11 rows. Ranks have a
-terabyte each, so that all of them fit on 8; with `--hbm 80` they do not, and the time is that to the advice.
+those on an idle core. The tables are spread over the methods in turn; 1,000 of them hold 1.7 * 10**11 rows. Ranks have
+a terabyte each, so that all of them fit on 8; with `--hbm 80` they do not, and the time is that to the advice.
 """
 
 from __future__ import annotations
