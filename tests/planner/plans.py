@@ -39,7 +39,7 @@ def topology(device: str = "cuda", ranks: int = RANKS, gigabytes: float = 80) ->
         local_world_size=min(8, ranks),
         compute_device=device,
         hbm_cap=memory,
-        ddr_cap=memory if device == "cpu" else 0,
+        ddr_cap=memory if device == "cpu" else 1,  # TorchRec 1.6 takes 0 for its default
     )
 
 

@@ -125,7 +125,7 @@ class _Estimator(ShardEstimator):
         if not isinstance(_config(decoder, table), EmbeddingBagConfig):
             lookups = lookups.unpooled()
         if tensor != "codebooks":  # hot rows share the look-up of the codebooks
-            return lookups.scaled(0, 1)
+            return lookups.scaled(1, 0)
         method = decoder._plan.methods[table]
         assert isinstance(method, CodebookConfig)
         # a residual row is the sum of M codewords, a product row is M of them side by side
