@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -57,6 +58,9 @@ CASES: dict[str, dict[str, Any]] = {
         }
     },
 }
+
+if version("torchrec") < "1.7":  # its own model fails too: the generator's offsets are not those of one batch
+    del CASES["offsets"]
 
 
 def tables(pooling: PoolingType) -> list[EmbeddingBagConfig]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,7 +62,6 @@ def unpack_rows(words: Tensor, row_size: int, dtype: torch.dtype) -> Tensor:
     return as_bytes[:, : row_size * dtype.itemsize].contiguous().view(dtype)
 
 
-@dataclass
 class CodeContext(EmbeddingCollectionContext):
     """What the way back needs to know of one batch.
 
@@ -72,8 +70,10 @@ class CodeContext(EmbeddingCollectionContext):
         num_ids: by table, ids of each of its features.
     """
 
-    inverse: dict[str, Tensor] = field(default_factory=dict)
-    num_ids: dict[str, list[int]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        super().__init__()
+        self.inverse: dict[str, Tensor] = {}
+        self.num_ids: dict[str, list[int]] = {}
 
     def record_stream(self, stream: Any) -> None:
         """Keep the tensors alive until the stream is done with them."""

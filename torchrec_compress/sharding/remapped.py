@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -91,7 +90,6 @@ class ShardedRemappedEmbeddingBagCollection(ShardedEmbeddingModule[Any, Any, Key
         return RemappedEmbeddingBagCollection
 
 
-@dataclass
 class RowContext(EmbeddingCollectionContext):
     """What the way back needs to know of one batch.
 
@@ -99,7 +97,9 @@ class RowContext(EmbeddingCollectionContext):
         replicated: by look-up key, (L,) rows of the tables that every rank holds.
     """
 
-    replicated: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self) -> None:
+        super().__init__()
+        self.replicated: dict[str, Tensor] = {}
 
     def record_stream(self, stream: Any) -> None:
         """Keep the tensors alive until the stream is done with them."""
