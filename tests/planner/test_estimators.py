@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import ParameterConstraints
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -11,6 +13,7 @@ from tests.planner.plans import BATCH, DIM, RANKS, model, options, topology
 from torchrec_compress import native_parameters
 from torchrec_compress.methods import DenseConfig, HashConfig, Int8Config, MEmComConfig, MethodConfig, PQConfig
 from torchrec_compress.planner import CompressedStorageEstimator, EmbeddingShardingPlanner, estimators
+from torchrec_compress.sharding import RemappedEmbeddingBagCollectionSharder
 
 ROWS = 1_000_000
 POOLING = 20
@@ -171,3 +174,17 @@ class _Counting:
             assert len(option.shards) == len({tuple(shard.size) for shard in option.shards})
             for shard in option.shards:
                 shard.storage = topology().devices[0].storage.__class__(hbm=2**40, ddr=0)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_an_optimizer_named_by_the_sharder_counts_where_the_tensor_has_no_mark(marked):
+    of = model({"t": HashConfig(num_buckets=2000)})
+    if marked:
+        apply_optimizer_in_backward(torch.optim.SGD, native_parameters(of), {"lr": 0.1})
+    stock = EmbeddingBagCollectionSharder(fused_params={"optimizer": EmbOptimType.EXACT_ADAGRAD})
+    sharders = [RemappedEmbeddingBagCollectionSharder(stock)]
+    wish = {"t": ParameterConstraints(sharding_types=["table_wise"], compute_kernels=["fused"])}
+    planner = EmbeddingShardingPlanner(topology(), BATCH, wish, stats=[])
+    planner.plan(of, sharders)
+    assert planner.report.tables["t"].optimizer_bytes == (0 if marked else 4 * 2000 * DIM)
+    assert planner.report.tables["t"].activation_bytes == RANKS * BATCH * (8 + 4 * DIM)
