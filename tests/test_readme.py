@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec.distributed.planner import Topology
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -31,6 +33,21 @@ def test_a_trained_collection_is_compressed() -> None:
     }
     exec(examples()[1], names)
     assert names["compressed"].footprint().ratio > 3
+
+
+def test_a_model_is_planned_and_sharded() -> None:
+    names: dict = {}
+    exec(examples()[0], names)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        names |= {"model": torch.nn.Sequential(names["embeddings"]), "device": torch.device("cpu")}
+        names["topology"] = Topology(world_size=1, compute_device="cpu")
+        exec(examples()[2], names)
+        ours, before = names["model"](names["batch"])["user"], names["pooled"]["user"]
+        torch.testing.assert_close(ours, before)
+        assert "user" in str(names["planner"].report)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_every_method_has_a_row() -> None:
