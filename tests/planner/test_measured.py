@@ -10,6 +10,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec.distributed.planner.types import PlannerError
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -127,3 +128,23 @@ def test_the_report_is_what_a_training_step_takes(ranks, pooled, how, optimizer)
             assert estimated[rank][name] == measured[name], (rank, name)
         assert estimated[rank]["optimizer_bytes"] == pytest.approx(measured["optimizer_bytes"], rel=0.01), rank
     assert sum(measured["code_bytes"] for measured, _ in results) >= 4001 * 4 + 3002 * 3 * 2 + 405 * 20
+
+
+def plan_in_vain() -> str:
+    """Plan what fits nowhere; return the error of this rank."""
+    table = EmbeddingBagConfig(name="huge", num_embeddings=10**9, embedding_dim=64, feature_names=["huge"])
+    model = nn.ModuleList(
+        [CompressedEmbeddingBagCollection([table], torch.device("meta"), compression={"huge": DenseConfig()})]
+    )
+    topology = Topology(world_size=dist.get_world_size(), compute_device="cpu", ddr_cap=2**30)
+    try:
+        EmbeddingShardingPlanner(topology, 4, stats=[]).collective_plan(model)
+    except PlannerError as error:
+        return f"{type(error).__name__}: {error}"
+    return "fits"
+
+
+def test_what_does_not_fit_is_an_error_on_every_rank(ranks):
+    first, *others = ranks.run(plan_in_vain, timeout=60)
+    assert first.startswith("InsufficientStorageError: planner: all tables must fit into ")
+    assert '"huge": {"method"' in first and others == [first] * (ranks.world_size - 1)
