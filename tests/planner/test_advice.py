@@ -101,12 +101,13 @@ def test_the_missing_bytes_are_those_that_are_missing(device, method, row_bytes)
     assert missing == pytest.approx(400_100_000 * row_bytes / 8 - 2**30, rel=0.01)
 
 
-def test_one_table_that_is_too_large_for_any_rank_is_named_though_all_would_fit_together():
+@pytest.mark.parametrize(("gigabytes", "num_codes"), [(2, 4), (1, 2), (0.5, 1)])
+def test_one_table_that_is_too_large_for_any_rank_is_named_though_all_would_fit_together(gigabytes, num_codes):
     wish = {"huge": ParameterConstraints(sharding_types=["table_wise"])}
-    error = refused(build({"*": PQConfig(num_codes=8)}), 2, wish)
-    assert list(error.advice.changes) == ["huge"]
+    error = refused(build({"*": PQConfig(num_codes=8)}), gigabytes, wish)
+    assert error.advice.changes == {"huge": PQConfig(num_codes=num_codes)}
     assert error.error_type == PlannerErrorType.STRICT_CONSTRAINTS
-    planner(2, wish).plan(build({**error.advice.changes, "*": PQConfig(num_codes=8)}))
+    planner(gigabytes, wish).plan(build({**error.advice.changes, "*": PQConfig(num_codes=8)}))
 
 
 def test_tables_of_torchrec_itself_get_the_advice_to_be_compressed():

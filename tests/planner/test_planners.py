@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchrec import EmbeddingBagConfig
 from torchrec.distributed.planner import EmbeddingShardingPlanner as StockPlanner
-from torchrec.distributed.planner import ParameterConstraints
+from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 
 from tests.planner.plans import BATCH, META, model, topology
@@ -148,3 +148,13 @@ def test_a_thousand_tables_of_a_hundred_billion_rows():
         len(table.parts) for table in planner.report.tables.values()
     )
     assert max(rank.device_bytes for rank in planner.report.ranks) <= 0.85 * 80 * 2**30
+
+
+def test_tables_before_the_memory_of_the_host_are_counted_there():
+    machines = Topology(world_size=2, compute_device="cuda", hbm_cap=2**30, ddr_cap=2**30)
+    wish = {"hash": ParameterConstraints(sharding_types=["table_wise"], compute_kernels=["fused_uvm"])}
+    planner = EmbeddingShardingPlanner(machines, BATCH, wish, stats=[])
+    planner.plan(model({"hash": HashConfig(num_buckets=1000), "int8": Int8Config()}))
+    assert sorted(rank.host_bytes for rank in planner.report.ranks) == [0, 1000 * 64 * 4]
+    part = planner.report.tables["hash"].parts[0]
+    assert part.weight_bytes == 1000 * 64 * 4 and part.activation_bytes == 2 * BATCH * (8 + 4 * 64)
