@@ -41,7 +41,7 @@ from torchrec_compress.sharding import CodeTableCollectionSharder, DecoderSharde
 NUM_TABLES, NUM_ROWS, WIDTH, NUM_DENSE = 26, 20_000, 128, 13
 HEAD = (
     "| ranks | pooling factor | variant | forward KiB | backward KiB | all-reduce KiB | sum KiB | sum, row-wise | "
-    "step ms (10th..90th percentile) | time, row-wise = 1 |\n|---|---|---|---|---|---|---|---|---|---|"
+    "step ms (10th..90th percentile) | examples/s | time, row-wise = 1 |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -197,7 +197,7 @@ def measure(rank: int, world: int, rendezvous: str, batch_size: int, pooling_fac
         everyone: list[Any] = [None] * world
         reduced = {name: replicated_bytes(model) for name, (model, _) in models.items()}
         dist.all_gather_object(everyone, sent)
-        lines += rows(world, pooling_factor, everyone, reduced, times)
+        lines += rows(world, batch_size, pooling_factor, everyone, reduced, times)
         del models
     if rank == 0:
         Path(out).write_text("\n".join(lines) + "\n")
@@ -205,7 +205,9 @@ def measure(rank: int, world: int, rendezvous: str, batch_size: int, pooling_fac
     dist.destroy_process_group()
 
 
-def rows(world: int, pooling_factor: int, sent: list[Any], reduced: dict, times: dict[str, list[float]]) -> list[str]:
+def rows(
+    world: int, batch_size: int, pooling_factor: int, sent: list[Any], reduced: dict, times: dict[str, list[float]]
+) -> list[str]:
     """Return the table's lines of one setting; ratios of times are medians of ratios step by step."""
     lines = []
     first = VARIANTS[0].name
@@ -219,7 +221,8 @@ def rows(world: int, pooling_factor: int, sent: list[Any], reduced: dict, times:
         lines.append(
             f"| {world} | {pooling_factor} | {name} | {forward:,.0f} | {backward:,.0f} | {reduced[name] / 1024:,.0f} | "
             f"{sums[name]:,.0f} | {sums[first] / sums[name]:.1f}x less | {statistics.median(times[name]):.1f} "
-            f"({spread[0]:.1f}..{spread[-1]:.1f}) | {ratio:.2f} |"
+            f"({spread[0]:.1f}..{spread[-1]:.1f}) | "
+            f"{1000 * world * batch_size / statistics.median(times[name]):,.0f} | {ratio:.2f} |"
         )
     return lines
 

@@ -8,7 +8,7 @@ from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from tests.modules import batches
 from tests.sharding.models import Model, shard
 from torchrec_compress import CompressedEmbeddingBagCollection
-from torchrec_compress.methods import DenseConfig, Int8Config, RandomCodesConfig
+from torchrec_compress.methods import DenseConfig, Int8Config, MEmComConfig, RandomCodesConfig
 
 KINDS = ["row_wise", "table_wise", "data_parallel"]
 
@@ -74,6 +74,21 @@ def small_tables(how: str) -> float:
     features = KeyedJaggedTensor.from_lengths_sync(["a", "b"], torch.tensor([4, 0, 3, 1]), torch.tensor([1, 2, 1, 0]))
     expected = plain(features).detach()
     return float((shard(plain, how)(features) - expected).abs().max())
+
+
+def native_rows_for_some_ranks() -> str:
+    """Return the error of a native table with fewer rows than ranks, which FBGEMM would raise on one rank only."""
+    table = EmbeddingBagConfig(name="t", num_embeddings=10, embedding_dim=32, feature_names=["f"])
+    try:
+        shard(Model(CompressedEmbeddingBagCollection([table], compression=MEmComConfig(num_buckets=4))), "row_wise")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_without_native_rows_is_refused_on_every_rank(four_ranks):
+    for message in four_ranks.run(native_rows_for_some_ranks):
+        assert "table 't'" in message and "gives rank 3 none" in message
 
 
 @pytest.mark.parametrize("how", KINDS)

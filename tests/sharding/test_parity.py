@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torchrec import EmbeddingConfig, PoolingType
+from torchrec.distributed.shard import shard_modules
+from torchrec.distributed.types import ShardedModule
 
 from tests.cases import CONFIGS, IDS, NUM_ROWS, fit
 from tests.modules import batches
-from tests.sharding.models import RATE, Model, local_state, loss_of, optimizer_of, shard, whole_state
-from torchrec_compress import CompressedEmbeddingCollection
+from tests.sharding.models import RATE, Model, local_state, loss_of, make_plan, optimizer_of, shard, whole_state
+from torchrec_compress import CompressedEmbeddingCollection, get_default_sharders
 from torchrec_compress.methods import HashConfig, MEmComConfig, MethodConfig, PQConfig
 
 KINDS = ["row_wise", "table_wise", "data_parallel"]
@@ -113,3 +115,22 @@ def test_unpooled_collections_train_as_unsharded(two_ranks, config, how):
     check(
         two_ranks.run(compare_with_unsharded, unpooled, (config,), how, "uneven", ["i", "u", "u2"], batches.ROWS, False)
     )
+
+
+def by_shard_modules(how: str) -> float:
+    """Return the largest gap after `shard_modules`, which is what users of other wrappers call."""
+    plain = mixed(PoolingType.SUM, False)
+    values = {name: value.clone() for name, value in plain.state_dict().items()}
+    features = draw("uneven", 0, dist.get_rank(), batches.KEYS, batches.ROWS, False)
+    expected = plain(features).detach()
+    sharders = get_default_sharders()
+    sharded = shard_modules(plain, device=torch.device("cpu"), plan=make_plan(plain, how, sharders), sharders=sharders)
+    for name, module in sharded.named_modules():
+        if isinstance(module, ShardedModule):
+            module.load_state_dict({k[len(name) + 1 :]: v for k, v in values.items() if k.startswith(f"{name}.")})
+    return float((sharded(features) - expected).abs().max())
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_shard_modules(two_ranks, how):
+    assert max(two_ranks.run(by_shard_modules, how)) < 1e-5

@@ -53,6 +53,13 @@ def test_the_suite_passes(two_ranks, method, how):
         assert ran == cases
 
 
+@pytest.mark.parametrize("config", [METHODS["mec"], MEmComConfig(num_buckets=4, scalars="grouped")])
+def test_the_suite_passes_on_four_ranks(four_ranks, config):
+    cases = ["plain", "variable batch", "vbe", "zero batch", "in backward"]
+    for ran in four_ranks.run(all_cases, config, "row_wise", cases):
+        assert ran == cases
+
+
 def with_a_wrong_way_back() -> None:
     """Break the exchange: codes come back in the order of their owners, not of the ids."""
     from torchrec_compress.sharding import code_tables

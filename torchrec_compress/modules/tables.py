@@ -229,7 +229,7 @@ class _Remapped(nn.Module):
     """What pooled and unpooled native tables behind rewritten ids share."""
 
     plan: tuple[RemappedFeature, ...]
-    native: EmbeddingBagCollection | EmbeddingCollection
+    native: Any  # a stock collection, or what DistributedModelParallel puts in its place
 
     def __init__(self, plan: Sequence[RemappedFeature]) -> None:
         super().__init__()

@@ -229,9 +229,9 @@ def _materialised(module: RemappedEmbeddingCollection, name: str, device: torch.
     """Return the values of a table that every rank will hold."""
     weight = module.native.embeddings[name].weight
     if not weight.is_meta:
-        return weight.detach().to(device, copy=True)  # type: ignore[operator]
+        return weight.detach().to(device, copy=True)
     config = next(config for config in module.native.embedding_configs() if config.name == name)
-    values = torch.empty(weight.shape, dtype=weight.dtype, device=device)  # type: ignore[arg-type]
+    values = torch.empty(weight.shape, dtype=weight.dtype, device=device)
     assert config.init_fn is not None  # set by TorchRec's own config where the user gave none
     config.init_fn(values)  # DistributedDataParallel starts every rank from the first one's values
     return values

@@ -40,6 +40,17 @@ def _device(device: torch.device | None) -> torch.device:
     return torch.device("cpu") if device is None else device
 
 
+def _check_no_empty_shard(plan: dict[str, ParameterSharding]) -> None:
+    """Raise ValueError, on every rank alike, for what FBGEMM refuses on the one rank that would hold no rows."""
+    for table, sharding in plan.items():
+        for shard in getattr(sharding.sharding_spec, "shards", ()):
+            if shard.shard_sizes[0] == 0:
+                raise ValueError(
+                    f"table {table!r}: every rank must hold a row of its native table on a CPU, got a plan that is "
+                    f"{sharding.sharding_type} and gives rank {shard.placement.rank()} none; constrain it to table_wise"
+                )
+
+
 class CodeTableCollectionSharder(BaseEmbeddingSharder[CodeTableCollection]):
     """Shard code tables row-wise, table-wise or data-parallel.
 
@@ -94,7 +105,11 @@ class _RemappedSharder(BaseEmbeddingSharder[Module]):
         """Return the physical table name by the name of the user's table."""
         return {entry.table: entry.native_table for entry in module.plan}  # type: ignore[union-attr]
 
-    def _native_plan(self, module: Module, params: dict[str, ParameterSharding]) -> dict[str, ParameterSharding]:
+    def _native_plan(
+        self, module: Module, params: dict[str, ParameterSharding], device: torch.device
+    ) -> dict[str, ParameterSharding]:
+        if device.type == "cpu":
+            _check_no_empty_shard(params)
         return {physical: params[table] for table, physical in self._native_names(module).items()}
 
     def shardable_parameters(self, module: Module) -> dict[str, nn.Parameter]:
@@ -138,7 +153,7 @@ class RemappedEmbeddingBagCollectionSharder(_RemappedSharder[RemappedEmbeddingBa
     ) -> ShardedRemappedEmbeddingBagCollection:
         """Return the sharded collection."""
         _check_env(env, "native tables")
-        plan = self._native_plan(module, params)
+        plan = self._native_plan(module, params, _device(device))
         return ShardedRemappedEmbeddingBagCollection(module, plan, env, _device(device), self._stock)
 
     @property
@@ -168,7 +183,7 @@ class RemappedEmbeddingCollectionSharder(_RemappedSharder[RemappedEmbeddingColle
     ) -> ShardedRemappedEmbeddingCollection:
         """Return the sharded collection."""
         _check_env(env, "native tables")
-        plan = self._native_plan(module, params)
+        plan = self._native_plan(module, params, _device(device))
         return ShardedRemappedEmbeddingCollection(module, plan, env, _device(device), self._stock)
 
     @property
