@@ -151,3 +151,14 @@ def test_the_explicit_way_explains_itself_too():
 def test_other_errors_stay_as_they_are():
     error = PlannerError("no such thing", PlannerErrorType.OTHER)
     assert PlanStats(model({"t": DenseConfig()})).explain(error) is error
+
+
+def test_the_state_of_the_optimizer_is_part_of_what_must_fit():
+    def hashed(optimizer, changes):
+        return build({**changes, "*": HashConfig(num_buckets=50_000_000)}, optimizer=optimizer)
+
+    error = refused(hashed(torch.optim.Adam, {}), 2)
+    without = refused(hashed(torch.optim.SGD, {}), 2)
+    assert error.advice.changes["huge"].num_buckets < without.advice.changes["huge"].num_buckets
+    planner(2).plan(hashed(torch.optim.Adam, error.advice.changes))
+    refused(hashed(torch.optim.Adam, without.advice.changes), 2)
