@@ -62,6 +62,7 @@ class CodeBank(nn.Module):
         self.register_buffer("is_set", torch.zeros(1, dtype=torch.uint8, device=device))
         self.codes: Tensor
         self.is_set: Tensor
+        self.awaits_reset = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -73,12 +74,14 @@ class CodeBank(nn.Module):
             return
         codes.copy_(start(torch.arange(self._config.num_embeddings, device=codes.device)))
         is_set.fill_(1)
+        self.awaits_reset = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeBank:
         was_meta = self.codes.is_meta
         super()._apply(fn, recurse)
         if was_meta and not self.codes.is_meta:
             self.is_set.zero_()  # to_empty() leaves garbage, which might read as "filled"
+            self.awaits_reset = True  # and leaves it in the codebooks too, so that start codes alone would not do
         return self
 
     @torch.no_grad()
@@ -136,17 +139,16 @@ class CodeTableCollection(nn.Module):
 
 
 def _check_once(module: CodeTableCollection, _: Any) -> None:
-    """Before the first batch: fill tables that another's hand took off the meta device, and warn of whole copies.
+    """Before the first batch: fill tables that DistributedModelParallel took off the meta device, warn of whole copies.
 
-    DistributedModelParallel turns meta buffers into zeros and calls no `reset_parameters` on a module without
-    parameters.
+    It turns meta buffers into zeros and calls `reset_parameters` on modules with parameters only, as codebooks are.
     """
     if module._is_checked or torch.compiler.is_compiling():
         return
     module._is_checked = True
     for bank in module.banks.values():
         is_set = bank._buffers["is_set"]
-        if not is_set.is_meta and not bool(is_set):
+        if not is_set.is_meta and not bank.awaits_reset and not bool(is_set):
             bank.reset_parameters()
     _warn_of_missing_sharders([config.name for config in module.configs()], "code tables are whole on every rank")
 
