@@ -119,3 +119,19 @@ def test_a_missing_sharder_is_said(caplog):
     }
     assert report.tables["codes"].parts[0].sharding_type == "unplanned"
     assert min(rank.decoder_bytes for rank in report.ranks) == real["codes"].total_bytes + real["rows"].total_bytes
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        (
+            {"sharding_types": ["row-wise"]},
+            r"constraints\['codes'\].sharding_types: .* got 'row-wise'; did you mean 'row_wise'",
+        ),
+        ({"compute_kernels": ["fusd"]}, r"constraints\['codes'\].compute_kernels: .* got 'fusd'; did you mean 'fused'"),
+        ({"sharding_types": ["x"]}, r"got 'x'; they are \['data_parallel'"),
+    ],
+)
+def test_misspelt_names_are_refused(wish, message):
+    with pytest.raises(ValueError, match=message):
+        translate(codes=ParameterConstraints(**wish))

@@ -1,5 +1,6 @@
 """TorchRec's planner for compressed tables: estimators, a planner, and a report of who holds which bytes."""
 
+from torchrec_compress.planner.advice import Advice, InsufficientStorageError
 from torchrec_compress.planner.constraints import translate_constraints
 from torchrec_compress.planner.enumerators import CompressedEnumerator
 from torchrec_compress.planner.estimators import CompressedPerfEstimator, CompressedStorageEstimator, estimators
@@ -10,11 +11,13 @@ from torchrec_compress.planner.reservation import DecodeReservation
 from torchrec_compress.planner.stats import PlanStats
 
 __all__ = [
+    "Advice",
     "CompressedEnumerator",
     "CompressedPerfEstimator",
     "CompressedStorageEstimator",
     "DecodeReservation",
     "EmbeddingShardingPlanner",
+    "InsufficientStorageError",
     "PartPlan",
     "PlanReport",
     "PlanStats",

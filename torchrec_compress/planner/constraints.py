@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.planner.utils import sharder_name
 from torchrec.distributed.types import ModuleSharder, ShardingType
@@ -84,6 +87,9 @@ def translate_constraints(
         compute_device: of the topology: "cpu", "cuda" or "mtia".
         sharders: as for the planner, default `torchrec_compress.sharding.get_default_sharders()`.
 
+    Raises:
+        ValueError: a sharding type or kernel that TorchRec does not know.
+
     Example:
         >>> from torchrec import EmbeddingBagConfig
         >>> from torchrec_compress import PQEmbeddingBagCollection
@@ -95,6 +101,9 @@ def translate_constraints(
         (['row_wise'], [20.0])
     """
     wishes = dict(constraints or {})
+    for name, wish in wishes.items():
+        _check_names(f"constraints[{name!r}].sharding_types", wish.sharding_types, ShardingType)
+        _check_names(f"constraints[{name!r}].compute_kernels", wish.compute_kernels, EmbeddingComputeKernel)
     found: dict[str, list[ParameterConstraints]] = {}
     for path, part, sharder in shardable_modules(module, get_default_sharders() if sharders is None else sharders):
         for name in sharder.shardable_parameters(part):
@@ -110,6 +119,16 @@ def translate_constraints(
     if unknown:
         logger.warning("constraints: no table or tensor is called %s; they have no effect", unknown)
     return {name: _together(found[name]) if name in found else wishes[name] for name in wishes}
+
+
+def _check_names(where: str, names: Sequence[str] | None, known: type[Enum]) -> None:
+    """Raise ValueError for a name that TorchRec does not know: it would be translated, not refused."""
+    values = [each.value for each in known]
+    for name in names or []:
+        if name not in values:
+            close = difflib.get_close_matches(str(name), values, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; they are {values}"
+            raise ValueError(f"{where}: must be names that TorchRec knows, got {name!r}{hint}")
 
 
 def _translate(wish: ParameterConstraints, can: Mapping[str, list[str]], where: str) -> ParameterConstraints:

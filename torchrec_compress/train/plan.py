@@ -110,6 +110,8 @@ def _shape(config: PlanConfig, name: str, spec: TableSpec) -> dict[str, Any]:
             f"tables.{name}: num_embeddings must be positive and embedding_dim a multiple of 4 (FBGEMM), got "
             f"{spec.num_embeddings} and {width}"
         )
+    if spec.pooling_factor < 0:
+        raise ValueError(f"tables.{name}.pooling_factor: must not be negative, got {spec.pooling_factor}")
     names = spec.feature_names or [name]
     return {"name": name, "num_embeddings": spec.num_embeddings, "embedding_dim": width, "feature_names": names}
 
