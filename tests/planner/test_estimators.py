@@ -188,3 +188,15 @@ def test_an_optimizer_named_by_the_sharder_counts_where_the_tensor_has_no_mark(m
     planner.plan(of, sharders)
     assert planner.report.tables["t"].optimizer_bytes == (0 if marked else 4 * 2000 * DIM)
     assert planner.report.tables["t"].activation_bytes == RANKS * BATCH * (8 + 4 * DIM)
+
+
+def test_replicating_a_code_table_is_seen_to_be_cheap():
+    """The stock planner charges an all-reduce of the whole table, and so never replicates codes."""
+    slowest = {}
+    for stock in (False, True):
+        found = options(model({"t": PQConfig(num_codes=8)}), LOOKUPS, stock=stock, ranks=16)
+        for how, kernel in (("row_wise", "fused"), ("data_parallel", "dense")):
+            option = found["code_tables.t", how, kernel]
+            slowest[stock, how] = max(shard.perf.total for shard in option.shards)
+    assert slowest[False, "data_parallel"] < slowest[False, "row_wise"]
+    assert slowest[True, "data_parallel"] > slowest[True, "row_wise"]
