@@ -1,6 +1,8 @@
 """Tensor operations behind the compressed lookups. Callers import from here, never from the files below."""
 
-from torchrec_compress.ops.codebooks import code_dtype, codebook_bag, hot_row_codes, num_escape_codes
+from torchrec_compress.ops.bags import codebook_bag
+from torchrec_compress.ops.codebooks import code_dtype, hot_row_codes, num_escape_codes
+from torchrec_compress.ops.dispatch import tiers
 from torchrec_compress.ops.ids import check_ids, hash_codes, hash_ids, lookup_codes, stable_salt
 from torchrec_compress.ops.lowbit import dequantize_rows, quantize_rows, quantized_row_bytes
 from torchrec_compress.ops.pooling import check_weights, pool_rows
@@ -20,4 +22,5 @@ __all__ = [
     "quantize_rows",
     "quantized_row_bytes",
     "stable_salt",
+    "tiers",
 ]

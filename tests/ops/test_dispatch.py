@@ -1,0 +1,125 @@
+"""Which implementation serves, where the library is built, and what happens without a compiler."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchrec_compress.ops import native
+from torchrec_compress.ops.dispatch import requested_backend
+
+ROOT = Path(__file__).resolve().parents[2]
+# prints the outcome of a look-up in two tables, served twice
+LOOKUP = """
+import logging, torch
+logging.basicConfig(format="%(message)s")
+from torchrec_compress.ops import codebook_bag, tiers
+codes = torch.tensor([[0, 1], [1, 0], [1, 1]], dtype=torch.uint8)
+for _ in range(2):
+    print(codebook_bag(codes, torch.arange(8.0).view(4, 2), torch.tensor([0, 2, 3])).tolist())
+print([tier.name for tier in tiers() if not tier.passed_over])
+"""
+RIGHT = "[[2.0, 4.0, 10.0, 12.0], [2.0, 3.0, 6.0, 7.0]]\n"
+
+
+def start(code: str, cache: Path, **environment: str) -> subprocess.Popen:
+    full = {**os.environ, "TORCHREC_COMPRESS_CACHE": str(cache), "TORCHREC_COMPRESS_BACKEND": "auto", **environment}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.Popen(command, cwd=ROOT, env=full, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(code: str, cache: Path, **environment: str) -> tuple[int, str, str]:
+    process = start(code, cache, **environment)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def counting_compiler(folder: Path) -> Path:
+    """Return a compiler that writes a line to `folder`/calls whenever it runs."""
+    try:
+        real = native.find_compiler()
+    except native.CannotBuild:
+        pytest.skip("no C++ compiler")
+    script = folder / "compiler"
+    script.write_text(f'#!/bin/sh\necho call >> {folder / "calls"}\nexec {" ".join(real)} -O0 "$@" -O0\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return script
+
+
+def test_without_a_compiler_the_reference_serves_with_one_warning(tmp_path):
+    status, out, err = run(LOOKUP, tmp_path / "cache", PATH=str(tmp_path), CXX="")
+    assert (status, out) == (0, RIGHT * 2 + "['torch']\n"), err
+    assert err.count("codebook_bag runs on plain PyTorch") == 1
+    assert "there is no C++ compiler" in err
+
+
+def test_a_compiler_that_fails_is_reported_with_its_first_error(tmp_path):
+    script = tmp_path / "c++"
+    script.write_text("#!/bin/sh\necho 'x.h:1: error: no such header' >&2\nexit 3\n")
+    script.chmod(0o755)
+    status, out, err = run(LOOKUP, tmp_path / "cache", CXX=str(script))
+    assert (status, out) == (0, RIGHT * 2 + "['torch']\n"), err
+    assert err.count("failed with status 3: x.h:1: error: no such header") == 1
+    # nothing half-built stays behind
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
+    (tmp_path / "file").write_text("")
+    status, out, err = run(LOOKUP, tmp_path / "file", CXX=sys.executable)
+    assert (status, out) == (0, RIGHT * 2 + "['torch']\n"), err
+    assert "cannot be used" in err
+
+
+def test_the_kernels_can_be_demanded_and_declined(tmp_path):
+    status, _, err = run(LOOKUP, tmp_path, PATH=str(tmp_path), CXX="", TORCHREC_COMPRESS_BACKEND="cpp")
+    assert status == 1
+    assert "TORCHREC_COMPRESS_BACKEND=cpp: the C++ kernels must be there, got none: there is no C++ compiler" in err
+    assert run(LOOKUP, tmp_path, TORCHREC_COMPRESS_BACKEND="torch") == (0, RIGHT * 2 + "['torch']\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_backend_is_an_error(monkeypatch):
+    monkeypatch.setenv("TORCHREC_COMPRESS_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="must be one of auto, cpp, torch, got 'gpu'"):
+        requested_backend()
+
+
+def test_importing_builds_nothing(tmp_path):
+    assert run("import torchrec_compress, torchrec_compress.ops", tmp_path)[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_processes_that_start_at_once_build_once_and_later_ones_not_at_all(tmp_path):
+    compiler, cache = counting_compiler(tmp_path), tmp_path / "cache"
+    ranks = [start(LOOKUP, cache, CXX=str(compiler)) for _ in range(3)]
+    for rank in ranks:
+        assert rank.communicate() == (RIGHT * 2 + "['cpp']\n", "")
+    sources = list(native.SOURCES.glob("*.cpp"))
+    assert (tmp_path / "calls").read_text().count("call") == len(sources) + 1
+    # a compiler is not even looked for once there is a library
+    assert run(LOOKUP, cache, PATH=str(tmp_path), CXX="") == (0, RIGHT * 2 + "['cpp']\n", "")
+
+
+@pytest.mark.slow
+def test_the_kernels_for_any_processor_equal_the_reference():
+    code = """
+import torch
+from tests.ops.bags import check
+from torchrec_compress.ops import native
+assert native.load() == "base"
+for structure in ("product", "residual"):
+    for width in (4, 5, 8, 16, 32, 40):
+        check(130, [100, 0, 30], 11, 256, width, structure, 9, True, torch.float32)
+        check(130, [100, 0, 30], 6, 1000, width, structure, 0, False, torch.float32)
+"""
+    try:
+        native.find_compiler()
+    except native.CannotBuild:
+        pytest.skip("no C++ compiler")
+    status, _, err = run(code, native.cache_folder(), ATEN_CPU_CAPABILITY="default")
+    assert status == 0, err

@@ -1,0 +1,278 @@
+"""The C++ kernels of `codebook_bag`: values, gradients, errors, determinism, registration."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.ops.bags import check, random_codes
+from torchrec_compress.ops import code_dtype, codebook_bag, native, num_escape_codes
+from torchrec_compress.ops.dispatch import cpp_serves
+from torchrec_compress.ops.reference import reference_codebook_bag
+
+STRUCTURES = ["product", "residual"]
+
+
+def _has_compiler() -> bool:
+    try:
+        return bool(native.find_compiler())
+    except native.CannotBuild:
+        return False
+
+
+pytestmark = [
+    pytest.mark.usefixtures("kernels", "poisoned_memory"),
+    pytest.mark.skipif(not _has_compiler(), reason="no C++ compiler"),
+]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """Take the C++ kernels, whatever the suite runs on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHREC_COMPRESS_BACKEND", "cpp")
+        assert cpp_serves()
+        yield
+
+
+def lengths_of(num_bags: int) -> list[int]:
+    """Bags of 0, 1 and more ids, the longest of 40."""
+    return [(0, 1, 2, 1, 3, 0, 40 if bag % 60 == 6 else 1)[bag % 7] for bag in range(num_bags)]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("size", [2, 16, 255, 256, 4096])
+@pytest.mark.parametrize("width", [4, 5, 8, 10, 16, 32, 40])
+def test_widths_and_codebook_sizes(width, size, structure):
+    lengths = lengths_of(20)
+    width = width * 3 if structure == "residual" else width
+    num_hot = 5 if size > 2 else 0
+    check(sum(lengths), lengths, 11, size, width, structure, num_hot, True, torch.float32)
+
+
+@pytest.mark.parametrize("num_hot", [0, 300])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("num_bags", [0, 1, 3, 63, 1000])
+def test_numbers_of_bags(num_bags, structure, num_hot):
+    lengths = lengths_of(num_bags)
+    check(sum(lengths), lengths, 4, 256, 8, structure, num_hot, num_hot > 0, torch.float32)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_id_is_a_bag_without_offsets(structure, weighted, index_dtype):
+    check(63, None, 16, 256, 8, structure, 0, weighted, torch.float32)
+    check(63, [63], 16, 256, 8, structure, 0, weighted, torch.float32, index_dtype)
+    check(0, None, 16, 256, 8, structure, 0, weighted, torch.float32)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 5), min_size=0, max_size=6),
+    num_codes=st.integers(1, 9),
+    size=st.integers(2, 300),
+    width=st.integers(1, 17),
+    structure=st.sampled_from(STRUCTURES),
+    num_hot=st.integers(0, 40),
+    weighted=st.booleans(),
+)
+def test_any_jagged_batch(lengths, num_codes, size, width, structure, num_hot, weighted):
+    if num_escape_codes(num_hot, num_codes, size) >= size:
+        num_hot = 0
+    check(sum(lengths), lengths, num_codes, size, width, structure, num_hot, weighted, torch.float32)
+
+
+def inputs(structure="product", size=256, num_hot=300, num_bags=1000, num_codes=6):
+    """Return codes, codebooks, offsets, weights, hot rows; long enough bags for two threads to share."""
+    offsets = torch.tensor([0, *(25 * length for length in lengths_of(num_bags))]).cumsum(0)
+    codes = random_codes(int(offsets[-1]), num_codes, size, num_hot).to(code_dtype(size))
+    dim = 8 * num_codes if structure == "product" else 40
+    books = torch.randn(num_codes * size, 8 if structure == "product" else dim, requires_grad=True)
+    hot = torch.randn(num_hot, dim, requires_grad=True) if num_hot else None
+    return codes, books, offsets, torch.randn(len(codes), requires_grad=True), hot
+
+
+def run(function, structure, codes, books, offsets, weights, hot):
+    out = function(codes, books, offsets, structure=structure, weights=weights, hot_rows=hot)
+    upstream = torch.arange(out.numel()).view(out.shape).sin()
+    return [out, *torch.autograd.grad(out, (books, weights, hot), upstream)]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_two_threads_give_the_bits_of_one(structure):
+    given_inputs = inputs(structure)
+    one = run(codebook_bag, structure, *given_inputs)
+    torch.set_num_threads(2)
+    try:
+        two = run(codebook_bag, structure, *given_inputs)
+        again = run(codebook_bag, structure, *given_inputs)
+    finally:
+        torch.set_num_threads(1)
+    for a, b, c in zip(one, two, again, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operator makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_nothing_is_larger_than_inputs_and_outputs(structure):
+    codes, books, offsets, weights, hot = inputs(structure, num_hot=20, size=16)
+    with _Largest() as seen:
+        out, *_ = run(codebook_bag, structure, codes, books, offsets, weights, hot)
+    assert len(codes) * out.shape[1] > 10 * out.numel()
+    assert seen.numel <= max(out.numel(), codes.numel())
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_gradients_are_only_taken_where_they_are_asked_for(structure):
+    codes, books, offsets, weights, hot = inputs(structure, num_bags=30)
+    grads = run(codebook_bag, structure, codes, books, offsets, weights, hot)[1:]
+    for chosen, expected in zip((books, weights, hot), grads, strict=True):
+        parts = [tensor if tensor is chosen else tensor.detach() for tensor in (books, weights, hot)]
+        out = codebook_bag(codes, parts[0], offsets, structure=structure, weights=parts[1], hot_rows=parts[2])
+        (got,) = torch.autograd.grad(out, chosen, torch.arange(out.numel()).view(out.shape).sin())
+        assert torch.equal(got, expected)
+
+
+def test_codebooks_may_change_between_forward_and_backward():
+    # as with F.embedding_bag: without a gradient of weights only indices are kept
+    codes, books, offsets, _, _ = inputs(num_hot=0, num_bags=10)
+    out = codebook_bag(codes, books, offsets)
+    with torch.no_grad():
+        books.mul_(2)
+    out.sum().backward()
+
+
+def test_inputs_of_any_stride_and_shared_upstream():
+    codes, books, offsets, weights, _ = inputs(num_hot=0, num_bags=30)
+    mixed = codebook_bag(
+        codes.t().contiguous().t(), books.t().contiguous().t(), offsets.int(), weights=weights.repeat(2)[::2]
+    )
+    plain = codebook_bag(codes, books, offsets, weights=weights.repeat(2)[::2].contiguous())
+    assert torch.equal(mixed, plain)
+    # the gradient of sum() is one number, expanded
+    assert torch.equal(*(torch.autograd.grad(out.sum(), books)[0] for out in (mixed, plain)))
+
+
+@pytest.mark.parametrize(
+    ("codes", "num_hot"),
+    [
+        (torch.tensor([[0, 1], [2, 3], [255, 1]], dtype=torch.uint8), 0),
+        (torch.tensor([[0, 1], [2, -1], [0, 1]], dtype=torch.int16), 0),
+        (torch.tensor([[0, 1], [2, 1], [0, 254]], dtype=torch.int16), 0),
+        # 254 is the one escape code, and the hot rows are 0 to 6
+        (torch.tensor([[0, 1], [2, 1], [253, 7]], dtype=torch.uint8), 7),
+    ],
+)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_codes_out_of_range_are_errors(codes, num_hot, structure):
+    width = 4 if structure == "product" else 8
+    hot = torch.zeros(num_hot, 8) if num_hot else None
+    with pytest.raises(ValueError, match="every code must be in \\[0, 254\\)"):
+        codebook_bag(codes, torch.zeros(508, width), None, structure=structure, hot_rows=hot)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 2, 1, 3], "must not decrease"),
+        ([0, 9, 3], "must not decrease"),
+        ([-1, 3], "must start with 0"),
+        ([1, 3], "must start with 0"),
+        ([0, 2], "must end with the number of ids, 3"),
+        ([0, 4], "must end with the number of ids, 3"),
+        ([0], "must end with the number of ids, 3"),
+        ([], "of shape"),
+    ],
+)
+def test_offsets_that_do_not_fit_are_errors(offsets, message):
+    codes = torch.zeros(3, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        codebook_bag(codes, torch.zeros(8, 4), torch.tensor(offsets, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("books", "weights", "hot", "message"),
+    [
+        ((7, 4), None, None, "same number of codewords"),
+        ((0, 4), None, None, "at least one"),
+        ((8, 4), 2, None, "one per id, 3"),
+        ((8, 4), None, (1, 7), "hot_rows must be 8 wide"),
+        ((8, 4), None, (100, 8), "at most what"),
+        ((8,), None, None, "2 dimensions"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_errors(books, weights, hot, message):
+    codes = torch.zeros(3, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        codebook_bag(
+            codes,
+            torch.zeros(books),
+            None,
+            weights=None if weights is None else torch.ones(weights),
+            hot_rows=None if hot is None else torch.ones(hot),
+        )
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_operators_are_registered_as_torch_expects(structure):
+    codes, books, offsets, weights, hot = inputs(structure, num_bags=7, num_codes=3, size=16, num_hot=9)
+    ops, residual = torch.ops.torchrec_compress, structure == "residual"
+    torch.library.opcheck(ops.codebook_bag.default, (codes, books, offsets, weights, hot, residual))
+    torch.library.opcheck(ops.codebook_bag.default, (codes, books, None, None, None, residual))
+    values = [tensor.detach() for tensor in (books, weights, hot)]
+    books, weights, hot = values
+    grad = torch.ones(7, hot.shape[1])
+    sizes = (*books.shape, len(hot), True, residual)
+    torch.library.opcheck(ops.codebook_bag_backward.default, (grad, codes, offsets, weights, *sizes))
+    torch.library.opcheck(ops.codebook_bag_backward_weights.default, (grad, codes, books, offsets, hot, residual))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(dynamic):
+    compiled = torch.compile(codebook_bag, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for num_bags in (7, 20):
+        given_inputs = inputs(num_bags=num_bags)
+        eager = run(codebook_bag, "product", *given_inputs)
+        for got, expected in zip(run(compiled, "product", *given_inputs), eager, strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_exports():
+    class Lookup(torch.nn.Module):
+        def __init__(self, books):
+            super().__init__()
+            self.books = torch.nn.Parameter(books)
+
+        def forward(self, codes, offsets):
+            return codebook_bag(codes, self.books, offsets)
+
+    codes, books, offsets, _, _ = inputs(num_bags=9, num_hot=0)
+    ids, bags = torch.export.Dim("ids"), torch.export.Dim("bags", min=3)
+    program = torch.export.export(
+        Lookup(books.detach()), (codes, offsets), dynamic_shapes={"codes": {0: ids}, "offsets": {0: bags}}
+    )
+    assert "torchrec_compress.codebook_bag" in str(program.graph)
+    more, _, longer, _, _ = inputs(num_bags=20, num_hot=0)
+    assert torch.equal(program.module()(more, longer), codebook_bag(more, books, longer))
+
+
+def test_other_inputs_go_to_the_reference():
+    codes, books, offsets, weights, hot = inputs(num_bags=9)
+    for other, words in ((codes.int(), books), (codes, books.detach().double())):
+        got = codebook_bag(other, words, offsets, weights=weights, hot_rows=hot)
+        assert torch.equal(got, reference_codebook_bag(other, words, offsets, "product", weights, hot))
