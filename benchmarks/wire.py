@@ -216,7 +216,7 @@ def rows(
         name = variant.name
         forward, backward = (statistics.mean(mine[name][part] for mine in sent) / 1024 for part in (0, 1))
         sums[name] = forward + backward + reduced[name] / 1024
-        spread = statistics.quantiles(times[name], n=10)
+        spread = statistics.quantiles(times[name], n=10, method="inclusive")
         ratio = statistics.median(a / b for a, b in zip(times[name], times[first], strict=True))
         lines.append(
             f"| {world} | {pooling_factor} | {name} | {forward:,.0f} | {backward:,.0f} | {reduced[name] / 1024:,.0f} | "

@@ -4,9 +4,17 @@ import copy
 
 import pytest
 import torch
-from torchrec import DataType, EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
+from torchrec import (
+    DataType,
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    PoolingType,
+)
 
-from tests.cases import CASES, counts, dense_collection, fit, fresh, rows, table
+from tests.cases import CASES, DIM, NUM_ROWS, counts, dense_collection, fit, fresh, rows, table
+from tests.cases import batch as one_feature
 from tests.modules.batches import KEYS, MIXED, batch, collection, expected, tables
 from torchrec_compress import CompressedEmbeddingBagCollection, compress, compress_into, decompress
 from torchrec_compress.compression import resolve
@@ -126,3 +134,20 @@ def test_a_collection_trained_after_its_fit_can_be_compressed_again():
     served = decompress(again).embedding_bags["item"].weight
     assert (served - once.embedding_bags["item"].weight).abs().max() < 0.03
     assert not torch.equal(dense_collection().embedding_bags["item"].weight, served)
+
+
+@pytest.mark.parametrize("method", ["pq", "memcom", "hash", "int8", "mec"])
+def test_an_unpooled_collection_is_compressed_and_expanded(method):
+    config = CASES[method][-1]
+    configs = [EmbeddingConfig(name="item", num_embeddings=NUM_ROWS, embedding_dim=DIM, feature_names=["item"])]
+    dense = EmbeddingCollection(configs, need_indices=True)
+    with torch.no_grad():
+        dense.embeddings["item"].weight.copy_(rows())
+    compressed = compress(dense, config, counts={"item": counts()})
+    features = one_feature([[1, 5], [], [402]])
+    pooled = fit(config)(one_feature([[1], [5], [402]])).values()
+    assert compressed.need_indices()
+    torch.testing.assert_close(compressed(features)["item"].values(), pooled)
+    expanded = decompress(compressed)
+    assert isinstance(expanded, EmbeddingCollection)
+    torch.testing.assert_close(expanded(features)["item"].values(), pooled)

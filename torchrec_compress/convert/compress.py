@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from tqdm import tqdm
 
 from torchrec_compress.compression import Compression
 from torchrec_compress.methods import TableData
-from torchrec_compress.modules import CompressedEmbeddingBagCollection
+from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 
 _ROWS_AT_ONCE = 65536
 
 
+@overload
 def compress(
     dense: EmbeddingBagCollection,
     compression: Compression,
@@ -26,7 +27,30 @@ def compress(
     contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     seed: int = 0,
     progress: bool = False,
-) -> CompressedEmbeddingBagCollection:
+) -> CompressedEmbeddingBagCollection: ...
+
+
+@overload
+def compress(
+    dense: EmbeddingCollection,
+    compression: Compression,
+    *,
+    counts: Mapping[str, Tensor] | None = None,
+    contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> CompressedEmbeddingCollection: ...
+
+
+def compress(
+    dense: EmbeddingBagCollection | EmbeddingCollection,
+    compression: Compression,
+    *,
+    counts: Mapping[str, Tensor] | None = None,
+    contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> CompressedEmbeddingBagCollection | CompressedEmbeddingCollection:
     """Fit a compressed collection to a trained one.
 
     Args:
@@ -38,7 +62,7 @@ def compress(
         progress: whether to show a progress bar.
 
     Returns:
-        A collection with the same keys and widths, its tables fitted.
+        A collection with the same keys and widths, its tables fitted: pooled for pooled ones, else unpooled.
 
     Raises:
         ValueError: a table cannot be stored or fitted as asked, or counts or contexts name an unknown table.
@@ -50,17 +74,21 @@ def compress(
         >>> compress(EmbeddingBagCollection([table]), PQConfig(num_codes=4, codebook_size=64)).footprint().ratio > 8
         True
     """
-    collection = CompressedEmbeddingBagCollection(
-        dense.embedding_bag_configs(), dense.device, dense.is_weighted(), compression, seed, will_fit=True
-    )
-    bags: Any = dense.embedding_bags
-    rows = {name: bag.weight.detach().float().cpu() for name, bag in bags.items()}
+    collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
+    if isinstance(dense, EmbeddingCollection):
+        configs, kept, stored = dense.embedding_configs(), dense.need_indices(), dense.embeddings
+        collection = CompressedEmbeddingCollection(configs, dense.device, kept, compression, seed, will_fit=True)
+    else:
+        bags, kept, stored = dense.embedding_bag_configs(), dense.is_weighted(), dense.embedding_bags
+        collection = CompressedEmbeddingBagCollection(bags, dense.device, kept, compression, seed, will_fit=True)
+    modules: Any = stored.items()
+    rows = {name: module.weight.detach().float().cpu() for name, module in modules}
     compress_into(collection, rows, counts=counts, contexts=contexts, seed=seed, progress=progress)
     return collection
 
 
 def compress_into(
-    collection: CompressedEmbeddingBagCollection,
+    collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection,
     rows: Mapping[str, Tensor],
     *,
     counts: Mapping[str, Tensor] | None = None,
@@ -90,7 +118,7 @@ def compress_into(
         unknown = sorted(set(given) - set(methods))
         if unknown:
             raise ValueError(f"compress: {what} must name tables of {sorted(methods)}, got {unknown}")
-    tables = {table.name: table for table in collection.embedding_bag_configs()}
+    tables = {table.name: table for table in collection.table_configs()}
     with tqdm(tables.items(), desc="fitting", unit="table", disable=not progress, leave=False) as bar:
         for name, table in bar:
             bar.set_postfix_str(f"{name}: {methods[name].method}")
@@ -100,8 +128,18 @@ def compress_into(
             collection.load_table(name, methods[name].fit(table, data))
 
 
+@overload
+def decompress(collection: CompressedEmbeddingBagCollection) -> EmbeddingBagCollection: ...
+
+
+@overload
+def decompress(collection: CompressedEmbeddingCollection) -> EmbeddingCollection: ...
+
+
 @torch.no_grad()
-def decompress(collection: CompressedEmbeddingBagCollection) -> EmbeddingBagCollection:
+def decompress(
+    collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection,
+) -> EmbeddingBagCollection | EmbeddingCollection:
     """Expand every table of a compressed collection to its dense rows.
 
     Args:
@@ -118,10 +156,17 @@ def decompress(collection: CompressedEmbeddingBagCollection) -> EmbeddingBagColl
         >>> decompress(collection).embedding_bags["user"].weight.unique(dim=0).shape[0] <= 10
         True
     """
-    tables = copy.deepcopy(collection.embedding_bag_configs())
-    dense = EmbeddingBagCollection(tables, is_weighted=collection.is_weighted(), device=collection.device)
-    for table in tables:
-        weight: Any = dense.embedding_bags[table.name].weight
+    dense: EmbeddingBagCollection | EmbeddingCollection
+    if isinstance(collection, CompressedEmbeddingCollection):
+        rows = copy.deepcopy(collection.embedding_configs())
+        dense = EmbeddingCollection(rows, device=collection.device, need_indices=collection.need_indices())
+        modules: Any = dense.embeddings
+    else:
+        bags = copy.deepcopy(collection.embedding_bag_configs())
+        dense = EmbeddingBagCollection(bags, is_weighted=collection.is_weighted(), device=collection.device)
+        modules = dense.embedding_bags
+    for table in collection.table_configs():
+        weight = modules[table.name].weight
         for first in range(0, table.num_embeddings, _ROWS_AT_ONCE):
             ids = torch.arange(first, min(first + _ROWS_AT_ONCE, table.num_embeddings), device=collection.device)
             weight[first : first + len(ids)] = collection.table_rows(table.name, ids)

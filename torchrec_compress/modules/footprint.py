@@ -113,10 +113,10 @@ def optimizer_bytes(optimizer: KeyedOptimizer | torch.optim.Optimizer) -> int:
 
 
 def _state_bytes(value: object) -> int:
+    if hasattr(value, "local_shards"):  # a ShardedTensor, which is a Tensor too: this rank's part
+        return sum(_state_bytes(shard.tensor) for shard in value.local_shards())  # type: ignore[attr-defined]
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
-    if hasattr(value, "local_shards"):  # a ShardedTensor: this rank's part
-        return sum(_state_bytes(shard.tensor) for shard in value.local_shards())  # type: ignore[attr-defined]
     if isinstance(value, dict):
         return sum(_state_bytes(item) for item in value.values())
     return 0

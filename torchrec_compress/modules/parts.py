@@ -63,6 +63,10 @@ class CompressedParts(nn.Module):
         """The seed of start codes and hashes."""
         return self._plan.seed
 
+    def table_configs(self) -> list[Any]:
+        """Return the user's configs, pooled or not (copies, with feature names filled in)."""
+        return self._plan.tables
+
     def methods(self) -> dict[str, MethodConfig]:
         """Return the method of every table; those that compression would not shrink are dense."""
         return dict(self._plan.methods)
