@@ -1,4 +1,4 @@
-"""The command line: train, compare, report, plan. Heavy imports happen inside the subcommands."""
+"""The command line: train, compare, report, plan, info. Heavy imports happen inside the subcommands."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ _USAGE = """usage: torchrec-compress COMMAND ...
   compare CONFIG [--key.sub VALUE ...]   variants over seeds, then the report; resumes where it stopped
   report FOLDER                          write report.md, report.json and plots of a comparison again
   plan CONFIG [--world-size N ...]       who holds which bytes on many GPUs; needs none, and no data
+  info                                   versions, and which implementation serves the look-ups and why
 
 CONFIG is a YAML file such as configs/demo.yaml. Every key can be given on the command line as well.
   torchrec-compress train --help                   all keys, what they mean and their defaults
   torchrec-compress train CONFIG --print_config    the resolved config
 """
-_COMMANDS = ("train", "compare", "report", "plan")
+_COMMANDS = ("train", "compare", "report", "plan", "info")
 # how jsonargparse words an unknown key on the command line, within a group of a file, and at a file's top
 _UNKNOWN = (
     r"[Uu]nrecognized arguments: --([\w.]+)",
@@ -157,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _report(rest)
         elif command == "plan":
             _plan(parse_plan(rest))
+        elif command == "info":
+            _info(rest)
         else:
             _run(command, parse_run(rest, command))
     except (ValueError, OSError) as error:
@@ -190,6 +193,19 @@ def _plan(config: PlanConfig) -> None:
     from torchrec_compress.train.plan import run
 
     print(run(config))
+
+
+def _info(arguments: Sequence[str]) -> None:
+    if arguments:
+        _fail("usage: torchrec-compress info")
+    from torchrec_compress.ops import tiers
+    from torchrec_compress.versions import installed_versions
+
+    versions = {"python": ".".join(str(part) for part in sys.version_info[:3]), **installed_versions()}
+    print(", ".join(f"{name} {found or 'missing'}" for name, found in versions.items()))
+    for tier in tiers():
+        print(f"codebook_bag, CPU: {tier.name} {f'passed over: {tier.passed_over}' if tier.passed_over else 'serves'}")
+        print(f"  {tier.detail}")
 
 
 def _report(arguments: Sequence[str]) -> None:

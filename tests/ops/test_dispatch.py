@@ -123,3 +123,18 @@ for structure in ("product", "residual"):
         pytest.skip("no C++ compiler")
     status, _, err = run(code, native.cache_folder(), ATEN_CPU_CAPABILITY="default")
     assert status == 0, err
+
+
+def test_info_says_what_serves_and_why_not_the_others(tmp_path):
+    code = "from torchrec_compress.cli import main; main(['info'])"
+    status, out, err = run(code, tmp_path, TORCHREC_COMPRESS_BACKEND="torch")
+    assert status == 0, err
+    assert out.startswith("python 3.")
+    assert "codebook_bag, CPU: cpp passed over: TORCHREC_COMPRESS_BACKEND=torch\n" in out
+    assert "codebook_bag, CPU: torch serves\n" in out
+    status, out, err = run(code, tmp_path, PATH=str(tmp_path), CXX="")
+    assert status == 0, err
+    assert "codebook_bag, CPU: cpp passed over: there is no C++ compiler (looked for" in out
+    # an unknown backend is an error of the user's, in one line
+    status, _, err = run(code, tmp_path, TORCHREC_COMPRESS_BACKEND="x")
+    assert (status, err.count("\n")) == (2, 1)
