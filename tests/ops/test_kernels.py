@@ -168,6 +168,27 @@ def test_inputs_of_any_stride_and_shared_upstream():
     assert torch.equal(*(torch.autograd.grad(out.sum(), books)[0] for out in (mixed, plain)))
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_gradients_of_concatenated_outputs_are_read_in_place(structure):
+    codes, books, offsets, weights, hot = inputs(structure, num_bags=30)
+
+    def pooled():
+        return codebook_bag(codes, books, offsets, structure=structure, weights=weights, hot_rows=hot)
+
+    width = pooled().shape[1]
+    upstream = torch.randn(30, 3 + 2 * width)
+    columns = torch.cat([torch.zeros(30, 3), pooled(), pooled()], dim=1)
+    plain = upstream[:, 3 : 3 + width].contiguous(), upstream[:, 3 + width :].contiguous()
+    expected = [torch.autograd.grad(pooled(), (books, weights, hot), grad) for grad in plain]
+    for got, first, second in zip(
+        torch.autograd.grad(columns, (books, weights, hot), upstream), *expected, strict=True
+    ):
+        torch.testing.assert_close(got, first + second)
+    # columns that are not side by side are copied
+    got = torch.autograd.grad(pooled(), books, plain[0].t().contiguous().t())
+    assert torch.equal(got[0], expected[0][0])
+
+
 @pytest.mark.parametrize(
     ("codes", "num_hot"),
     [

@@ -220,7 +220,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, offsets, weights, codebooks, hot_rows = ctx.saved_tensors
     _, wants_codebooks, _, wants_weights, wants_hot_rows, _ = ctx.needs_input_grad
-    ops, grad = torch.ops.torchrec_compress, grad.contiguous()
+    ops = torch.ops.torchrec_compress
     of_codebooks = of_hot_rows = of_weights = None
     if wants_codebooks or wants_hot_rows:
         of_codebooks, of_hot_rows = ops.codebook_bag_backward(

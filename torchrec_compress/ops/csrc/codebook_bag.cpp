@@ -153,10 +153,15 @@ void set_sizes(Job& job, int64_t num_words, int64_t width, int64_t num_hot, bool
   job.dim = residual ? width : width * job.num_codes;
 }
 
-void set_grad(Job& job, const Tensor& grad) {
-  require_floats(grad, "grad", 2);
-  require(grad.size(0) == job.num_bags && grad.size(1) == job.dim, "grad must be (", job.num_bags, ", ", job.dim, ")");
-  job.grad = static_cast<const float*>(grad.const_data_ptr());
+// Reads a gradient in place where its rows are whole, as in the columns of a concatenation; returns what must be kept.
+Tensor set_grad(Job& job, const Tensor& grad) {
+  require(grad.scalar_type() == ScalarType::Float && grad.dim() == 2 && grad.size(0) == job.num_bags &&
+              grad.size(1) == job.dim,
+          "grad must be float32 of shape (", job.num_bags, ", ", job.dim, ")");
+  Tensor rows = grad.stride(1) == 1 ? grad : torch::stable::contiguous(grad);
+  job.grad = static_cast<const float*>(rows.const_data_ptr());
+  job.grad_stride = rows.stride(0);
+  return rows;
 }
 
 void set_tables(Inputs& inputs, const Tensor& codebooks, const std::optional<Tensor>& hot_rows, bool residual) {
@@ -198,7 +203,7 @@ std::tuple<Tensor, Tensor> codebook_bag_backward(Tensor grad, Tensor codes, std:
   Job& job = inputs.job;
   fill(inputs, codes, offsets, weights);
   set_sizes(job, num_words, width, num_hot, residual);
-  set_grad(job, grad);
+  const Tensor rows = set_grad(job, grad);
   scan(inputs);
   Tensor codebooks = torch::stable::new_zeros(grad, {num_words, width});
   Tensor hot_rows = torch::stable::new_zeros(grad, {wants_hot_rows ? num_hot : 0, job.dim});
@@ -215,7 +220,7 @@ Tensor codebook_bag_backward_weights(Tensor grad, Tensor codes, Tensor codebooks
   Job& job = inputs.job;
   fill(inputs, codes, offsets, std::nullopt);
   set_tables(inputs, codebooks, hot_rows, residual);
-  set_grad(job, grad);
+  const Tensor rows = set_grad(job, grad);
   scan(inputs);
   Tensor weights = torch::stable::new_empty(grad, {job.num_ids});
   job.grad_weights = static_cast<float*>(weights.mutable_data_ptr());

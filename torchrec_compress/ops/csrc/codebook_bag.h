@@ -20,7 +20,8 @@ struct Job {
   int64_t dim;               // D
   bool residual;
   float* out;                // [B, D], forward
-  const float* grad;         // [B, D], backward
+  const float* grad;         // [B, D], backward, rows grad_stride apart
+  int64_t grad_stride;
   float* grad_codebooks;     // [M * K, width], zeroed
   float* grad_hot_rows;      // [H, D], zeroed, or null: not wanted
   float* grad_weights;       // [L]

@@ -95,7 +95,7 @@ void product_scatter(const Job& job, int64_t m) {
     const Bag<Code> bag(job, b);
     typename Lanes<N>::Vector grad[CHUNKS][PARTS];
     for (int c = 0; c < CHUNKS; ++c)
-      for (int p = 0; p < PARTS; ++p) grad[c][p] = load<N>(job.grad + b * job.dim + (m + c) * WIDTH + p * N);
+      for (int p = 0; p < PARTS; ++p) grad[c][p] = load<N>(job.grad + b * job.grad_stride + (m + c) * WIDTH + p * N);
     const Code* codes = bag.codes + m;
     for (int64_t i = 0; i < bag.count; ++i, codes += job.num_codes) {
       const float weight = bag.weights[i * bag.weight_step];
@@ -156,7 +156,7 @@ void product_backward_any(const Job& job, int64_t begin, int64_t end) {
       const bool is_hot = bag.hot && bag.hot[i] >= 0;
       if (is_hot && !job.grad_hot_rows) continue;
       for (int64_t m = first; m < last; ++m) {
-        const float* __restrict grad = job.grad + b * job.dim + m * width;
+        const float* __restrict grad = job.grad + b * job.grad_stride + m * width;
         float* __restrict slot =
             is_hot ? job.grad_hot_rows + bag.hot[i] * job.dim + m * width
                    : job.grad_codebooks + (m * job.codebook_size + bag.codes[i * job.num_codes + m]) * width;
@@ -202,7 +202,7 @@ void residual_scatter(const Job& job, int64_t column) {
   for (int64_t b = 0; b < job.num_bags; ++b) {
     const Bag<Code> bag(job, b);
     typename Lanes<N>::Vector grad[PARTS];
-    for (int p = 0; p < PARTS; ++p) grad[p] = load<N>(job.grad + b * job.dim + column + p * N);
+    for (int p = 0; p < PARTS; ++p) grad[p] = load<N>(job.grad + b * job.grad_stride + column + p * N);
     const Code* codes = bag.codes;
     for (int64_t i = 0; i < bag.count; ++i, codes += job.num_codes) {
       const float weight = bag.weights[i * bag.weight_step];
@@ -260,7 +260,7 @@ template <typename Code>
 void weights_backward(const Job& job, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     const Bag<Code> bag(job, b);
-    const float* grad = job.grad + b * job.dim;
+    const float* grad = job.grad + b * job.grad_stride;
     const int64_t step = job.residual ? 0 : job.width;  // a codeword meets its own columns, or all of them
     for (int64_t i = 0; i < bag.count; ++i) {
       Dot dot;
