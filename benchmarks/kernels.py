@@ -242,8 +242,9 @@ def main() -> None:
     text = [
         "# Time of codebook_bag",
         "",
-        f"`python benchmarks/kernels.py --threads {options.threads}`: {options.tables} tables of {options.rows:,} rows,",
-        f"batch {options.batch}, K = {CODEBOOK_SIZE}, {options.rounds} rounds; {serving.detail.split(',')[0]},",
+        f"`python benchmarks/kernels.py --threads {options.threads}`: {options.tables} tables,",
+        f"{options.rows:,} rows each, batch {options.batch}, K = {CODEBOOK_SIZE},",
+        f"{options.rounds} rounds; {serving.detail.split(',')[0]},",
         f"torch {torch.__version__}, {platform.machine()}, huge pages {page_mode()},",
         f"load {load:.1f} before and {os.getloadavg()[0]:.1f} after.",
         "Clock: " + ("CPU time." if options.threads == 1 else "wall time.") + " Ratios are medians (quartiles).",
