@@ -1,6 +1,6 @@
 """Time of `codebook_bag` beside the uncompressed tables it replaces.
 
-Run: python benchmarks/kernels.py                         (about 20 minutes on a calm machine; writes kernels.md)
+Run: python benchmarks/kernels.py                         (many minutes; writes kernels.md)
      python benchmarks/kernels.py --rows 20000 --rounds 3 --lengths 1 10 --dims 64 --out /tmp/try.md
 
 All variants of a setting run in turns in one process, each round on another batch, so that a busy machine slows all of

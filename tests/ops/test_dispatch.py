@@ -67,6 +67,27 @@ def test_a_compiler_that_fails_is_reported_with_its_first_error(tmp_path):
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
+def test_a_compiler_that_does_not_run_is_reported(tmp_path, monkeypatch):
+    script = tmp_path / "c++"
+    script.write_text("no program")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("TORCHREC_COMPRESS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(native.CannotBuild, match="does not run"):
+        native.build()
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("TORCHREC_COMPRESS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(native.CannotBuild, match="home directory"):
+        native.build()
+
+
 def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     status, out, err = run(LOOKUP, tmp_path / "file", CXX=sys.executable)

@@ -30,13 +30,20 @@ class CannotBuild(Exception):
 def cache_folder() -> Path:
     """Return where libraries are kept: $TORCHREC_COMPRESS_CACHE, or torchrec_compress in the user's cache folder.
 
+    Raises:
+        CannotBuild: the user has no home folder, as in some containers.
+
     Example:
         >>> cache_folder().is_absolute()
         True
     """
-    own = os.environ.get("TORCHREC_COMPRESS_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(own or Path(base) / "torchrec_compress").absolute()
+    own, base = os.environ.get("TORCHREC_COMPRESS_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own or base:
+        return Path(own or Path(str(base), "torchrec_compress")).absolute()
+    try:
+        return Path.home() / ".cache" / "torchrec_compress"
+    except RuntimeError as error:
+        raise CannotBuild(f"there is no cache folder: {error}; set TORCHREC_COMPRESS_CACHE") from error
 
 
 def library_path() -> Path:
@@ -116,30 +123,32 @@ def _compile(compiler: list[str], folder: Path) -> Path:
     include = torch.utils.cpp_extension.include_paths()
     flags = [*_FLAGS, *(flag for path in include for flag in ("-isystem", path))]
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    running = []
+    commands = []
     for source in sorted(SOURCES.glob("*.cpp")):
         extra = _ISA_FLAGS.get(source.stem, ()) if is_x86 else ()
-        command = [*compiler, *flags, *extra, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
-        running.append((command, _start(command)))
-    for command, process in running:
-        _finish(command, process)
+        commands.append([*compiler, *flags, *extra, "-c", str(source), "-o", str(folder / f"{source.stem}.o")])
+    _run_all(commands)
     library = folder / "library.so"
     objects = sorted(str(path) for path in folder.glob("*.o"))
     folders = [flag for path in torch.utils.cpp_extension.library_paths() for flag in ("-L", path)]
-    command = [*compiler, "-shared", *objects, *folders, "-ltorch_cpu", "-lc10", "-o", str(library)]
-    _finish(command, _start(command))
+    _run_all([[*compiler, "-shared", *objects, *folders, "-ltorch_cpu", "-lc10", "-o", str(library)]])
     return library
 
 
-def _start(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def _finish(command: list[str], process: subprocess.Popen[str]) -> None:
-    _, errors = process.communicate()
-    if process.returncode:
-        first = next((line for line in errors.splitlines() if "error" in line), errors[-200:])
-        raise CannotBuild(f"{command[0]} failed with status {process.returncode}: {first.strip()}")
+def _run_all(commands: list[list[str]]) -> None:
+    """Run commands side by side and wait for all of them, also when one fails."""
+    try:
+        started = [
+            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            for command in commands
+        ]
+    except OSError as error:
+        raise CannotBuild(f"{commands[0][0]} does not run: {error}") from error
+    ended = [(process.communicate()[1], process.returncode) for process in started]
+    for errors, status in ended:
+        if status:
+            first = next((line for line in errors.splitlines() if "error" in line), errors[-200:])
+            raise CannotBuild(f"{commands[0][0]} failed with status {status}: {first.strip()}")
 
 
 def load() -> str:
