@@ -101,3 +101,29 @@ def test_lookup_codes_refuses_an_unfilled_table():
 def test_lookup_codes_refuses_an_id_out_of_range():
     with pytest.raises(ValueError, match=r"table 't': every id must be in \[0, 4\), got 4"):
         lookup_codes(torch.zeros(4, 1, dtype=torch.uint8), FLAG, torch.tensor([4]), "table 't'")
+
+
+@pytest.mark.parametrize("num_codes", [1, 2, 3, 4, 8, 12, 16])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("kind", ["whole", "slice", "shifted", "columns"])
+def test_lookup_codes_copies_the_bits_of_rows_of_any_width(num_codes, dtype, kind):
+    info = torch.iinfo(dtype)
+    flat = torch.randint(info.min, info.max + 1, (100 * num_codes + 1,), dtype=torch.int64).to(dtype)
+    table = {
+        "whole": flat[:-1].view(100, num_codes),
+        "slice": flat[:-1].view(100, num_codes)[30:],
+        "shifted": flat[1:].view(100, num_codes),
+        "columns": flat[:-1].view(num_codes, 100).t(),
+    }[kind]
+    is_set = torch.ones(1, dtype=torch.uint8)
+    for ids in (torch.randint(70, (50,)), torch.randint(70, (50,), dtype=torch.int32), torch.empty(0).long()):
+        got = lookup_codes(table, is_set, ids, "table 't'")
+        assert got.dtype == dtype
+        assert got.is_contiguous()
+        assert got.tolist() == [table[i].tolist() for i in ids.tolist()]
+
+
+def test_lookup_codes_keeps_bits_that_are_no_number():
+    # as a double these bytes are a signalling NaN, which arithmetic would quieten
+    table = torch.tensor([[0] * 16, [1, 0, 0, 0, 0, 0, 0xF0, 0x7F] * 2], dtype=torch.uint8)
+    assert torch.equal(lookup_codes(table, FLAG, torch.tensor([1, 0, 1]), "table 't'"), table[[1, 0, 1]])

@@ -129,4 +129,21 @@ def lookup_codes(codes: Tensor, is_set: Tensor, ids: Tensor, where: str) -> Tens
             "call compress(), or reset_parameters() after materialising from the meta device"
         )
     check_ids(ids, codes.shape[0], where)
-    return codes.index_select(0, ids)
+    return _gather_rows(codes, ids)
+
+
+# numbers as wide as a row; the complex one is only ever copied
+_WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def _gather_rows(codes: Tensor, ids: Tensor) -> Tensor:
+    """Gather rows of codes, (N, M) -> (L, M), a row at once where it is as wide as a number.
+
+    On a CPU index_select copies a matrix row by row, about 15 ns each when the row is not cached, but gathers a vector
+    with many rows on their way from memory: 5 ns for rows of 8 bytes, 8 ns for 16.
+    """
+    wide = _WIDE.get(codes.shape[1] * codes.element_size())
+    is_plain = codes.device.type != "cpu" or torch.compiler.is_compiling()
+    if wide is None or is_plain or not codes.is_contiguous() or codes.storage_offset() % codes.shape[1]:
+        return codes.index_select(0, ids)
+    return codes.view(wide).view(-1).index_select(0, ids).view(-1, 1).view(codes.dtype)
