@@ -1,14 +1,17 @@
 """Time of `codebook_bag` beside the uncompressed tables it replaces.
 
-Run: python benchmarks/kernels.py                         (many minutes; writes kernels.md)
+Run: MALLOC_MMAP_MAX_=0 python benchmarks/kernels.py      (many minutes; writes kernels.md)
      python benchmarks/kernels.py --rows 20000 --rounds 3 --lengths 1 10 --dims 64 --out /tmp/try.md
 
 All variants of a setting run in turns in one process, each round on another batch, so that a busy machine slows all of
 them; a ratio is taken within a round, and its median and quartiles over the rounds are reported. On one thread the
 clock is the process's CPU time, on more it is the wall. Codes are random, the worst case for a codebook's locality.
 
-Ours is the whole look-up: the gather of codes from the table, the pooling, the concatenation of the tables' outputs;
-"step" adds the backward and dense Adagrad on the codebooks. FBGEMM's step has its fused row-wise Adagrad;
+MALLOC_MMAP_MAX_=0 keeps glibc from giving large outputs back to the kernel after every call; without it page faults
+hide the look-ups, whichever they are.
+
+Ours is the whole look-up: the check of ids and the gather of their codes, the pooling, the concatenation of the tables'
+outputs; "step" adds the backward and dense Adagrad on the codebooks. FBGEMM's step has its fused row-wise Adagrad;
 `F.embedding_bag`'s makes the sparse gradient, with no optimizer.
 """
 
@@ -35,7 +38,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor
 
-from torchrec_compress.ops import codebook_bag, tiers
+from torchrec_compress.ops import codebook_bag, lookup_codes, tiers
 
 BASELINE = "FBGEMM SplitTBE fp32"
 CODEBOOK_SIZE = 256
@@ -138,20 +141,19 @@ def add_codebooks(found: dict[str, Variant], options: argparse.Namespace, dim: i
     shape = (num_codes * CODEBOOK_SIZE, dim // num_codes)
     books = [(0.1 * torch.randn(shape)).requires_grad_() for _ in range(options.tables)]
     optimizer = torch.optim.Adagrad(books, lr=0.01)
+    is_set = torch.ones(1, dtype=torch.uint8)
+
+    def gather(batch: Batch) -> list[Tensor]:
+        return [lookup_codes(table, is_set, batch.table(t), "table") for t, table in enumerate(codes)]
 
     def forward(batch: Batch) -> Tensor:
-        parts = []
-        for t, table in enumerate(codes):
-            parts.append(codebook_bag(table.index_select(0, batch.table(t)), books[t], batch.bag_offsets))
+        parts = [codebook_bag(rows, books[t], batch.bag_offsets) for t, rows in enumerate(gather(batch))]
         return torch.cat(parts, dim=1)
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
         forward(batch).backward(batch.grad)
         optimizer.step()
-
-    def gather(batch: Batch) -> list[Tensor]:
-        return [table.index_select(0, batch.table(t)) for t, table in enumerate(codes)]
 
     for name, label in (("cpp", "codebook_bag C++"), ("torch", "codebook_bag reference")):
         found[f"{label} M={num_codes}, forward"] = Variant(on(name, no_grad(forward)))
@@ -245,7 +247,8 @@ def main() -> None:
         f"`python benchmarks/kernels.py --threads {options.threads}`: {options.tables} tables,",
         f"{options.rows:,} rows each, batch {options.batch}, K = {CODEBOOK_SIZE},",
         f"{options.rounds} rounds; {serving.detail.split(',')[0]},",
-        f"torch {torch.__version__}, {platform.machine()}, huge pages {page_mode()},",
+        f"torch {torch.__version__}, {platform.machine()}, huge pages {page_mode()}, MALLOC_MMAP_MAX_="
+        f"{os.environ.get('MALLOC_MMAP_MAX_', 'unset')},",
         f"load {load:.1f} before and {os.getloadavg()[0]:.1f} after.",
         "Clock: " + ("CPU time." if options.threads == 1 else "wall time.") + " Ratios are medians (quartiles).",
         "",
