@@ -34,7 +34,9 @@ def bad_id(how: str, key: str, wrong: int) -> str:
 
 
 @pytest.mark.parametrize("how", KINDS)
-@pytest.mark.parametrize(("key", "wrong", "table"), [("u2", 400, "user"), ("i", -1, "item"), ("i", 301, "item")])
+@pytest.mark.parametrize(
+    ("key", "wrong", "table"), [("u2", 400, "user"), ("i", -1, "item"), ("i", 301, "item"), ("c", 9, "ctx")]
+)
 def test_an_id_out_of_range_is_an_error_on_every_rank(two_ranks, how, key, wrong, table):
     mine, theirs = two_ranks.run(bad_id, how, key, wrong)
     for message in (mine, theirs):

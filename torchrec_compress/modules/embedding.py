@@ -72,6 +72,7 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         self._build_shared(plan, False, device, will_fit)
         dense = plan.dense_tables()
         self.dense = EmbeddingCollection(dense, device) if dense else None
+        self._guard_dense_tables([self.code_tables, *self.rows.values()])
         self._features = sorted({lookup.feature for lookup in plan.lookups})
         self._dense_lookups = self._names_in_dense(dense)
 

@@ -84,6 +84,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         self.dense = EmbeddingBagCollection(dense, is_weighted, device) if dense else None
         bags, bag_plan = plan.bags()
         self.bags = RemappedEmbeddingBagCollection(bags, bag_plan, is_weighted, device) if bags else None
+        self._guard_dense_tables([self.code_tables, self.bags, *self.rows.values()])
         self._features = sorted({lookup.feature for lookup in plan.lookups})
         self._sources = self._find_sources(dense)
 

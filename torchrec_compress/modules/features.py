@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_compress.ops import check_weights
+from torchrec_compress.ops import check_ids, check_weights
+
+
+@dataclass(frozen=True)
+class IdRange:
+    """The ids of a feature that a table holds: [0, num_embeddings)."""
+
+    table: str
+    feature: str
+    num_embeddings: int
+
+
+def check_ranges(jagged: dict[str, JaggedTensor], ranges: Sequence[IdRange]) -> None:
+    """Raise ValueError when an id is out of range."""
+    for wanted in ranges:
+        where = f"table {wanted.table!r}, feature {wanted.feature!r}"
+        check_ids(jagged[wanted.feature].values(), wanted.num_embeddings, where)
 
 
 def check_features(features: KeyedJaggedTensor, wanted: list[str], where: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from torchrec_compress.methods import MECConfig, MethodConfig, TableState, dense_bytes
 from torchrec_compress.modules.decoder import Decoder
+from torchrec_compress.modules.features import IdRange
 from torchrec_compress.modules.footprint import Footprint, TableFootprint
 from torchrec_compress.modules.plan import CollectionPlan
 from torchrec_compress.modules.tables import CodeTableCollection, RemappedEmbeddingCollection
@@ -52,6 +53,18 @@ class CompressedParts(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         self.decoder.check_format(state_dict, prefix + "decoder.")  # before any part takes its tensors
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _guard_dense_tables(self, parts: Iterable[Any]) -> None:
+        """Have the first part that exists check the ids of dense tables too; sharded, TorchRec would only warn."""
+        ranges = [
+            IdRange(lookup.table.name, lookup.feature, lookup.table.num_embeddings)
+            for lookup in self._plan.lookups
+            if self._plan.parts[lookup.table.name].dense
+        ]
+        for part in parts:
+            if part is not None:
+                part.also_checked = ranges
+                break
 
     @property
     def device(self) -> torch.device:

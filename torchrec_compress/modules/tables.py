@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from torchrec_compress.methods.base import CodePart, Remap
 from torchrec_compress.modules.backward import strip_where_replicated
-from torchrec_compress.modules.features import split_features
+from torchrec_compress.modules.features import IdRange, split_features
 from torchrec_compress.ops import check_ids, lookup_codes
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,12 @@ class CodeTableCollection(nn.Module):
     Args:
         tables: one config per code table.
         device: of the buffers.
+
+    Attributes:
+        also_checked: ids of dense tables beside it, which its sharded form checks before any rank waits for another.
     """
+
+    also_checked: Sequence[IdRange] = ()
 
     def __init__(self, tables: Sequence[CodeTableConfig], device: torch.device | None = None) -> None:
         super().__init__()
@@ -231,6 +236,7 @@ class _Remapped(nn.Module):
     """What pooled and unpooled native tables behind rewritten ids share."""
 
     plan: tuple[RemappedFeature, ...]
+    also_checked: Sequence[IdRange] = ()
     native: Any  # a stock collection, or what DistributedModelParallel puts in its place
 
     def __init__(self, plan: Sequence[RemappedFeature]) -> None:

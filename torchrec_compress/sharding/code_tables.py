@@ -14,7 +14,7 @@ from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterShardi
 from torchrec.distributed.utils import append_prefix
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_compress.modules.features import split_features
+from torchrec_compress.modules.features import check_ranges, split_features
 from torchrec_compress.modules.tables import CodeTableCollection, CodeTableConfig
 from torchrec_compress.ops import check_ids
 from torchrec_compress.sharding.agree import raise_together
@@ -143,6 +143,7 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
         super().__init__()
         self._env, self._device, self._plan, self._deduplicate = env, device, plan, deduplicate
         self._configs = {config.name: config for config in module.configs()}
+        self._also_checked = module.also_checked
         self.banks: Any = nn.ModuleDict()
         groups: dict[tuple[str, int], list[RowTable]] = {}  # one exchange moves rows of one width
         for config in module.configs():
@@ -189,6 +190,7 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
         error, sent = None, []
         try:
             jagged = split_features(features)
+            check_ranges(jagged, self._also_checked)
             for kind, tables in zip(self._kinds, self._tables, strict=True):
                 sent.append([self._distinct_ids(ctx, config, jagged, kind) for config in tables])
         except (ValueError, RuntimeError, KeyError) as caught:

@@ -16,6 +16,7 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from torchrec_compress.modules.features import check_ranges, split_features
 from torchrec_compress.modules.tables import (
     RemappedEmbeddingBagCollection,
     RemappedEmbeddingCollection,
@@ -51,6 +52,7 @@ class ShardedRemappedEmbeddingBagCollection(ShardedEmbeddingModule[Any, Any, Key
     ) -> None:
         super().__init__()
         self._remaps, self._env, self._device = module.plan, env, device
+        self._also_checked = module.also_checked
         self.native: Any = sharder.shard(module.native, plan, env, device)
         copy_values(module.native, self.native)
 
@@ -62,6 +64,7 @@ class ShardedRemappedEmbeddingBagCollection(ShardedEmbeddingModule[Any, Any, Key
         """Rewrite the ids and send them to the owners of their rows."""
         error, rewritten = None, None
         try:
+            check_ranges(split_features(features), self._also_checked)
             rewritten = remap_features(features, self._remaps)
         except ValueError as caught:
             error = caught
@@ -152,6 +155,7 @@ class ShardedRemappedEmbeddingCollection(ShardedEmbeddingModule[Any, Any, dict[s
     ) -> None:
         super().__init__()
         self._remaps, self._env, self._device = module.plan, env, device
+        self._also_checked = module.also_checked
         configs = module.native.embedding_configs()
         sharded = [config for config in configs if plan[config.name].sharding_type != _DATA_PARALLEL]
         self._table_of = {key: config.name for config in configs for key in config.feature_names}
@@ -181,6 +185,7 @@ class ShardedRemappedEmbeddingCollection(ShardedEmbeddingModule[Any, Any, dict[s
         """Rewrite the ids and send those of sharded tables to the owners of their rows."""
         error, rows = None, {}
         try:
+            check_ranges(split_features(features), self._also_checked)
             rows = remapped_ids(features, self._remaps)
         except ValueError as caught:
             error = caught
