@@ -8,12 +8,13 @@ import time
 CHILD = """
 import os, subprocess, sys
 watch = '''
-import os
+import sys
 from torchrec_compress.train.compare import _end_with
 print("up", flush=True)
-_end_with(os.getppid())
+_end_with(int(sys.argv[1]))
 '''
-worker = subprocess.Popen([sys.executable, "-W", "ignore", "-c", watch], stdout=subprocess.PIPE)
+command = [sys.executable, "-W", "ignore", "-c", watch, str(os.getpid())]
+worker = subprocess.Popen(command, stdout=subprocess.PIPE)
 worker.stdout.readline()
 print(worker.pid, flush=True)
 worker.wait()

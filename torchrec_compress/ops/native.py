@@ -118,10 +118,10 @@ def build() -> Path:
 
 def _compile(compiler: list[str], folder: Path) -> Path:
     """Compile all sources side by side, link them, and return the library, in `folder`."""
-    import torch.utils.cpp_extension
-
-    include = torch.utils.cpp_extension.include_paths()
-    flags = [*_FLAGS, *(flag for path in include for flag in ("-isystem", path))]
+    # torch.utils.cpp_extension knows these folders too, but looks for CUDA when it is imported, and warns on stderr
+    home = Path(torch.__file__).parent
+    include = [home / "include", home / "include/torch/csrc/api/include"]
+    flags = [*_FLAGS, *(flag for path in include for flag in ("-isystem", str(path)))]
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     commands = []
     for source in sorted(SOURCES.glob("*.cpp")):
@@ -130,8 +130,7 @@ def _compile(compiler: list[str], folder: Path) -> Path:
     _run_all(commands)
     library = folder / "library.so"
     objects = sorted(str(path) for path in folder.glob("*.o"))
-    folders = [flag for path in torch.utils.cpp_extension.library_paths() for flag in ("-L", path)]
-    _run_all([[*compiler, "-shared", *objects, *folders, "-ltorch_cpu", "-lc10", "-o", str(library)]])
+    _run_all([[*compiler, "-shared", *objects, "-L", str(home / "lib"), "-ltorch_cpu", "-lc10", "-o", str(library)]])
     return library
 
 

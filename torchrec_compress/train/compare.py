@@ -119,7 +119,8 @@ def _run_all(jobs: list[Job], workers: int, bar: tqdm) -> list[str]:
     slots = context.Queue()
     for slot in range(workers):
         slots.put(slot + 1)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(lock, slots)) as pool:
+    arguments = (lock, slots, os.getpid())
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=arguments) as pool:
         for done in as_completed([pool.submit(_run_job, job) for job in jobs]):
             try:
                 name, outcome, error = done.result()
@@ -138,10 +139,11 @@ def _run_all(jobs: list[Job], workers: int, bar: tqdm) -> list[str]:
 _position: int | None = None
 
 
-def _begin(lock: Any, slots: Any) -> None:
+def _begin(lock: Any, slots: Any, parent: int) -> None:
     """Prepare a worker: its own line for a progress bar, and an end with its parent, also when that is killed."""
     global _position
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    # the parent names itself: asked here, a parent that is killed early would be taken for the one that adopts us
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     tqdm.set_lock(lock)
     _position = slots.get() if sys.stderr.isatty() else None
 
