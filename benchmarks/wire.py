@@ -244,8 +244,9 @@ def main() -> None:
             arguments = (world, f"{folder}/meet", given.batch_size, given.pooling_factors, given.steps, f"{folder}/out")
             mp.spawn(measure, arguments, nprocs=world)
             found.append(Path(folder, "out").read_text().rstrip())
+    paragraphs = (__doc__ or "").strip().split("\n\n")[2:]  # without the title and the command
     head = (
-        f"# Bytes on the wire and step time\n\n`python benchmarks/wire.py`: {(chr(10) * 2).join(__doc__.split(chr(10) * 2)[2:]).strip()}\n\n"
+        "# Bytes on the wire and step time\n\n`python benchmarks/wire.py`: " + "\n\n".join(paragraphs) + "\n\n"
         f"Batch {given.batch_size} per rank, Zipf(1.05) ids, {given.steps} steps, one thread per rank, "
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
         f"{time.strftime('%Y-%m-%d')}.\n"
