@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torchrec.distributed.types import ShardingEnv
 
+Result = TypeVar("Result")
 
-def raise_together(error: Exception | None, env: ShardingEnv, device: torch.device) -> None:
-    """Raise on every rank when one rank has an error; call it on every rank, before the next collective.
 
-    On a CPU this is one all-reduce of 8 bytes. On a GPU ids are checked by the device itself, which never waits for
-    the host, so there only a rank's own error is raised.
+def run_together(check: Callable[[], Result], env: ShardingEnv, device: torch.device) -> Result:
+    """Return what a check of this rank's batch returns, or raise on every rank when it fails on one.
+
+    Call it on every rank, before the next collective. On a CPU it costs one all-reduce of 8 bytes. On a GPU ids are
+    checked by the device itself, which never waits for the host, so there only a rank's own error is raised.
 
     Args:
-        error: what this rank would raise, or None.
+        check: raises ValueError, RuntimeError or KeyError for a bad batch; no collectives in it.
         env: ranks and process group.
         device: of the tables.
 
     Raises:
-        Exception: this rank's error, or on the other ranks a ValueError that quotes it.
+        ValueError, RuntimeError, KeyError: this rank's error; on the other ranks a ValueError that quotes it.
     """
     if env.process_group is None or env.world_size == 1 or device.type != "cpu":
-        if error is not None:
-            raise error
-        return
+        return check()
+    error, result = None, None
+    try:
+        result = check()
+    except (ValueError, RuntimeError, KeyError) as caught:
+        error = caught
     first = torch.tensor([-1 if error is None else env.world_size - env.rank])
     dist.all_reduce(first, dist.ReduceOp.MAX, group=env.process_group)
-    if int(first) < 0:
-        return
-    rank = env.world_size - int(first)
-    message = [str(error)]
-    dist.broadcast_object_list(message, src=dist.get_global_rank(env.process_group, rank), group=env.process_group)
-    if error is not None:
-        raise error
-    raise ValueError(f"rank {rank}: {message[0]}")
+    if int(first) >= 0:
+        rank = env.world_size - int(first)
+        message = [str(error)]
+        dist.broadcast_object_list(message, src=dist.get_global_rank(env.process_group, rank), group=env.process_group)
+        raise error or ValueError(f"rank {rank}: {message[0]}")
+    return result  # type: ignore[return-value]

@@ -17,7 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_compress.modules.features import check_ranges, split_features
 from torchrec_compress.modules.tables import CodeTableCollection, CodeTableConfig
 from torchrec_compress.ops import check_ids
-from torchrec_compress.sharding.agree import raise_together
+from torchrec_compress.sharding.agree import run_together
 from torchrec_compress.sharding.seams import (
     EmbeddingCollectionContext,
     KJTList,
@@ -187,15 +187,7 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
         if self._has_uninitialized_input_dist:
             self._input_dists = [exchange.create_input_dist() for exchange in self._exchanges]
             self._has_uninitialized_input_dist = False
-        error, sent = None, []
-        try:
-            jagged = split_features(features)
-            check_ranges(jagged, self._also_checked)
-            for kind, tables in zip(self._kinds, self._tables, strict=True):
-                sent.append([self._distinct_ids(ctx, config, jagged, kind) for config in tables])
-        except (ValueError, RuntimeError, KeyError) as caught:
-            error = caught
-        raise_together(error, self._env, self._device)
+        sent = run_together(lambda: self._distinct_ids(ctx, features), self._env, self._device)
         awaitables = []
         for dist, tables, ids in zip(self._input_dists, self._tables, sent, strict=True):
             flat = self._flat([config.name for config in tables], ids)
@@ -203,7 +195,16 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
             ctx.sharding_contexts.append(sequence_context(flat, dist))
         return KJTListSplitsAwaitable(awaitables, ctx)
 
-    def _distinct_ids(self, ctx: CodeContext, config: CodeTableConfig, jagged: dict[str, Any], kind: str) -> Tensor:
+    def _distinct_ids(self, ctx: CodeContext, features: KeyedJaggedTensor) -> list[list[Tensor]]:
+        """Return the ids that are asked of every table, by exchange."""
+        jagged = split_features(features)
+        check_ranges(jagged, self._also_checked)
+        return [
+            [self._ids_of(ctx, config, jagged, kind) for config in tables]
+            for kind, tables in zip(self._kinds, self._tables, strict=True)
+        ]
+
+    def _ids_of(self, ctx: CodeContext, config: CodeTableConfig, jagged: dict[str, Any], kind: str) -> Tensor:
         """Return the ids that are asked of one table, and note in the context how to undo it."""
         if self._device.type == "cpu" and not bool(self.banks[config.name].is_set):
             raise RuntimeError(

@@ -23,7 +23,7 @@ from torchrec_compress.modules.tables import (
     remap_features,
     remapped_ids,
 )
-from torchrec_compress.sharding.agree import raise_together
+from torchrec_compress.sharding.agree import run_together
 from torchrec_compress.sharding.seams import EmbeddingCollectionContext, KJTList, KJTListSplitsAwaitable
 
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
@@ -62,14 +62,12 @@ class ShardedRemappedEmbeddingBagCollection(ShardedEmbeddingModule[Any, Any, Key
 
     def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:  # type: ignore[override]
         """Rewrite the ids and send them to the owners of their rows."""
-        error, rewritten = None, None
-        try:
+
+        def rewritten() -> KeyedJaggedTensor:
             check_ranges(split_features(features), self._also_checked)
-            rewritten = remap_features(features, self._remaps)
-        except ValueError as caught:
-            error = caught
-        raise_together(error, self._env, self._device)
-        return self.native.input_dist(ctx, rewritten)
+            return remap_features(features, self._remaps)
+
+        return self.native.input_dist(ctx, run_together(rewritten, self._env, self._device))
 
     def compute(self, ctx: Any, dist_input: Any) -> Any:
         """Look up and pool."""
@@ -183,13 +181,12 @@ class ShardedRemappedEmbeddingCollection(ShardedEmbeddingModule[Any, Any, dict[s
 
     def input_dist(self, ctx: RowContext, features: KeyedJaggedTensor) -> Any:  # type: ignore[override]
         """Rewrite the ids and send those of sharded tables to the owners of their rows."""
-        error, rows = None, {}
-        try:
+
+        def rewritten() -> dict[str, Tensor]:
             check_ranges(split_features(features), self._also_checked)
-            rows = remapped_ids(features, self._remaps)
-        except ValueError as caught:
-            error = caught
-        raise_together(error, self._env, self._device)
+            return remapped_ids(features, self._remaps)
+
+        rows = run_together(rewritten, self._env, self._device)
         sharded = set(self._sharded_keys)
         ctx.replicated = {key: ids for key, ids in rows.items() if key not in sharded}
         if not self._is_sharded:
