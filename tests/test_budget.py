@@ -1,12 +1,15 @@
 """A byte budget is kept, and bytes follow look-ups."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
-from torchrec_compress import compress
+from torchrec_compress import compress, decompress
 from torchrec_compress.budget import measure_candidates
 from torchrec_compress.compression import for_budget
+from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods import PQConfig
 
 
@@ -60,3 +63,20 @@ def test_bad_input_says_what_to_do() -> None:
         for_budget(rows, {}, 1000)
     with pytest.raises(ValueError, match="budget"):
         for_budget(rows, {"user": torch.ones(500)}, 10)
+
+
+def test_heads_are_tried_in_int4_and_in_int8():
+    """The int8 one reuses the fit of the int4 one; its error must be what a fit of its own would have."""
+    dense, counts = trained({"t": 2000}), 4000 // torch.arange(1, 2001)
+    rows = dense.embedding_bags["t"].weight.detach()
+    base = PQConfig(num_codes=1, codebook_size=16, popularity="count")
+    found = {c.option: c for c in measure_candidates("t", rows, counts, base, [2], seed=0)}
+    heads = [option for option in found if isinstance(option, PQConfig) and option.num_hot_rows]
+    heads = [option for option in heads if option.hot_dtype == "int8" and option.structure == "product"]
+    assert len(heads) >= 3
+    for option in heads:
+        served = decompress(compress(dense, option, counts={"t": counts})).embedding_bags["t"].weight.detach()
+        gaps = (served - rows).square().sum(1).double() * popularity_weights(counts, "count", 2000).double()
+        assert found[option].error == pytest.approx(float(gaps.sum()), rel=1e-6)
+        twin = found[replace(option, hot_dtype="int4")]
+        assert found[option].error < twin.error and found[option].num_bytes > twin.num_bytes
