@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from torchrec_compress.train.batch import Layout, Share
 from torchrec_compress.train.config import DataConfig, GeneratorConfig
-from torchrec_compress.train.data import Batches, load_data
+from torchrec_compress.train.data import load_data
 
 
 def _columns(num_rows: int = 90) -> dict[str, np.ndarray]:
@@ -157,7 +158,7 @@ def test_the_default_generator_has_a_table_over_100_000_rows():
 
 
 def test_batches_cover_an_epoch_and_resume_in_the_middle(data):
-    batches = Batches(data.features, data.train, 300, seed=5)
+    batches = data.batches("train", 300, seed=5)
     whole = list(batches.epoch(2))
     assert len(whole) == len(batches) == 11
     assert torch.cat([batch.rows for batch in whole]).sort().values.equal(torch.arange(len(data.train)))
@@ -168,3 +169,45 @@ def test_batches_cover_an_epoch_and_resume_in_the_middle(data):
     assert len(batch.labels) == 200
     assert torch.equal(batch.features["item"].values(), data.train.ids[batch.rows, 1])
     assert batch.features["item"].lengths().tolist() == [1] * 200
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 7])
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_shares_are_a_partition_of_the_global_batch(data, world, split):
+    seed = 5 if split == "train" else None
+    whole = data.batches(split, 300, seed)
+    shares = [data.batches(split, 300, seed, Share(rank, world)) for rank in range(world)]
+    assert {len(share) for share in shares} == {len(whole)}
+    for batch, *parts in zip(whole.epoch(1), *(share.epoch(1) for share in shares), strict=True):
+        assert torch.equal(batch.weights, torch.ones(len(batch.rows)))
+        assert torch.equal(torch.cat([part.rows[part.weights > 0] for part in parts]), batch.rows)
+        assert len({len(part.rows) for part in parts}) == 1
+        loss = sum(float((part.labels * part.weights).mean()) for part in parts) / world
+        assert loss == pytest.approx(float(batch.labels.mean()), abs=1e-6)
+
+
+def test_shares_of_an_epoch_resume_and_count(data):
+    share = Share(1, 3)
+    whole, later = (list(data.batches("train", 300, 5, share).epoch(2, first)) for first in (0, 7))
+    for one, other in zip(whole[7:], later, strict=True):
+        assert torch.equal(one.rows, other.rows) and torch.equal(one.features.values(), other.features.values())
+    parts = [data.counts(Share(rank, 3)) for rank in range(3)]
+    for name, total in data.counts().items():
+        assert torch.equal(sum(part[name] for part in parts), total) and int(total.sum()) == len(data.train)
+
+
+def test_batches_can_be_moved(data):
+    batch = next(data.batches("train", 4, 0).epoch(0))
+    moved = batch.to(torch.device("meta"))
+    assert moved.labels.is_meta and moved.features.values().is_meta and moved.weights.is_meta and moved.kinds is None
+
+
+def test_rows_with_several_ids_become_jagged_features():
+    ids = torch.tensor([[1, 5, 6, -1], [2, -1, -1, -1], [3, 7, 8, 9]], dtype=torch.int32)
+    found = Layout(["user", "tags"], (1, 3), ragged=True).to_features(ids)
+    assert found["user"].values().tolist() == [1, 2, 3] and found["tags"].values().tolist() == [5, 6, 7, 8, 9]
+    assert found["tags"].lengths().tolist() == [2, 0, 3] and found.offsets().tolist() == [0, 1, 2, 3, 5, 5, 8]
+    fixed = Layout(["user", "tags"], (1, 2)).to_features(ids[[0, 2], :3])
+    assert fixed["tags"].values().tolist() == [5, 6, 7, 8] and fixed["tags"].lengths().tolist() == [2, 2]
+    with pytest.raises(ValueError, match="rank must be"):
+        Share(2, 2)

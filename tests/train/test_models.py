@@ -7,7 +7,7 @@ import torch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.train.config import ModelConfig
-from torchrec_compress.train.data import Batches, ClickData
+from torchrec_compress.train.data import ClickData
 from torchrec_compress.train.models import make_model, make_tables
 
 
@@ -27,7 +27,7 @@ def test_every_parameter_gets_a_gradient(data, name, dense, plain):
     extra = {} if plain else {"dropout": 0.1, "batch_norm": True, "embedding_dropout": 0.1, "bfloat16": True}
     config = ModelConfig(name=name, embedding_dim=8, hidden=[12, 6], **extra)
     model = make_model(EmbeddingBagCollection(tables=make_tables(config, data)), data.num_dense, config)
-    batch = next(Batches(data.features, data.train, 64, 0).epoch(0))
+    batch = next(data.batches("train", 64, 0).epoch(0))
     output = model(batch.features, batch.dense)
     assert output.logits.shape == (64,) and output.logits.dtype == torch.float32
     assert output.embeddings.shape == (64, 40)
@@ -41,7 +41,7 @@ def test_deepfm_sums_dot_products_of_all_pairs_of_fields(data):
     model = make_model(EmbeddingBagCollection(tables=make_tables(config, data)), 0, config)
     for parameter in model.deep.parameters():
         torch.nn.init.zeros_(parameter)
-    batch = next(Batches(data.features, data.train, 5, 0).epoch(0))
+    batch = next(data.batches("train", 5, 0).epoch(0))
     output = model(batch.features)
     fields = output.embeddings.view(5, 5, 4)
     pairs = sum((fields[:, i] * fields[:, j]).sum(1) for i in range(5) for j in range(i))
@@ -51,7 +51,7 @@ def test_deepfm_sums_dot_products_of_all_pairs_of_fields(data):
 def test_widths_may_differ_only_with_dcnv2(data):
     config = ModelConfig(name="dcnv2", embedding_dim=8, widths={"hour": 4}, hidden=[6])
     model = make_model(EmbeddingBagCollection(tables=make_tables(config, data)), 0, config)
-    batch = next(Batches(data.features, data.train, 5, 0).epoch(0))
+    batch = next(data.batches("train", 5, 0).epoch(0))
     assert model(batch.features).embeddings.shape == (5, 36)
     with pytest.raises(ValueError, match=r"model\.widths"):
         make_tables(dataclasses.replace(config, name="dlrm"), data)

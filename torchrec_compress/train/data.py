@@ -1,17 +1,76 @@
-"""Click data in memory: rows of ids, labels and splits, and their batches."""
+"""Click data: what every source of rows provides, and rows that are held in memory."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_compress.train.batch import EVERYTHING, Batch, Layout, Share, share_weights
 from torchrec_compress.train.config import DataConfig
 
 SPLITS = ("train", "valid", "test")
+
+
+class Batches(ABC):
+    """A rank's batches of a split.
+
+    What a global batch holds is a pure function of seed, epoch and batch size; the number of ranks only decides who
+    gets which part of it. All ranks have equally many batches.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the steps of an epoch."""
+
+    @abstractmethod
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from step `first` on, as an uninterrupted epoch would."""
+
+
+class ClickSource(ABC):
+    """A data set, in memory or not.
+
+    Attributes:
+        features: F names, one table each.
+        vocab: rows per table, F numbers.
+        num_dense: dense columns, C.
+        layout: how many ids a row has of every feature.
+    """
+
+    features: list[str]
+    vocab: list[int]
+    num_dense: int
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout:
+        """Return how many ids a row has of every feature."""
+
+    @abstractmethod
+    def num_rows(self, split: str) -> int:
+        """Return the rows of "train", "valid" or "test"."""
+
+    @abstractmethod
+    def batches(self, split: str, batch_size: int, seed: int | None, share: Share = EVERYTHING) -> Batches:
+        """Return the batches of a split.
+
+        Args:
+            split: "train", "valid" or "test".
+            batch_size: rows of a global batch, over all ranks; the last one of an epoch may have fewer.
+            seed: of the order; None keeps the order of the rows.
+            share: which part of every batch to read.
+
+        Raises:
+            ValueError: a split without rows for every rank, or a batch size that the source cannot share out.
+        """
+
+    @abstractmethod
+    def counts(self, share: Share = EVERYTHING) -> dict[str, Tensor]:
+        """Return how often this share of train looks every id up: (rows,) int64 by feature; shares add up."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +78,7 @@ class Split:
     """Rows of one split.
 
     Args:
-        ids: (N, F) int32.
+        ids: (N, sum of widths) int32; -1 for none.
         labels: (N,) float32, 0 or 1.
         dense: (N, C) float32, or None.
         kinds: (N,) int8 kind of negative (0 positive), or None.
@@ -37,14 +96,16 @@ class Split:
 
 
 @dataclass(frozen=True)
-class ClickData:
-    """A data set: three splits over the same features.
+class ClickData(ClickSource):
+    """A data set in memory: three splits over the same features.
 
     Args:
         features: F names, one table each.
         vocab: rows per table, F numbers.
         num_dense: dense columns, C.
         train, valid, test: the splits.
+        widths: the most ids that a row has of each feature; empty is one of each.
+        ragged: whether a row may have fewer.
     """
 
     features: list[str]
@@ -53,36 +114,92 @@ class ClickData:
     train: Split
     valid: Split
     test: Split
+    widths: tuple[int, ...] = ()
+    ragged: bool = False
 
-    def counts(self) -> dict[str, Tensor]:
-        """Return how often train looks every id up: (rows,) int64 by feature."""
-        return {
-            name: torch.bincount(self.train.ids[:, column].long(), minlength=self.vocab[column])
-            for column, name in enumerate(self.features)
-        }
+    @property
+    def layout(self) -> Layout:
+        """Return how many ids a row has of every feature."""
+        return Layout(self.features, self.widths or (1,) * len(self.features), self.ragged)
+
+    def split(self, name: str) -> Split:
+        """Return "train", "valid" or "test".
+
+        Raises:
+            ValueError: another name.
+        """
+        if name not in SPLITS:
+            raise ValueError(f"split: must be one of {SPLITS}, got {name!r}")
+        return getattr(self, name)
+
+    def num_rows(self, split: str) -> int:
+        """Return the rows of a split."""
+        return len(self.split(split))
+
+    def batches(self, split: str, batch_size: int, seed: int | None, share: Share = EVERYTHING) -> Batches:
+        """Return the batches of a split; with a seed, all of its rows are shuffled in every epoch."""
+        return _MemoryBatches(self.layout, self.split(split), batch_size, seed, share)
+
+    def counts(self, share: Share = EVERYTHING) -> dict[str, Tensor]:
+        """Return how often this share of train looks every id up: (rows,) int64 by feature; shares add up."""
+        ids, layout = self.train.ids[slice(*share.of(len(self.train)))], self.layout
+        return {name: count_ids(ids[:, layout.columns(name)], size) for name, size in self._sizes()}
+
+    def _sizes(self) -> list[tuple[str, int]]:
+        return list(zip(self.features, self.vocab, strict=True))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows of one step.
+def count_ids(ids: Tensor, size: int) -> Tensor:
+    """Return how often every id occurs: (size,) int64.
 
     Args:
-        features: one id per feature and row.
-        labels: (B,) float32.
-        dense: (B, C) float32, or None.
-        ids: (B, F) int32, the same ids as in `features`.
-        rows: (B,) int64 positions in the split.
+        ids: (N, width) int32; -1 is none.
+        size: rows of the table.
     """
+    return torch.bincount(ids[ids >= 0].long(), minlength=size)
 
-    features: KeyedJaggedTensor
-    labels: Tensor
-    dense: Tensor | None
-    ids: Tensor
-    rows: Tensor
+
+class _MemoryBatches(Batches):
+    """Batches of rows in memory: each rank takes a contiguous part of every global batch."""
+
+    def __init__(self, layout: Layout, split: Split, batch_size: int, seed: int | None, share: Share) -> None:
+        if batch_size < 1 or len(split) < 1:
+            raise ValueError(f"batches: must have rows and a positive batch size, got {len(split)} and {batch_size}")
+        self._layout, self._split, self._batch_size, self._seed, self._share = layout, split, batch_size, seed, share
+
+    def __len__(self) -> int:
+        return -(-len(self._split) // self._batch_size)
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        size, num_rows = self._batch_size, len(self._split)
+        order = None
+        if self._seed is not None:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            order = torch.randperm(num_rows, generator=generator)
+        for start in range(first * size, num_rows, size):
+            stop = min(start + size, num_rows)
+            yield self._batch(order[start:stop] if order is not None else torch.arange(start, stop))
+
+    def _batch(self, rows: Tensor) -> Batch:
+        split, share = self._split, self._share
+        first, last = share.of(len(rows))
+        padded = share.padded(len(rows))
+        weights = share_weights(last - first, padded, share.world, len(rows))
+        mine = rows[first:last]
+        if len(mine) < padded:
+            mine = torch.cat([mine, rows[-1:].expand(padded - len(mine))])
+        return Batch(
+            self._layout.to_features(split.ids[mine]),
+            split.labels[mine],
+            None if split.dense is None else split.dense[mine],
+            mine,
+            None if split.kinds is None else split.kinds[mine],
+            weights,
+        )
 
 
 def load_data(config: DataConfig) -> ClickData:
-    """Read or generate the data that a config asks for.
+    """Read or generate the data that a config asks for, all of it in memory.
 
     Raises:
         ValueError: a file that is missing, empty or malformed, see the readers.
@@ -106,52 +223,3 @@ def load_data(config: DataConfig) -> ClickData:
     from torchrec_compress.train.parquet import read_parquet
 
     return read_parquet(config)
-
-
-class Batches:
-    """Batches of a split, in an order that is a pure function of (seed, epoch).
-
-    Args:
-        features: names of the id columns.
-        split: the rows.
-        batch_size: rows per batch; the last batch of an epoch may be smaller.
-        seed: of the order; None keeps the order of the rows.
-    """
-
-    def __init__(self, features: list[str], split: Split, batch_size: int, seed: int | None) -> None:
-        self._features, self._split, self._batch_size, self._seed = features, split, batch_size, seed
-        # every bag has one id, so lengths and offsets are the same for all batches of a size
-        num_ids = len(features) * batch_size
-        self._lengths = torch.ones(num_ids, dtype=torch.int32)
-        self._offsets = torch.arange(num_ids + 1, dtype=torch.int32)
-
-    def __len__(self) -> int:
-        """Return the batches of an epoch."""
-        return -(-len(self._split) // self._batch_size)
-
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from the `first` on, as an uninterrupted epoch would."""
-        size, num_rows = self._batch_size, len(self._split)
-        order = None
-        if self._seed is not None:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            order = torch.randperm(num_rows, generator=generator)
-        for start in range(first * size, num_rows, size):
-            stop = min(start + size, num_rows)
-            yield self._batch(order[start:stop] if order is not None else torch.arange(start, stop))
-
-    def _batch(self, rows: Tensor) -> Batch:
-        split, size, width = self._split, len(rows), len(self._features)
-        ids = split.ids[rows]
-        features = KeyedJaggedTensor(
-            keys=self._features,
-            values=ids.t().reshape(-1),
-            lengths=self._lengths[: size * width],
-            offsets=self._offsets[: size * width + 1],
-            stride=size,
-            length_per_key=[size] * width,
-            offset_per_key=[size * column for column in range(width + 1)],
-            index_per_key={name: column for column, name in enumerate(self._features)},
-        )
-        dense = None if split.dense is None else split.dense[rows]
-        return Batch(features, split.labels[rows], dense, ids, rows)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchrec_compress.train import checkpoint
+from torchrec_compress.train.batch import Batch
 from torchrec_compress.train.config import StageConfig
-from torchrec_compress.train.data import Batch, Batches, ClickData, Split
+from torchrec_compress.train.data import Batches, ClickData, ClickSource
 from torchrec_compress.train.journal import Journal
 from torchrec_compress.train.metrics import auc, logloss
 from torchrec_compress.train.models import ClickModel
@@ -108,7 +109,7 @@ def train(model: ClickModel, task: Task) -> Trained:
     trainable = Trainable(model, task.stage)
     start = {name: p.detach().clone() for name, p in trainable.pulled.items()} if task.stage.start_l2 else {}
     progress, best = _resume(trainable, task)
-    batches = Batches(task.data.features, task.data.train, task.stage.batch_size, task.seed)
+    batches = task.data.batches("train", task.stage.batch_size, task.seed)
     total = round(task.stage.epochs * len(batches))
     every = max(1, math.ceil(len(batches) / task.stage.evals_per_epoch))
     journal = Journal(task.folder, task.tensorboard, progress.step)
@@ -135,12 +136,12 @@ def train(model: ClickModel, task: Task) -> Trained:
     return Trained(best, progress.best_step, progress.step, rate, progress.seconds, trainable.optimizer_bytes())
 
 
-def predict(model: nn.Module, features: list[str], split: Split) -> Tensor:
+def predict(model: nn.Module, data: ClickSource, split: str) -> Tensor:
     """Return the logits of all rows of a split: (N,) float32. The model is left in evaluation mode."""
     model.eval()
-    logits = torch.empty(len(split))
+    logits = torch.empty(data.num_rows(split))
     with torch.no_grad():
-        for batch in Batches(features, split, _EVAL_BATCH, None).epoch(0):
+        for batch in data.batches(split, _EVAL_BATCH, None).epoch(0):
             logits[batch.rows] = model(batch.features, batch.dense).logits
     return logits
 
@@ -195,7 +196,7 @@ def _count_loss(progress: Progress, loss: float, task: Task) -> None:
 def _validate(trainable: Trainable, task: Task, progress: Progress, journal: Journal) -> dict[str, Tensor] | None:
     """Score the validation split and decide; return the model's tensors where they are the best so far."""
     labels = task.data.valid.labels.numpy()
-    logits = predict(trainable.module, task.data.features, task.data.valid).numpy()
+    logits = predict(trainable.module, task.data, "valid").numpy()
     if not np.isfinite(logits).all():
         raise ValueError(f"{task.label}: validation logits must be finite at step {progress.step}; lower the rates")
     found = {"auc": auc(labels, logits), "logloss": logloss(labels, logits)}

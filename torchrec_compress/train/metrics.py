@@ -64,8 +64,8 @@ def tail_rows(data: ClickData, split: Split, tables: list[str], below: int) -> N
     counts = data.counts()
     rows = np.zeros(len(split), dtype=bool)
     for name in chosen:
-        ids = split.ids[:, data.features.index(name)].long()
-        rows |= (counts[name][ids] < below).numpy()
+        ids = split.ids[:, data.layout.columns(name)].long()
+        rows |= ((counts[name][ids.clamp(min=0)] < below) & (ids >= 0)).any(1).numpy()
     return rows
 
 

@@ -19,7 +19,7 @@ from torchrec_compress.budget import for_budget
 from torchrec_compress.compression import parse, resolve
 from torchrec_compress.train.checkpoint import check_same
 from torchrec_compress.train.config import DataConfig, RunConfig, fingerprint
-from torchrec_compress.train.data import ClickData, Split, load_data
+from torchrec_compress.train.data import ClickData, load_data
 from torchrec_compress.train.journal import versions, write_atomically, write_json
 from torchrec_compress.train.loop import Task, Trained, predict, train
 from torchrec_compress.train.metrics import bayes_metrics, evaluate, tail_rows
@@ -209,8 +209,10 @@ def _contexts(config: RunConfig, data: ClickData, compression: Any) -> dict[str,
         other = config.context.get(name) or max(others, key=lambda key: data.vocab[data.features.index(key)])
         if other not in data.features or other == name:
             raise ValueError(f"context.{name}: must be another table of {data.features}, got {other!r}")
-        columns = clicked[:, [data.features.index(name), data.features.index(other)]].long()
-        pairs[name] = (columns[:, 0].contiguous(), columns[:, 1].contiguous())
+        first, second = (clicked[:, data.layout.columns(key)] for key in (name, other))
+        if first.shape[1] != 1 or second.shape[1] != 1:
+            raise ValueError(f"context.{name}: must pair features of one id per row, got {name!r} and {other!r}")
+        pairs[name] = (first[:, 0].long(), second[:, 0].long())
     return pairs
 
 
@@ -243,7 +245,7 @@ def _teacher(config: RunConfig, data: ClickData, source: Path) -> Tensor:
     """Return the full model's logits of all train rows, computed once."""
     path = source / "train_logits.pt"
     if not path.is_file():
-        _save_tensors(path, {"logits": predict(_full(config, data, source), data.features, data.train)})
+        _save_tensors(path, {"logits": predict(_full(config, data, source), data, "train")})
     return torch.load(path, weights_only=True)["logits"]
 
 
@@ -267,13 +269,11 @@ def _task(config: RunConfig, data: ClickData, folder: Path, stage: str, position
 
 def score(model: ClickModel, data: ClickData, config: DataConfig) -> dict[str, dict[str, float]]:
     """Return all metrics of valid and test."""
-    return {
-        name: _score_split(model, data, split, config) for name, split in (("valid", data.valid), ("test", data.test))
-    }
+    return {name: _score_split(model, data, name, config) for name in ("valid", "test")}
 
 
-def _score_split(model: ClickModel, data: ClickData, split: Split, config: DataConfig) -> dict[str, float]:
-    logits = predict(model, data.features, split).numpy()
+def _score_split(model: ClickModel, data: ClickData, name: str, config: DataConfig) -> dict[str, float]:
+    logits, split = predict(model, data, name).numpy(), data.split(name)
     tail = tail_rows(data, split, config.tail_tables, config.tail_count)
     return evaluate(split.labels.numpy(), logits, tail, None if split.kinds is None else split.kinds.numpy())
 
