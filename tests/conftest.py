@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.sharding.ranks import Ranks
+
 # the same examples on every machine: a failure in CI is a failure at home
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40, database=None)
 hypothesis.settings.load_profile("repeatable")
@@ -23,3 +25,19 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    """A process group of two ranks, shared by all tests."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    """A process group of four ranks, shared by all tests."""
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()

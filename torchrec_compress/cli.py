@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -177,10 +178,37 @@ def _run(command: str, config: RunConfig) -> None:
 
         print((compare(config) / "report.md").read_text(), end="")
         return
+    _train(config)
+
+
+def _train(config: RunConfig) -> None:
+    """Train, alone or as one of the ranks that torchrun started; rank 0 speaks for all."""
+    import traceback
+
+    from torchrec_compress.train.loop import Preempted
+    from torchrec_compress.train.ranks import end_for_all, start, stop
     from torchrec_compress.train.stages import run
 
-    folder = Path(config.output)
-    summary = run(config, folder, folder / "full")
+    folder, many = Path(config.output), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        is_first = start(config.parallel).is_first
+        summary = run(config, folder, folder / "full")
+    except Preempted as end:
+        sys.stderr.write(f"torchrec-compress: {end.text}\n")
+        raise
+    except (ValueError, OSError) as error:
+        if not many:
+            raise
+        sys.stderr.write(f"torchrec-compress: error: rank {os.environ.get('RANK')}: {error}\n")
+        end_for_all(error, 2)
+    except Exception as error:
+        if not many:
+            raise
+        traceback.print_exc()
+        end_for_all(error, 1)
+    stop()
+    if not is_first:
+        return
     for split, metrics in summary["metrics"].items():
         print(f"{split}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
     if summary["bayes"]:

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from torchrec_compress.train.config import DataConfig, GeneratorConfig, RunConfig, override
+from torchrec_compress.train.config import DataConfig, GeneratorConfig, ParallelConfig, RunConfig, override
 from torchrec_compress.train.data import ClickData, load_data
 from torchrec_compress.train.machine import prepare
+from torchrec_compress.train.ranks import Ranks, start
 
 SMALL = GeneratorConfig(num_rows=4000, num_users=300, num_items=80, num_clusters=4)
 
@@ -17,6 +18,11 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def data() -> ClickData:
     return load_data(DataConfig(generator=SMALL))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Ranks:
+    return start(ParallelConfig(device="cpu"))
 
 
 @pytest.fixture

@@ -13,74 +13,136 @@ import torch
 import yaml
 
 from torchrec_compress.train import checkpoint
+from torchrec_compress.train.checkpoint import Checkpoints
 
 CONFIG = {"stage": {"batch_size": 4}, "seed": 0}
 
 
-def _save(folder, step):
-    return checkpoint.save(folder, step, {"value": torch.full((100,), float(step))}, CONFIG)
+def _store(folder, ranks, config=CONFIG) -> Checkpoints:
+    return Checkpoints(folder, config, ranks)
 
 
-def test_the_newest_is_loaded_and_old_ones_go(tmp_path):
-    assert checkpoint.load(tmp_path, CONFIG) is None
+def _save(folder, step, ranks, size=100, **options):
+    store = _store(folder, ranks)
+    store.save(step, {"value": torch.full((size,), float(step))}, {"at": step}, **options)
+    store.wait()
+    return folder / f"step{step:09d}"
+
+
+def _value(store: Checkpoints) -> float:
+    """Return what the newest whole checkpoint holds."""
+    saved, state = store.newest(), {"value": torch.zeros(100)}
+    assert saved is not None and saved.notes == {"at": saved.step}
+    store.load(saved, state)
+    assert len(state["value"].unique()) == 1
+    return float(state["value"][0])
+
+
+def test_the_newest_is_loaded_and_old_ones_go(tmp_path, ranks):
+    assert _store(tmp_path, ranks).newest() is None
     for step in (1, 2, 3):
-        _save(tmp_path, step)
-    assert checkpoint.load(tmp_path, CONFIG)["value"][0] == 3
+        _save(tmp_path, step, ranks)
+    assert _value(_store(tmp_path, ranks)) == 3
     assert sorted(path.name for path in tmp_path.glob("step*")) == ["step000000002", "step000000003"]
 
 
-def test_a_truncated_checkpoint_is_refused_and_the_older_one_used(tmp_path, capsys):
-    _save(tmp_path, 1)
-    newest = _save(tmp_path, 2) / "state.pt"
-    newest.write_bytes(newest.read_bytes()[:-100])
-    assert checkpoint.load(tmp_path, CONFIG)["value"][0] == 1
+def test_a_protected_one_stays(tmp_path, ranks):
+    for step in (1, 2, 3, 4):
+        _save(tmp_path, step, ranks, protected=1)
+    assert sorted(int(path.name[4:]) for path in tmp_path.glob("step*")) == [1, 3, 4]
+
+
+def test_what_is_saved_is_what_it_was_when_save_was_called(tmp_path, ranks):
+    store, value = _store(tmp_path, ranks), torch.ones(100)
+    store.save(1, {"value": value}, {"at": 1})
+    value.fill_(7.0)  # as the next training step would, while the writing goes on
+    store.wait()
+    assert _value(store) == 1
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "random_0.pt"])
+def test_a_truncated_checkpoint_is_refused_and_the_older_one_used(tmp_path, capsys, ranks, name):
+    _save(tmp_path, 1, ranks)
+    newest = _save(tmp_path, 2, ranks) / name
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert _value(_store(tmp_path, ranks)) == 1
     said = capsys.readouterr().out
-    assert "step000000002: truncated" in said and "older step000000001" in said
+    assert f"step000000002: {name} is truncated" in said and "older step000000001" in said
 
 
-def test_only_truncated_checkpoints_are_an_error(tmp_path):
-    path = _save(tmp_path, 1) / "state.pt"
+def test_a_changed_byte_is_noticed(tmp_path, ranks):
+    _save(tmp_path, 1, ranks)
+    path = _save(tmp_path, 2, ranks) / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    assert _value(_store(tmp_path, ranks)) == 1
+
+
+def test_only_truncated_checkpoints_are_an_error(tmp_path, ranks):
+    path = _save(tmp_path, 1, ranks) / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[:10])
-    with pytest.raises(ValueError, match=r"step000000001: truncated.*none is whole"):
-        checkpoint.load(tmp_path, CONFIG)
+    with pytest.raises(ValueError, match=r"step000000001: .*truncated.*none is whole"):
+        _store(tmp_path, ranks).newest()
 
 
-def test_another_config_is_refused_by_key(tmp_path):
-    _save(tmp_path, 1)
+def test_another_config_is_refused_by_key(tmp_path, ranks):
+    _save(tmp_path, 1, ranks)
     with pytest.raises(ValueError, match=r"stage\.batch_size must be 4 .* got 8"):
-        checkpoint.load(tmp_path, {"stage": {"batch_size": 8}, "seed": 0})
+        _store(tmp_path, ranks, {"stage": {"batch_size": 8}, "seed": 0}).newest()
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    _save(tmp_path, 1)
+def test_another_model_is_refused(tmp_path, ranks):
+    _save(tmp_path, 1, ranks)
+    store = _store(tmp_path, ranks)
+    with pytest.raises(ValueError, match="must fit the model"):
+        store.load(store.at(1), {"value": torch.zeros(3)})
+    with pytest.raises(ValueError, match="must fit the model"):
+        store.load(store.at(1), {"other": torch.zeros(100)})
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, ranks, call):
+    """It fills up while the shards are written, or only when the finished checkpoint is about to be named."""
+    _save(tmp_path, 1, ranks)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left.*step000000001 is still good"):
-        _save(tmp_path, 2)
+    monkeypatch.setattr(checkpoint.os if call == "fsync" else checkpoint.Path, call, full)
+    with pytest.raises(OSError, match=r"step 2 could not be written.*No space left.*step000000001 is still good"):
+        _save(tmp_path, 2, ranks)
     monkeypatch.undo()
-    assert checkpoint.load(tmp_path, CONFIG)["value"][0] == 1
+    assert _value(_store(tmp_path, ranks)) in (1, 2)
     assert not list(tmp_path.glob(".partial*"))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, ranks):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/checkpoints: must be writable"):
+        _save(tmp_path / "file" / "checkpoints", 1, ranks)
 
 
 def test_a_file_size_limit_at_save_leaves_the_old_checkpoint(tmp_path):
     """The system itself refuses the write, in a process of its own."""
     script = f"""
 import pathlib, resource, signal, torch
-from torchrec_compress.train import checkpoint
-folder = pathlib.Path({str(tmp_path)!r})
-checkpoint.save(folder, 1, {{"value": torch.ones(10)}}, {{}})
+from torchrec_compress.train.checkpoint import Checkpoints
+from torchrec_compress.train.config import ParallelConfig
+from torchrec_compress.train.ranks import start
+store = Checkpoints(pathlib.Path({str(tmp_path)!r}), {{}}, start(ParallelConfig(device="cpu")))
+store.save(1, {{"value": torch.ones(10)}}, {{}})
+store.wait()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    checkpoint.save(folder, 2, {{"value": torch.ones(1_000_000)}}, {{}})
+    store.save(2, {{"value": torch.ones(1_000_000)}}, {{}})
+    store.wait()
 except OSError as error:
-    assert "is still good" in str(error), error
+    assert "step000000001 is still good" in str(error), error
 else:
     raise SystemExit("the write should have failed")
-assert len(checkpoint.load(folder, {{}})["value"]) == 10
+assert store.newest().step == 1
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 import torch
 
-from torchrec_compress.train.config import OptimConfig, StageConfig
-from torchrec_compress.train.loop import Task, train
-from torchrec_compress.train.parallel import Trainable, load_plain, plain_state
+from torchrec_compress.train.checkpoint import Checkpoints, read
+from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig, override
+from torchrec_compress.train.data import ClickData, Split
+from torchrec_compress.train.loop import PREEMPTED, Preempted, Task, Trained, train
+from torchrec_compress.train.parallel import Trainable, load_plain, local_shards, make_constraints
 from torchrec_compress.train.stages import full_model
 
 STAGE = StageConfig(epochs=1.0, batch_size=256, evals_per_epoch=2, patience=0)
@@ -18,6 +22,17 @@ def _before(config, data):
     return {name: value.clone() for name, value in full_model(config, data).state_dict().items()}
 
 
+def _after(trained: Trained, config, data) -> dict[str, torch.Tensor]:
+    """Return the best model's tensors, from its checkpoint."""
+    state = {"model": full_model(config, data).state_dict()}
+    read(trained.checkpoint, state)
+    return state["model"]
+
+
+def _trainable(config, data, ranks, stage=STAGE) -> Trainable:
+    return Trainable(full_model(config, data), stage, ranks, ParallelConfig())
+
+
 @pytest.mark.parametrize("tables", ["rowwise_adagrad", "adagrad", "sgd", "adam"])
 def test_every_table_optimizer_learns(config, data, tmp_path, tables):
     stage = dataclasses.replace(STAGE, epochs=3.0, optim=OptimConfig(tables=tables, table_lr=0.05, dense_lr=0.01))
@@ -25,20 +40,18 @@ def test_every_table_optimizer_learns(config, data, tmp_path, tables):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert max(line["auc"] for line in lines) > 0.55
     assert trained.steps == 39 and trained.optimizer_bytes > 0
-    moved = (
-        (
-            trained.state["embeddings.embedding_bags.user.weight"]
-            - _before(config, data)["embeddings.embedding_bags.user.weight"]
-        )
-        .abs()
-        .max()
-    )
+    name = "embeddings.embedding_bags.user.weight"
+    moved = (_after(trained, config, data)[name] - _before(config, data)[name]).abs().max()
     assert moved > 1e-4
 
 
-def test_weights_survive_the_wrapping(config, data):
-    model, before = full_model(config, data), _before(config, data)
-    after = plain_state(Trainable(model, STAGE).module)
+def test_weights_survive_the_wrapping(config, data, ranks, tmp_path):
+    before = _before(config, data)
+    store = Checkpoints(tmp_path, {}, ranks)
+    store.save(1, _trainable(config, data, ranks).state(), {})
+    store.wait()
+    after = full_model(override(config, {"seed": 7}), data).state_dict()
+    read(store.at(1).path, {"model": after})
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
@@ -47,9 +60,10 @@ def test_weights_survive_the_wrapping(config, data):
 def test_parts_can_be_frozen(config, data, tmp_path, part, tables):
     stage = dataclasses.replace(STAGE, **{f"train_{part}": False}, optim=OptimConfig(tables=tables))
     trained = train(full_model(config, data), Task(data, stage, 0, tmp_path, position=None))
+    after = _after(trained, config, data)
     for name, value in _before(config, data).items():
         frozen = name.startswith("embeddings.") == (part == "tables")
-        assert torch.equal(trained.state[name], value) == frozen, name
+        assert torch.equal(after[name], value) == frozen, name
 
 
 def test_l2_of_whole_tables_shrinks_rows_that_are_never_looked_up(config, data, tmp_path):
@@ -58,21 +72,23 @@ def test_l2_of_whole_tables_shrinks_rows_that_are_never_looked_up(config, data, 
     for l2 in (0.0, 1.0):
         stage = dataclasses.replace(STAGE, optim=OptimConfig(tables="adam", table_lr=2e-4, table_l2=l2))
         trained = train(full_model(config, data), Task(data, stage, 0, tmp_path / str(l2), position=None))
-        sizes.append(float(trained.state["embeddings.embedding_bags.user.weight"][untouched].abs().sum()))
+        weight = _after(trained, config, data)["embeddings.embedding_bags.user.weight"]
+        sizes.append(float(weight[untouched].abs().sum()))
     assert untouched.any() and sizes[1] < 0.9 * sizes[0]
 
 
-def test_l2_that_fused_optimizers_would_ignore_is_refused(config, data):
+def test_l2_that_fused_optimizers_would_ignore_is_refused(config, data, ranks):
     stage = dataclasses.replace(STAGE, optim=OptimConfig(tables="adagrad", table_l2=0.1))
     with pytest.raises(ValueError, match=r"optim\.table_l2"):
-        Trainable(full_model(config, data), stage)
+        _trainable(config, data, ranks, stage)
 
 
 def test_lookup_l2_and_start_l2_hold_parameters_back(config, data, tmp_path):
     def distance(name: str, **change) -> tuple[float, float]:
         optim = OptimConfig(tables="sgd", table_lr=1.0, lookup_l2=change.pop("lookup_l2", 0.0))
         stage = dataclasses.replace(STAGE, optim=optim, **change)
-        state = train(full_model(config, data), Task(data, stage, 0, tmp_path / name, position=None)).state
+        trained = train(full_model(config, data), Task(data, stage, 0, tmp_path / name, position=None))
+        state = _after(trained, config, data)
         old = _before(config, data)
         net = [k for k in old if not k.startswith("embeddings.")]
         rows = float(state["embeddings.embedding_bags.item.weight"].square().sum())
@@ -83,8 +99,8 @@ def test_lookup_l2_and_start_l2_hold_parameters_back(config, data, tmp_path):
     assert small[1] < 0.9 * free[1]
 
 
-def test_the_rate_falls_to_zero_with_the_schedule_on_fused_tables_too(config, data):
-    trainable = Trainable(full_model(config, data), STAGE)
+def test_the_rate_falls_to_zero_with_the_schedule_on_fused_tables_too(config, data, ranks):
+    trainable = _trainable(config, data, ranks)
     trainable.set_rate(0.5)
     # a fused table keeps its rate as a float32
     assert sorted(group["lr"] for group in trainable.optimizer.param_groups) == pytest.approx([0.0005, 0.025])
@@ -108,13 +124,96 @@ def test_early_stopping_keeps_the_best_and_the_start_competes(config, data, tmp_
     best = min(lines, key=lambda line: line["logloss"])
     assert trained.best_step == best["step"]
     if best["step"] == 0:
-        assert all(torch.equal(trained.state[k], v) for k, v in _before(config, data).items())
+        after = _after(trained, config, data)
+        assert all(torch.equal(after[k], v) for k, v in _before(config, data).items())
 
 
-def test_a_diverged_loss_is_an_error(config, data, tmp_path):
-    stage = dataclasses.replace(STAGE, optim=OptimConfig(tables="sgd", table_lr=1e30, dense_lr=1e10))
-    with pytest.raises(ValueError, match="must be finite"):
+def test_a_diverged_loss_names_step_ids_and_checkpoint(config, data, tmp_path):
+    stage = dataclasses.replace(
+        STAGE, checkpoint_every=1, optim=OptimConfig(tables="sgd", table_lr=1e30, dense_lr=1e10, decay="none")
+    )
+    with pytest.raises(
+        ValueError, match=r"must be finite, step [2-9]: got .* train rows \[\d+.*'user': \[\d+"
+    ) as error:
         train(full_model(config, data), Task(data, stage, 0, tmp_path, position=None))
+    newest = sorted((tmp_path / "checkpoints").glob("step*"))[-1]
+    assert str(newest) in str(error.value)
+
+
+def _poisoned(data: ClickData, rows: list[int]) -> ClickData:
+    """Return the data with dense columns, of which some rows of train are not finite."""
+
+    def with_dense(split: Split, bad: list[int]) -> Split:
+        dense = torch.linspace(0, 1, 2 * len(split)).view(-1, 2).clone()
+        dense[bad] = float("inf")
+        return dataclasses.replace(split, dense=dense)
+
+    splits = {
+        name: with_dense(data.split(name), rows if name == "train" else []) for name in ("train", "valid", "test")
+    }
+    return dataclasses.replace(data, num_dense=2, **splits)
+
+
+def test_bad_batches_are_left_out_where_that_is_asked(config, data, tmp_path):
+    """Two rows spoil at most two batches; the rest trains as it would without those batches."""
+    bad = _poisoned(data, [5, 1000])
+    stage = dataclasses.replace(STAGE, skip_bad_batches=2)
+    trained = train(full_model(config, bad), Task(bad, stage, 0, tmp_path / "a", position=None))
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    skipped = [line["step"] for line in lines if line["kind"] == "skipped"]
+    assert 1 <= trained.skipped == len(skipped) <= 2
+    assert all(
+        torch.isfinite(value).all() for value in _after(trained, config, bad).values() if value.is_floating_point()
+    )
+    with pytest.raises(ValueError, match="must be finite"):
+        train(full_model(config, bad), Task(bad, STAGE, 0, tmp_path / "b", position=None))
+
+
+def test_a_left_out_batch_moves_nothing(config, data, ranks):
+    bad = _poisoned(data, list(range(len(data.train))))
+    trainable = _trainable(config, bad, ranks, dataclasses.replace(STAGE, skip_bad_batches=9))
+    good = next(iter(_poisoned(data, []).batches("train", 64, 0).epoch(0)))
+    worse = next(iter(bad.batches("train", 64, 0).epoch(0)))
+    trainable.module.train()
+    pipeline = trainable.pipeline()
+    batches = iter([good, worse])
+    pipeline.progress(batches)
+    before = _local(trainable)
+    pipeline.progress(batches)
+    assert trainable.was_skipped
+    assert all(torch.equal(value, before[name]) for name, value in _local(trainable).items())
+
+
+def _local(trainable: Trainable) -> dict[str, torch.Tensor]:
+    """Return copies of this rank's shards."""
+    shards = {name: local_shards(value) for name, value in trainable.state()["model"].items()}
+    return {f"{name}.{i}": part.clone() for name, parts in shards.items() for i, (part, _) in enumerate(parts)}
+
+
+def test_sigterm_saves_and_ends_with_the_status_for_another_try(config, data, tmp_path, monkeypatch):
+    whole = train(full_model(config, data), Task(data, STAGE, 0, tmp_path / "a", position=None))
+    stage = Trainable.set_rate
+
+    def interrupt(self, factor):
+        os.kill(os.getpid(), signal.SIGTERM)
+        stage(self, factor)
+
+    monkeypatch.setattr(Trainable, "set_rate", interrupt)
+    task = Task(data, STAGE, 0, tmp_path / "b", position=None)
+    with pytest.raises(Preempted) as end:
+        train(full_model(config, data), task)
+    assert end.value.code == PREEMPTED and "saved at step 1;" in end.value.text
+    monkeypatch.undo()
+    resumed = train(full_model(config, data), task)
+    first, second = (_after(trained, config, data) for trained in (whole, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_profiler_trace_is_written_on_request(config, data, tmp_path):
+    stage, parallel = dataclasses.replace(STAGE, patience=0), ParallelConfig(profile_steps=2)
+    train(full_model(config, data), Task(data, stage, 0, tmp_path, position=None, parallel=parallel))
+    events = json.loads((tmp_path / "trace_rank0.json").read_text())["traceEvents"]
+    assert any("forward" in str(event.get("name")) for event in events)
 
 
 def test_load_plain_refuses_other_shapes(config, data):
@@ -126,16 +225,21 @@ def test_load_plain_refuses_other_shapes(config, data):
         load_plain(model, {})
 
 
-def test_several_processes_are_refused(config, data, monkeypatch):
-    from torchrec_compress.train import parallel
-
-    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match="must run as one process"):
-        Trainable(full_model(config, data), STAGE)
+def test_sharding_types_are_checked(config, data):
+    model = full_model(config, data)
+    found = make_constraints(model, 4, ParallelConfig(sharding_types={"us*": ["row_wise"]}))
+    assert found["user"].sharding_types == ["row_wise"]
+    assert "data_parallel" not in found["item"].sharding_types
+    # 4 rows over 3 ranks: cut by rows, the last would get none
+    assert found["device"].sharding_types != ["table_wise", "column_wise"]
+    assert make_constraints(model, 3, ParallelConfig())["device"].sharding_types == ["table_wise", "column_wise"]
+    with pytest.raises(ValueError, match="must fit a table"):
+        make_constraints(model, 4, ParallelConfig(sharding_types={"usr": ["row_wise"]}))
+    with pytest.raises(ValueError, match="must not be data_parallel"):
+        make_constraints(model, 4, ParallelConfig(sharding_types={"user": ["data_parallel"]}))
 
 
 def test_l2_leaves_multipliers_of_memcom_alone(config, data, tmp_path):
-    from torchrec_compress.train.config import override
     from torchrec_compress.train.stages import run
 
     changes = {"start": "scratch", "compression": {"*": {"method": "memcom", "num_buckets": 20}}}

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from torchrec_compress.train.metrics import auc, bayes_metrics, evaluate, logloss, tail_rows
+from torchrec_compress.train.metrics import auc, bayes_metrics, evaluate, logloss
 
 
 @pytest.mark.parametrize("decimals", [0, 1, 9])  # few decimals make many ties
@@ -34,14 +34,6 @@ def test_evaluate_splits_tail_and_kinds():
 def test_logits_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="diverged"):
         evaluate(np.array([0, 1]), np.array([0.0, np.nan]), None, None)
-
-
-def test_tail_is_counted_in_train_only(data):
-    rows = tail_rows(data, data.test, ["user"], 10)
-    counts = np.bincount(data.train.ids[:, 0].numpy(), minlength=300)
-    assert np.array_equal(rows, counts[data.test.ids[:, 0].numpy()] < 10) and 0 < rows.mean() < 1
-    with pytest.raises(ValueError, match="tail_tables"):
-        tail_rows(data, data.test, ["usr"], 10)
 
 
 def test_true_probabilities_bound_what_a_model_can_reach(data):

@@ -1,4 +1,5 @@
-"""Checkpoints that survive a kill at any moment: written aside, made durable, then renamed."""
+"""Checkpoints that survive a kill at any moment, for any number of ranks: torch.distributed.checkpoint inside folders
+that are written aside, made durable, then renamed."""
 
 from __future__ import annotations
 
@@ -6,108 +7,261 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from tqdm import tqdm
+
+from torchrec_compress.train.ranks import Ranks, gather, on_first
 
 LATEST = "LATEST"
-FORMAT = 1
+FORMAT = 2
 
 
-def save(folder: Path, step: int, state: dict[str, Any], config: dict[str, Any], keep: int = 2) -> Path:
-    """Write a checkpoint; when anything fails, the older ones stay as they were.
+@dataclass(frozen=True)
+class Saved:
+    """A whole checkpoint.
 
     Args:
-        folder: of all checkpoints of a stage.
-        step: names the checkpoint.
-        state: whatever `torch.save` takes; tensors and plain data.
-        config: plain data that must be the same when training resumes.
-        keep: checkpoints that are kept.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        OSError: nothing could be written, such as on a full disk; the message names the checkpoint that is still good.
+        path: its folder.
+        step: its number.
+        notes: the plain data that was saved with it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final, partial = folder / f"step{step:09d}", folder / f".partial{step:09d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        _write_state(partial / "state.pt", state)
-        text = json.dumps({"format": FORMAT, "step": step, "sha256": _digest(partial / "state.pt"), "config": config})
-        _write(partial / "meta.json", text)
-        _sync_folder(partial)
+
+    path: Path
+    step: int
+    notes: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one stage, written in the background while the training goes on.
+
+    Every rank calls every method. The folder must be one that all ranks see. On the way to `step000000123/` a
+    checkpoint is a hidden folder; when all ranks have written their shards and the checksums are noted, rank 0 renames
+    it. So a kill at any moment, and a full disk, leave the older ones as they were.
+
+    Args:
+        folder: of all checkpoints of the stage.
+        identity: plain data that must be the same when training resumes.
+        ranks: all ranks; their number may differ when training resumes.
+        keep: newest checkpoints that are kept.
+
+    Example:
+        >>> import tempfile
+        >>> from torchrec_compress.train.config import ParallelConfig
+        >>> from torchrec_compress.train.ranks import start
+        >>> store = Checkpoints(Path(tempfile.mkdtemp()), {"seed": 0}, start(ParallelConfig(device="cpu")))
+        >>> store.save(7, {"weight": torch.ones(3)}, {"rows": 21})
+        >>> store.wait()
+        >>> newest, state = store.newest(), {"weight": torch.zeros(3)}
+        >>> store.load(newest, state)
+        >>> newest.step, newest.notes, state["weight"].sum()
+        (7, {'rows': 21}, tensor(3.))
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], ranks: Ranks, keep: int = 2) -> None:
+        self._folder, self._identity, self._ranks, self._keep = folder, identity, ranks, keep
+        self._writer: threading.Thread | None = None
+        self._failure: str | None = None
+
+    def save(self, step: int, state: dict[str, Any], notes: dict[str, Any], protected: int | None = None) -> None:
+        """Copy a state and write it in the background; `wait` says how that went.
+
+        Args:
+            step: names the checkpoint.
+            state: tensors, sharded or the same on all ranks, and plain data by name.
+            notes: plain data, to be read without loading the state.
+            protected: step of a checkpoint that is not deleted, however old it is.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
+        self.wait()
+        partial = self._folder / f".partial{step:09d}"
+        on_first(lambda: _make_empty(partial), self._ranks)
+        random = partial / f"random_{self._ranks.rank}.pt"
+        generator = torch.get_rng_state()
+        future = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(partial), process_group=self._ranks.saving)
+        assert isinstance(future, Future)
+        arguments = (future, step, random, generator, notes, protected)
+        self._writer = threading.Thread(target=self._finish, args=arguments, name="checkpoint", daemon=True)
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is whole.
+
+        Raises:
+            OSError: it could not be written, such as on a full disk; the message names the one that is still good.
+        """
+        if self._writer is None:
+            return
+        self._writer.join()
+        self._writer = None
+        if self._failure is not None:
+            old = _pointed(self._folder)
+            left = f"{old} is still good" if old else "there is no older one"
+            raise OSError(f"checkpoint {self._folder}: {self._failure}; {left}")
+
+    def _finish(
+        self,
+        future: Future[Any],
+        step: int,
+        random: Path,
+        generator: torch.Tensor,
+        notes: dict[str, Any],
+        protected: int | None,
+    ) -> None:
+        """Wait for the shards, note their checksums and rename the folder; in a thread, on every rank."""
+        error, files = None, {}
+        try:
+            future.result()
+            torch.save(generator, random)
+            _sync(random)
+            files = {path.name: _digest(path) for path in self._mine(random.parent)}
+        except (OSError, RuntimeError, CheckpointException) as caught:
+            error = _reason(caught)
+        found = self._gather_files((error, files))
+        errors = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(found) if text is not None]
+        if not errors and self._ranks.is_first:
+            whole = {name: digest for _, part in found for name, digest in part.items()}
+            meta = {"format": FORMAT, "step": step, "identity": self._identity, "notes": notes, "files": whole}
+            try:
+                self._publish(random.parent, step, meta, protected)
+            except OSError as caught:
+                errors = [f"rank 0: {_reason(caught)}"]
+        told = [errors[0] if errors else None]
+        if self._ranks.world > 1:
+            dist.broadcast_object_list(told, src=0, group=self._ranks.saving)
+        if told[0] is not None:
+            shutil.rmtree(random.parent, ignore_errors=True)
+            self._failure = f"step {step} could not be written ({told[0]})"
+
+    def _gather_files(self, mine: tuple[str | None, dict[str, str]]) -> list[tuple[str | None, dict[str, str]]]:
+        if self._ranks.world == 1:
+            return [mine]
+        found: list[Any] = [None] * self._ranks.world
+        dist.all_gather_object(found, mine, group=self._ranks.saving)
+        return found
+
+    def _mine(self, folder: Path) -> list[Path]:
+        """Return the files that this rank has written."""
+        own = [*folder.glob(f"__{self._ranks.rank}_*.distcp"), folder / f"random_{self._ranks.rank}.pt"]
+        return [*own, folder / ".metadata"] if self._ranks.is_first else own
+
+    def _publish(self, partial: Path, step: int, meta: dict[str, Any], protected: int | None) -> None:
+        """Make a checkpoint visible, and delete those that are too old."""
+        final = self._folder / f"step{step:09d}"
+        _write(partial / "meta.json", json.dumps(meta))
+        _sync(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _write(folder / ".latest", final.name)
-        (folder / ".latest").replace(folder / LATEST)
-        _sync_folder(folder)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
-        old = find(folder)
-        left = f"{old} is still good" if old else "there is no older one"
-        raise OSError(f"checkpoint {final}: could not be written ({error}); {left}") from error
-    for old in _all(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+        _write(self._folder / ".latest", final.name)
+        (self._folder / ".latest").replace(self._folder / LATEST)
+        _sync(self._folder)
+        kept = {*_all(self._folder)[-self._keep :]}
+        if protected is not None:
+            kept.add(self._folder / f"step{protected:09d}")
+        for old in set(_all(self._folder)) - kept:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def newest(self) -> Saved | None:
+        """Return the newest checkpoint that is whole, or None where there is none at all.
+
+        A damaged one is passed over, with a line that names it and the older one that is used instead.
+
+        Raises:
+            ValueError: all are damaged, or the identity differs; the message names the key.
+        """
+        candidates = on_first(lambda: _candidates(self._folder), self._ranks)
+        problems = []
+        for path in candidates:
+            problem = self._problem(path)
+            if problem is None:
+                if problems and self._ranks.is_first:
+                    tqdm.write(f"checkpoint {'; '.join(problems)}; resuming from the older {path.name}")
+                return self.at(path)
+            problems.append(f"{path}: {problem}")
+        if problems:
+            raise ValueError(f"checkpoint {'; '.join(problems)}; none is whole, delete {self._folder} to start anew")
+        return None
+
+    def at(self, step: int | Path) -> Saved:
+        """Return a checkpoint by its step or folder, not verified.
+
+        Raises:
+            ValueError: its identity differs.
+            OSError: there is none.
+        """
+        path = step if isinstance(step, Path) else self._folder / f"step{step:09d}"
+        meta = json.loads((path / "meta.json").read_text())
+        check_same(path, meta["identity"], self._identity)
+        return Saved(path, meta["step"], meta["notes"])
+
+    def load(self, saved: Saved, state: dict[str, Any], random: bool = False) -> None:
+        """Fill a state in place; its tensors may be sharded in another way than those that were saved.
+
+        Args:
+            saved: from `newest` or `at`.
+            state: names are those that were saved, or fewer.
+            random: whether this rank's random state comes back too. With another number of ranks than when it was
+                saved, that is one drawn from the step and the rank.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape.
+        """
+        read(saved.path, state, self._ranks)
+        if not random:
+            return
+        own = saved.path / f"random_{self._ranks.rank}.pt"
+        if len(list(saved.path.glob("random_*.pt"))) == self._ranks.world:
+            torch.set_rng_state(torch.load(own, weights_only=True))
+        else:
+            torch.manual_seed(saved.step * 65_537 + self._ranks.rank)
+
+    def _problem(self, path: Path) -> str | None:
+        """Return what is wrong with a checkpoint, the same on all ranks; each rank reads its share of the files."""
+        found = gather(_damage(path, self._ranks), self._ranks)
+        return next((text for text in found if text is not None), None)
 
 
-def find(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a folder, or None."""
-    pointer = folder / LATEST
-    if pointer.is_file() and (folder / pointer.read_text().strip()).is_dir():
-        return folder / pointer.read_text().strip()
-    whole = _all(folder)
-    return whole[-1] if whole else None
-
-
-def load(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Read the newest checkpoint that is whole.
+def read(path: Path, state: dict[str, Any], ranks: Ranks | None = None) -> None:
+    """Fill a state in place from a checkpoint's folder: all ranks together, or this process alone.
 
     Args:
-        folder: of all checkpoints of a stage.
-        config: must equal that of the checkpoint.
-
-    Returns:
-        What was saved, or None where there is no checkpoint. A damaged one is refused with a warning that names the
-        older one that is used instead.
+        path: of the checkpoint.
+        state: see `Checkpoints.load`.
+        ranks: None is this process alone, whatever the others do.
 
     Raises:
-        ValueError: all checkpoints are damaged, or the config differs; the message names the key.
+        ValueError: a tensor is missing or has another shape.
     """
-    newest = find(folder)
-    if newest is None:
-        return None
-    older = [path for path in reversed(_all(folder)) if path != newest]
-    problems = []
-    for path in [newest, *older]:
-        problem = _problem(path)
-        if problem:
-            problems.append(f"{path}: {problem}")
-            continue
-        meta = json.loads((path / "meta.json").read_text())
-        check_same(path, meta["config"], config)
-        if problems:
-            from tqdm import tqdm
-
-            tqdm.write(f"checkpoint {'; '.join(problems)}; resuming from the older {path.name}")
-        return torch.load(path / "state.pt", weights_only=True)
-    raise ValueError(f"checkpoint {'; '.join(problems)}; none is whole, delete {folder} to start anew")
+    is_alone = ranks is None or ranks.world == 1
+    group = None if ranks is None else ranks.waiting
+    try:
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path), process_group=group, no_dist=is_alone)
+    except CheckpointException as error:
+        raise ValueError(f"{path}: must fit the model and its optimizers, got {_reason(error)}") from error
 
 
-def _problem(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None."""
+def _damage(path: Path, ranks: Ranks) -> str | None:
+    """Return what is wrong with this rank's share of a checkpoint's files, or None."""
     try:
         meta = json.loads((path / "meta.json").read_text())
-        digest = _digest(path / "state.pt")
-    except (OSError, json.JSONDecodeError) as error:
+        if meta.get("format") != FORMAT:
+            return f"must be of format {FORMAT}, got {meta.get('format')}"
+        for number, (name, digest) in enumerate(sorted(meta["files"].items())):
+            if number % ranks.world == ranks.rank and _digest(path / name) != digest:
+                return f"{name} is truncated or changed (its checksum differs)"
+    except (OSError, json.JSONDecodeError, KeyError) as error:
         return f"damaged ({error})"
-    if meta.get("format") != FORMAT:
-        return f"must be of format {FORMAT}, got {meta.get('format')}"
-    return None if digest == meta["sha256"] else "truncated or changed (its checksum differs)"
+    return None
 
 
 def check_same(path: Path, old: Any, new: Any, where: str = "") -> None:
@@ -126,22 +280,31 @@ def check_same(path: Path, old: Any, new: Any, where: str = "") -> None:
         )
 
 
-def _write_state(path: Path, state: dict[str, Any]) -> None:
-    with path.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+def _reason(error: BaseException) -> str:
+    """Return the innermost cause in one line; torch wraps each rank's error in a long report."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        old = _pointed(folder.parent)
+        left = f"; {old} is still good" if old else ""
+        raise OSError(f"checkpoint {folder.parent}: must be writable, got {error}{left}") from error
 
 
 def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(text)
+    _sync(path)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make a file's or a folder's content durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -149,17 +312,27 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow_digest(file)
-        )
-
-
-def _slow_digest(file: Any) -> str:
     digest = hashlib.sha256()
-    for block in iter(lambda: file.read(1 << 20), b""):
-        digest.update(block)
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Return all checkpoints, that which LATEST names first, then the newest."""
+    first = _pointed(folder)
+    rest = [path for path in reversed(_all(folder)) if path != first]
+    return rest if first is None else [first, *rest]
+
+
+def _pointed(folder: Path) -> Path | None:
+    """Return the checkpoint that LATEST names, or else the newest, or None."""
+    pointer = folder / LATEST
+    if pointer.is_file() and (folder / pointer.read_text().strip()).is_dir():
+        return folder / pointer.read_text().strip()
+    whole = _all(folder)
+    return whole[-1] if whole else None
 
 
 def _all(folder: Path) -> list[Path]:

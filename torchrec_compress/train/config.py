@@ -122,9 +122,10 @@ class OptimConfig:
         table_l2: l2 of whole tables, as `table_l2 / 2 * sum of squares` in the loss; with "adam" only, since FBGEMM's
             CPU kernels ignore weight decay.
         lookup_l2: l2 of the rows that a batch looks up, as `lookup_l2 / 2 * mean over the batch of their squares`.
-        dense_lr: Adam's learning rate of the dense net.
+        dense: optimizer of everything that is not a fused table: the dense net, codebooks, replicated tables.
+        dense_lr: learning rate of the dense net.
         dense_l2: l2 of the dense net.
-        codebook_lr: Adam's learning rate of codebooks and other decoder parameters.
+        codebook_lr: learning rate of codebooks and other decoder parameters.
         decay: "linear" falls to 2 % of the rates at the last step; "plateau" divides by 10 when validation stalls.
     """
 
@@ -132,6 +133,7 @@ class OptimConfig:
     table_lr: float = 0.05
     table_l2: float = 0.0
     lookup_l2: float = 0.0
+    dense: Literal["adam", "adagrad"] = "adam"
     dense_lr: float = 1e-3
     dense_l2: float = 0.0
     codebook_lr: float = 1e-3
@@ -144,7 +146,7 @@ class StageConfig:
 
     Args:
         epochs: at most so many passes, which may be a fraction; 0 trains nothing.
-        batch_size: rows per step.
+        batch_size: rows per step, over all ranks together.
         evals_per_epoch: validations per epoch.
         patience: stop after so many validations without a better one; 0 never stops early.
         monitor: what validation compares.
@@ -154,6 +156,10 @@ class StageConfig:
         distill_weight: weight of the cross-entropy against the full model's probabilities; the label has the rest.
         start_l2: pulls parameters (not native tables) to where the stage started, as `start_l2 / 2 * squared distance`.
         checkpoint_every: steps between checkpoints besides those at validations; 0 for none.
+        keep_checkpoints: newest checkpoints that are kept, besides that of the best validation.
+        log_every: steps between lines of the training loss in metrics.jsonl; 0 for none but those at validations.
+        skip_bad_batches: batches whose loss is not finite that may be left out, each with a line in metrics.jsonl; at
+            one more, and at the first with 0, the training stops.
         optim: the optimizers.
     """
 
@@ -168,7 +174,33 @@ class StageConfig:
     distill_weight: float = 0.0
     start_l2: float = 0.0
     checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    log_every: int = 0
+    skip_bad_batches: int = 0
     optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a run uses its ranks; under torchrun only, but for `device` and `profile_steps`.
+
+    Args:
+        device: where the model trains; "auto" is a GPU where there is one.
+        timeout: seconds that a rank waits for the others before the job ends with an error.
+        sharding_types: allowed sharding types, such as ["row_wise"], by table name or pattern; a table that no pattern
+            fits may be sharded in any way but "data_parallel".
+        init: "host" makes every rank start from the same whole model in its host's memory, so that any number of ranks
+            starts with the same weights; "shards" makes each rank draw its own shards on its device, for tables that
+            no host can hold.
+        profile_steps: training steps of each stage of which every rank writes a profiler trace, after a warm-up of ten;
+            0 for none.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout: float = 600.0
+    sharding_types: dict[str, list[str]] = field(default_factory=dict)
+    init: Literal["host", "shards"] = "host"
+    profile_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -206,6 +238,7 @@ class RunConfig:
         model: the recommender.
         pretrain: stage 1, the full model.
         retrain: stage 3, the compressed model; it is the only stage where `start` is "scratch".
+        parallel: ranks and devices.
         compare: the variants of `compare`.
     """
 
@@ -220,6 +253,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrain: StageConfig = field(default_factory=StageConfig)
     retrain: StageConfig = field(default_factory=lambda: StageConfig(epochs=0.0))
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrec_compress.train.data import ClickData, Split
+from torchrec_compress.train.data import Split
 
 
 def auc(labels: NDArray, scores: NDArray) -> float:
@@ -42,31 +42,6 @@ def logloss(labels: NDArray, logits: NDArray) -> float:
     """
     values = np.asarray(logits, dtype=np.float64)
     return float(np.mean(np.logaddexp(0.0, values) - values * np.asarray(labels, dtype=np.float64)))
-
-
-def tail_rows(data: ClickData, split: Split, tables: list[str], below: int) -> NDArray:
-    """Return which rows of a split have an id that train saw fewer than `below` times: (N,) bool.
-
-    Args:
-        data: where counts and table sizes come from.
-        split: rows to judge.
-        tables: tables that count; empty means all with more than 1,000 rows (the largest where none has).
-        below: an id seen fewer times than this is rare.
-
-    Raises:
-        ValueError: an unknown table.
-    """
-    unknown = sorted(set(tables) - set(data.features))
-    if unknown:
-        raise ValueError(f"data.tail_tables: must name features of {data.features}, got {unknown}")
-    chosen = tables or [name for name, size in zip(data.features, data.vocab, strict=True) if size > 1000]
-    chosen = chosen or [data.features[int(np.argmax(data.vocab))]]
-    counts = data.counts()
-    rows = np.zeros(len(split), dtype=bool)
-    for name in chosen:
-        ids = split.ids[:, data.layout.columns(name)].long()
-        rows |= ((counts[name][ids.clamp(min=0)] < below) & (ids >= 0)).any(1).numpy()
-    return rows
 
 
 def evaluate(labels: NDArray, logits: NDArray, tail: NDArray | None, kinds: NDArray | None) -> dict[str, float]:

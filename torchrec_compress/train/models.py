@@ -12,10 +12,16 @@ from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec.modules.mlp import MLP
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_compress.train.config import ModelConfig
-from torchrec_compress.train.data import ClickData
+from torchrec_compress.train.data import ClickSource
+
+
+@torch.fx.wrap  # TorchRec's pipeline traces models with stand-ins for tensors
+def in_order(pooled: KeyedTensor, keys: list[str]) -> Tensor:
+    """Return the embeddings of all keys side by side; TorchRec orders those of sharded tables by their ranks."""
+    return pooled.values() if pooled.keys() == keys else KeyedTensor.regroup([pooled], [keys])[0]
 
 
 class Prediction(NamedTuple):
@@ -25,7 +31,7 @@ class Prediction(NamedTuple):
     embeddings: Tensor
 
 
-def make_tables(config: ModelConfig, data: ClickData) -> list[EmbeddingBagConfig]:
+def make_tables(config: ModelConfig, data: ClickSource) -> list[EmbeddingBagConfig]:
     """Return one table per feature.
 
     Raises:
@@ -98,6 +104,7 @@ class ClickModel(nn.Module, ABC):
             raise ValueError(f"model.hidden: must hold at least one positive width, got {config.hidden}")
         tables = embeddings.embedding_bag_configs()
         self.embeddings = embeddings
+        self._keys = [name for table in tables for name in table.feature_names]
         self._num_features = len(tables)
         self._width = sum(table.embedding_dim for table in tables)
         self._dim = tables[0].embedding_dim
@@ -122,7 +129,7 @@ class ClickModel(nn.Module, ABC):
 
     def forward(self, features: KeyedJaggedTensor, dense: Tensor | None = None) -> Prediction:
         """Return the logits and embeddings of a batch."""
-        looked_up = self.embeddings(features).values()
+        looked_up = in_order(self.embeddings(features), self._keys)
         return Prediction(self.combine(self._drop(looked_up), dense).squeeze(1), looked_up)
 
 

@@ -1,61 +1,73 @@
-"""TorchRec's DistributedModelParallel around a model, in one process or many, and its state as plain tensors."""
+"""TorchRec's DistributedModelParallel around a model, on one rank or many, with its optimizers and its pipeline."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import fnmatch
+from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec.distributed.model_parallel import DistributedModelParallel, get_default_sharders
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.types import ShardingPlan, ShardingType
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.train_pipelines import TrainPipeline
+from torchrec.distributed.types import ShardedModule, ShardingPlan, ShardingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from torchrec_compress.modules import native_parameters
-from torchrec_compress.train.config import OptimConfig, StageConfig
+from torchrec_compress.modules import native_parameters, optimizer_bytes
+from torchrec_compress.planner import EmbeddingShardingPlanner
+from torchrec_compress.sharding import get_default_sharders
+from torchrec_compress.train.batch import Batch
+from torchrec_compress.train.checkpoint import Checkpoints, Saved, read
+from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig
+from torchrec_compress.train.models import ClickModel
+from torchrec_compress.train.objective import Loss, TrainStep
+from torchrec_compress.train.ranks import Ranks
 
 _FUSED = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
-
-
-def init_process_group() -> None:
-    """Start a process group of this process alone, without any port, unless one is running.
-
-    Raises:
-        ValueError: under torchrun with several processes; batches are not shared out among ranks yet.
-    """
-    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    if world != 1:
-        raise ValueError(f"training: must run as one process, got WORLD_SIZE={world}; start it without torchrun")
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+_RESERVED = 0.15  # of the memory, for activations and buffers
+_PREFIX = "model."  # of the model inside TrainStep
 
 
 class Trainable:
     """A model under DistributedModelParallel with its optimizers.
 
     Args:
-        model: holds embedding collections; its weights are kept.
+        model: holds embedding collections; its weights are kept, unless they are on the meta device.
         stage: which parts are trained, and how.
+        ranks: that train it together.
+        parallel: how tables may be sharded.
+        teacher: (train rows,) float32 logits to imitate, or None.
 
     Attributes:
-        module: what to call; wraps the model.
+        module: wraps the model and its loss; takes a batch.
         optimizer: all optimizers as one.
 
     Raises:
-        ValueError: an l2 that the chosen optimizer does not support.
+        ValueError: an l2 that the chosen optimizer does not support, or a sharding type that is not possible.
     """
 
-    def __init__(self, model: nn.Module, stage: StageConfig) -> None:
-        init_process_group()
+    def __init__(
+        self,
+        model: ClickModel,
+        stage: StageConfig,
+        ranks: Ranks,
+        parallel: ParallelConfig,
+        teacher: Tensor | None = None,
+    ) -> None:
         config = stage.optim
         _check(config)
-        before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.ranks = ranks
+        is_meta = any(parameter.is_meta for parameter in model.parameters())
+        before = {} if is_meta else {name: value.detach().clone() for name, value in model.state_dict().items()}
         weights = native_parameters(model)
         fused = config.tables in _FUSED and bool(weights)
         if fused:
@@ -66,12 +78,15 @@ class Trainable:
         train = {"tables": stage.train_tables or fused, "codebooks": stage.train_codebooks, "dense": stage.train_dense}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(train[_part(name)])
-        self.module = _wrap(model, shard=config.tables in _FUSED)
-        load_plain(self.module, before)
-        self._set_dense(stage, fused)
+        self._loss = Loss(stage, ranks, teacher)
+        step = TrainStep(model, self._loss)
+        self.module = _wrap(step, config.tables in _FUSED, stage, ranks, parallel)
+        if before:
+            load_plain(self.module, {_PREFIX + name: value for name, value in before.items()})
+        self._set_optimizers(stage, fused)
 
-    def _set_dense(self, stage: StageConfig, fused: bool) -> None:
-        """Group the replicated parameters by part and give each an Adam with its own rate."""
+    def _set_optimizers(self, stage: StageConfig, fused: bool) -> None:
+        """Group the replicated parameters by part and give each an optimizer with its own rate."""
         config = stage.optim
         rates = {
             "tables": (config.table_lr, config.table_l2, stage.train_tables),
@@ -82,84 +97,104 @@ class Trainable:
         }
         groups: dict[str, dict[str, Any]] = {part: {} for part in rates}
         for name, parameter in in_backward_optimizer_filter(self.module.named_parameters()):
-            part = "scalars" if name.endswith("__scalars.weight") else _part(name)
-            groups[part][name] = parameter  # type: ignore[assignment]
-        self.pulled = {**groups["dense"], **groups["codebooks"]}
-        optimizers: list[tuple[str, KeyedOptimizerWrapper]] = []
-        self.adams: dict[str, torch.optim.Adam] = {}
+            short = name.removeprefix(_PREFIX)
+            part = "scalars" if name.endswith("__scalars.weight") else _part(short)
+            groups[part][name] = parameter
+        if stage.start_l2:
+            pulled = {**groups["dense"], **groups["codebooks"]}
+            self._loss.pulled = {name: (p, p.detach().clone()) for name, p in pulled.items()}
+        optimizers: list[Any] = [("fused", self.module.fused_optimizer)] if fused else []
         for part, (rate, l2, train) in rates.items():
             if groups[part] and train:
-                optimizer = KeyedOptimizerWrapper(
-                    groups[part],
-                    lambda p, rate=rate, l2=l2: torch.optim.Adam(p, lr=rate, weight_decay=l2, foreach=True),
-                )
-                self.adams[part] = optimizer._optimizer  # type: ignore[assignment]
-                optimizers.append((part, optimizer))
-        self.fused = self.module.fused_optimizer if fused else None
-        everything = ([("fused", self.fused)] if self.fused is not None else []) + optimizers
-        self.optimizer = CombinedOptimizer(everything)  # type: ignore[arg-type]
+                optimizers.append((part, KeyedOptimizerWrapper(groups[part], _dense_optimizer(config, rate, l2))))
+        self.optimizer = CombinedOptimizer(optimizers)
         self._groups = [(group, group["lr"]) for group in self.optimizer.param_groups]
+
+    def pipeline(self) -> TrainPipeline[Batch, tuple[Tensor, Tensor, Batch]]:
+        """Return what does the steps: TorchRec's pipeline, which sends the ids of the next batch during this one."""
+        optimizer: Any = Skippable(self.optimizer, self._loss)
+        # one rank on a CPU has nothing to overlap, and without sharded tables there is nothing to send ahead
+        is_sharded = any(isinstance(module, ShardedModule) for module in self.module.modules())
+        if is_sharded and (self.ranks.world > 1 or self.ranks.device.type != "cpu"):
+            return TrainPipelineSparseDist(self.module, optimizer, self.ranks.device, execute_all_batches=True)
+        return TrainPipelineBase(self.module, optimizer, self.ranks.device)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the logits of a batch, (B,) float32, in evaluation mode; no pipeline may be attached."""
+        self.module.eval()
+        return self.module(batch.to(self.ranks.device))[1][1]
 
     def set_rate(self, factor: float) -> None:
         """Set every learning rate to `factor` times its configured value."""
         for group, rate in self._groups:
             group["lr"] = rate * factor  # type: ignore[index]
 
-    def model_state(self) -> dict[str, Tensor]:
-        """Return copies of the model's whole tensors, by name."""
-        return plain_state(self.module)
+    @property
+    def was_skipped(self) -> bool:
+        """Whether the last batch was left out for a loss that is not finite, on all ranks alike."""
+        return self._loss.was_skipped
 
     def optimizer_bytes(self) -> int:
         """Return the bytes of this rank's optimizer state."""
-        return sum(
-            value.numel() * value.element_size() for key, value in self._tensors() if not key.startswith("model.")
-        )
+        return optimizer_bytes(self.optimizer)
 
-    def state(self) -> dict[str, Tensor]:
-        """Return this rank's parameters, buffers and optimizer state as copies of plain tensors."""
-        return {key: value.detach().clone() for key, value in self._tensors()}
+    def state(self) -> dict[str, Any]:
+        """Return the model's and the optimizers' state for a checkpoint; tensors are the live ones."""
+        return {"model": self._model_state(), "optimizer": self.optimizer.state_dict()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` returned.
+    def load(self, store: Checkpoints, saved: Saved) -> None:
+        """Take back everything, this rank's random state included.
 
         Raises:
-            ValueError: tensors are missing or have another shape.
+            ValueError: the checkpoint is of another model or of other optimizers.
         """
-        for part, optimizer in self.adams.items():
-            saved = {key: value for key, value in state.items() if key.startswith(f"adam.{part}.")}
-            _load_adam(optimizer, saved, f"adam.{part}.")
-        for key, value in self._tensors():
-            if key not in state or state[key].shape != value.shape:
-                raise ValueError(f"checkpoint: must hold {key!r} of shape {tuple(value.shape)}; it is of another model")
-            value.copy_(state[key])
+        if saved.step == 0:  # optimizers have no state before the first step
+            self.load_model(saved.path)
+            return
+        self.optimizer.init_state()  # fresh optimizers have none to load into; what this step does is overwritten
+        self.optimizer.zero_grad()
+        state = self.state()
+        store.load(saved, state, random=True)
+        self._load_model_state(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
-    @torch.no_grad()
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in self.module.state_dict().items():
-            for local, _ in _local(value):
-                yield f"model.{name}", local
-        if self.fused is not None:
-            for key, state in self.fused.state_dict()["state"].items():
-                for name, value in state.items():
-                    for number, (local, _) in enumerate(_local(value)):
-                        yield f"fused.{key}.{name}.{number}", local
-        for part, optimizer in self.adams.items():
-            for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
-                for name, value in optimizer.state.get(parameter, {}).items():
-                    yield f"adam.{part}.{number}.{name}", value
+    def load_model(self, path: Path) -> None:
+        """Take the model alone from a checkpoint's folder."""
+        state = {"model": self._model_state()}
+        read(path, state, self.ranks)
+        self._load_model_state(state["model"])
+
+    def _model_state(self) -> dict[str, Any]:
+        return {name.removeprefix(_PREFIX): value for name, value in self.module.state_dict().items()}
+
+    def _load_model_state(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(OrderedDict((_PREFIX + name, value) for name, value in state.items()))
 
 
-def _load_adam(optimizer: torch.optim.Adam, saved: dict[str, Tensor], prefix: str) -> None:
-    """Create Adam's state as saved; a fresh Adam has none."""
-    for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        start = f"{prefix}{number}."
-        values = {key[len(start) :]: value.clone() for key, value in saved.items() if key.startswith(start)}
-        if values:
-            optimizer.state[parameter] = values
+class Skippable:
+    """Optimizers that leave a step out where the loss says so."""
+
+    def __init__(self, optimizer: CombinedOptimizer, loss: Loss) -> None:
+        self._optimizer, self._loss = optimizer, loss
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self._optimizer.zero_grad()
+
+    def step(self) -> None:
+        """Update, unless the batch is left out; momentum alone would move the weights."""
+        if not self._loss.was_skipped:
+            self._optimizer.step()
+
+
+def _dense_optimizer(config: OptimConfig, rate: float, l2: float) -> Any:
+    if config.dense == "adagrad":
+        return lambda parameters: torch.optim.Adagrad(parameters, lr=rate, weight_decay=l2, foreach=True)
+    return lambda parameters: torch.optim.Adam(parameters, lr=rate, weight_decay=l2, foreach=True)
 
 
 def _part(name: str) -> str:
-    """Return which optimizer group a parameter belongs to, by its full name."""
+    """Return which optimizer group a parameter belongs to, by its full name in the model."""
     if not name.startswith("embeddings."):
         return "dense"
     return "codebooks" if ".decoder." in name else "tables"
@@ -173,51 +208,85 @@ def _check(config: OptimConfig) -> None:
         )
 
 
-def _wrap(model: nn.Module, shard: bool) -> DistributedModelParallel:
+def _wrap(
+    step: TrainStep, shard: bool, stage: StageConfig, ranks: Ranks, parallel: ParallelConfig
+) -> DistributedModelParallel:
     """Plan and shard a model, or replicate all of it, so that its tables keep dense gradients.
 
     Replicated tables are left as they are rather than made data-parallel by a sharder: TorchRec 1.8's data-parallel
     `EmbeddingCollection` pools its rows on the CPU. Sharded tables are never data-parallel either: TorchRec would drop
     their fused optimizer without a word, and they train in the backward or not at all.
     """
-    world, group = dist.get_world_size(), dist.group.WORLD
+    group = dist.group.WORLD
     assert group is not None
-    sharders, plan = _sharders() if shard else [], ShardingPlan({})
+    sharders, plan = get_default_sharders() if shard else [], ShardingPlan({})
     if shard:
-        kinds = [kind.value for kind in ShardingType if kind is not ShardingType.DATA_PARALLEL]
-        names = {name.split(".")[-2] for name, _ in model.named_parameters() if _part(name) == "tables"}
-        planner = EmbeddingShardingPlanner(
-            topology=Topology(world_size=world, compute_device="cpu"),
-            constraints={name: ParameterConstraints(sharding_types=kinds) for name in names},
+        is_cpu = ranks.device.type == "cpu"
+        memory = None if is_cpu else torch.cuda.get_device_properties(ranks.device).total_memory
+        topology = Topology(
+            world_size=ranks.world,
+            local_world_size=ranks.local_world,
+            compute_device=ranks.device.type,
+            hbm_cap=memory,
         )
-        plan = planner.collective_plan(model, sharders, group)
+        constraints = make_constraints(step.model, ranks.world, parallel)
+        local_batch = -(-stage.batch_size // ranks.world)
+        reserved = FixedPercentageStorageReservation(_RESERVED)
+        planner = EmbeddingShardingPlanner(topology, local_batch, constraints, storage_reservation=reserved, stats=[])
+        plan = planner.collective_plan(step, sharders, group)
     # DDP refuses a module of which nothing is trained
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = [name.removeprefix(_PREFIX) for name, value in step.named_parameters() if value.requires_grad]
     return DistributedModelParallel(
-        model,
-        device=torch.device("cpu"),
+        step,
+        device=ranks.device,
         plan=plan,
         sharders=sharders,
         init_data_parallel=any(not shard or _part(name) != "tables" for name in trained),
     )
 
 
-def _sharders() -> list:
-    import torchrec_compress
+def make_constraints(model: ClickModel, world: int, parallel: ParallelConfig) -> dict[str, ParameterConstraints]:
+    """Return how each of the user's tables may be sharded.
 
-    ours = getattr(torchrec_compress, "get_default_sharders", None)
-    return ours() if ours is not None else get_default_sharders()
+    Args:
+        model: unsharded.
+        world: number of ranks.
+        parallel: sharding types by table name or pattern.
+
+    Raises:
+        ValueError: a pattern fits no table, or a table that trains in the backward would be data-parallel.
+    """
+    tables = {table.name: table.num_embeddings for table in model.embeddings.embedding_bag_configs()}
+    for pattern in parallel.sharding_types:
+        if not fnmatch.filter(tables, pattern):
+            raise ValueError(f"parallel.sharding_types: {pattern!r} must fit a table of {sorted(tables)}, got none")
+    native = {
+        name.split(".")[-2]: value.shape[0] for name, value in model.named_parameters() if _part(name) == "tables"
+    }
+    constraints = {}
+    for table, rows in tables.items():
+        parts = {name: size for name, size in native.items() if name == table or name.startswith(f"{table}__")}
+        wanted = [types for pattern, types in parallel.sharding_types.items() if fnmatch.fnmatch(table, pattern)]
+        kinds = wanted[-1] if wanted else [kind.value for kind in ShardingType if kind.value != "data_parallel"]
+        if parts and "data_parallel" in kinds:
+            raise ValueError(
+                f"parallel.sharding_types: table {table!r} is trained in the backward and must not be data_parallel, "
+                f"got {kinds}; leave it out, or replicate all tables by optim.tables='adam'"
+            )
+        if not wanted and any(size <= -(-size // world) * (world - 1) for size in (rows, *parts.values())):
+            kinds = ["table_wise", "column_wise"]  # cut by rows, some rank would get none, which FBGEMM refuses
+        constraints[table] = ParameterConstraints(sharding_types=list(kinds))
+    return constraints
 
 
-def _local(value: object) -> list[tuple[Tensor, list[int] | None]]:
+def local_shards(value: object) -> list[tuple[Tensor, list[int] | None]]:
     """Return this rank's shards of a tensor with their offsets in the whole; None for a plain tensor."""
+    if isinstance(value, ShardedTensor):
+        return [(shard.tensor, list(shard.metadata.shard_offsets)) for shard in value.local_shards()]
     if hasattr(value, "local_shards"):
-        shards = value.local_shards()  # type: ignore[attr-defined]
-        if shards and hasattr(shards[0], "tensor"):
-            return [(shard.tensor, list(shard.metadata.shard_offsets)) for shard in shards]
-        return list(zip(shards, value.local_offsets(), strict=True))  # type: ignore[attr-defined]
+        return list(zip(value.local_shards(), value.local_offsets(), strict=True))  # type: ignore[attr-defined]
     if hasattr(value, "to_local"):
-        return _local(value.to_local())  # type: ignore[attr-defined]
+        return local_shards(value.to_local())  # type: ignore[attr-defined]
     return [(value, None)]  # type: ignore[list-item]
 
 
@@ -236,7 +305,7 @@ def load_plain(module: nn.Module, state: dict[str, Tensor]) -> None:
     if set(own) != set(state):
         raise ValueError(f"load_plain: names must fit, got {sorted(set(own) ^ set(state))[:4]} on one side only")
     for name, value in own.items():
-        for local, offsets in _local(value):
+        for local, offsets in local_shards(value):
             source = state[name]
             for axis, first in enumerate(offsets or []):
                 source = source.narrow(axis, int(first), local.shape[axis])
@@ -245,18 +314,3 @@ def load_plain(module: nn.Module, state: dict[str, Tensor]) -> None:
                     f"load_plain: {name!r} must have shape {tuple(local.shape)}, got {tuple(source.shape)}"
                 )
             local.copy_(source)
-
-
-def plain_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the whole tensors of a module, by name; in one process only.
-
-    Raises:
-        ValueError: a tensor lies on several ranks.
-    """
-    result = {}
-    for name, value in module.state_dict().items():
-        shards = _local(value)
-        if len(shards) != 1 or shards[0][0].shape != value.shape:
-            raise ValueError(f"plain_state: {name!r} must lie on one rank, got {len(shards)} shards here")
-        result[name] = shards[0][0].detach().clone()
-    return result

@@ -1,0 +1,231 @@
+"""Training on several ranks: the same numbers as on one, whatever is sharded how, and whoever dies when."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch.distributed as dist
+import yaml
+
+from torchrec_compress.train.config import ParallelConfig, RunConfig, override
+from torchrec_compress.train.ranks import agree, on_first, start
+
+METHODS = {
+    "dense": {},
+    "mec": {
+        "*": {"method": "mec", "num_codes": 2, "codebook_size": 16, "num_hot_rows": 5, "fit_options": {"num_steps": 5}}
+    },
+    "memcom": {"*": {"method": "memcom", "num_buckets": 30}},
+}
+STAGE = {"epochs": 2.0, "batch_size": 250, "evals_per_epoch": 2, "checkpoint_every": 3, "patience": 0}
+
+
+def _config(config: RunConfig, method: str, **changes) -> RunConfig:
+    start_at = {} if method == "mec" else {"start": "scratch"} if METHODS[method] else {}
+    stages = {"pretrain": STAGE, "retrain": {**STAGE, "distill_weight": 0.3 if method == "mec" else 0.0}}
+    return override(config, {"compression": METHODS[method], **stages, **start_at, **changes})
+
+
+def _train(plain: dict, folder: str) -> dict:
+    """Run on this rank of a pool."""
+    from pathlib import Path
+
+    from torchrec_compress.train.machine import prepare
+    from torchrec_compress.train.stages import run
+
+    prepare(1)
+    config = override(RunConfig(), plain)
+    return run(config, Path(folder), Path(folder) / "full", None)
+
+
+def _close(first: dict, second: dict, atol: float = 1e-5) -> None:
+    for split in ("valid", "test"):
+        assert first["metrics"][split].keys() == second["metrics"][split].keys()
+        for name, value in first["metrics"][split].items():
+            assert value == pytest.approx(second["metrics"][split][name], abs=atol, nan_ok=True), (split, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_any_number_of_ranks_trains_the_same_model(config, tmp_path, two_ranks, four_ranks, method):
+    """12.8 batches an epoch, so that the last is uneven.
+
+    MEC starts from one full model: a fit turns the last digits of the rows into other codes.
+    """
+    plain = dataclasses.asdict(_config(config, method))
+    one = _train(plain, str(tmp_path / "one"))
+    for name, pool in (("two", two_ranks), ("four", four_ranks)):
+        if method == "mec":
+            shutil.copytree(tmp_path / "one" / "full", tmp_path / name / "full")
+        summaries = pool.run(_train, plain, str(tmp_path / name))
+        assert all(summary["metrics"] == summaries[0]["metrics"] for summary in summaries)
+        _close(one, summaries[0])
+        assert one["training"]["steps"] == summaries[0]["training"]["steps"]
+        assert json.loads((tmp_path / name / "summary.json").read_text())["metrics"] == summaries[0]["metrics"]
+        assert one["footprint"] == summaries[0]["footprint"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [["row_wise"], ["table_wise"], ["data_parallel"]])
+def test_codes_may_be_sharded_in_any_way(config, tmp_path, two_ranks, kinds):
+    plain = dataclasses.asdict(_config(config, "mec", **{"data.generator.num_rows": 1000}))
+    one = _train(plain, str(tmp_path / "one"))
+    plain["parallel"]["sharding_types"] = {"user": kinds, "item": kinds}
+    plain["start"], plain["pretrain"]["optim"]["tables"] = "pretrained", "adam"  # full tables replicated
+    reference = _train(plain | {"parallel": dataclasses.asdict(ParallelConfig())}, str(tmp_path / "adam"))
+    _close(reference, two_ranks.run(_train, plain, str(tmp_path / "two"))[0])
+    assert reference["metrics"] != one["metrics"]
+
+
+@pytest.mark.slow
+def test_shards_start_on_their_device_where_no_host_holds_them(config, tmp_path, two_ranks):
+    plain = dataclasses.asdict(_config(config, "mec", **{"parallel.init": "shards", "retrain.distill_weight": 0.5}))
+    summary = two_ranks.run(_train, plain, str(tmp_path / "mec"))[0]
+    assert summary["metrics"]["valid"]["logloss"] < math.log(2) and summary["training"]["steps"] > 0
+    plain = dataclasses.asdict(_config(config, "memcom", **{"parallel.init": "shards"}))
+    assert two_ranks.run(_train, plain, str(tmp_path / "memcom"))[0]["metrics"]["valid"]["logloss"] < math.log(2)
+
+
+def _fail_on(rank: int) -> str:
+    ranks = start(ParallelConfig(device="cpu"))
+
+    def work() -> int:
+        if dist.get_rank() == rank:
+            raise ValueError("a column is missing")
+        return dist.get_rank()
+
+    try:
+        agree(work, ranks)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _fail_on_first() -> str:
+    def work() -> int:
+        raise OSError("the disk is full")
+
+    try:
+        on_first(work, start(ParallelConfig(device="cpu")))
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def test_an_error_of_one_rank_reaches_all(two_ranks):
+    assert two_ranks.run(_fail_on, 1) == ["rank 1: a column is missing", "a column is missing"]
+    assert two_ranks.run(_fail_on, 7) == ["", ""]
+    assert two_ranks.run(_fail_on_first) == ["the disk is full"] * 2
+
+
+# trains, and kills its own process once, at a given step of a given rank
+_SUICIDAL = """
+import os, pathlib, signal, sys
+from torchrec_compress import cli
+from torchrec_compress.train.parallel import Trainable
+mark, victim, at, number = pathlib.Path(sys.argv.pop(1)), *(int(sys.argv.pop(1)) for _ in range(3))
+steps, before = 0, Trainable.set_rate
+def set_rate(self, factor):
+    global steps
+    steps += 1
+    if steps == at and int(os.environ["RANK"]) == victim and not mark.exists():
+        mark.write_text("")
+        os.kill(os.getpid(), number)
+    before(self, factor)
+Trainable.set_rate = set_rate
+cli.main(sys.argv[1:])
+"""
+
+
+def _launch(
+    tmp_path, world: int, restarts: int, *arguments: str, source: str = _SUICIDAL
+) -> subprocess.CompletedProcess[str]:
+    """Run a script under torchrun, and end all of its processes whatever happens."""
+    script = tmp_path / "script.py"
+    script.write_text(source)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node"]
+    command += [str(world), "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}"]
+    command += ["--max_restarts", str(restarts), str(script), *arguments]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "PYTHONPATH": os.getcwd(),
+    }
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        out, error = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, out, error)
+
+
+@pytest.fixture
+def small(config, tmp_path):
+    """Both stages of a compressed model in a file, with dropout."""
+    plain = dataclasses.asdict(_config(config, "mec", **{"model.dropout": 0.2, "data.generator.num_rows": 2000}))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "victim", "at"), [(2, 1, 5), (2, 0, 11), (4, 3, 23)])
+def test_a_rank_killed_at_any_step_restarts_and_ends_with_the_same_metrics(small, tmp_path, world, victim, at):
+    """Steps 1 to 14 train the full model, 15 to 28 the compressed one; checkpoints are three steps apart."""
+    runs = {}
+    for name, kill in (("whole", 10**6), ("killed", at)):
+        output = tmp_path / f"{name}{world}"
+        mark = tmp_path / f"mark_{name}"
+        given = (str(mark), str(victim), str(kill), "9", "train", str(small), "--output", str(output))
+        done = _launch(tmp_path, world, 2, *given)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert mark.exists() == (name == "killed")
+        runs[name] = json.loads((output / "summary.json").read_text())
+    if world == 2:
+        assert runs["whole"]["metrics"] == runs["killed"]["metrics"]
+    else:  # DDP sums over more ranks in an order that its first step after a restart decides
+        _close(runs["whole"], runs["killed"], 1e-8)
+
+
+@pytest.mark.slow
+def test_sigterm_on_one_rank_saves_on_all_and_another_number_of_ranks_goes_on(small, tmp_path):
+    output, mark = tmp_path / "run", tmp_path / "mark"
+    given = ("train", str(small), "--output", str(output))
+    done = _launch(tmp_path, 2, 0, str(mark), "1", "5", str(int(signal.SIGTERM)), *given)
+    assert done.returncode != 0 and "exitcode  : 75" in done.stderr, done.stderr[-3000:]
+    assert "asked to end, saved at step 5; the same command continues" in done.stderr
+    saved = sorted(path.name for path in output.glob("full/*/pretrain/checkpoints/step*"))
+    assert saved[-1] == "step000000005"
+    done = _launch(tmp_path, 4, 0, str(mark), "0", "999", "9", *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((output / "summary.json").read_text())["metrics"]["test"]["logloss"] < math.log(2)
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises_ends_the_job_with_its_error_first(small, tmp_path):
+    """The other rank waits in a collective meanwhile, and does not go on waiting."""
+    broken = _SUICIDAL.replace("os.kill(os.getpid(), number)", "raise RuntimeError('a cosmic ray')")
+    started = time.monotonic()
+    given = (str(tmp_path / "mark"), "1", "5", "9", "train", str(small), "--output", str(tmp_path / "run"))
+    done = _launch(tmp_path, 2, 0, *given, source=broken)
+    assert done.returncode != 0 and time.monotonic() - started < 100
+    root = done.stderr[done.stderr.index("Root Cause") :]
+    assert "rank      : 1" in root and "a cosmic ray" in root

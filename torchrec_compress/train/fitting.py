@@ -1,0 +1,150 @@
+"""Stage two: which method serves which table, and the fit of the tables to the full model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from torchrec_compress import CompressedEmbeddingBagCollection, compress_into
+from torchrec_compress.budget import for_budget
+from torchrec_compress.compression import parse
+from torchrec_compress.train.checkpoint import read
+from torchrec_compress.train.config import RunConfig
+from torchrec_compress.train.data import ClickSource
+from torchrec_compress.train.journal import write_json
+from torchrec_compress.train.models import ClickModel, make_tables
+
+_MAX_PAIRS = 2_000_000
+_READ_ROWS = 65_536
+
+
+def best_checkpoint(source: Path) -> Path:
+    """Return the checkpoint of the best validation of the full model whose folder this is."""
+    return source / json.loads((source / "summary.json").read_text())["checkpoint"]
+
+
+class _Tables(Mapping[str, Tensor]):
+    """The rows of a full model's tables, (N, D) float32 by name, read one at a time: all may not fit in memory."""
+
+    def __init__(self, path: Path, tables: Sequence[EmbeddingBagConfig]) -> None:
+        self._path, self._tables = path, {table.name: table for table in tables}
+
+    def __getitem__(self, name: str) -> Tensor:
+        table = self._tables[name]
+        key = f"embeddings.embedding_bags.{name}.weight"
+        state = {"model": {key: torch.empty(table.num_embeddings, table.embedding_dim)}}
+        read(self._path, state)
+        return state["model"][key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tables)
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+
+def fit(
+    config: RunConfig, data: ClickSource, source: Path | None, kept: Path, model: ClickModel, counts: dict[str, Tensor]
+) -> None:
+    """Write a model with fitted tables to a file, unless it is there. Rank 0 alone calls it.
+
+    Args:
+        config: the run.
+        data: the rows.
+        source: folder of the trained full model, or None to start from scratch.
+        kept: the file.
+        model: with unfitted tables; filled in place.
+        counts: look-ups per id in train, (rows,) int64 by table.
+    """
+    if kept.is_file():
+        return
+    collection = model.embeddings
+    assert isinstance(collection, CompressedEmbeddingBagCollection)
+    tables = make_tables(config.model, data)
+    contexts = _contexts(config, data, collection.methods())
+    rows: Mapping[str, Tensor] = {} if source is None else _Tables(best_checkpoint(source), tables)
+    compress_into(collection, rows, counts=counts, contexts=contexts, seed=config.seed)
+    if source is not None:
+        net = {name: value for name, value in model.state_dict().items() if not name.startswith("embeddings.")}
+        read(best_checkpoint(source), {"model": net})
+        model.load_state_dict(net, strict=False)
+    save_tensors(kept, dict(model.state_dict()))
+
+
+def choose(
+    config: RunConfig, data: ClickSource, source: Path | None, folder: Path, counts: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Return the compression as plain data: given, or chosen for a budget of bytes and kept, as choosing takes long.
+
+    Rank 0 alone calls it; arguments as for `fit`, and the folder of the run.
+
+    Raises:
+        ValueError: two budgets, or one without a full model.
+    """
+    wanted = dict(config.compression)
+    ratio, size, codes = (wanted.pop(key, None) for key in ("budget_ratio", "budget_bytes", "codes"))
+    if ratio is None and size is None:
+        return config.compression
+    if source is None or (ratio is not None and size is not None):
+        raise ValueError("compression: must have one of budget_ratio and budget_bytes, and start = 'pretrained'")
+    kept = folder / "compression.json"
+    if not kept.is_file():
+        tables = make_tables(config.model, data)
+        rows = dict(_Tables(best_checkpoint(source), tables))
+        dense = sum(4 * table.num_embeddings * table.embedding_dim for table in tables)
+        budget = int(dense / float(ratio or 1)) if size is None else int(size)
+        method = {} if codes is None else {"codes": parse(codes)}
+        chosen = for_budget(rows, counts, budget, seed=config.seed, **method, **wanted)
+        write_json(kept, {name: choice.to_dict() for name, choice in chosen.items()})
+    return json.loads(kept.read_text())
+
+
+def _contexts(config: RunConfig, data: ClickSource, methods: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the pairs of ids that occur together in clicks, for the tables whose method asks for them."""
+    others = {}
+    for name in (name for name, method in methods.items() if method.method == "quantile"):
+        rest = [other for other in data.features if other != name]
+        other = config.context.get(name) or max(rest, key=lambda key: data.vocab[data.features.index(key)])
+        if other not in data.features or other == name:
+            raise ValueError(f"context.{name}: must be another table of {data.features}, got {other!r}")
+        widths = [data.layout.columns(key) for key in (name, other)]
+        if any(columns.stop - columns.start != 1 for columns in widths):
+            raise ValueError(f"context.{name}: must pair features of one id per row, got {name!r} and {other!r}")
+        others[name] = other
+    return _pairs(data, others) if others else {}
+
+
+def _pairs(data: ClickSource, others: Mapping[str, str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the ids of both features of every pair in the first clicks, (P,) int64 each, by the first feature."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in others}
+    left = _MAX_PAIRS
+    for batch in data.batches("train", _READ_ROWS, None).epoch(0):
+        clicked = ((batch.labels > 0.5) & (batch.weights > 0)).nonzero().squeeze(1)[:left]
+        for name, other in others.items():
+            first, second = (batch.features[key].values()[clicked].long() for key in (name, other))
+            found[name].append((first, second))
+        left -= len(clicked)
+        if left <= 0:
+            break
+    return {name: (torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])) for name, parts in found.items()}
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name, whole or not at all.
+
+    Raises:
+        OSError: they could not be written.
+    """
+    part = path.with_name(f".{path.name}")
+    try:
+        torch.save({name: value.detach() for name, value in tensors.items()}, part)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written ({error}); free some space, the same command continues") from error
+    part.replace(path)

@@ -1,0 +1,184 @@
+"""The ranks of a run: one process alone, or those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from torchrec_compress.train.config import ParallelConfig
+
+Result = TypeVar("Result")
+# rank 0 may fit tables for hours while the others wait
+_LONG = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all that train together.
+
+    Args:
+        rank: of this process.
+        world: number of processes.
+        local_world: processes on this host.
+        device: where this process trains.
+        waiting: group for waits of any length, on the CPU; None in one process.
+        saving: group of the threads that write checkpoints, on the CPU; None in one process.
+    """
+
+    rank: int
+    world: int
+    local_world: int
+    device: torch.device
+    waiting: dist.ProcessGroup | None
+    saving: dist.ProcessGroup | None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which speaks and writes for all."""
+        return self.rank == 0
+
+
+_started: Ranks | None = None
+
+
+def start(config: ParallelConfig) -> Ranks:
+    """Join the other ranks, or start a process group of this process alone, without any port.
+
+    Later calls return the same.
+
+    Args:
+        config: device and timeout.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none, or there are fewer GPUs than ranks on this host.
+    """
+    global _started
+    if _started is not None:
+        return _started
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    device = _device(config, local_world)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    timeout = timedelta(seconds=config.timeout)
+    if dist.is_initialized():
+        pass
+    elif "WORLD_SIZE" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+    groups: list[Any] = [None, None]
+    if world > 1:
+        groups = [dist.new_group(backend="gloo", timeout=limit) for limit in (_LONG, timeout)]
+    _started = Ranks(dist.get_rank(), world, local_world, device, *groups)
+    return _started
+
+
+def stop() -> None:
+    """Leave the process group that `start` joined, when all is done."""
+    global _started
+    if _started is not None and _started.world > 1:
+        dist.destroy_process_group()
+    _started = None
+
+
+def end_for_all(error: BaseException, status: int) -> NoReturn:
+    """End this process at once after an error, so that its launcher ends the other ranks, and report the error first.
+
+    A usual exit would wait for threads that write a checkpoint together with ranks that wait for this one.
+
+    Args:
+        error: written where torchrun looks for the root cause.
+        status: exit status of the process.
+    """
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _device(config: ParallelConfig, local_world: int) -> torch.device:
+    """Return this rank's device."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if torch.cuda.device_count() < local_world:
+        raise ValueError(
+            f"parallel.device: every rank must have a GPU of its own, got {local_world} ranks and "
+            f"{torch.cuda.device_count()} GPUs on this host; start fewer processes, or set parallel.device=cpu"
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def on_first(work: Callable[[], Result], ranks: Ranks) -> Result:
+    """Return on every rank what `work` returns on rank 0; the others wait as long as it takes.
+
+    Args:
+        work: runs on rank 0; what it returns is pickled for the others.
+        ranks: all of them.
+
+    Raises:
+        ValueError, OSError: what `work` raised; on all ranks alike.
+    """
+    if ranks.world == 1:
+        return work()
+    found: list[Any] = [None, None]
+    if ranks.is_first:
+        try:
+            found[0] = work()
+        except (ValueError, OSError, RuntimeError) as error:
+            found[1] = type(error)(str(error))
+    dist.broadcast_object_list(found, src=0, group=ranks.waiting)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def agree(work: Callable[[], Result], ranks: Ranks) -> Result:
+    """Return what this rank's `work` returns, or raise on all ranks where it fails on one.
+
+    Args:
+        work: of this rank; no collectives in it.
+        ranks: all of them.
+
+    Raises:
+        ValueError, OSError: this rank's own error, or that of the first rank that failed, by its number.
+    """
+    if ranks.world == 1:
+        return work()
+    error, result = None, None
+    try:
+        result = work()
+    except (ValueError, OSError, RuntimeError) as caught:
+        error = caught
+    errors = gather(None if error is None else (type(error).__name__, str(error)), ranks)
+    failed = [(rank, found) for rank, found in enumerate(errors) if found is not None]
+    if error is not None:
+        raise error
+    if failed:
+        rank, (kind, text) = failed[0]
+        raise (OSError if kind in ("OSError", "FileNotFoundError") else ValueError)(f"rank {rank}: {text}")
+    return result  # type: ignore[return-value]
+
+
+def gather(value: Any, ranks: Ranks) -> list[Any]:
+    """Return every rank's value, in the order of the ranks, on every rank.
+
+    Example:
+        >>> gather(3, Ranks(0, 1, 1, torch.device("cpu"), None, None))
+        [3]
+    """
+    if ranks.world == 1:
+        return [value]
+    values: list[Any] = [None] * ranks.world
+    dist.all_gather_object(values, value, group=ranks.waiting)
+    return values
