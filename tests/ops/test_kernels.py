@@ -14,7 +14,8 @@ from torchrec_compress.ops.reference import reference_codebook_bag
 STRUCTURES = ["product", "residual"]
 
 
-def _has_compiler() -> bool:
+def has_compiler() -> bool:
+    """Whether this machine can build the kernels."""
     try:
         return bool(native.find_compiler())
     except native.CannotBuild:
@@ -23,7 +24,7 @@ def _has_compiler() -> bool:
 
 pytestmark = [
     pytest.mark.usefixtures("kernels", "poisoned_memory"),
-    pytest.mark.skipif(not _has_compiler(), reason="no C++ compiler"),
+    pytest.mark.skipif(not has_compiler(), reason="no C++ compiler"),
 ]
 
 
@@ -252,15 +253,26 @@ def test_shapes_that_do_not_fit_are_errors(books, weights, hot, message):
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_operators_are_registered_as_torch_expects(structure):
     codes, books, offsets, weights, hot = inputs(structure, num_bags=7, num_codes=3, size=16, num_hot=9)
-    ops, residual = torch.ops.torchrec_compress, structure == "residual"
-    torch.library.opcheck(ops.codebook_bag.default, (codes, books, offsets, weights, hot, residual))
-    torch.library.opcheck(ops.codebook_bag.default, (codes, books, None, None, None, residual))
-    values = [tensor.detach() for tensor in (books, weights, hot)]
-    books, weights, hot = values
-    grad = torch.ones(7, hot.shape[1])
-    sizes = (*books.shape, len(hot), True, residual)
-    torch.library.opcheck(ops.codebook_bag_backward.default, (grad, codes, offsets, weights, *sizes))
-    torch.library.opcheck(ops.codebook_bag_backward_weights.default, (grad, codes, books, offsets, hot, residual))
+    ops, residual = torch.ops.torchrec_compress, int(structure == "residual")
+    table, ids = codes[:20].contiguous(), torch.randint(0, 20, (len(codes),))
+    # two look-ups of one table: one by ids, one of gathered codes
+    plan, bags = [0, 0, residual, 0, 0, 0, residual + 4, 0], [0, 7, 0, 7]
+    both, where = [table, codes], "table 't'\ntable 't'"
+    for factors in (None, weights):
+        leaves = ([books], [hot], ids, offsets, factors)
+        torch.library.opcheck(ops.codebook_bags.default, (both, *leaves, plan, bags, 4, False, where))
+    torch.library.opcheck(
+        ops.codebook_bags.default, ([codes], [books], [hot], None, None, None, plan[4:], [0, len(codes)], 0, True, "t")
+    )
+    books, weights, hot = [tensor.detach() for tensor in (books, weights, hot)]
+    grad, saved = torch.ones(7, 2 * hot.shape[1]), torch.zeros(len(codes), 4, dtype=torch.uint8)
+    sizes = ([*books.shape], [len(hot)], [1, 1])
+    layout = (plan, bags, False)
+    torch.library.opcheck(ops.codebook_bags_backward.default, (grad, both, saved, offsets, weights, *layout, *sizes))
+    torch.library.opcheck(
+        ops.codebook_bags_backward_weights.default, (grad, both, saved, [books], [hot], offsets, weights, *layout)
+    )
+    torch.library.opcheck(ops.code_gather.default, (table, ids, 8, "table 't'"))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -287,7 +299,7 @@ def test_exports():
     program = torch.export.export(
         Lookup(books.detach()), (codes, offsets), dynamic_shapes={"codes": {0: ids}, "offsets": {0: bags}}
     )
-    assert "torchrec_compress.codebook_bag" in str(program.graph)
+    assert "torchrec_compress.codebook_bags" in str(program.graph)
     more, _, longer, _, _ = inputs(num_bags=20, num_hot=0)
     assert torch.equal(program.module()(more, longer), codebook_bag(more, books, longer))
 

@@ -219,9 +219,18 @@ class CodebookDecoder(TableDecoder):
     ) -> Tensor:
         """Return the sums over bags; `codes` are (L, M)."""
         assert codes is not None
+        return codebook_bag(
+            codes, self.codebooks, offsets, structure=self.structure, weights=weights, hot_rows=self.float_hot_rows()
+        )
+
+    @property
+    def structure(self) -> Structure:
+        """Whether rows are codewords side by side or their sum."""
+        return self._config.structure
+
+    def float_hot_rows(self) -> Tensor | None:
+        """Return the hot rows as floats, (H, D), or None without tiers."""
         hot = self.hot_rows
         if hot is not None and self._config.hot_dtype != "fp32":
             hot = dequantize_rows(hot, self._config.hot_dtype)
-        return codebook_bag(
-            codes, self.codebooks, offsets, structure=self._config.structure, weights=weights, hot_rows=hot
-        )
+        return hot

@@ -12,15 +12,21 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 from torchrec.modules.embedding_modules import process_pooled_embeddings, reorder_inverse_indices
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from torchrec_compress.methods.codebook import CodebookDecoder
 from torchrec_compress.modules.backward import strip_where_replicated
+from torchrec_compress.modules.codes import Codes, coded_rows, pool_codes, row_codes
 from torchrec_compress.modules.features import split_features
 from torchrec_compress.modules.plan import CollectionPlan, Lookup
+from torchrec_compress.ops import BagLookup
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("process_pooled_embeddings")
 torch.fx.wrap("reorder_inverse_indices")
 torch.fx.wrap("bag_means")
-torch.fx.wrap("split_columns")
+torch.fx.wrap("coded_rows")
+torch.fx.wrap("interleave_columns")
+torch.fx.wrap("pool_codes")
+torch.fx.wrap("row_codes")
 torch.fx.wrap("split_features")
 
 FORMAT_VERSION = 1
@@ -33,9 +39,15 @@ def bag_means(sums: Tensor, lengths: Tensor) -> Tensor:
     return sums / lengths.clamp(min=1).unsqueeze(1)
 
 
-def split_columns(values: Tensor, widths: list[int]) -> list[Tensor]:
-    """Split (B, sum of widths) into one (B, width) per look-up."""
-    return list(values.split(widths, dim=1))
+def interleave_columns(first: Tensor, second: Tensor, is_first: list[bool], widths: list[int]) -> Tensor:
+    """Merge the columns of look-ups, `widths` each, of which (B, .) `first` and `second` hold some each, in order."""
+    parts = {
+        of_first: iter(
+            values.split([width for width, mine in zip(widths, is_first, strict=True) if mine == of_first], dim=1)
+        )
+        for of_first, values in ((True, first), (False, second))
+    }
+    return torch.cat([next(parts[mine]) for mine in is_first], dim=1)
 
 
 class Decoder(nn.Module):
@@ -59,6 +71,18 @@ class Decoder(nn.Module):
         self._layout = [self._fingerprints(table) for table in plan.tables]
         self.register_buffer("layout", torch.tensor(self._layout, dtype=torch.int64, device=device))
         self._lookups = [lookup for lookup in plan.lookups if lookup.table.name in self.banks]
+        coded = [lookup for lookup in self._lookups if self._is_coded(lookup)]
+        self._coded_tables = list(dict.fromkeys(lookup.table.name for lookup in coded))
+        self._bag_lookups = [
+            BagLookup(
+                self._coded_tables.index(lookup.table.name),
+                lookup.feature,
+                _where(lookup),
+                self.banks[lookup.table.name].structure,
+                _is_mean(lookup.table),
+            )
+            for lookup in coded
+        ]
 
     @property
     def lookups(self) -> list[Lookup]:
@@ -131,42 +155,66 @@ class Decoder(nn.Module):
                 )
 
     def forward(
-        self, features: KeyedJaggedTensor, codes: dict[str, Tensor] | None, rows: dict[str, dict[str, JaggedTensor]]
-    ) -> list[Tensor]:
-        """Return the pooled embedding of every look-up.
+        self, features: KeyedJaggedTensor, codes: dict[str, Codes] | None, rows: dict[str, dict[str, JaggedTensor]]
+    ) -> Tensor:
+        """Return the pooled embeddings of all look-ups, side by side.
 
         Args:
             features: the batch; its weights, if any, are taken as they are.
-            codes: (L, row_size) integer by look-up key, or None without code tables.
+            codes: by look-up key a whole code table, or (L, row_size) integer codes of its ids; None without any.
             rows: per group of native tables, (L, width) by look-up key.
 
         Returns:
-            One (B, D) per look-up.
+            (B, sum of widths).
         """
+        coded = self._pool_codes(features, codes)
+        others = [lookup for lookup in self._lookups if not self._is_coded(lookup)]
+        if coded is not None and not others:
+            return coded
         jagged = split_features(features)
         pooled = []
-        for lookup in self._lookups:
+        for lookup in others:
             bags = jagged[lookup.feature]
             weights = bags.weights() if self._is_weighted else None
             sums = self._decode(lookup, bags.values(), bags.offsets(), weights, codes, rows)
-            table = lookup.table
-            mean = isinstance(table, EmbeddingBagConfig) and table.pooling == PoolingType.MEAN
-            pooled.append(bag_means(sums, bags.lengths()) if mean else sums)
+            pooled.append(bag_means(sums, bags.lengths()) if _is_mean(lookup.table) else sums)
         inverse = reorder_inverse_indices(
-            inverse_indices=features.inverse_indices_or_none(),
-            feature_names=[lookup.feature for lookup in self._lookups],
+            inverse_indices=features.inverse_indices_or_none(), feature_names=[lookup.feature for lookup in others]
         )
-        values = process_pooled_embeddings(pooled_embeddings=pooled, inverse_indices=inverse)
-        return split_columns(values, [lookup.table.embedding_dim for lookup in self._lookups])
+        decoded = process_pooled_embeddings(pooled_embeddings=pooled, inverse_indices=inverse)
+        if coded is None:
+            return decoded
+        mine = [self._is_coded(lookup) for lookup in self._lookups]
+        return interleave_columns(coded, decoded, mine, [lookup.table.embedding_dim for lookup in self._lookups])
 
     def unpooled(
-        self, features: KeyedJaggedTensor, codes: dict[str, Tensor] | None, rows: dict[str, dict[str, JaggedTensor]]
+        self, features: KeyedJaggedTensor, codes: dict[str, Codes] | None, rows: dict[str, dict[str, JaggedTensor]]
     ) -> list[Tensor]:
         """Return one (L, D) per look-up; arguments as in `forward`."""
         jagged = split_features(features)
-        return [
-            self._decode(lookup, jagged[lookup.feature].values(), None, None, codes, rows) for lookup in self._lookups
-        ]
+        found = []
+        for lookup in self._lookups:
+            bank, ids = self.banks[lookup.table.name], jagged[lookup.feature].values()
+            if self._is_coded(lookup):
+                assert codes is not None
+                hot = bank.float_hot_rows()
+                found.append(coded_rows(codes[lookup.key], ids, bank.codebooks, hot, bank.structure, _where(lookup)))
+            else:
+                found.append(self._decode(lookup, ids, None, None, codes, rows))
+        return found
+
+    def _is_coded(self, lookup: Lookup) -> bool:
+        return isinstance(self.banks[lookup.table.name], CodebookDecoder)
+
+    def _pool_codes(self, features: KeyedJaggedTensor, codes: dict[str, Codes] | None) -> Tensor | None:
+        """Return the pooled embeddings of the look-ups of codes, side by side, if there are any."""
+        if not self._bag_lookups:
+            return None
+        assert codes is not None
+        banks = [self.banks[name] for name in self._coded_tables]
+        found = [codes[lookup.key] for lookup in self._lookups if self._is_coded(lookup)]
+        codebooks, hot_rows = [bank.codebooks for bank in banks], [bank.float_hot_rows() for bank in banks]
+        return pool_codes(features, self._bag_lookups, found, codebooks, hot_rows, self._is_weighted)
 
     def _decode(
         self,
@@ -174,10 +222,20 @@ class Decoder(nn.Module):
         ids: Tensor,
         offsets: Tensor | None,
         weights: Tensor | None,
-        codes: dict[str, Tensor] | None,
+        codes: dict[str, Codes] | None,
         rows: dict[str, dict[str, JaggedTensor]],
     ) -> Tensor:
         table = lookup.table.name
-        has_codes = codes is not None and self._plan.parts[table].codes is not None
+        found = None
+        if codes is not None and self._plan.parts[table].codes is not None:
+            found = row_codes(codes[lookup.key], ids, _where(lookup))
         native = [rows[group][lookup.key].values() for group in self._plan.row_groups(table)]
-        return self.banks[table](ids, offsets, weights, codes[lookup.key] if has_codes else None, native)  # type: ignore[index]
+        return self.banks[table](ids, offsets, weights, found, native)
+
+
+def _is_mean(table: BaseEmbeddingConfig) -> bool:
+    return isinstance(table, EmbeddingBagConfig) and table.pooling == PoolingType.MEAN
+
+
+def _where(lookup: Lookup) -> str:
+    return f"table {lookup.table.name!r}, feature {lookup.feature!r}"

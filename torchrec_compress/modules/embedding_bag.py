@@ -100,7 +100,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
             pooled.append(self.dense(features))
         if self.bags is not None:
             pooled.append(self.bags(features))
-        decoded = self.decoder(features, codes, rows) if self.decoder.lookups else []
+        decoded = self.decoder(features, codes, rows) if self.decoder.lookups else None
         return assemble(
             pooled,
             decoded,
@@ -133,7 +133,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
 @torch.fx.wrap
 def assemble(
     pooled: list[KeyedTensor],
-    decoded: list[Tensor],
+    decoded: Tensor | None,
     sources: list[tuple[int, str, int]],
     keys: list[str],
     widths: list[int],
@@ -142,7 +142,7 @@ def assemble(
 
     Args:
         pooled: outputs of native collections, found by key: once sharded, TorchRec orders them by rank.
-        decoded: (B, width) each.
+        decoded: (B, sum of their widths), or None.
         sources: for each output, where it is, see `_find_sources`.
         keys: of the output.
         widths: of the output's keys.
@@ -150,8 +150,12 @@ def assemble(
     Returns:
         (B, sum of widths).
     """
+    if decoded is not None and not pooled:  # all of it, and in this order
+        return KeyedTensor(keys=keys, length_per_key=widths, values=decoded)
     by_key = [piece.to_dict() for piece in pooled]
-    columns = [decoded[number] if piece < 0 else by_key[piece][name] for piece, name, number in sources]
+    ours = [width for (piece, _, _), width in zip(sources, widths, strict=True) if piece < 0]
+    parts = () if decoded is None else decoded.split(ours, dim=1)
+    columns = [parts[number] if piece < 0 else by_key[piece][name] for piece, name, number in sources]
     return KeyedTensor(keys=keys, length_per_key=widths, values=torch.cat(columns, dim=1))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,11 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from torchrec_compress.methods.base import CodePart, Remap
 from torchrec_compress.modules.backward import strip_where_replicated
 from torchrec_compress.modules.features import IdRange, split_features
-from torchrec_compress.ops import check_ids, lookup_codes
+from torchrec_compress.ops import check_ids
 
 logger = logging.getLogger(__name__)
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
-torch.fx.wrap("lookup_codes")
 torch.fx.wrap("remap_features")
 torch.fx.wrap("split_features")
 
@@ -96,8 +95,15 @@ class CodeBank(nn.Module):
         self.is_set.fill_(1)
 
 
+class CodeTable(NamedTuple):
+    """A whole code table, where nobody has gathered the codes of a batch: its decoder does, while it decodes."""
+
+    codes: Tensor
+    is_set: Tensor
+
+
 class CodeTableCollection(nn.Module):
-    """Look up the codes of ids: unpooled integers, never trained by gradient.
+    """Hold code tables: integers, never trained by gradient. Its sharded form gathers the codes of a batch.
 
     Args:
         tables: one config per code table.
@@ -131,16 +137,13 @@ class CodeTableCollection(nn.Module):
         for bank in self.banks.values():
             bank.reset_parameters()
 
-    def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
-        """Return the codes of every feature's ids: (L, row_size) integer by output name."""
-        jagged = split_features(features)
-        codes = {}
-        for config in self._configs:
-            bank = self.banks[config.name]
-            for feature, output in zip(config.feature_names, config.output_names, strict=True):
-                where = f"table {config.name!r}, feature {feature!r}"
-                codes[output] = lookup_codes(bank.codes, bank.is_set, jagged[feature].values(), where)
-        return codes
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, CodeTable]:
+        """Return the code table of every feature by output name; (L, row_size) codes of its ids, once sharded."""
+        return {
+            output: CodeTable(self.banks[config.name].codes, self.banks[config.name].is_set)
+            for config in self._configs
+            for output in config.output_names
+        }
 
 
 def _check_once(module: CodeTableCollection, _: Any) -> None:

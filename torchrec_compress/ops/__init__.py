@@ -1,17 +1,22 @@
 """Tensor operations behind the compressed lookups. Callers import from here, never from the files below."""
 
-from torchrec_compress.ops.bags import codebook_bag
+from torchrec_compress.ops.bags import BagLookup, IdBags, Span, codebook_bag, codebook_bags
 from torchrec_compress.ops.codebooks import code_dtype, hot_row_codes, num_escape_codes
 from torchrec_compress.ops.dispatch import tiers
-from torchrec_compress.ops.ids import check_ids, hash_codes, hash_ids, lookup_codes, stable_salt
+from torchrec_compress.ops.ids import check_filled, check_ids, hash_codes, hash_ids, lookup_codes, stable_salt
 from torchrec_compress.ops.lowbit import dequantize_rows, quantize_rows, quantized_row_bytes
 from torchrec_compress.ops.pooling import check_weights, pool_rows
 
 __all__ = [
+    "BagLookup",
+    "IdBags",
+    "Span",
+    "check_filled",
     "check_ids",
     "check_weights",
     "code_dtype",
     "codebook_bag",
+    "codebook_bags",
     "dequantize_rows",
     "hash_codes",
     "hash_ids",

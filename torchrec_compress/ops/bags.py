@@ -2,15 +2,184 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from torchrec_compress.ops.codebooks import Structure
+from torchrec_compress.ops.cpu import GATHERED, MEAN, RESIDUAL
 from torchrec_compress.ops.dispatch import cpp_serves
-from torchrec_compress.ops.reference import reference_codebook_bag
+from torchrec_compress.ops.reference import reference_codebook_bags
 
 # what the C++ kernels read; all else goes to the reference
 CPP_CODES = (torch.uint8, torch.int16)
+CPP_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+CPP_IDS = (torch.int32, torch.int64)
+
+
+class BagLookup(NamedTuple):
+    """One feature in one table: what is known before any batch.
+
+    Args:
+        table: number of its codebooks.
+        feature: name of the feature.
+        where: names table and feature in errors.
+        structure: "product" or "residual".
+        is_mean: whether sums are divided by the ids of a bag.
+    """
+
+    table: int
+    feature: str
+    where: str
+    structure: Structure = "product"
+    is_mean: bool = False
+
+
+class Span(NamedTuple):
+    """Where the bags and the ids of a look-up are in a batch.
+
+    Args:
+        first_bag: of the batch.
+        num_bags: of the look-up.
+        first_id: of the batch.
+        num_ids: of the look-up.
+        is_gathered: whether the look-up's codes are those of its ids, gathered before; else a whole code table.
+    """
+
+    first_bag: int
+    num_bags: int
+    first_id: int
+    num_ids: int
+    is_gathered: bool = False
+
+
+class IdBags(NamedTuple):
+    """The ids of all features of a batch, one feature after another.
+
+    Args:
+        ids: (L,) int32 or int64; needed where codes are not gathered.
+        offsets: (bags + 1,) int32 or int64, from 0 up to L; bag b is the ids [offsets[b], offsets[b + 1]). None: every
+            id is a bag of its own.
+        weights: (L,) per-id factors, or None.
+        is_flat: whether look-ups may differ in their numbers of bags.
+    """
+
+    ids: Tensor | None = None
+    offsets: Tensor | None = None
+    weights: Tensor | None = None
+    is_flat: bool = False
+
+
+def codebook_bags(
+    lookups: Sequence[BagLookup],
+    spans: Sequence[Span],
+    codes: Sequence[Tensor],
+    codebooks: Sequence[Tensor],
+    hot_rows: Sequence[Tensor | None],
+    batch: IdBags,
+) -> Tensor:
+    """Pool the rows that codes stand for, all look-ups of a collection in one call.
+
+    Nothing of size (L, D) is made, forward or backward. `tiers` says what serves; the C++ kernels (uint8 and int16
+    codes, float32, bfloat16 and float16 codebooks, CPU) sum in float32, with the same bits for any number of threads,
+    and keep the codes that they met, (L, M), for the backward: ids are followed once per step.
+
+    Args:
+        lookups: what is looked up where, in the order of the output.
+        spans: of every look-up, where it is in the batch.
+        codes: of every look-up, (N, M) code table or (its ids, M) gathered codes; integer, in [0, K).
+        codebooks: of every table, (M * K, D / M) for "product" (a row is the M codewords side by side) or (M * K, D)
+            for "residual" (a row is their sum); floating point, of one dtype.
+        hot_rows: of every table, (H, D) rows reached by escape codes (see `hot_row_codes`), or None.
+        batch: ids, bags and weights.
+
+    Returns:
+        (B, sum of D), look-ups side by side; or flat, (sum of B D,), one (B, D) after another. The dtype of
+        `codebooks`; an empty bag is zeros. Differentiable in codebooks, hot_rows and weights.
+
+    Raises:
+        ValueError: an id is out of range, offsets decrease or do not run from 0 to L (CPU); or, from the kernels, a
+            code is out of range or shapes do not fit.
+        RuntimeError: from the reference, a code points behind the last codebook. Other codes out of range are not
+            looked for there: each look-up would pay for it.
+
+    Example:
+        >>> table, books = torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8), torch.arange(4.0).view(4, 1)
+        >>> lookup = BagLookup(0, "item", "table 'item', feature 'item'")
+        >>> batch = IdBags(torch.tensor([0, 1, 1]), torch.tensor([0, 2, 3]))
+        >>> codebook_bags([lookup], [Span(0, 2, 0, 3)], [table], [books], [None], batch).tolist()
+        [[1.0, 5.0], [1.0, 2.0]]
+    """
+    dtypes = {books.dtype for books in codebooks}
+    if len(dtypes) > 1:
+        raise ValueError(f"codebook_bag: codebooks must be of one dtype, got {sorted(map(str, dtypes))}")
+    is_kernel_input = (
+        codebooks[0].dtype in CPP_FLOATS
+        and all(books.device.type == "cpu" for books in codebooks)
+        and all(rows.dtype in CPP_CODES for rows in codes)
+        and (batch.ids is None or batch.ids.dtype in CPP_IDS)
+    )
+    pool = _cpp_codebook_bags if is_kernel_input and cpp_serves() else reference_codebook_bags
+    return pool(lookups, spans, codes, codebooks, hot_rows, batch)
+
+
+def _cpp_codebook_bags(
+    lookups: Sequence[BagLookup],
+    spans: Sequence[Span],
+    codes: Sequence[Tensor],
+    codebooks: Sequence[Tensor],
+    hot_rows: Sequence[Tensor | None],
+    batch: IdBags,
+) -> Tensor:
+    ids, offsets, weights, is_flat = batch
+    # float() leaves a float32 tensor as it is; lower dtypes are summed in float32 from a copy of the codebooks
+    rows = [table.float().contiguous() for table in hot_rows if table is not None]
+    books = [table.float().contiguous() for table in codebooks]
+    factors = None if weights is None else weights.float().contiguous()
+    is_trained = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (*books, *rows, factors)
+    )
+    plan, saved_bytes = _plan(lookups, spans, codes, hot_rows)
+    out, _ = torch.ops.torchrec_compress.codebook_bags(
+        [table.contiguous() for table in codes],
+        books,
+        rows,
+        None if ids is None else ids.contiguous(),
+        None if offsets is None else offsets.contiguous(),
+        factors,
+        plan,
+        [number for span in spans for number in (span.first_bag, span.num_bags)],
+        saved_bytes if is_trained else 0,
+        is_flat,
+        "\n".join(lookup.where for lookup in lookups),
+    )
+    return out.to(codebooks[0].dtype)
+
+
+def _plan(
+    lookups: Sequence[BagLookup], spans: Sequence[Span], codes: Sequence[Tensor], hot_rows: Sequence[Tensor | None]
+) -> tuple[list[int], int]:
+    """Return four numbers per look-up, see csrc/codebook_bags.cpp, and the bytes of codes kept per id.
+
+    Look-ups of one feature keep their codes side by side.
+    """
+    numbers, num_hot = [], 0
+    for rows in hot_rows:
+        numbers.append(-1 if rows is None else num_hot)
+        num_hot += rows is not None
+    plan: list[int] = []
+    taken: dict[str, int] = {}
+    for lookup, span, rows in zip(lookups, spans, codes, strict=True):
+        flags = RESIDUAL * (lookup.structure == "residual") + MEAN * lookup.is_mean + GATHERED * span.is_gathered
+        place = taken.get(lookup.feature, 0)
+        place += place % rows.element_size()
+        plan += [lookup.table, numbers[lookup.table], flags, place]
+        if not span.is_gathered:
+            taken[lookup.feature] = place + rows.shape[1] * rows.element_size()
+    saved_bytes = max([0, *taken.values()])
+    return plan, saved_bytes + saved_bytes % 2
 
 
 def codebook_bag(
@@ -21,45 +190,35 @@ def codebook_bag(
     structure: Structure = "product",
     weights: Tensor | None = None,
     hot_rows: Tensor | None = None,
+    ids: Tensor | None = None,
+    where: str = "codebook_bag",
 ) -> Tensor:
-    """Sum, bag by bag, the rows that codes stand for.
-
-    Nothing of size (L, D) is made, forward or backward. uint8 and int16 codes with float32 codebooks on a CPU are
-    served by the C++ kernels, if they can be built here (see `tiers`), with the same bits for any number of threads;
-    everything else by the reference in PyTorch.
+    """Sum, bag by bag, the rows of one table; everything not named here is as in `codebook_bags`.
 
     Args:
-        codes: (L, M) integer, each in [0, K).
-        codebooks: (M * K, D / M) for "product" (a row is the M codewords side by side) or (M * K, D) for "residual"
-            (a row is their sum); floating point.
-        offsets: (B + 1,) int32 or int64, from 0 up to L; bag b is codes[offsets[b]:offsets[b+1]]. None: every id is a
-            bag of its own.
+        codes: (L, M) of the ids, or with `ids` the (N, M) code table; integer, each in [0, K).
+        codebooks: (M * K, D / M) for "product" or (M * K, D) for "residual"; floating point.
+        offsets: (B + 1,) int32 or int64, from 0 up to L; bag b is the ids [offsets[b], offsets[b + 1]). None: every id
+            is a bag of its own.
         structure: "product" or "residual".
         weights: (L,) per-id factors, or None.
-        hot_rows: (H, D) rows reached by escape codes (see `hot_row_codes`), or None.
+        hot_rows: (H, D) rows reached by escape codes, or None.
+        ids: (L,) int32 or int64 rows of the code table, or None.
+        where: names the look-up in errors.
 
     Returns:
         (B, D), dtype of `codebooks`; an empty bag is zeros. Differentiable in codebooks, hot_rows and weights.
 
     Raises:
-        ValueError: offsets decrease or do not run from 0 to L (CPU), or, from the kernels, a code is out of range or
-            shapes do not fit.
-        RuntimeError: from the reference: a code points behind the last codebook. Other codes out of range are not
-            looked for there: each look-up would pay for it.
+        ValueError: as `codebook_bags`.
+        RuntimeError: as `codebook_bags`.
 
     Example:
         >>> codes = torch.tensor([[0, 1], [1, 0], [1, 1]], dtype=torch.uint8)
         >>> codebook_bag(codes, torch.arange(4.0).view(4, 1), torch.tensor([0, 2, 3])).tolist()
         [[1.0, 5.0], [1.0, 3.0]]
     """
-    is_kernel_input = codebooks.device.type == "cpu" and codebooks.dtype == torch.float32 and codes.dtype in CPP_CODES
-    if not is_kernel_input or not cpp_serves():
-        return reference_codebook_bag(codes, codebooks, offsets, structure, weights, hot_rows)
-    return torch.ops.torchrec_compress.codebook_bag(
-        codes.contiguous(),
-        codebooks.contiguous(),
-        None if offsets is None else offsets.long().contiguous(),
-        None if weights is None else weights.float().contiguous(),
-        None if hot_rows is None else hot_rows.float().contiguous(),
-        structure == "residual",
-    )
+    num_ids = (codes if ids is None else ids).shape[0]
+    num_bags = num_ids if offsets is None else offsets.shape[0] - 1
+    lookup, span = BagLookup(0, "", where, structure), Span(0, num_bags, 0, num_ids, is_gathered=ids is None)
+    return codebook_bags([lookup], [span], [codes], [codebooks], [hot_rows], IdBags(ids, offsets, weights))

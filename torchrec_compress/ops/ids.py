@@ -102,6 +102,26 @@ def check_ids(ids: Tensor, num_embeddings: int, where: str) -> Tensor:
     return ids
 
 
+def check_filled(is_set: Tensor, where: str) -> None:
+    """Raise when nothing has filled a code table; inside `torch.compile` and on a GPU nothing is checked.
+
+    Args:
+        is_set: (1,) uint8, zero while nothing has filled the table.
+        where: names the table and feature in the error.
+
+    Raises:
+        RuntimeError: the table was never filled; it would serve zeros.
+
+    Example:
+        >>> check_filled(torch.ones(1, dtype=torch.uint8), "table 'user'")
+    """
+    if not torch.compiler.is_compiling() and is_set.device.type == "cpu" and not bool(is_set):
+        raise RuntimeError(
+            f"{where}: the code table must be filled before it is used, got one that never was; load a checkpoint, "
+            "call compress(), or reset_parameters() after materialising from the meta device"
+        )
+
+
 def lookup_codes(codes: Tensor, is_set: Tensor, ids: Tensor, where: str) -> Tensor:
     """Gather the codes of ids.
 
@@ -123,20 +143,16 @@ def lookup_codes(codes: Tensor, is_set: Tensor, ids: Tensor, where: str) -> Tens
         >>> lookup_codes(table, torch.ones(1, dtype=torch.uint8), torch.tensor([1, 1, 0]), "table 't'").tolist()
         [[3, 4], [3, 4], [1, 2]]
     """
-    if not torch.compiler.is_compiling() and is_set.device.type == "cpu" and not bool(is_set):
-        raise RuntimeError(
-            f"{where}: the code table must be filled before it is used, got one that never was; load a checkpoint, "
-            "call compress(), or reset_parameters() after materialising from the meta device"
-        )
+    check_filled(is_set, where)
     check_ids(ids, codes.shape[0], where)
-    return _gather_rows(codes, ids)
+    return gather_rows(codes, ids)
 
 
 # numbers as wide as a row; the complex one is only ever copied
 _WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-def _gather_rows(codes: Tensor, ids: Tensor) -> Tensor:
+def gather_rows(codes: Tensor, ids: Tensor) -> Tensor:
     """Gather rows of codes, (N, M) -> (L, M), a row at once where it is as wide as a number.
 
     On a CPU index_select copies a matrix row by row, about 15 ns each when the row is not cached, but gathers a vector

@@ -12,15 +12,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+
+from torchrec_compress.ops import cpu
 
 SOURCES = Path(__file__).parent / "csrc"
 # The stable ABI of torch 2.11, the oldest torch that is supported: one library serves it and every later torch.
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-_ISA_FLAGS = {"codebook_bag_avx2": ("-mavx2", "-mfma")}
+_ISA_FLAGS = {"kernels_avx2": ("-mavx2", "-mfma")}
 
 
 class CannotBuild(Exception):
@@ -170,77 +170,5 @@ def load() -> str:
     except (OSError, AttributeError) as error:
         raise CannotBuild(f"{library} does not load: {error}") from error
     name.restype = ctypes.c_char_p
-    _register()
+    cpu.register()
     return name().decode()
-
-
-def _register() -> None:
-    """Give the operators shapes without data (for torch.compile and torch.export) and gradients."""
-    torch.library.register_fake("torchrec_compress::codebook_bag", _fake)
-    torch.library.register_fake("torchrec_compress::codebook_bag_backward", _fake_backward)
-    torch.library.register_fake("torchrec_compress::codebook_bag_backward_weights", _fake_backward_weights)
-    torch.library.register_autograd("torchrec_compress::codebook_bag", _backward, setup_context=_setup_context)
-
-
-def _fake(
-    codes: Tensor,
-    codebooks: Tensor,
-    offsets: Tensor | None,
-    weights: Tensor | None,
-    hot_rows: Tensor | None,
-    residual: bool,
-) -> Tensor:
-    num_bags = codes.shape[0] if offsets is None else offsets.shape[0] - 1
-    return codebooks.new_empty(num_bags, codebooks.shape[1] * (1 if residual else codes.shape[1]))
-
-
-def _fake_backward(
-    grad: Tensor,
-    codes: Tensor,
-    offsets: Tensor | None,
-    weights: Tensor | None,
-    num_words: int,
-    width: int,
-    num_hot: int,
-    wants_hot_rows: bool,
-    residual: bool,
-) -> tuple[Tensor, Tensor]:
-    hot_rows = grad.new_empty(num_hot if wants_hot_rows else 0, width * (1 if residual else codes.shape[1]))
-    return grad.new_empty(num_words, width), hot_rows
-
-
-def _fake_backward_weights(
-    grad: Tensor, codes: Tensor, codebooks: Tensor, offsets: Tensor | None, hot_rows: Tensor | None, residual: bool
-) -> Tensor:
-    return grad.new_empty(codes.shape[0])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    codes, codebooks, offsets, weights, hot_rows, residual = inputs
-    ctx.words, ctx.num_hot = tuple(codebooks.shape), 0 if hot_rows is None else hot_rows.shape[0]
-    ctx.residual = residual
-    # values are needed for the gradient of weights only: without it, codebooks may change between forward and backward
-    is_weight_trained = weights is not None and weights.requires_grad
-    tables = (codebooks, hot_rows) if is_weight_trained else (None, None)
-    ctx.save_for_backward(codes, offsets, weights, *tables)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    codes, offsets, weights, codebooks, hot_rows = ctx.saved_tensors
-    _, wants_codebooks, _, wants_weights, wants_hot_rows, _ = ctx.needs_input_grad
-    ops = torch.ops.torchrec_compress
-    of_codebooks = of_hot_rows = of_weights = None
-    if wants_codebooks or wants_hot_rows:
-        of_codebooks, of_hot_rows = ops.codebook_bag_backward(
-            grad, codes, offsets, weights, *ctx.words, ctx.num_hot, wants_hot_rows, ctx.residual
-        )
-    if wants_weights:
-        of_weights = ops.codebook_bag_backward_weights(grad, codes, codebooks, offsets, hot_rows, ctx.residual)
-    return (
-        None,
-        of_codebooks if wants_codebooks else None,
-        None,
-        of_weights,
-        of_hot_rows if wants_hot_rows else None,
-        None,
-    )

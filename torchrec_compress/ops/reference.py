@@ -1,12 +1,19 @@
-"""The plain meaning of `codebook_bag` in PyTorch: what every kernel is tested against, and what serves without one."""
+"""The plain meaning of `codebook_bags` in PyTorch: what kernels are tested against, and what serves without one."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from torchrec_compress.ops.codebooks import Structure, num_escape_codes
+from torchrec_compress.ops.ids import check_ids, gather_rows
+
+if TYPE_CHECKING:
+    from torchrec_compress.ops.bags import BagLookup, IdBags, Span
 
 
 def reference_codebook_bag(
@@ -58,6 +65,37 @@ def reference_codebook_bag(
     # (M * B, D / M) -> (B, D)
     num_bags, width = offsets.shape[0] - 1, codebooks.shape[1]
     return parts.view(num_codes, num_bags, width).transpose(0, 1).reshape(num_bags, num_codes * width)
+
+
+def reference_codebook_bags(
+    lookups: Sequence[BagLookup],
+    spans: Sequence[Span],
+    codes: Sequence[Tensor],
+    codebooks: Sequence[Tensor],
+    hot_rows: Sequence[Tensor | None],
+    batch: IdBags,
+) -> Tensor:
+    """Pool look-up after look-up; arguments and errors as in `codebook_bags`, on any device."""
+    ids, offsets, weights, is_flat = batch
+    pooled = []
+    for lookup, span, rows in zip(lookups, spans, codes, strict=True):
+        first, last = span.first_id, span.first_id + span.num_ids
+        if not span.is_gathered:
+            assert ids is not None
+            mine = ids[first:last]
+            check_ids(mine, rows.shape[0], lookup.where)
+            rows = gather_rows(rows, mine)
+        of_bags = None
+        if offsets is not None:
+            of_bags = offsets[span.first_bag : span.first_bag + span.num_bags + 1]
+            of_bags = of_bags - first if span.first_bag else of_bags
+        factors = None if weights is None else weights[first:last]
+        books, hot = codebooks[lookup.table], hot_rows[lookup.table]
+        sums = reference_codebook_bag(rows, books, of_bags, lookup.structure, factors, hot)
+        if lookup.is_mean and of_bags is not None:
+            sums = sums / (of_bags[1:] - of_bags[:-1]).clamp(min=1).unsqueeze(1)
+        pooled.append(sums)
+    return torch.cat([sums.reshape(-1) for sums in pooled]) if is_flat else torch.cat(pooled, dim=1)
 
 
 def _check_offsets(offsets: Tensor, num_ids: int) -> None:

@@ -3,5 +3,5 @@
 #if defined(__x86_64__)
 #define KERNELS kernels_avx2
 #define KERNELS_NAME "avx2"
-#include "codebook_bag_kernels.h"
+#include "kernels.h"
 #endif

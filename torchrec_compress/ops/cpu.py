@@ -1,0 +1,133 @@
+"""The C++ operators' Python side: shapes without data, for torch.compile and torch.export, and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# as csrc/codebook_bags.cpp reads them
+RESIDUAL, MEAN, GATHERED = 1, 2, 4
+_PLAN = 4
+
+
+def register() -> None:
+    """Register shapes and gradients, once the library is loaded."""
+    space = "torchrec_compress::"
+    torch.library.register_fake(space + "codebook_bags", _fake)
+    torch.library.register_fake(space + "codebook_bags_backward", _fake_backward)
+    torch.library.register_fake(space + "codebook_bags_backward_weights", _fake_backward_weights)
+    torch.library.register_fake(space + "code_gather", _fake_gather)
+    torch.library.register_autograd(space + "codebook_bags", _backward, setup_context=_setup_context)
+
+
+def _widths(codes: list[Tensor], widths: list[int], plan: list[int]) -> list[int]:
+    """Return the columns of every look-up's output; `widths` are those of the tables' codewords."""
+    found = []
+    for number, rows in enumerate(codes):
+        table, _, flags, _ = plan[_PLAN * number : _PLAN * (number + 1)]
+        found.append(widths[table] * (1 if flags & RESIDUAL else rows.shape[1]))
+    return found
+
+
+def _fake(
+    codes: list[Tensor],
+    codebooks: list[Tensor],
+    hot_rows: list[Tensor],
+    ids: Tensor | None,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    plan: list[int],
+    bags: list[int],
+    saved_bytes: int,
+    is_flat: bool,
+    names: str,
+) -> tuple[Tensor, Tensor]:
+    widths = _widths(codes, [books.shape[1] for books in codebooks], plan)
+    if is_flat:
+        shape = [sum(width * num_bags for width, num_bags in zip(widths, bags[1::2], strict=True))]
+    else:
+        shape = [bags[1], sum(widths)]
+    num_ids = ids.shape[0] if saved_bytes and ids is not None else 0
+    return codebooks[0].new_empty(shape), codebooks[0].new_empty((num_ids, saved_bytes), dtype=torch.uint8)
+
+
+def _fake_backward(
+    grad: Tensor,
+    codes: list[Tensor],
+    saved: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    plan: list[int],
+    bags: list[int],
+    is_flat: bool,
+    words: list[int],
+    hot: list[int],
+    wants: list[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    dims = [0] * len(hot)
+    for number, width in enumerate(_widths(codes, words[1::2], plan)):
+        if plan[_PLAN * number + 1] >= 0:
+            dims[plan[_PLAN * number + 1]] = width
+    num_tables = len(words) // 2
+    of_books = [
+        grad.new_empty(num_words if wanted else 0, width)
+        for num_words, width, wanted in zip(words[::2], words[1::2], wants[:num_tables], strict=True)
+    ]
+    of_rows = [
+        grad.new_empty(num_hot if wanted else 0, dim)
+        for num_hot, dim, wanted in zip(hot, dims, wants[num_tables:], strict=True)
+    ]
+    return of_books, of_rows
+
+
+def _fake_backward_weights(
+    grad: Tensor,
+    codes: list[Tensor],
+    saved: Tensor,
+    codebooks: list[Tensor],
+    hot_rows: list[Tensor],
+    offsets: Tensor | None,
+    weights: Tensor,
+    plan: list[int],
+    bags: list[int],
+    is_flat: bool,
+) -> Tensor:
+    return torch.empty_like(weights)
+
+
+def _fake_gather(codes: Tensor, ids: Tensor, row_bytes: int, where: str) -> Tensor:
+    return codes.new_empty((ids.shape[0], row_bytes), dtype=torch.uint8)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    codes, codebooks, hot_rows, _, offsets, weights, plan, bags, _, is_flat, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.plan, ctx.bags, ctx.is_flat, ctx.num_codes = plan, bags, is_flat, len(codes)
+    ctx.words = [size for books in codebooks for size in books.shape]
+    ctx.hot = [rows.shape[0] for rows in hot_rows]
+    # values are needed for the gradient of weights only: without it, codebooks may change between forward and backward
+    is_weight_trained = weights is not None and weights.requires_grad
+    tables = [*codebooks, *hot_rows] if is_weight_trained else []
+    ctx.save_for_backward(output[1], offsets, weights, *codes, *tables)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _grad_saved: Tensor | None) -> tuple[Any, ...]:
+    saved, offsets, weights = ctx.saved_tensors[:3]
+    codes, tables = ctx.saved_tensors[3 : 3 + ctx.num_codes], ctx.saved_tensors[3 + ctx.num_codes :]
+    _, wants_books, wants_hot, _, _, wants_weights, *_ = ctx.needs_input_grad
+    num_tables, num_hot = len(ctx.words) // 2, len(ctx.hot)
+    of_books: list[Tensor | None] = [None] * num_tables
+    of_hot: list[Tensor | None] = [None] * num_hot
+    of_weights: Tensor | None = None
+    ops, where = torch.ops.torchrec_compress, (ctx.plan, ctx.bags, ctx.is_flat)
+    wants = [*map(int, wants_books), *map(int, wants_hot)]
+    if grad is not None and any(wants):
+        found = ops.codebook_bags_backward(grad, codes, saved, offsets, weights, *where, ctx.words, ctx.hot, wants)
+        of_books = [tensor if wanted else None for tensor, wanted in zip(found[0], wants_books, strict=True)]
+        of_hot = [tensor if wanted else None for tensor, wanted in zip(found[1], wants_hot, strict=True)]
+    if grad is not None and wants_weights:
+        books, hot_rows = tables[:num_tables], tables[num_tables:]
+        of_weights = ops.codebook_bags_backward_weights(grad, codes, saved, books, hot_rows, offsets, weights, *where)
+    return [None] * ctx.num_codes, of_books, of_hot, None, None, of_weights, None, None, None, None, None

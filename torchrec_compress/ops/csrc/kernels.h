@@ -1,0 +1,386 @@
+// The kernels, compiled once per instruction set. The includer defines KERNELS and KERNELS_NAME.
+//
+// A row of the output stays in registers while the ids of a bag are summed: product bags in groups of CHUNKS codes,
+// residual bags in tiles of columns. The codebooks (128 KB for D = 128, K = 256) live in L2.
+#include "gather.h"
+
+namespace torchrec_compress {
+namespace {
+
+#if defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;  // wider vectors than the machine's go through the stack in GCC
+#endif
+const float ONE = 1.0f;
+
+template <int N>
+struct Lanes {
+  typedef float Vector __attribute__((vector_size(N * 4)));
+  typedef float Memory __attribute__((vector_size(N * 4), aligned(4), may_alias));  // unaligned
+};
+
+template <int N>
+inline typename Lanes<N>::Vector load(const float* from) {
+  return *reinterpret_cast<const typename Lanes<N>::Memory*>(from);
+}
+
+template <int N>
+inline void store(float* to, typename Lanes<N>::Vector value) {
+  *reinterpret_cast<typename Lanes<N>::Memory*>(to) = value;
+}
+
+// The ids of one bag that lie in a window.
+template <typename Code>
+struct Part {
+  const char* row;  // of the first id
+  int64_t stride;
+  const float* weights;  // step 0 repeats a one
+  const int32_t* hot;
+  const char* const* ahead;
+  int64_t first, count, weight_step;
+  float scale;  // of the bag's sum
+  bool is_first, is_last;
+
+  Part(const Batch& batch, const Lookup& lookup, const Window& window, int64_t begin, int64_t end) {
+    first = begin > window.first ? begin : window.first;
+    const int64_t last = end < window.last ? end : window.last;
+    count = last - first;
+    is_first = begin >= window.first;
+    is_last = end <= window.last;
+    const int64_t skipped = first - window.first;
+    stride = window.stride;
+    row = window.codes + skipped * stride;
+    weights = batch.weights ? batch.weights + first : &ONE;
+    weight_step = batch.weights ? 1 : 0;
+    hot = window.hot ? window.hot + skipped : nullptr;
+    ahead = window.ahead + skipped;
+    scale = lookup.is_mean && end - begin > 1 ? 1.0f / float(end - begin) : 1.0f;
+  }
+
+  inline const Code* codes(int64_t i) const { return reinterpret_cast<const Code*>(row + i * stride); }
+};
+
+// Calls `work` for every part of bags [begin, end); returns what was wrong with their codes.
+template <typename Code, typename Work>
+inline Wrong for_parts(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, bool is_new, char* scratch,
+                       const Work& work) {
+  int64_t bag = begin, from = offset(batch, bag), to = offset(batch, bag + 1);
+  Windows<Code> windows(batch, lookup, from, offset(batch, end), scratch);
+  while (bag < end) {
+    const Wrong wrong = windows.next(is_new);
+    if (wrong.kind != Wrong::NOTHING) return wrong;
+    for (;;) {
+      work(Part<Code>(batch, lookup, windows.window, from, to), bag - lookup.first_bag);
+      if (to > windows.window.last) break;  // goes on in the next window
+      if (++bag == end) break;
+      from = to;
+      to = offset(batch, bag + 1);
+    }
+  }
+  return {Wrong::NOTHING, 0};
+}
+
+// ---- product, WIDTH columns per code known to the compiler
+
+template <typename Code, int WIDTH, int CHUNKS, bool HOT, bool AHEAD>
+inline void product_sum(const Lookup& lookup, const Part<Code>& part, int64_t m, float* out) {
+  constexpr int N = WIDTH < LANES ? WIDTH : LANES, PARTS = WIDTH / N;
+  typename Lanes<N>::Vector sums[CHUNKS][PARTS] = {};
+  const int64_t size = lookup.codebook_size;
+  const float* books = lookup.codebooks + m * size * WIDTH;
+  out += m * WIDTH;
+  if (!part.is_first)
+    for (int c = 0; c < CHUNKS; ++c)
+      for (int p = 0; p < PARTS; ++p) sums[c][p] = load<N>(out + c * WIDTH + p * N);
+  for (int64_t i = 0; i < part.count; ++i) {
+    if (AHEAD) __builtin_prefetch(part.ahead[i]);
+    const Code* codes = part.codes(i) + m;
+    const float weight = part.weights[i * part.weight_step];
+    if (HOT && part.hot[i] >= 0) {
+      const float* row = lookup.hot_rows + part.hot[i] * lookup.dim + m * WIDTH;
+      for (int c = 0; c < CHUNKS; ++c)
+        for (int p = 0; p < PARTS; ++p) sums[c][p] += weight * load<N>(row + c * WIDTH + p * N);
+      continue;
+    }
+    for (int c = 0; c < CHUNKS; ++c) {
+      const float* word = books + (c * size + codes[c]) * WIDTH;
+      for (int p = 0; p < PARTS; ++p) sums[c][p] += weight * load<N>(word + p * N);
+    }
+  }
+  const float scale = part.is_last ? part.scale : 1.0f;
+  for (int c = 0; c < CHUNKS; ++c)
+    for (int p = 0; p < PARTS; ++p) store<N>(out + c * WIDTH + p * N, scale * sums[c][p]);
+}
+
+template <typename Code, int WIDTH, bool HOT>
+Wrong product_forward(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, char* scratch) {
+  constexpr int CHUNKS = WIDTH <= LANES ? 8 : WIDTH <= 2 * LANES ? 4 : 2;  // eight vector registers of sums
+  return for_parts<Code>(batch, lookup, begin, end, true, scratch, [&](const Part<Code>& part, int64_t bag) {
+    float* out = lookup.out + bag * lookup.row_step;
+    int64_t m = 0;
+    if (m + CHUNKS <= lookup.num_codes) {
+      product_sum<Code, WIDTH, CHUNKS, HOT, true>(lookup, part, m, out);
+      m += CHUNKS;
+    }
+    for (; m + CHUNKS <= lookup.num_codes; m += CHUNKS)
+      product_sum<Code, WIDTH, CHUNKS, HOT, false>(lookup, part, m, out);
+    for (; m < lookup.num_codes; ++m) product_sum<Code, WIDTH, 1, HOT, false>(lookup, part, m, out);
+  });
+}
+
+template <typename Code, int WIDTH, int CHUNKS, bool HOT>
+void product_scatter(const Batch& batch, const Lookup& lookup, int64_t m, char* scratch) {
+  constexpr int N = WIDTH < LANES ? WIDTH : LANES, PARTS = WIDTH / N;
+  const int64_t size = lookup.codebook_size, begin = lookup.first_bag, end = begin + lookup.num_bags;
+  float* books = lookup.grad_codebooks ? lookup.grad_codebooks + m * size * WIDTH : nullptr;
+  for_parts<Code>(batch, lookup, begin, end, false, scratch, [&](const Part<Code>& part, int64_t bag) {
+    typename Lanes<N>::Vector grad[CHUNKS][PARTS];
+    const float* from = lookup.grad + bag * lookup.row_step + m * WIDTH;
+    for (int c = 0; c < CHUNKS; ++c)
+      for (int p = 0; p < PARTS; ++p) grad[c][p] = part.scale * load<N>(from + c * WIDTH + p * N);
+    for (int64_t i = 0; i < part.count; ++i) {
+      const Code* codes = part.codes(i) + m;
+      const float weight = part.weights[i * part.weight_step];
+      const bool is_hot = HOT && part.hot[i] >= 0;
+      if (!(is_hot ? lookup.grad_hot_rows : books)) continue;
+      for (int c = 0; c < CHUNKS; ++c) {
+        float* slot = is_hot ? lookup.grad_hot_rows + part.hot[i] * lookup.dim + (m + c) * WIDTH
+                             : books + (c * size + codes[c]) * WIDTH;
+        for (int p = 0; p < PARTS; ++p) store<N>(slot + p * N, load<N>(slot + p * N) + weight * grad[c][p]);
+      }
+    }
+  });
+}
+
+constexpr int64_t SCATTER = 4;  // codes per piece of the backward
+
+template <typename Code, int WIDTH, bool HOT>
+void product_backward(const Batch& batch, const Lookup& lookup, int64_t piece, char* scratch) {
+  int64_t m = piece * SCATTER;
+  if (m + SCATTER <= lookup.num_codes) return product_scatter<Code, WIDTH, SCATTER, HOT>(batch, lookup, m, scratch);
+  for (; m < lookup.num_codes; ++m) product_scatter<Code, WIDTH, 1, HOT>(batch, lookup, m, scratch);
+}
+
+// ---- product, any width
+
+template <typename Code>
+Wrong product_forward_any(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, char* scratch) {
+  const int64_t width = lookup.width;
+  return for_parts<Code>(batch, lookup, begin, end, true, scratch, [&](const Part<Code>& part, int64_t bag) {
+    float* __restrict out = lookup.out + bag * lookup.row_step;
+    if (part.is_first)
+      for (int64_t j = 0; j < lookup.dim; ++j) out[j] = 0.0f;
+    for (int64_t i = 0; i < part.count; ++i) {
+      __builtin_prefetch(part.ahead[i]);
+      const float weight = part.weights[i * part.weight_step];
+      const bool is_hot = part.hot && part.hot[i] >= 0;
+      for (int64_t m = 0; m < lookup.num_codes; ++m) {
+        const float* word = is_hot ? lookup.hot_rows + part.hot[i] * lookup.dim + m * width
+                                   : lookup.codebooks + (m * lookup.codebook_size + part.codes(i)[m]) * width;
+        for (int64_t j = 0; j < width; ++j) out[m * width + j] += weight * word[j];
+      }
+    }
+    if (part.is_last && part.scale != 1.0f)
+      for (int64_t j = 0; j < lookup.dim; ++j) out[j] *= part.scale;
+  });
+}
+
+template <typename Code>
+void product_backward_any(const Batch& batch, const Lookup& lookup, int64_t piece, char* scratch) {
+  const int64_t width = lookup.width, begin = lookup.first_bag, end = begin + lookup.num_bags;
+  const int64_t first = piece * SCATTER;
+  const int64_t last = first + SCATTER < lookup.num_codes ? first + SCATTER : lookup.num_codes;
+  for_parts<Code>(batch, lookup, begin, end, false, scratch, [&](const Part<Code>& part, int64_t bag) {
+    for (int64_t i = 0; i < part.count; ++i) {
+      const float weight = part.weights[i * part.weight_step] * part.scale;
+      const bool is_hot = part.hot && part.hot[i] >= 0;
+      if (!(is_hot ? lookup.grad_hot_rows : lookup.grad_codebooks)) continue;
+      for (int64_t m = first; m < last; ++m) {
+        const float* __restrict grad = lookup.grad + bag * lookup.row_step + m * width;
+        float* __restrict slot = is_hot
+            ? lookup.grad_hot_rows + part.hot[i] * lookup.dim + m * width
+            : lookup.grad_codebooks + (m * lookup.codebook_size + part.codes(i)[m]) * width;
+        for (int64_t j = 0; j < width; ++j) slot[j] += weight * grad[j];
+      }
+    }
+  });
+}
+
+// ---- residual, in tiles of PARTS vectors of N columns
+
+template <typename Code, int N, int PARTS>
+inline void residual_sum(const Lookup& lookup, const Part<Code>& part, int64_t column, float* out) {
+  typename Lanes<N>::Vector sums[PARTS] = {};
+  if (!part.is_first)
+    for (int p = 0; p < PARTS; ++p) sums[p] = load<N>(out + column + p * N);
+  for (int64_t i = 0; i < part.count; ++i) {
+    const Code* codes = part.codes(i);
+    const float weight = part.weights[i * part.weight_step];
+    const bool is_hot = part.hot && part.hot[i] >= 0;
+    const int64_t words = is_hot ? 1 : lookup.num_codes;
+    for (int64_t m = 0; m < words; ++m) {
+      const float* word = (is_hot ? lookup.hot_rows + part.hot[i] * lookup.dim
+                                  : lookup.codebooks + (m * lookup.codebook_size + codes[m]) * lookup.dim) + column;
+      for (int p = 0; p < PARTS; ++p) sums[p] += weight * load<N>(word + p * N);
+    }
+  }
+  const float scale = part.is_last ? part.scale : 1.0f;
+  for (int p = 0; p < PARTS; ++p) store<N>(out + column + p * N, scale * sums[p]);
+}
+
+template <typename Code>
+Wrong residual_forward(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, char* scratch) {
+  return for_parts<Code>(batch, lookup, begin, end, true, scratch, [&](const Part<Code>& part, int64_t bag) {
+    for (int64_t i = 0; i < part.count; ++i) __builtin_prefetch(part.ahead[i]);
+    float* out = lookup.out + bag * lookup.row_step;
+    int64_t column = 0;
+    for (; column + 8 * LANES <= lookup.dim; column += 8 * LANES)
+      residual_sum<Code, LANES, 8>(lookup, part, column, out);
+    for (; column + LANES <= lookup.dim; column += LANES) residual_sum<Code, LANES, 1>(lookup, part, column, out);
+    for (; column < lookup.dim; ++column) residual_sum<Code, 1, 1>(lookup, part, column, out);
+  });
+}
+
+template <typename Code, int N, int PARTS>
+void residual_scatter(const Batch& batch, const Lookup& lookup, int64_t column, char* scratch) {
+  const int64_t begin = lookup.first_bag, end = begin + lookup.num_bags;
+  for_parts<Code>(batch, lookup, begin, end, false, scratch, [&](const Part<Code>& part, int64_t bag) {
+    typename Lanes<N>::Vector grad[PARTS];
+    for (int p = 0; p < PARTS; ++p)
+      grad[p] = part.scale * load<N>(lookup.grad + bag * lookup.row_step + column + p * N);
+    for (int64_t i = 0; i < part.count; ++i) {
+      const Code* codes = part.codes(i);
+      const float weight = part.weights[i * part.weight_step];
+      const bool is_hot = part.hot && part.hot[i] >= 0;
+      if (!(is_hot ? lookup.grad_hot_rows : lookup.grad_codebooks)) continue;
+      const int64_t words = is_hot ? 1 : lookup.num_codes;
+      for (int64_t m = 0; m < words; ++m) {
+        float* slot = (is_hot ? lookup.grad_hot_rows + part.hot[i] * lookup.dim
+                              : lookup.grad_codebooks + (m * lookup.codebook_size + codes[m]) * lookup.dim) + column;
+        for (int p = 0; p < PARTS; ++p) store<N>(slot + p * N, load<N>(slot + p * N) + weight * grad[p]);
+      }
+    }
+  });
+}
+
+constexpr int64_t TILE = 4 * LANES;  // columns per piece of the backward
+
+template <typename Code>
+void residual_backward(const Batch& batch, const Lookup& lookup, int64_t piece, char* scratch) {
+  int64_t column = piece * TILE;
+  if (column + TILE <= lookup.dim) return residual_scatter<Code, LANES, 4>(batch, lookup, column, scratch);
+  for (; column + LANES <= lookup.dim; column += LANES)
+    residual_scatter<Code, LANES, 1>(batch, lookup, column, scratch);
+  for (; column < lookup.dim; ++column) residual_scatter<Code, 1, 1>(batch, lookup, column, scratch);
+}
+
+// ---- weights
+
+// A dot product that is fed piece by piece.
+struct Dot {
+  Lanes<LANES>::Vector wide = {};
+  Lanes<4>::Vector narrow = {};
+  float single = 0.0f;
+
+  inline void add(const float* a, const float* b, int64_t count) {
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) wide += load<LANES>(a + j) * load<LANES>(b + j);
+    for (; j + 4 <= count; j += 4) narrow += load<4>(a + j) * load<4>(b + j);
+    for (; j < count; ++j) single += a[j] * b[j];
+  }
+
+  inline float total() const {
+    float sum = single;
+    for (int lane = 0; lane < LANES; ++lane) sum += wide[lane];
+    for (int lane = 0; lane < 4; ++lane) sum += narrow[lane];
+    return sum;
+  }
+};
+
+template <typename Code>
+void weights_backward(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, char* scratch) {
+  const int64_t step = lookup.is_residual ? 0 : lookup.width;  // a codeword meets its own columns, or all of them
+  for_parts<Code>(batch, lookup, begin, end, false, scratch, [&](const Part<Code>& part, int64_t bag) {
+    const float* grad = lookup.grad + bag * lookup.row_step;
+    for (int64_t i = 0; i < part.count; ++i) {
+      Dot dot;
+      if (part.hot && part.hot[i] >= 0) {
+        dot.add(lookup.hot_rows + part.hot[i] * lookup.dim, grad, lookup.dim);
+      } else {
+        const Code* codes = part.codes(i);
+        for (int64_t m = 0; m < lookup.num_codes; ++m)
+          dot.add(lookup.codebooks + (m * lookup.codebook_size + codes[m]) * lookup.width, grad + m * step,
+                  lookup.width);
+      }
+      lookup.grad_weights[part.first + i] += part.scale * dot.total();
+    }
+  });
+}
+
+// ---- the choice of a kernel
+
+template <typename Code>
+Wrong choose_forward(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, char* scratch) {
+  if (lookup.is_residual) return residual_forward<Code>(batch, lookup, begin, end, scratch);
+#define WIDTH_CASE(width)                                                                             \
+  case width:                                                                                         \
+    return lookup.num_hot ? product_forward<Code, width, true>(batch, lookup, begin, end, scratch)    \
+                          : product_forward<Code, width, false>(batch, lookup, begin, end, scratch);
+  switch (lookup.width) {
+    WIDTH_CASE(4)
+    WIDTH_CASE(8)
+    WIDTH_CASE(16)
+    WIDTH_CASE(32)
+  }
+#undef WIDTH_CASE
+  return product_forward_any<Code>(batch, lookup, begin, end, scratch);
+}
+
+template <typename Code>
+void choose_backward(const Batch& batch, const Lookup& lookup, int64_t piece, char* scratch) {
+  if (lookup.is_residual) return residual_backward<Code>(batch, lookup, piece, scratch);
+#define WIDTH_CASE(width)                                                                      \
+  case width:                                                                                  \
+    return lookup.num_hot ? product_backward<Code, width, true>(batch, lookup, piece, scratch) \
+                          : product_backward<Code, width, false>(batch, lookup, piece, scratch);
+  switch (lookup.width) {
+    WIDTH_CASE(4)
+    WIDTH_CASE(8)
+    WIDTH_CASE(16)
+    WIDTH_CASE(32)
+  }
+#undef WIDTH_CASE
+  product_backward_any<Code>(batch, lookup, piece, scratch);
+}
+
+Wrong forward(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, char* scratch) {
+  return lookup.code_bytes == 1 ? choose_forward<uint8_t>(batch, lookup, begin, end, scratch)
+                                : choose_forward<uint16_t>(batch, lookup, begin, end, scratch);
+}
+
+void backward(const Batch& batch, const Lookup& lookup, int64_t piece, char* scratch) {
+  lookup.code_bytes == 1 ? choose_backward<uint8_t>(batch, lookup, piece, scratch)
+                         : choose_backward<uint16_t>(batch, lookup, piece, scratch);
+}
+
+int64_t num_pieces(const Lookup& lookup) {
+  const int64_t total = lookup.is_residual ? lookup.dim : lookup.num_codes, size = lookup.is_residual ? TILE : SCATTER;
+  return (total + size - 1) / size;
+}
+
+void backward_weights(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, char* scratch) {
+  lookup.code_bytes == 1 ? weights_backward<uint8_t>(batch, lookup, begin, end, scratch)
+                         : weights_backward<uint16_t>(batch, lookup, begin, end, scratch);
+}
+
+Wrong gather(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, char* to, int64_t row_bytes) {
+  return gather_rows(batch, lookup, begin, end, to, row_bytes);
+}
+
+}  // namespace
+
+extern const Kernels KERNELS;
+const Kernels KERNELS = {KERNELS_NAME, forward, backward, num_pieces, backward_weights, gather};
+
+}  // namespace torchrec_compress
