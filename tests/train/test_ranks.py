@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -128,6 +129,18 @@ def test_an_error_of_one_rank_reaches_all(two_ranks):
     assert two_ranks.run(_fail_on_first) == ["the disk is full"] * 2
 
 
+def _wait_for_first(timeout: float) -> float:
+    import time as clock
+
+    ranks = dataclasses.replace(start(ParallelConfig(device="cpu")), timeout=timeout)
+    return on_first(lambda: (clock.sleep(1.5), clock.monotonic())[1], ranks)
+
+
+def test_others_wait_for_rank_0_longer_than_for_a_sign_of_life(two_ranks):
+    """Fifteen signs of life, 0.1 seconds apart, then the same answer on both."""
+    assert len(set(two_ranks.run(_wait_for_first, 0.4))) == 1
+
+
 # trains, and kills its own process once, at a given step of a given rank
 _SUICIDAL = """
 import os, pathlib, signal, sys
@@ -229,3 +242,13 @@ def test_a_rank_that_raises_ends_the_job_with_its_error_first(small, tmp_path):
     assert done.returncode != 0 and time.monotonic() - started < 100
     root = done.stderr[done.stderr.index("Root Cause") :]
     assert "rank      : 1" in root and "a cosmic ray" in root
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_job_after_the_timeout(small, tmp_path):
+    """The rank is stopped, as one on a stuck file system would be: no error, no closed connection."""
+    started = time.monotonic()
+    given = ("train", str(small), "--output", str(tmp_path / "run"), "--parallel.timeout", "8")
+    done = _launch(tmp_path, 2, 0, str(tmp_path / "mark"), "1", "5", str(int(signal.SIGSTOP)), *given)
+    assert done.returncode != 0 and time.monotonic() - started < 90
+    assert re.search(r"[Tt]imed? ?out", done.stderr), done.stderr[-3000:]

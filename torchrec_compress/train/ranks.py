@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,8 +18,10 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torchrec_compress.train.config import ParallelConfig
 
 Result = TypeVar("Result")
-# rank 0 may fit tables for hours while the others wait
-_LONG = timedelta(days=7)
+# A rank that fails takes its connections along. Its launcher names the first error by whole seconds, and ends the other
+# ranks at once, so those who only lost a connection give it time.
+_ECHO = 3.0
+_BEATS = 4  # signs of life within the timeout, while rank 0 works and the others wait
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Ranks:
         world: number of processes.
         local_world: processes on this host.
         device: where this process trains.
-        waiting: group for waits of any length, on the CPU; None in one process.
+        timeout: seconds that a rank waits for another's sign of life.
+        waiting: group on the CPU for whatever is agreed on between steps; None in one process.
         saving: group of the threads that write checkpoints, on the CPU; None in one process.
     """
 
@@ -37,6 +42,7 @@ class Ranks:
     world: int
     local_world: int
     device: torch.device
+    timeout: float
     waiting: dist.ProcessGroup | None
     saving: dist.ProcessGroup | None
 
@@ -76,8 +82,8 @@ def start(config: ParallelConfig) -> Ranks:
         dist.init_process_group(backend, timeout=timeout)
     groups: list[Any] = [None, None]
     if world > 1:
-        groups = [dist.new_group(backend="gloo", timeout=limit) for limit in (_LONG, timeout)]
-    _started = Ranks(dist.get_rank(), world, local_world, device, *groups)
+        groups = [dist.new_group(backend="gloo", timeout=timeout) for _ in groups]
+    _started = Ranks(dist.get_rank(), world, local_world, device, config.timeout, *groups)
     return _started
 
 
@@ -98,6 +104,8 @@ def end_for_all(error: BaseException, status: int) -> NoReturn:
         error: written where torchrun looks for the root cause.
         status: exit status of the process.
     """
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        time.sleep(_ECHO)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         get_error_handler().record_exception(error)
     sys.stderr.flush()
@@ -120,27 +128,53 @@ def _device(config: ParallelConfig, local_world: int) -> torch.device:
 
 
 def on_first(work: Callable[[], Result], ranks: Ranks) -> Result:
-    """Return on every rank what `work` returns on rank 0; the others wait as long as it takes.
+    """Return on every rank what `work` returns on rank 0.
+
+    The others wait as long as it takes, be it hours of fitting, but no longer than the timeout for a sign of life.
 
     Args:
-        work: runs on rank 0; what it returns is pickled for the others.
+        work: runs on rank 0; what it returns is pickled for the others. No collectives in it.
         ranks: all of them.
 
     Raises:
         ValueError, OSError: what `work` raised; on all ranks alike.
+        RuntimeError: another rank is gone or gives no sign of life.
     """
     if ranks.world == 1:
         return work()
     found: list[Any] = [None, None]
     if ranks.is_first:
+        done = threading.Event()
+        beats = threading.Thread(target=_beat, args=(done, ranks), name="heartbeat", daemon=True)
+        beats.start()
         try:
             found[0] = work()
         except (ValueError, OSError, RuntimeError) as error:
             found[1] = type(error)(str(error))
+        done.set()
+        beats.join()
+    else:
+        while not _is_done(False, ranks):
+            pass
     dist.broadcast_object_list(found, src=0, group=ranks.waiting)
     if found[1] is not None:
         raise found[1]
     return found[0]
+
+
+def _beat(done: threading.Event, ranks: Ranks) -> None:
+    """Tell the others, again and again, whether rank 0 is done."""
+    try:
+        while not _is_done(done.wait(ranks.timeout / _BEATS), ranks):
+            pass
+    except RuntimeError:
+        return  # a rank is gone: the main thread meets the same error when it broadcasts
+
+
+def _is_done(mine: bool, ranks: Ranks) -> bool:
+    flag = torch.tensor([int(mine)])
+    dist.all_reduce(flag, group=ranks.waiting)
+    return bool(flag)
 
 
 def agree(work: Callable[[], Result], ranks: Ranks) -> Result:
@@ -174,7 +208,7 @@ def gather(value: Any, ranks: Ranks) -> list[Any]:
     """Return every rank's value, in the order of the ranks, on every rank.
 
     Example:
-        >>> gather(3, Ranks(0, 1, 1, torch.device("cpu"), None, None))
+        >>> gather(3, Ranks(0, 1, 1, torch.device("cpu"), 60.0, None, None))
         [3]
     """
     if ranks.world == 1:
