@@ -72,7 +72,7 @@ def test_subsample_by_a_column_keeps_ids_whole(tmp_path):
         ({"label": None}, "column 'label'"),
         ({"user": np.arange(90.0)}, "int type"),
         ({"user": np.arange(90) - 1}, r"\[0, .*got -1"),
-        ({"item": np.arange(90)}, r"\[0, 5\), got 89"),
+        ({"item": np.arange(90)}, r"\[0, 5\), got 5 in row 5"),
         ({"label": np.arange(90)}, "0 and 1"),
         ({"split": np.zeros(90, dtype=np.int8)}, "valid split must have rows"),
         ({"split": np.full(90, 7)}, "hold 0, 1 and 2"),

@@ -40,15 +40,28 @@ class DataConfig:
     """Where the rows come from and which columns count.
 
     Args:
-        kind: the embedded generator, a Parquet file of int columns, or Criteo's files.
-        path: a Parquet file, or the folder (or TSV file) of Criteo; unused by the generator.
+        kind: the embedded generator, Parquet, or Criteo's files.
+        path: a Parquet file or a folder of them, or the folder (or TSV file) of Criteo; unused by the generator.
+        streaming: whether rows are read from the files as they are needed, for sets that do not fit into memory.
+        lanes: streaming only: streams of rows that a global batch is made of, in equal parts; a multiple of the number
+            of ranks that divides the batch size. The batches depend on it, and not on the number of ranks.
+        chunk_rows: streaming only: rows that are read at once; Parquet files state their own (row groups).
+        window: streaming only: chunks of a lane that are shuffled together; a lane holds up to two windows in memory.
+        num_workers: streaming only: threads that read ahead; 0 reads when rows are needed.
         label: the label column.
         positive_from: smallest value of the label column that counts as a click; null where the column is 0 or 1.
         features: the id columns; empty means all that the schema metadata `vocab` names, less `drop`.
         drop: columns to leave out of `features`.
         row_filter: keeps rows, such as "rating != 3"; one comparison of a column with an int.
-        split: a column with 0 train, 1 valid, 2 test; null draws the split by `fractions` and `split_seed`.
-        fractions: share of train and valid where there is no split column; the rest is test.
+        dense: Parquet only: columns of dense values.
+        pooling: the most ids that a row has of a feature, where that is over one; Parquet's columns of lists are read
+            with it, and `plan` takes it for the pooling factor.
+        split: Parquet only: a column with 0 train, 1 valid, 2 test; null splits by `split_by`. Streamed row groups must
+            lie in one split each; a folder with the folders train, valid and test is streamed as they say.
+        split_by: "drawn" draws the split of every row (streaming: of every chunk) by `split_seed`; "order" takes the
+            first rows for train, then valid, then test; "last_file" trains on all files but the last, of which the
+            first half is valid and the second is test, as MLPerf splits Criteo's 24 days.
+        fractions: share of train and valid where the split is drawn or by order; the rest is test.
         split_seed: of the drawn split and of the subsample.
         subsample: share of the rows to keep, drawn by `split_seed`; 1 keeps all.
         subsample_by: column whose ids are kept or left out whole by `subsample`; null draws rows.
@@ -56,18 +69,27 @@ class DataConfig:
         tail_tables: tables whose rare ids make up the tail; empty means all tables over 1,000 rows.
         tail_count: an id seen fewer times than this in train is rare.
         vocab: rows per table where neither the metadata nor max + 1 is wanted.
-        hash_size: Criteo only: ids are taken modulo this, as TorchRec's `hashes`; null for files of contiguous ids.
+        hash_size: Criteo only: ids are taken modulo this, as TorchRec's `hashes`, for all tables or by table; null for
+            files of contiguous ids.
         generator: settings of the embedded generator.
     """
 
     kind: Literal["generator", "parquet", "criteo"] = "generator"
     path: str | None = None
+    streaming: bool = False
+    lanes: int = 8
+    chunk_rows: int = 16384
+    window: int = 4
+    num_workers: int = 2
     label: str = "label"
     positive_from: int | None = None
     features: list[str] = field(default_factory=list)
     drop: list[str] = field(default_factory=list)
     row_filter: str | None = None
+    dense: list[str] = field(default_factory=list)
+    pooling: dict[str, int] = field(default_factory=dict)
     split: str | None = "split"
+    split_by: Literal["drawn", "order", "last_file"] = "drawn"
     fractions: list[float] = field(default_factory=lambda: [0.8, 0.1])
     split_seed: int = 0
     subsample: float = 1.0
@@ -76,7 +98,7 @@ class DataConfig:
     tail_tables: list[str] = field(default_factory=list)
     tail_count: int = 10
     vocab: dict[str, int] = field(default_factory=dict)
-    hash_size: int | None = None
+    hash_size: int | dict[str, int] | None = None
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
 

@@ -94,6 +94,21 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, rows: Tensor | slice) -> Split:
+        """Return some rows; a slice shares memory."""
+        return Split(*(None if value is None else value[rows] for value in self._tensors()))  # type: ignore[arg-type]
+
+    @staticmethod
+    def join(parts: list[Split]) -> Split:
+        """Return the rows of several, which must have the same columns, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = zip(*(part._tensors() for part in parts), strict=True)
+        return Split(*(None if values[0] is None else torch.cat(values) for values in columns))  # type: ignore[arg-type]
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.ids, self.labels, self.dense, self.kinds, self.probabilities
+
 
 @dataclass(frozen=True)
 class ClickData(ClickSource):
@@ -159,6 +174,11 @@ def count_ids(ids: Tensor, size: int) -> Tensor:
     return torch.bincount(ids[ids >= 0].long(), minlength=size)
 
 
+def to_batch(layout: Layout, rows: Split, positions: Tensor, weights: Tensor) -> Batch:
+    """Return rows as a batch; `positions` (B,) int64 are theirs in the split."""
+    return Batch(layout.to_features(rows.ids), rows.labels, rows.dense, positions, rows.kinds, weights)
+
+
 class _MemoryBatches(Batches):
     """Batches of rows in memory: each rank takes a contiguous part of every global batch."""
 
@@ -188,21 +208,40 @@ class _MemoryBatches(Batches):
         mine = rows[first:last]
         if len(mine) < padded:
             mine = torch.cat([mine, rows[-1:].expand(padded - len(mine))])
-        return Batch(
-            self._layout.to_features(split.ids[mine]),
-            split.labels[mine],
-            None if split.dense is None else split.dense[mine],
-            mine,
-            None if split.kinds is None else split.kinds[mine],
-            weights,
+        return to_batch(self._layout, split.take(mine), mine, weights)
+
+
+def open_data(config: DataConfig, pin_memory: bool = False) -> ClickSource:
+    """Return the data that a config asks for: in memory, or read as it is needed where `data.streaming` is set.
+
+    Args:
+        config: which data.
+        pin_memory: whether streamed batches are put into page-locked memory, for a GPU.
+
+    Raises:
+        ValueError: a file that is missing, empty or malformed, see the readers.
+    """
+    if not config.streaming:
+        return load_data(config)
+    if config.path is None or config.kind == "generator":
+        raise ValueError(
+            f"data.streaming: must be false with data.kind = 'generator', and needs data.path, got {config.kind!r} and "
+            f"{config.path!r}"
         )
+    if config.kind == "criteo":
+        from torchrec_compress.train.criteo import stream_criteo
+
+        return stream_criteo(config, pin_memory)
+    from torchrec_compress.train.parquet_stream import stream_parquet
+
+    return stream_parquet(config, pin_memory)
 
 
 def load_data(config: DataConfig) -> ClickData:
     """Read or generate the data that a config asks for, all of it in memory.
 
     Raises:
-        ValueError: a file that is missing, empty or malformed, see the readers.
+        ValueError: a file that is missing, empty or malformed, see the readers, or data that is to be streamed.
 
     Example:
         >>> from torchrec_compress.train.config import GeneratorConfig
@@ -210,6 +249,8 @@ def load_data(config: DataConfig) -> ClickData:
         >>> len(load_data(DataConfig(generator=small)).train)
         1600
     """
+    if config.streaming:
+        raise ValueError("data.streaming: must be false to hold all rows in memory, got true")
     if config.kind == "generator":
         from torchrec_compress.train.generator import generate
 

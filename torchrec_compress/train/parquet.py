@@ -1,10 +1,11 @@
-"""Clicks from a Parquet file of int columns."""
+"""Clicks from Parquet files, all rows in memory; and what reading them in chunks shares with that."""
 
 from __future__ import annotations
 
 import ast
 import operator
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from torchrec_compress.train.config import DataConfig, nearest
 from torchrec_compress.train.data import SPLITS, ClickData, Split
+from torchrec_compress.train.splits import draw_split
 
 _COMPARE = {
     "!=": operator.ne,
@@ -25,8 +27,35 @@ _COMPARE = {
 }
 
 
+@dataclass(frozen=True)
+class Schema:
+    """Which columns of Parquet files are what.
+
+    Args:
+        features: id columns, of ints or of lists of ints.
+        dense: columns of dense values.
+        label: the label column.
+        kind: the column with the kind of negative, or None.
+        others: columns that decide which rows are kept and where they go.
+        stated: rows per table that the schema metadata `vocab` states.
+    """
+
+    features: list[str]
+    dense: list[str]
+    label: str
+    kind: str | None
+    others: list[str]
+    stated: dict[str, int]
+
+    @property
+    def columns(self) -> list[str]:
+        """Return all columns that are read."""
+        special = [self.label, *([self.kind] if self.kind else []), *self.others]
+        return list(dict.fromkeys([*self.features, *self.dense, *special]))
+
+
 def read_parquet(config: DataConfig) -> ClickData:
-    """Read a Parquet file.
+    """Read a Parquet file, or all files of a folder in the order of their names.
 
     The rows of a table are, in this order: `data.vocab`, the schema metadata `vocab` (a JSON or Python
     mapping by column), max + 1.
@@ -38,66 +67,117 @@ def read_parquet(config: DataConfig) -> ClickData:
         All kept rows, ids int32.
 
     Raises:
-        ValueError: the file is missing or empty, lacks a column, or a column is not of ints, has nulls, negative ids or
+        ValueError: a file is missing or empty, lacks a column, or a column is not of ints, has nulls, negative ids or
             ids beyond its vocabulary; a split without rows.
     """
     path = Path(str(config.path))
-    columns, stated = _read_columns(path, config)
-    features = _features(path, config, list(columns), stated)
-    labels = _labels(path, config, columns)
+    files = parquet_files(path)
+    schema = read_schema(open_parquet(files[0]), files[0], config)
+    tables = [_read_file(file, schema) for file in files]
+    parts = [
+        {name: column_values(file, name, table[name], dense=name in schema.dense) for name in table.column_names}
+        for file, table in zip(files, tables, strict=True)
+    ]
+    columns = {name: _join([part[name] for part in parts]) for name in parts[0]}
+    labels = to_labels(path, config, columns[config.label])
     kept = _kept(config, columns, len(labels))
-    ids, vocab = _ids(path, config, columns, features, stated)
-    split = _split(path, config, columns, len(labels))
+    ids, vocab, widths = _ids(path, config, columns, schema)
+    split = _split(path, config, columns, [len(part[config.label]) for part in parts])
+    dense = np.stack([columns[name] for name in schema.dense], axis=1) if schema.dense else None
     kinds = columns[config.kind_column].astype(np.int8) if config.kind_column else None
-    parts = []
+    splits = []
     for number, name in enumerate(SPLITS):
         rows = np.flatnonzero(kept & (split == number))
         if len(rows) == 0:
             raise ValueError(f"{path}: the {name} split must have rows, got none; see data.split and data.row_filter")
-        parts.append(
+        splits.append(
             Split(
                 torch.from_numpy(ids[rows]),
                 torch.from_numpy(labels[rows].astype(np.float32)),
-                kinds=None if kinds is None else torch.from_numpy(kinds[rows]),
+                None if dense is None else torch.from_numpy(dense[rows]),
+                None if kinds is None else torch.from_numpy(kinds[rows]),
             )
         )
-    return ClickData(features, vocab, 0, *parts)
+    ragged = bool((ids < 0).any())
+    return ClickData(schema.features, vocab, len(schema.dense), *splits, widths=tuple(widths), ragged=ragged)
 
 
-def _read_columns(path: Path, config: DataConfig) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Return the int columns and the vocabulary that the metadata states."""
-    if not path.is_file():
-        raise ValueError(f"data.path: must be a Parquet file, got {str(path)!r}, which does not exist")
+def parquet_files(path: Path) -> list[Path]:
+    """Return a file, or the Parquet files of a folder by name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        state = "which has none" if path.is_dir() else "which does not exist"
+        raise ValueError(f"data.path: must be a Parquet file or a folder of *.parquet, got {str(path)!r}, {state}")
+    return files
+
+
+def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    """Open a Parquet file.
+
+    Raises:
+        ValueError: it is none, or has no rows.
+    """
     try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(
-            f"{path}: must be a Parquet file, got {path.stat().st_size} bytes that are not ({error})"
-        ) from error
+        file = pq.ParquetFile(path, metadata=metadata)
+    except (pa.ArrowInvalid, OSError) as error:
+        size = path.stat().st_size if path.is_file() else 0
+        raise ValueError(f"{path}: must be a Parquet file, got {size} bytes that are not ({error})") from error
     if file.metadata.num_rows == 0:
         raise ValueError(f"{path}: must have rows, got none")
+    return file
+
+
+def read_schema(file: pq.ParquetFile, path: Path, config: DataConfig) -> Schema:
+    """Return which columns are what.
+
+    Raises:
+        ValueError: a column that the config names is missing, or there is no id column.
+    """
+    names = file.schema_arrow.names
     text = (file.schema_arrow.metadata or {}).get(b"vocab")
     stated = {str(key): int(value) for key, value in _mapping(path, text).items()} if text else {}
-    wanted = set(config.features) | {config.label, config.split, config.kind_column, config.subsample_by} - {None}
-    if config.row_filter:
-        wanted.add(_parse_filter(config.row_filter)[0])
-    if not config.features:
-        wanted |= set(stated) or set(file.schema_arrow.names)
-    wanted -= set(config.drop)
-    names = file.schema_arrow.names
-    for name in sorted(wanted):  # type: ignore[type-var]
-        if name not in names:
-            raise ValueError(f"{path}: must have the column {name!r}, got {names}{nearest(str(name), names)}")
-    table = file.read(columns=[name for name in names if name in wanted])
-    columns = {}
-    for name in table.column_names:
-        column = table[name]
-        if not pa.types.is_integer(column.type) and not pa.types.is_boolean(column.type):
-            raise ValueError(f"{path}: column {name!r} must be of an int type, got {column.type}")
-        if column.null_count:
-            raise ValueError(f"{path}: column {name!r} must have no missing values, got {column.null_count}")
-        columns[name] = column.to_numpy()
-    return columns, stated
+    filtered = [_parse_filter(config.row_filter)[0]] if config.row_filter else []
+    others = [name for name in (config.split, config.subsample_by, *filtered) if name]
+    special = {config.label, config.kind_column, *config.drop, *config.dense, *(set(others) - set(stated))}
+    features = list(config.features) or [name for name in (stated or names) if name not in special]
+    schema = Schema(features, list(config.dense), config.label, config.kind_column, others, stated)
+    check_columns(file, path, schema)
+    if not features:
+        raise ValueError(f"{path}: must have id columns besides {sorted(map(str, special))}, got {names}")
+    for key, given in (("vocab", config.vocab), ("pooling", config.pooling)):
+        unknown = sorted(set(given) - set(features))
+        if unknown:
+            raise ValueError(f"data.{key}: must name features of {features}, got {unknown}")
+    return schema
+
+
+def check_columns(file: pq.ParquetFile, path: Path, schema: Schema) -> None:
+    """Raise ValueError where a file lacks a column, or has one of another type than its use asks for."""
+    fields = file.schema_arrow
+    for name in schema.columns:
+        if name not in fields.names:
+            raise ValueError(f"{path}: must have the column {name!r}, got {fields.names}{nearest(name, fields.names)}")
+        kind = fields.field(name).type
+        if _is_list(kind) and name in schema.features and name not in (schema.label, schema.kind, *schema.others):
+            kind = kind.value_type
+        number = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+        if name in schema.dense and not number and not pa.types.is_floating(kind):
+            raise ValueError(f"{path}: column {name!r} must be of numbers, got {kind}")
+        if name not in schema.dense and not number:
+            raise ValueError(f"{path}: column {name!r} must be of an int type, got {kind}")
+
+
+def list_columns(file: pq.ParquetFile, schema: Schema) -> list[str]:
+    """Return the features of which a row may have several ids."""
+    return [name for name in schema.features if _is_list(file.schema_arrow.field(name).type)]
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _mapping(path: Path, text: bytes) -> dict[str, int]:
@@ -107,27 +187,101 @@ def _mapping(path: Path, text: bytes) -> dict[str, int]:
         raise ValueError(f"{path}: the schema metadata 'vocab' must be a mapping, got {text[:60]!r}") from error
 
 
-def _features(path: Path, config: DataConfig, names: list[str], stated: dict[str, int]) -> list[str]:
-    if config.features:
-        return list(config.features)
-    filtered = {_parse_filter(config.row_filter)[0]} if config.row_filter else set()
-    special = {config.label, config.split, config.kind_column, *config.drop} | (filtered - set(stated))
-    features = [name for name in (stated or names) if name not in special]
-    if not features:
-        raise ValueError(f"{path}: must have id columns besides {sorted(map(str, special))}, got {names}")
-    return features
+def _read_file(path: Path, schema: Schema) -> pa.Table:
+    file = open_parquet(path)
+    check_columns(file, path, schema)
+    return file.read(columns=schema.columns)
 
 
-def _labels(path: Path, config: DataConfig, columns: dict[str, np.ndarray]) -> np.ndarray:
-    labels = columns[config.label].astype(np.int64)
+def column_values(
+    path: Path, name: str, column: pa.ChunkedArray, *, dense: bool, width: int | None = None, first: int = 0
+) -> np.ndarray:
+    """Return a column: (rows,) ints, float32 where it is dense; (rows, width) int64 of lists, -1 after short ones.
+
+    Args:
+        path: for errors.
+        name: of the column.
+        column: its values.
+        dense: whether it holds dense values.
+        width: most ids of a list; None takes the longest.
+        first: number of its first row in the file, for errors.
+
+    Raises:
+        ValueError: missing values, dense values that are not finite, a negative id in a list, a list that is too long.
+    """
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0) if array.num_chunks else pa.array([], column.type)
+    if array.null_count:
+        row = first + int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
+        raise ValueError(
+            f"{path}: column {name!r} must have no missing values, got {array.null_count}, first in row {row}"
+        )
+    if _is_list(array.type):
+        return _list_values(path, name, array, width, first)
+    values = array.to_numpy(zero_copy_only=False)
+    if not dense:
+        return values
+    values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise ValueError(f"{path}: column {name!r} must be finite, got {values[row]} in row {first + row}")
+    return values
+
+
+def _list_values(path: Path, name: str, array: pa.ListArray, width: int | None, first: int) -> np.ndarray:
+    lengths = array.value_lengths().to_numpy(zero_copy_only=False)
+    flat = array.flatten()
+    if flat.null_count:
+        raise ValueError(f"{path}: lists of column {name!r} must have no missing values, got {flat.null_count}")
+    values = flat.to_numpy(zero_copy_only=False).astype(np.int64)
+    longest = int(lengths.max(initial=0))
+    if width is not None and longest > width:
+        row = first + int(lengths.argmax())
+        raise ValueError(
+            f"{path}: column {name!r} must have at most data.pooling = {width} ids per row, got {longest} in row {row}"
+        )
+    if values.min(initial=0) < 0:  # -1 marks what a short list lacks
+        raise ValueError(f"{path}: ids of column {name!r} must not be negative, got {values.min()}")
+    ids = np.full((len(lengths), max(longest, 1) if width is None else width), -1, dtype=np.int64)
+    ids[np.arange(ids.shape[1]) < lengths[:, None]] = values
+    return ids
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    """Join a column of several files; lists are filled up to the longest."""
+    width = max(part.shape[1] if part.ndim == 2 else 0 for part in parts)
+    if width:
+        parts = [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=-1) for part in parts]
+    return np.concatenate(parts)
+
+
+def to_labels(path: Path, config: DataConfig, column: np.ndarray, first: int = 0) -> np.ndarray:
+    """Return the labels, 0 or 1.
+
+    Raises:
+        ValueError: other values, and the config does not say from which on they count as a click.
+    """
+    labels = column.astype(np.int64)
     if config.positive_from is not None:
         return labels >= config.positive_from
-    values = np.unique(labels)
-    if not set(values.tolist()) <= {0, 1}:
+    if labels.min(initial=0) < 0 or labels.max(initial=0) > 1:
+        row = int(np.flatnonzero((labels < 0) | (labels > 1))[0])
         raise ValueError(
-            f"{path}: column {config.label!r} must hold 0 and 1, got {values[:5].tolist()}; set data.positive_from"
+            f"{path}: column {config.label!r} must hold 0 and 1, got {labels[row]} in row {first + row}; set "
+            "data.positive_from"
         )
     return labels
+
+
+def check_ids(path: Path, name: str, ids: np.ndarray, size: int, first: int = 0) -> None:
+    """Raise ValueError where an id is outside [0, size); -1 is none in columns of lists, which are two-dimensional."""
+    lowest, limit = -1 if ids.ndim == 2 else 0, min(size, 2**31)
+    if int(ids.min(initial=0)) < lowest or int(ids.max(initial=0)) >= limit:
+        where = tuple(np.argwhere((ids < lowest) | (ids >= limit))[0].tolist())
+        raise ValueError(
+            f"{path}: ids of column {name!r} must be in [0, {size}), got {ids[where]} in row {first + where[0]}"
+        )
 
 
 def _kept(config: DataConfig, columns: dict[str, np.ndarray], num_rows: int) -> np.ndarray:
@@ -156,34 +310,30 @@ def _parse_filter(text: str) -> tuple[str, str, int]:
 
 
 def _ids(
-    path: Path, config: DataConfig, columns: dict[str, np.ndarray], features: list[str], stated: dict[str, int]
-) -> tuple[np.ndarray, list[int]]:
-    """Return the ids (rows, F) int32 and the rows of every table, both checked."""
-    unknown = sorted(set(config.vocab) - set(features))
-    if unknown:
-        raise ValueError(f"data.vocab: must name features of {features}, got {unknown}")
-    ids = np.empty((len(columns[features[0]]), len(features)), dtype=np.int32)
-    vocab = []
-    for position, name in enumerate(features):
-        low, high = int(columns[name].min()), int(columns[name].max())
-        size = config.vocab.get(name, stated.get(name, high + 1))
-        if low < 0 or high >= min(size, 2**31):
-            bad = low if low < 0 else high
-            raise ValueError(f"{path}: ids of column {name!r} must be in [0, {size}), got {bad}")
+    path: Path, config: DataConfig, columns: dict[str, np.ndarray], schema: Schema
+) -> tuple[np.ndarray, list[int], list[int]]:
+    """Return the ids (rows, sum of widths) int32, the rows of every table and the widths, all checked."""
+    vocab, blocks = [], []
+    for name in schema.features:
+        values = columns[name]
+        width = config.pooling.get(name, values.shape[1] if values.ndim == 2 else 1)
+        if width < (values.shape[1] if values.ndim == 2 else 1):
+            raise ValueError(f"data.pooling: must be at least the ids of a row, got {width} for {name!r}")
+        size = config.vocab.get(name, schema.stated.get(name, int(values.max()) + 1))
+        check_ids(path, name, values, size)
         vocab.append(size)
-        ids[:, position] = columns[name]
-    return ids, vocab
+        blocks.append(values if values.ndim == 2 else values[:, None])
+    widths = [block.shape[1] for block in blocks]
+    ids = np.concatenate(blocks, axis=1, dtype=np.int32, casting="unsafe")  # all are below 2**31
+    return ids, vocab, widths
 
 
-def _split(path: Path, config: DataConfig, columns: dict[str, np.ndarray], num_rows: int) -> np.ndarray:
+def _split(path: Path, config: DataConfig, columns: dict[str, np.ndarray], file_sizes: list[int]) -> np.ndarray:
     """Return 0, 1 or 2 per row."""
-    if config.split is not None:
-        split = columns[config.split]
-        values = np.unique(split).tolist()
-        if not set(values) <= {0, 1, 2}:
-            raise ValueError(f"{path}: column {config.split!r} must hold 0, 1 and 2, got {values[:5]}")
-        return split
-    shares = config.fractions
-    if len(shares) != 2 or min(shares) <= 0 or sum(shares) >= 1:
-        raise ValueError(f"data.fractions: must be the shares of train and valid, below 1 in all, got {shares}")
-    return np.searchsorted(np.cumsum(shares), np.random.default_rng(config.split_seed).random(num_rows), side="right")
+    if config.split is None:
+        return draw_split(config, file_sizes)
+    split = columns[config.split]
+    values = np.unique(split).tolist()
+    if not set(values) <= {0, 1, 2}:
+        raise ValueError(f"{path}: column {config.split!r} must hold 0, 1 and 2, got {values[:5]}")
+    return split

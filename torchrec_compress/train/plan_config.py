@@ -138,7 +138,7 @@ def _sizes(run: RunConfig) -> dict[str, int]:
         return {"user": data.generator.num_users, "item": data.generator.num_items, **_CONTEXTS}
     names = [f"cat_{number}" for number in range(26)] if data.kind == "criteo" else data.features or list(data.vocab)
     if data.kind == "criteo" and data.hash_size is not None:
-        return dict.fromkeys(names, data.hash_size)
+        return dict.fromkeys(names, data.hash_size) if isinstance(data.hash_size, int) else dict(data.hash_size)
     missing = [name for name in names if name not in data.vocab]
     if missing or not names:
         raise ValueError(
