@@ -81,3 +81,12 @@ def test_help_names_the_commands():
         [sys.executable, "-m", "torchrec_compress", "--help"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0 and "compare CONFIG" in done.stdout
+
+
+def test_criteo_is_converted(tmp_path, capsys):
+    row = "\t".join(["1", *["5"] * 13, *["68fd1e64"] * 26])
+    (tmp_path / "train.txt").write_text(row + "\n")
+    main(["data", "criteo", str(tmp_path), str(tmp_path / "npy"), "--frequency-threshold", "0"])
+    assert capsys.readouterr().out == f"{tmp_path / 'npy' / 'train_sparse.npy'}\n"
+    assert "choose from" in _error(capsys, "data", "avazu", "a", "b")
+    assert "must be a TSV" in _error(capsys, "data", "criteo", str(tmp_path / "npy"), str(tmp_path))

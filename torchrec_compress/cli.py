@@ -1,4 +1,4 @@
-"""The command line: train, compare, report, plan, info. Heavy imports happen inside the subcommands."""
+"""The command line: train, compare, report, plan, data, info. Heavy imports happen inside the subcommands."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ _USAGE = """usage: torchrec-compress COMMAND ...
   compare CONFIG [--key.sub VALUE ...]   variants over seeds, then the report; resumes where it stopped
   report FOLDER                          write report.md, report.json and plots of a comparison again
   plan CONFIG [--world-size N ...]       who holds which bytes on many GPUs; needs none, and no data
+  data criteo IN OUT                     Criteo's TSV files to the NumPy files that training reads
   info                                   versions, and which implementation serves the look-ups and why
 
 CONFIG is a YAML file such as configs/demo.yaml. Every key can be given on the command line as well.
   torchrec-compress train --help                   all keys, what they mean and their defaults
   torchrec-compress train CONFIG --print_config    the resolved config
 """
-_COMMANDS = ("train", "compare", "report", "plan", "info")
+_COMMANDS = ("train", "compare", "report", "plan", "data", "info")
 # how jsonargparse words an unknown key on the command line, within a group of a file, and at a file's top
 _UNKNOWN = (
     r"[Uu]nrecognized arguments: --([\w.]+)",
@@ -159,6 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _report(rest)
         elif command == "plan":
             _plan(parse_plan(rest))
+        elif command == "data":
+            _data(rest)
         elif command == "info":
             _info(rest)
         else:
@@ -221,6 +224,24 @@ def _plan(config: PlanConfig) -> None:
     from torchrec_compress.train.plan import run
 
     print(run(config))
+
+
+def _data(arguments: Sequence[str]) -> None:
+    parser = _Parser(prog="torchrec-compress data", allow_abbrev=False)
+    parser.add_argument("kind", choices=["criteo"], help="which data set")
+    parser.add_argument("source", help="a TSV file, or a folder with day_0 to day_23 or train.txt; .gz too")
+    parser.add_argument("target", help="folder for *_dense.npy, *_sparse.npy and *_labels.npy; a finished day is kept")
+    parser.add_argument(
+        "--frequency_threshold",
+        type=int | None,
+        default=None,
+        help="make ids contiguous, those seen less often share one (MLPerf: 0); without it ids stay hashes",
+    )
+    given = parser.parse_args([_underscored(argument) for argument in arguments])
+    from torchrec_compress.train.criteo_tsv import convert
+
+    for path in convert(Path(given.source), Path(given.target), given.frequency_threshold):
+        print(path)
 
 
 def _info(arguments: Sequence[str]) -> None:

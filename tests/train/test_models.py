@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from torchrec.models.dlrm import DLRM_DCN
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.train.config import ModelConfig
-from torchrec_compress.train.data import ClickData
+from torchrec_compress.train.data import ClickData, Split
 from torchrec_compress.train.models import make_model, make_tables
 
 
@@ -19,7 +20,7 @@ def _with_dense(data: ClickData) -> ClickData:
     return dataclasses.replace(data, num_dense=3, **splits)
 
 
-@pytest.mark.parametrize("name", ["deepfm", "dlrm", "dcnv2"])
+@pytest.mark.parametrize("name", ["deepfm", "dlrm", "dcnv2", "dlrm_dcnv2"])
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("plain", [False, True])
 def test_every_parameter_gets_a_gradient(data, name, dense, plain):
@@ -55,6 +56,46 @@ def test_widths_may_differ_only_with_dcnv2(data):
     assert model(batch.features).embeddings.shape == (5, 36)
     with pytest.raises(ValueError, match=r"model\.widths"):
         make_tables(dataclasses.replace(config, name="dlrm"), data)
+
+
+def test_dlrm_dcnv2_equals_torchrec(data):
+    data = _with_dense(data)
+    config = ModelConfig(
+        name="dlrm_dcnv2", embedding_dim=8, bottom=[6, 8], hidden=[12, 5], num_cross_layers=2, cross_rank=3
+    )
+    embeddings = EmbeddingBagCollection(tables=make_tables(config, data))
+    ours, theirs = make_model(embeddings, 3, config), DLRM_DCN(embeddings, 3, [6, 8], [12, 5, 1], 2, 3)
+    pairs = [
+        (theirs.dense_arch, ours.bottom),
+        (theirs.inter_arch.crossnet, ours.cross),
+        (theirs.over_arch, ours.deep),
+    ]
+    for source, target in pairs:
+        ordered = zip(target.parameters(), source.parameters(), strict=True)
+        for mine, value in ordered:
+            mine.data.copy_(value)
+    batch = next(data.batches("train", 33, 0).epoch(0))
+    torch.testing.assert_close(ours(batch.features, batch.dense).logits, theirs(batch.dense, batch.features).squeeze(1))
+
+
+def test_rows_with_several_ids_are_summed(data):
+    ids = torch.tensor([[1, 2, 2], [3, 4, 5]], dtype=torch.int32)
+    rows = Split(ids, torch.zeros(2))
+    source = ClickData(["one", "many"], [9, 9], 0, rows, rows, rows, widths=(1, 2))
+    config = ModelConfig(name="dlrm_dcnv2", embedding_dim=4, hidden=[3])
+    model = make_model(EmbeddingBagCollection(tables=make_tables(config, source)), 0, config)
+    found = model(next(source.batches("train", 2, None).epoch(0)).features).embeddings
+    weight = model.embeddings.embedding_bags["many"].weight
+    torch.testing.assert_close(found[:, 4:], torch.stack([2 * weight[2], weight[4] + weight[5]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "bottom", "num_dense"), [("dcnv2", [8], 3), ("dlrm", [8], 0), ("dlrm_dcnv2", [8, 7], 3)]
+)
+def test_a_bottom_net_that_does_not_fit_is_refused(data, name, bottom, num_dense):
+    config = ModelConfig(name=name, embedding_dim=8, bottom=bottom)
+    with pytest.raises(ValueError, match=r"model\.bottom: must"):
+        make_model(EmbeddingBagCollection(tables=make_tables(config, data)), num_dense, config)
 
 
 @pytest.mark.parametrize(

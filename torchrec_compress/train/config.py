@@ -25,6 +25,9 @@ class GeneratorConfig:
         num_clusters: latent clusters of users and of items.
         zipf: exponent of the popularity of users and items; bigger is steeper.
         seed: of the whole data set, apart from the seed of the training.
+        criteo_rows: over 0 draws the shape of MLPerf's Criteo instead, 26 tables of its sizes but at most so many rows,
+            and 13 dense columns; users and items are not used then.
+        multi_hot: with `criteo_rows`, whether rows have as many ids of a feature as MLPerf's materialised set, 214 in all.
     """
 
     num_rows: int = 1_000_000
@@ -33,6 +36,8 @@ class GeneratorConfig:
     num_clusters: int = 16
     zipf: float = 1.1
     seed: int = 7
+    criteo_rows: int = 0
+    multi_hot: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,24 +112,29 @@ class ModelConfig:
     """The recommender over the embeddings.
 
     Args:
-        name: which model; its parts are TorchRec's own modules where those allow it.
+        name: which model; its parts are TorchRec's own modules where those allow it. "dlrm_dcnv2" is MLPerf's.
         embedding_dim: width of every table; FBGEMM wants a multiple of 4.
         widths: width by table name where it differs; only DCN-V2 allows that.
         init_scale: tables start uniform in +- this; null is TorchRec's own +- 1 / sqrt(N).
-        hidden: widths of the deep net's hidden layers.
+        hidden: widths of the hidden layers of the deep net: "deepfm" has it over all embeddings, "dlrm" over dot
+            products and embeddings, "dlrm_dcnv2" over what the cross layers return (MLPerf's top net, less its last
+            layer of width 1), "dcnv2" beside the cross layers.
+        bottom: widths of the net over dense columns of "dlrm" and "dlrm_dcnv2", the last of which is `embedding_dim`;
+            empty is `hidden` and `embedding_dim`.
         dropout: of the hidden layers.
         embedding_dropout: of the embeddings.
         batch_norm: whether hidden layers are batch normalised.
-        num_cross_layers: DCN-V2's cross layers.
-        cross_rank: DCN-V2's low rank; null is a quarter of the width, as TorchRec advises.
+        num_cross_layers: cross layers of "dcnv2" and "dlrm_dcnv2".
+        cross_rank: their low rank; null is a quarter of the width, as TorchRec advises.
         bfloat16: whether the deep net's matrix products run in bfloat16; weights and losses stay float32.
     """
 
-    name: Literal["dlrm", "deepfm", "dcnv2"] = "deepfm"
+    name: Literal["dlrm", "deepfm", "dcnv2", "dlrm_dcnv2"] = "deepfm"
     embedding_dim: int = 32
     widths: dict[str, int] = field(default_factory=dict)
     init_scale: float | None = 0.01
     hidden: list[int] = field(default_factory=lambda: [256, 128])
+    bottom: list[int] = field(default_factory=list)
     dropout: float = 0.0
     embedding_dropout: float = 0.0
     batch_norm: bool = False

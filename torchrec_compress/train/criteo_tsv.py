@@ -33,8 +33,9 @@ def convert(source: Path, target: Path, frequency_threshold: int | None = None) 
         target: folder of the results: day_0_dense.npy (N, 13) float32, day_0_labels.npy (N, 1) int32 and
             day_0_sparse.npy (N, 26), int64 hashes as TorchRec's `tsv_to_npys` writes them, or contiguous int32 ids.
         frequency_threshold: makes ids contiguous: those seen at least so often, over all files, are numbered from 2 in
-            the order in which they appear, the others are 1, as TorchRec's `sparse_to_contiguous` numbers them; null
-            keeps hashes. Takes 20 to 40 bytes of memory per distinct id. Rows per table go into vocab.json.
+            the order in which they appear, the others are 1, as TorchRec's `sparse_to_contiguous` numbers them; MLPerf
+            uses 0, and null keeps hashes. Takes 20 to 40 bytes of memory per distinct id. The hashes stay in the folder
+            hashes; rows per table go into vocab.json.
 
     Returns:
         The files of ids.

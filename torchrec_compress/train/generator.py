@@ -9,8 +9,10 @@ import torch
 
 from torchrec_compress.train.config import GeneratorConfig
 from torchrec_compress.train.data import ClickData, Split
+from torchrec_compress.train.mlperf import MULTI_HOT_SIZES, TABLE_ROWS
 
 _RANK = 4
+_NUM_DENSE = 13
 _CONTEXTS = {"hour": 24, "device": 4, "region": 40}
 
 
@@ -36,6 +38,10 @@ def generate(config: GeneratorConfig) -> ClickData:
         >>> data.features, data.vocab
         (['user', 'item', 'hour', 'device', 'region'], [50, 20, 24, 4, 40])
     """
+    if config.criteo_rows:
+        return _generate_criteo(config)
+    if config.multi_hot:
+        raise ValueError("data.generator.multi_hot: must be false without data.generator.criteo_rows, got true")
     if min(config.num_rows // 10, config.num_users, config.num_items, config.num_clusters) < 2:
         raise ValueError(f"data.generator: must have at least 20 rows and 2 users, items and clusters, got {config}")
     rng = np.random.default_rng(config.seed)
@@ -55,17 +61,59 @@ def generate(config: GeneratorConfig) -> ClickData:
     labels = rng.random(config.num_rows) < probabilities
 
     ids = np.stack([users, items, *contexts.values()], axis=1).astype(np.int32)
-    bounds = (0, config.num_rows * 8 // 10, config.num_rows * 9 // 10, config.num_rows)
+    vocab = [config.num_users, config.num_items, *_CONTEXTS.values()]
+    return ClickData(["user", "item", *_CONTEXTS], vocab, 0, *_splits(ids, labels, probabilities))
+
+
+def _splits(
+    ids: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, dense: np.ndarray | None = None
+) -> tuple[Split, Split, Split]:
+    """Cut rows into 8:1:1 splits."""
+    num_rows = len(labels)
+    bounds = (0, num_rows * 8 // 10, num_rows * 9 // 10, num_rows)
     train, valid, test = (
         Split(
             torch.from_numpy(ids[first:last].copy()),
             torch.from_numpy(labels[first:last].astype(np.float32)),
+            None if dense is None else torch.from_numpy(dense[first:last].copy()),
             probabilities=torch.from_numpy(probabilities[first:last].astype(np.float32)),
         )
         for first, last in pairwise(bounds)
     )
-    vocab = [config.num_users, config.num_items, *_CONTEXTS.values()]
-    return ClickData(["user", "item", *_CONTEXTS], vocab, 0, train, valid, test)
+    return train, valid, test
+
+
+def _generate_criteo(config: GeneratorConfig) -> ClickData:
+    """Draw clicks of Criteo's shape.
+
+    Every id has a bias and a vector near the centre of its cluster; the log-odds of a click are the biases, the dot
+    products of all pairs of vectors and a linear function of the dense columns. With `multi_hot`, an id brings others
+    along that are drawn once and uniformly for it, as MLPerf makes its set of several ids per row.
+    """
+    if min(config.num_rows // 10, config.criteo_rows, config.num_clusters) < 2:
+        raise ValueError(f"data.generator: must have at least 20 rows, 2 criteo_rows and 2 clusters, got {config}")
+    rng = np.random.default_rng(config.seed)
+    sizes = {name: min(size, config.criteo_rows) for name, size in TABLE_ROWS.items()}
+    widths = tuple(MULTI_HOT_SIZES.values()) if config.multi_hot else (1,) * len(sizes)
+    total = np.zeros((config.num_rows, _RANK), dtype=np.float32)
+    pairs, logits = (np.zeros(config.num_rows, dtype=np.float32) for _ in range(2))
+    blocks = []
+    for size, width in zip(sizes.values(), widths, strict=True):
+        ids = _popular_ids(rng, size, config.num_rows, config.zipf)
+        rows, _ = _clustered(rng, size, min(config.num_clusters, size))
+        vectors = rows[ids] / len(sizes) ** 0.5
+        total += vectors
+        pairs -= np.einsum("nd,nd->n", vectors, vectors)
+        logits += rng.normal(0, 0.15, size).astype(np.float32)[ids]
+        others = rng.integers(0, size, (size, width - 1))
+        blocks.append(np.concatenate([ids[:, None], others[ids]], axis=1).astype(np.int32))
+    pairs += np.einsum("nd,nd->n", total, total)
+    dense = rng.normal(0, 1, (config.num_rows, _NUM_DENSE)).astype(np.float32)
+    logits += pairs / 2 + dense @ rng.normal(0, 0.12, _NUM_DENSE).astype(np.float32) - 1.2
+    probabilities = 1 / (1 + np.exp(-logits))
+    labels = rng.random(config.num_rows) < probabilities
+    splits = _splits(np.concatenate(blocks, axis=1), labels, probabilities, dense)
+    return ClickData(list(sizes), list(sizes.values()), _NUM_DENSE, *splits, widths=widths)
 
 
 def _popular_ids(rng: np.random.Generator, num_ids: int, num_rows: int, exponent: float) -> np.ndarray:

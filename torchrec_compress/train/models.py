@@ -1,4 +1,4 @@
-"""DLRM, DeepFM and DCN-V2 over any embedding bag collection, from TorchRec's own modules where those allow it."""
+"""DLRM, DLRM-DCNv2, DeepFM and DCN-V2 over any embedding bag collection, from TorchRec's own modules where they fit."""
 
 from __future__ import annotations
 
@@ -102,6 +102,11 @@ class ClickModel(nn.Module, ABC):
         super().__init__()
         if not config.hidden or min(config.hidden) < 1:
             raise ValueError(f"model.hidden: must hold at least one positive width, got {config.hidden}")
+        if config.bottom and (not num_dense or not isinstance(self, _DenseFieldModel)):
+            raise ValueError(
+                f"model.bottom: must be empty without dense columns and with model.name = {config.name!r} unless that "
+                f"is 'dlrm' or 'dlrm_dcnv2', got {config.bottom} for {num_dense} dense columns"
+            )
         tables = embeddings.embedding_bag_configs()
         self.embeddings = embeddings
         self._keys = [name for table in tables for name in table.feature_names]
@@ -156,15 +161,37 @@ class DeepFM(ClickModel):
         return pairs.unsqueeze(1) + self.run_deep(self.deep, embedded)
 
 
-class DLRM(ClickModel):
-    """Dot products of all pairs of fields, then a deep net (arXiv 1906.00091).
+class _DenseFieldModel(ClickModel):
+    """A model whose dense columns become one more field, by a bottom net.
 
-    Without dense columns the bottom net has nothing to read; a trained vector takes its place in the interaction.
+    Without dense columns the bottom net has nothing to read; a trained vector takes its place.
     """
 
     def _build(self, num_dense: int, config: ModelConfig) -> None:
-        self.bottom = MLP(num_dense, [*config.hidden, self._dim]) if num_dense else None
+        widths = config.bottom or [*config.hidden, self._dim]
+        if widths[-1] != self._dim:
+            raise ValueError(f"model.bottom: must end with model.embedding_dim = {self._dim}, got {config.bottom}")
+        self.bottom = MLP(num_dense, list(widths)) if num_dense else None
         self.constant = None if num_dense else nn.Parameter(torch.full((self._dim,), 0.01))
+        self._build_top(config)
+
+    @abstractmethod
+    def _build_top(self, config: ModelConfig) -> None:
+        """Make the parts after the bottom net."""
+
+    def dense_field(self, embedded: Tensor, dense: Tensor | None) -> Tensor:
+        """Return the field of the dense columns: (B, D)."""
+        if self.bottom is not None:
+            assert dense is not None
+            return self.bottom(dense)
+        assert self.constant is not None
+        return self.constant.expand(embedded.shape[0], -1)
+
+
+class DLRM(_DenseFieldModel):
+    """Dot products of all pairs of fields, then a deep net (arXiv 1906.00091)."""
+
+    def _build_top(self, config: ModelConfig) -> None:
         self.interaction = InteractionArch(self._num_features)
         num_pairs = self._num_features * (self._num_features + 1) // 2
         # the embeddings too, as BARS's DLRM has them: dot products alone are weak with few fields
@@ -172,14 +199,26 @@ class DLRM(ClickModel):
 
     def combine(self, embedded: Tensor, dense: Tensor | None) -> Tensor:
         """Return logits (B, 1)."""
-        if self.bottom is not None:
-            assert dense is not None
-            bottom = self.bottom(dense)
-        else:
-            assert self.constant is not None
-            bottom = self.constant.expand(len(embedded), -1)
-        pairs = self.interaction(bottom, embedded.view(-1, self._num_features, self._dim))
+        fields = embedded.view(-1, self._num_features, self._dim)
+        pairs = self.interaction(self.dense_field(embedded, dense), fields)
         return self.run_deep(self.deep, torch.cat([pairs, embedded], dim=1))
+
+
+class DLRMDCNV2(_DenseFieldModel):
+    """Cross layers over all fields, then a deep net: MLPerf's recommender since its version 3.0.
+
+    Equal to TorchRec's `DLRM_DCN` without dropout and batch normalisation.
+    """
+
+    def _build_top(self, config: ModelConfig) -> None:
+        width = self._width + self._dim
+        self.cross = LowRankCrossNet(width, config.num_cross_layers, config.cross_rank or max(1, width // 4))
+        self.deep = deep_net(width, config)
+
+    def combine(self, embedded: Tensor, dense: Tensor | None) -> Tensor:
+        """Return logits (B, 1)."""
+        fields = torch.cat([self.dense_field(embedded, dense), embedded], dim=1)
+        return self.run_deep(self.deep, self.run_deep(self.cross, fields))
 
 
 class DCNV2(ClickModel):
@@ -197,7 +236,7 @@ class DCNV2(ClickModel):
         return self.last(torch.cat([self.run_deep(self.cross, inputs), self.run_deep(self.deep, inputs)], dim=1))
 
 
-_MODELS = {"deepfm": DeepFM, "dlrm": DLRM, "dcnv2": DCNV2}
+_MODELS = {"deepfm": DeepFM, "dlrm": DLRM, "dcnv2": DCNV2, "dlrm_dcnv2": DLRMDCNV2}
 
 
 def make_model(embeddings: EmbeddingBagCollectionInterface, num_dense: int, config: ModelConfig) -> ClickModel:

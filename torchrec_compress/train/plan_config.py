@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torchrec_compress.train.config import RunConfig
+from torchrec_compress.train.mlperf import FEATURES, MULTI_HOT_SIZES, TABLE_ROWS
 
 _UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 
@@ -118,9 +119,15 @@ def from_training(run: RunConfig) -> dict[str, Any]:
             "methods by table"
         )
     sizes = _sizes(run)
+    pooling = _pooling(run)
     return {
         "tables": {
-            name: {"num_embeddings": size, "embedding_dim": run.model.widths.get(name)} for name, size in sizes.items()
+            name: {
+                "num_embeddings": size,
+                "embedding_dim": run.model.widths.get(name),
+                "pooling_factor": float(pooling.get(name, 1)),
+            }
+            for name, size in sizes.items()
         },
         "embedding_dim": run.model.embedding_dim,
         "compression": run.compression,
@@ -129,14 +136,23 @@ def from_training(run: RunConfig) -> dict[str, Any]:
     }
 
 
+def _pooling(run: RunConfig) -> dict[str, int]:
+    """Return the ids of a bag by table name, where there may be several."""
+    if run.data.kind == "generator":
+        return MULTI_HOT_SIZES if run.data.generator.multi_hot else {}
+    return run.data.pooling
+
+
 def _sizes(run: RunConfig) -> dict[str, int]:
     """Return rows by table name."""
     data = run.data
+    if data.kind == "generator" and data.generator.criteo_rows:
+        return {name: min(size, data.generator.criteo_rows) for name, size in TABLE_ROWS.items()}
     if data.kind == "generator":
         from torchrec_compress.train.generator import _CONTEXTS
 
         return {"user": data.generator.num_users, "item": data.generator.num_items, **_CONTEXTS}
-    names = [f"cat_{number}" for number in range(26)] if data.kind == "criteo" else data.features or list(data.vocab)
+    names = FEATURES if data.kind == "criteo" else data.features or list(data.vocab)
     if data.kind == "criteo" and data.hash_size is not None:
         return dict.fromkeys(names, data.hash_size) if isinstance(data.hash_size, int) else dict(data.hash_size)
     missing = [name for name in names if name not in data.vocab]
