@@ -27,7 +27,7 @@ class GeneratorConfig:
         seed: of the whole data set, apart from the seed of the training.
         criteo_rows: over 0 draws the shape of MLPerf's Criteo instead, 26 tables of its sizes but at most so many rows,
             and 13 dense columns; users and items are not used then.
-        multi_hot: with `criteo_rows`, whether rows have as many ids of a feature as MLPerf's materialised set, 214 in all.
+        multi_hot: with `criteo_rows`, whether rows have as many ids of a feature as in MLPerf's set, 214 in all.
     """
 
     num_rows: int = 1_000_000
