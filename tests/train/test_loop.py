@@ -227,16 +227,16 @@ def test_load_plain_refuses_other_shapes(config, data):
 
 def test_sharding_types_are_checked(config, data):
     model = full_model(config, data)
-    found = make_constraints(model, 4, ParallelConfig(sharding_types={"us*": ["row_wise"]}))
-    assert found["user"].sharding_types == ["row_wise"]
+    found = make_constraints(model, 4, ParallelConfig(sharding_types={"us*": ["row_wise"]}), {"user": 7})
+    assert found["user"].sharding_types == ["row_wise"] and found["user"].pooling_factors == [7.0]
     assert "data_parallel" not in found["item"].sharding_types
     # 4 rows over 3 ranks: cut by rows, the last would get none
     assert found["device"].sharding_types != ["table_wise", "column_wise"]
-    assert make_constraints(model, 3, ParallelConfig())["device"].sharding_types == ["table_wise", "column_wise"]
+    assert make_constraints(model, 3, ParallelConfig(), {})["device"].sharding_types == ["table_wise", "column_wise"]
     with pytest.raises(ValueError, match="must fit a table"):
-        make_constraints(model, 4, ParallelConfig(sharding_types={"usr": ["row_wise"]}))
+        make_constraints(model, 4, ParallelConfig(sharding_types={"usr": ["row_wise"]}), {})
     with pytest.raises(ValueError, match="must not be data_parallel"):
-        make_constraints(model, 4, ParallelConfig(sharding_types={"user": ["data_parallel"]}))
+        make_constraints(model, 4, ParallelConfig(sharding_types={"user": ["data_parallel"]}), {})
 
 
 def test_l2_leaves_multipliers_of_memcom_alone(config, data, tmp_path):

@@ -132,7 +132,8 @@ def train(model: ClickModel, task: Task) -> Trained:
     torch.manual_seed(task.seed)
     if ranks.world > 1:  # dropout differs over the ranks, and is the same in every run
         torch.manual_seed(task.seed * 65_537 + ranks.rank)
-    trainable = Trainable(model, task.stage, ranks, task.parallel, task.teacher)
+    pooling = dict(zip(task.data.layout.features, task.data.layout.widths, strict=True))
+    trainable = Trainable(model, task.stage, ranks, task.parallel, task.teacher, pooling)
     identity = {"stage": dataclasses.asdict(task.stage), "seed": task.seed, **task.identity}
     store = Checkpoints(task.folder / "checkpoints", identity, ranks, task.stage.keep_checkpoints)
     return _Stage(trainable, task, store).run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Trainable:
         ranks: that train it together.
         parallel: how tables may be sharded.
         teacher: (train rows,) float32 logits to imitate, or None.
+        pooling: the most ids per row by feature, for the planner; one where it is silent.
 
     Attributes:
         module: wraps the model and its loss; takes a batch.
@@ -62,6 +64,7 @@ class Trainable:
         ranks: Ranks,
         parallel: ParallelConfig,
         teacher: Tensor | None = None,
+        pooling: Mapping[str, int] | None = None,
     ) -> None:
         config = stage.optim
         _check(config)
@@ -80,7 +83,8 @@ class Trainable:
             parameter.requires_grad_(train[_part(name)])
         self._loss = Loss(stage, ranks, teacher)
         step = TrainStep(model, self._loss)
-        self.module = _wrap(step, config.tables in _FUSED, stage, ranks, parallel)
+        constraints = make_constraints(model, ranks.world, parallel, pooling or {})
+        self.module = _wrap(step, config.tables in _FUSED, stage, ranks, constraints)
         if before:
             load_plain(self.module, {_PREFIX + name: value for name, value in before.items()})
         self._set_optimizers(stage, fused)
@@ -209,7 +213,7 @@ def _check(config: OptimConfig) -> None:
 
 
 def _wrap(
-    step: TrainStep, shard: bool, stage: StageConfig, ranks: Ranks, parallel: ParallelConfig
+    step: TrainStep, shard: bool, stage: StageConfig, ranks: Ranks, constraints: dict[str, ParameterConstraints]
 ) -> DistributedModelParallel:
     """Plan and shard a model, or replicate all of it, so that its tables keep dense gradients.
 
@@ -229,7 +233,6 @@ def _wrap(
             compute_device=ranks.device.type,
             hbm_cap=memory,
         )
-        constraints = make_constraints(step.model, ranks.world, parallel)
         local_batch = -(-stage.batch_size // ranks.world)
         reserved = FixedPercentageStorageReservation(_RESERVED)
         planner = EmbeddingShardingPlanner(topology, local_batch, constraints, storage_reservation=reserved, stats=[])
@@ -245,18 +248,22 @@ def _wrap(
     )
 
 
-def make_constraints(model: ClickModel, world: int, parallel: ParallelConfig) -> dict[str, ParameterConstraints]:
+def make_constraints(
+    model: ClickModel, world: int, parallel: ParallelConfig, pooling: Mapping[str, int]
+) -> dict[str, ParameterConstraints]:
     """Return how each of the user's tables may be sharded.
 
     Args:
         model: unsharded.
         world: number of ranks.
         parallel: sharding types by table name or pattern.
+        pooling: the most ids per row by feature; one where it is silent.
 
     Raises:
         ValueError: a pattern fits no table, or a table that trains in the backward would be data-parallel.
     """
-    tables = {table.name: table.num_embeddings for table in model.embeddings.embedding_bag_configs()}
+    configs = {table.name: table for table in model.embeddings.embedding_bag_configs()}
+    tables = {name: table.num_embeddings for name, table in configs.items()}
     for pattern in parallel.sharding_types:
         if not fnmatch.filter(tables, pattern):
             raise ValueError(f"parallel.sharding_types: {pattern!r} must fit a table of {sorted(tables)}, got none")
@@ -275,7 +282,8 @@ def make_constraints(model: ClickModel, world: int, parallel: ParallelConfig) ->
             )
         if not wanted and any(size <= -(-size // world) * (world - 1) for size in (rows, *parts.values())):
             kinds = ["table_wise", "column_wise"]  # cut by rows, some rank would get none, which FBGEMM refuses
-        constraints[table] = ParameterConstraints(sharding_types=list(kinds))
+        factors = [float(pooling.get(feature, 1)) for feature in configs[table].feature_names]
+        constraints[table] = ParameterConstraints(sharding_types=list(kinds), pooling_factors=factors)
     return constraints
 
 
