@@ -14,7 +14,10 @@ import subprocess
 import sys
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
 
@@ -74,6 +77,21 @@ def test_any_number_of_ranks_trains_the_same_model(config, tmp_path, two_ranks, 
         assert one["training"]["steps"] == summaries[0]["training"]["steps"]
         assert json.loads((tmp_path / name / "summary.json").read_text())["metrics"] == summaries[0]["metrics"]
         assert one["footprint"] == summaries[0]["footprint"]
+
+
+@pytest.mark.slow
+def test_streamed_rows_train_the_same_model_on_any_number_of_ranks(config, data, tmp_path, two_ranks, four_ranks):
+    rows = {name: data.train.ids[:, i].numpy() for i, name in enumerate(data.features)}
+    table = pa.table({**rows, "label": data.train.labels.to(torch.int8).numpy()})
+    sizes = dict(zip(data.features, data.vocab, strict=True))
+    pq.write_table(table.replace_schema_metadata({"vocab": str(sizes)}), tmp_path / "rows.parquet", row_group_size=100)
+    source = {"kind": "parquet", "path": str(tmp_path / "rows.parquet"), "streaming": True, "lanes": 4, "split": None}
+    plain = dataclasses.asdict(_config(config, "memcom", data=source, **{"retrain.batch_size": 248}))
+    one = _train(plain, str(tmp_path / "one"))
+    for name, pool in (("two", two_ranks), ("four", four_ranks)):
+        _close(one, pool.run(_train, plain, str(tmp_path / name))[0])
+    logs = [next(tmp_path.glob(f"{name}/retrain/metrics.jsonl")).read_text().count("\n") for name in ("one", "four")]
+    assert logs[0] == logs[1] == 4
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.compression import parse
 from torchrec_compress.train.checkpoint import check_same, read
 from torchrec_compress.train.config import DataConfig, RunConfig, fingerprint, override
-from torchrec_compress.train.data import ClickData, ClickSource, load_data
+from torchrec_compress.train.data import ClickData, ClickSource, open_data
 from torchrec_compress.train.fitting import best_checkpoint, choose, fit, save_tensors
 from torchrec_compress.train.journal import versions, write_atomically, write_json
 from torchrec_compress.train.loop import Task, Trained, train
@@ -37,7 +37,7 @@ def get_data(config: DataConfig, ranks: Ranks) -> ClickSource:
     key = fingerprint(config)
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = agree(lambda: load_data(config), ranks)
+        _loaded[key] = agree(lambda: open_data(config, ranks.device.type == "cuda"), ranks)
     return _loaded[key]
 
 
