@@ -176,6 +176,15 @@ def test_variants_are_overrides_with_checked_keys(config):
             variants(override(config, change))
 
 
+def test_overrides_take_every_type_of_a_key():
+    config = override(RunConfig(), {"data.split": None, "data.hash_size": {"a": 3}, "model.init_scale": None})
+    assert config.data.split is None and config.model.init_scale is None
+    assert override(config, {"data.hash_size": 5}).data.hash_size == 5
+    for key, value in (("data.label", 3), ("seed", None), ("data.hash_size", "x"), ("tensorboard", 1)):
+        with pytest.raises(ValueError, match=rf"{key}: must be of type"):
+            override(config, {key: value})
+
+
 def test_a_report_needs_finished_runs(tmp_path):
     with pytest.raises(ValueError, match="finished runs"):
         write_report(tmp_path)

@@ -304,7 +304,8 @@ def override(config: Any, changes: Mapping[str, Any], where: str = "") -> Any:
         >>> override(RunConfig(), {"model.embedding_dim": 64, "retrain": {"epochs": 1.0}}).model.embedding_dim
         64
     """
-    names = [f.name for f in dataclasses.fields(config)]
+    types = {f.name: str(f.type) for f in dataclasses.fields(config)}
+    names = list(types)
     for key, value in changes.items():
         first, _, rest = key.partition(".")
         if first not in names:
@@ -321,7 +322,10 @@ def override(config: Any, changes: Mapping[str, Any], where: str = "") -> Any:
             new = override(old, value, f"{where}{first}.")
         else:
             new = float(value) if isinstance(old, float) and isinstance(value, int) else value
-            if isinstance(old, bool | int | float | str | list | dict) and not isinstance(new, type(old)):
+            # "str | None": one of the types that the annotation names will do
+            others = [part.strip().partition("[")[0] for part in types[first].split("|")]
+            fits = isinstance(new, type(old)) or type(new).__name__.removesuffix("Type") in others
+            if isinstance(old, bool | int | float | str | list | dict) and not fits:
                 raise ValueError(f"{where}{key}: must be of type {type(old).__name__}, got {value!r}")
         config = dataclasses.replace(config, **{first: new})
     return config
