@@ -83,8 +83,9 @@ class Trainable:
             parameter.requires_grad_(train[_part(name)])
         self._loss = Loss(stage, ranks, teacher)
         step = TrainStep(model, self._loss)
-        constraints = make_constraints(model, ranks.world, parallel, pooling or {})
-        self.module = _wrap(step, config.tables in _FUSED, stage, ranks, constraints)
+        shard = config.tables in _FUSED
+        constraints = make_constraints(model, ranks.world, parallel, pooling or {}) if shard else {}
+        self.module = _wrap(step, shard, stage, ranks, constraints)
         if before:
             load_plain(self.module, {_PREFIX + name: value for name, value in before.items()})
         self._set_optimizers(stage, fused)
