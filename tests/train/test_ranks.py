@@ -80,6 +80,18 @@ def test_any_number_of_ranks_trains_the_same_model(config, tmp_path, two_ranks, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepfm", "dlrm", "dcnv2", "dlrm_dcnv2"])
+def test_every_model_goes_through_the_pipeline(config, tmp_path, two_ranks, name):
+    """TorchRec traces them. Criteo's shape for MLPerf's model; bfloat16 rounds the same on any number of ranks."""
+    criteo = {"data.generator.criteo_rows": 50} if name == "dlrm_dcnv2" else {}
+    changes = {"model.name": name, "model.bfloat16": True, "model.bottom": [16, 8] if criteo else [], **criteo}
+    short = {"data.generator.num_rows": 1000, "retrain.epochs": 1.0}
+    plain = dataclasses.asdict(_config(config, "memcom", **changes, **short))
+    one = _train(plain, str(tmp_path / "one"))
+    _close(one, two_ranks.run(_train, plain, str(tmp_path / "two"))[0], 1e-2)
+
+
+@pytest.mark.slow
 def test_streamed_rows_train_the_same_model_on_any_number_of_ranks(config, data, tmp_path, two_ranks, four_ranks):
     rows = {name: data.train.ids[:, i].numpy() for i, name in enumerate(data.features)}
     table = pa.table({**rows, "label": data.train.labels.to(torch.int8).numpy()})

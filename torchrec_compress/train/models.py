@@ -129,7 +129,8 @@ class ClickModel(nn.Module, ABC):
         """Run a part of the net, in bfloat16 where the config asks for it; the result is float32."""
         if not self._bfloat16:
             return net(inputs)
-        with torch.autocast(inputs.device.type, torch.bfloat16):
+        device = next(net.parameters()).device.type  # not that of the inputs, which the pipeline traces with stand-ins
+        with torch.autocast(device, torch.bfloat16):
             return net(inputs).float()
 
     def forward(self, features: KeyedJaggedTensor, dense: Tensor | None = None) -> Prediction:
