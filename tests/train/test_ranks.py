@@ -44,10 +44,8 @@ def _train(plain: dict, folder: str) -> dict:
     """Run on this rank of a pool."""
     from pathlib import Path
 
-    from torchrec_compress.train.machine import prepare
     from torchrec_compress.train.stages import run
 
-    prepare(1)
     config = override(RunConfig(), plain)
     return run(config, Path(folder), Path(folder) / "full", None)
 
