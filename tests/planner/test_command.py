@@ -8,7 +8,7 @@ import pytest
 
 from torchrec_compress.cli import main, parse_plan
 from torchrec_compress.train.plan import make_tables, plan
-from torchrec_compress.train.plan_config import PlanConfig, TableSpec, memory
+from torchrec_compress.train.plan_config import PlanConfig, TableSpec, memory, rank_batch_size
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = """
@@ -82,15 +82,37 @@ def test_without_compression_the_tables_are_planned_as_they_are(unpooled):
 def test_a_training_config_that_states_its_sizes():
     demo = parse_plan([str(CONFIGS / "demo.yaml"), "--world-size", "2"])
     assert demo.tables["user"].num_embeddings == 120_000 and list(demo.tables)[2:] == ["hour", "device", "region"]
-    criteo = parse_plan([str(CONFIGS / "criteo_kaggle.yaml"), "--world-size", "2", "--hbm", "1GB"])
-    assert len(criteo.tables) == 26 and criteo.tables["cat_25"].num_embeddings == 1_000_000
-    assert (criteo.embedding_dim, criteo.batch_size, criteo.optimizer, criteo.hbm) == (
+    criteo = parse_plan([str(CONFIGS / "criteo_kaggle_dlrm.yaml"), "--world-size", "2", "--hbm", "1GB"])
+    assert len(criteo.tables) == 26 and criteo.tables["cat_25"].num_embeddings == 142_574
+    assert (criteo.embedding_dim, rank_batch_size(criteo), criteo.optimizer, criteo.dense_optimizer, criteo.hbm) == (
         16,
         4096,
-        "rowwise_adagrad",
+        "adagrad",
+        "adam",
         "1GB",
     )
-    assert plan(criteo).tables["cat_0"].method == "mec"
+    kinds = {part.sharding_type for table in plan(criteo).tables.values() for part in table.parts}
+    assert kinds and "data_parallel" not in kinds  # as in training
+
+
+@pytest.mark.parametrize("name", ["criteo_1tb_dcnv2", "criteo_1tb_dcnv2_mec", "criteo_1tb_dcnv2_memcom"])
+def test_the_large_training_configs_state_pooling_and_global_batches(name):
+    config = parse_plan([str(CONFIGS / f"{name}.yaml"), "--world-size", "64", "--local-world-size", "8"])
+    assert sum(table.pooling_factor for table in config.tables.values()) == 214
+    assert config.tables["cat_20"].num_embeddings == 40_000_000 and rank_batch_size(config) == 1024
+    assert (config.optimizer, config.dense_optimizer) == ("adagrad", "adagrad")
+    report = plan(config)
+    assert report.dense_bytes == 204_184_588 * 128 * 4
+    assert (report.ratio > 30) == bool(config.compression) and len(report.ranks) == 64
+    like = parse_plan([str(CONFIGS / "criteo_like.yaml")])
+    assert like.tables["cat_20"].num_embeddings == 5000 and like.tables["cat_20"].pooling_factor == 1
+
+
+def test_batch_sizes():
+    assert rank_batch_size(PlanConfig()) == 4096 == rank_batch_size(PlanConfig(batch_size=4096, global_batch_size=8))
+    assert rank_batch_size(PlanConfig(global_batch_size=10, world_size=4)) == 3
+    with pytest.raises(ValueError, match="batch_size: must be positive"):
+        rank_batch_size(PlanConfig(batch_size=0))
 
 
 def test_what_cannot_be_planned_is_one_clear_error(small, capsys, tmp_path):

@@ -13,9 +13,10 @@ from torchrec.datasets.criteo import BinaryCriteoUtils
 
 from torchrec_compress.train import criteo_tsv
 from torchrec_compress.train.batch import Share
-from torchrec_compress.train.config import DataConfig
+from torchrec_compress.train.config import DataConfig, RunConfig, override
 from torchrec_compress.train.criteo_tsv import convert, convert_file
 from torchrec_compress.train.data import load_data, open_data
+from torchrec_compress.train.stages import run
 
 NAMES = [f"cat_{number}" for number in range(26)]
 WIDTHS = [3, 2, 1, *([1] * 22), 4]
@@ -63,6 +64,22 @@ def test_streamed_rows_are_those_in_memory(tmp_path, multi_hot):
         assert torch.equal(count, streamed.counts()[name])
     first = next(streamed.batches("train", 8, 1, Share(1, 2)).epoch(0))
     assert first.features["cat_25"].lengths().tolist() == [WIDTHS[-1] if multi_hot else 1] * 4
+
+
+def test_streamed_rows_are_trained_on(tmp_path):
+    for number in range(3):
+        _day(tmp_path, number, 400, multi_hot=True)
+    stage = {"epochs": 1.0, "batch_size": 64, "evals_per_epoch": 2}
+    changes = {
+        "tensorboard": False,
+        "data": vars(_config(tmp_path, streaming=True, num_workers=2)),
+        "model": {"name": "dlrm_dcnv2", "embedding_dim": 8, "hidden": [8], "bottom": [8], "cross_rank": 4},
+        "pretrain": stage,
+        "retrain": stage,
+        "compression": {"*": {"method": "pq", "num_codes": 2, "codebook_size": 8}},
+    }
+    found = run(override(RunConfig(), changes), tmp_path / "run", tmp_path / "full", None)
+    assert found["training"]["steps"] == 13 and 0.3 < found["metrics"]["test"]["auc"] < 0.7
 
 
 def test_numpy_files_are_not_read_before_they_are_needed(tmp_path):

@@ -157,6 +157,24 @@ def test_an_unknown_split_and_an_empty_one_are_refused():
     assert len(data.batches("train", 4, None)) == 3
 
 
+def test_rows_are_read_once_in_order_with_any_batch_size():
+    data = _data([5, 4, 6], lanes=6)
+    for batch_size in (4, 5, 6, 100):
+        batches = [batch.rows for batch in data.batches("valid", batch_size, None).epoch(0)]
+        assert sorted(torch.cat(batches).tolist()) == list(range(15)) and len(batches) == -(-15 // batch_size)
+    with pytest.raises(ValueError, match="multiple of the 2 ranks"):
+        data.batches("valid", 5, None, Share(0, 2))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_are_pinned_for_a_gpu(monkeypatch, num_workers):
+    pinned = []
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: pinned.append(batch) or batch)
+    splits: dict[str, Chunks] = {name: _Memory([8, 8]) for name in ("train", "valid", "test")}
+    data = StreamedData(DataConfig(lanes=2, num_workers=num_workers), [7, 5], 1, _LAYOUT, splits, pin_memory=True)
+    assert len(list(data.batches("train", 4, 0).epoch(0))) == 4 == len(pinned)
+
+
 class _Broken(_Memory):
     def read(self, chunk: int, first: int, last: int) -> Split:
         if chunk == 6:

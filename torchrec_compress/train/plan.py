@@ -19,7 +19,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec_compress.compression import parse
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, native_parameters
 from torchrec_compress.planner import EmbeddingShardingPlanner, PlanReport
-from torchrec_compress.train.plan_config import PlanConfig, TableSpec, memory
+from torchrec_compress.train.plan_config import PlanConfig, TableSpec, memory, rank_batch_size
 
 _META = torch.device("meta")
 _OPTIMIZERS: dict[str, Any] = {
@@ -54,7 +54,7 @@ def plan(config: PlanConfig) -> PlanReport:
     apply_optimizer_in_backward(_OPTIMIZERS[config.optimizer], native_parameters(model), {"lr": 0.1})
     planner = EmbeddingShardingPlanner(
         make_topology(config),
-        config.batch_size,
+        rank_batch_size(config),
         make_constraints(config, tables),
         dense_optimizer=config.dense_optimizer,
         storage_reservation=FixedPercentageStorageReservation(config.reserved),
@@ -151,8 +151,6 @@ def make_topology(config: PlanConfig) -> Topology:
         )
     if not 0 <= config.reserved < 1:
         raise ValueError(f"reserved: must be in [0, 1), got {config.reserved}")
-    if config.batch_size < 1:
-        raise ValueError(f"batch_size: must be positive, got {config.batch_size}")
     hbm, ddr = memory(config.hbm, "hbm"), memory(config.ddr, "ddr")
     dense = memory(config.dense_net, "dense_net")
     # TorchRec's reservation takes its share of a GPU's memory only

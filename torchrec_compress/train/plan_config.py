@@ -5,12 +5,15 @@ This file imports nothing heavy, so that `--help` is quick.
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torchrec_compress.train.config import RunConfig
 from torchrec_compress.train.mlperf import FEATURES, MULTI_HOT_SIZES, TABLE_ROWS
 
+# tables that train in the backward are never data-parallel
+_TRAINED_TYPES = ("table_wise", "column_wise", "row_wise", "table_row_wise", "table_column_wise", "grid_shard")
 _UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 
 
@@ -54,7 +57,8 @@ class PlanConfig:
         ddr: memory of the host for each rank; on the CPU it holds the tables.
         reserved: share of the memory that is held back, as in TorchRec.
         dense_net: memory of a rank for the rest of the model, its optimizer and its activations.
-        batch_size: examples of a rank in a step.
+        batch_size: examples of a rank in a step; null is `global_batch_size` over the ranks, or 4096 without it.
+        global_batch_size: examples of all ranks in a step, as training configs state them.
         optimizer: of native tables, in the backward.
         dense_optimizer: of codebooks and other replicated parameters.
         output: folder for plan.json, plan.md and plan.png; null writes nothing.
@@ -71,7 +75,8 @@ class PlanConfig:
     ddr: str = "128GB"
     reserved: float = 0.15
     dense_net: str = "0GB"
-    batch_size: int = 4096
+    batch_size: int | None = None
+    global_batch_size: int | None = None
     optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
     dense_optimizer: Literal["adam", "adamw", "adagrad", "rmsprop", "momentum", "sgd"] = "adam"
     output: str | None = None
@@ -104,6 +109,24 @@ def memory(text: str, where: str) -> int:
     raise ValueError(f"{where}: must be a size such as '80GB' or '512MB', got {text!r}")
 
 
+def rank_batch_size(config: PlanConfig) -> int:
+    """Return the examples of a rank in a step.
+
+    Raises:
+        ValueError: it is not positive.
+
+    Example:
+        >>> rank_batch_size(PlanConfig(global_batch_size=65536, world_size=64))
+        1024
+    """
+    size = config.batch_size
+    if size is None:
+        size = 4096 if config.global_batch_size is None else -(-config.global_batch_size // config.world_size)
+    if size < 1:
+        raise ValueError(f"batch_size: must be positive, got {size}")
+    return size
+
+
 def from_training(run: RunConfig) -> dict[str, Any]:
     """Return the keys of a `PlanConfig` that a training config states.
 
@@ -120,20 +143,29 @@ def from_training(run: RunConfig) -> dict[str, Any]:
         )
     sizes = _sizes(run)
     pooling = _pooling(run)
+    stage = run.retrain if run.compression else run.pretrain
     return {
         "tables": {
             name: {
                 "num_embeddings": size,
                 "embedding_dim": run.model.widths.get(name),
                 "pooling_factor": float(pooling.get(name, 1)),
+                "sharding_types": _sharding_types(run, name),
             }
             for name, size in sizes.items()
         },
         "embedding_dim": run.model.embedding_dim,
         "compression": run.compression,
-        "batch_size": run.retrain.batch_size if run.compression else run.pretrain.batch_size,
-        "optimizer": (run.retrain if run.compression else run.pretrain).optim.tables,
+        "global_batch_size": stage.batch_size,
+        "optimizer": stage.optim.tables,
+        "dense_optimizer": stage.optim.dense,
     }
+
+
+def _sharding_types(run: RunConfig, name: str) -> list[str]:
+    """Return the sharding types that training allows for a table: those of the last pattern that fits."""
+    fitting = [kinds for pattern, kinds in run.parallel.sharding_types.items() if fnmatch.fnmatch(name, pattern)]
+    return list(fitting[-1]) if fitting else list(_TRAINED_TYPES)
 
 
 def _pooling(run: RunConfig) -> dict[str, int]:

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from math import gcd
 
 import numpy as np
 import torch
@@ -76,10 +77,9 @@ class StreamedData(ClickSource):
 
     Args:
         config: lanes, window and num_workers.
-        features: F names, one table each.
         vocab: rows per table, F numbers.
         num_dense: dense columns, C.
-        layout: how many ids a row has of every feature.
+        layout: the features, F names, and how many ids a row has of each.
         splits: the chunks of "train", "valid" and "test".
         pin_memory: whether batches are put into page-locked memory.
 
@@ -129,12 +129,15 @@ class StreamedData(ClickSource):
     def batches(self, split: str, batch_size: int, seed: int | None, share: Share = EVERYTHING) -> Batches:
         """Return the batches of a split; with a seed, chunks and the rows of a window are shuffled in every epoch.
 
+        Without one, for reading all rows once, as many lanes are used as divide the batch size.
+
         Raises:
             ValueError: lanes, ranks and batch size that do not divide each other, or too few rows.
         """
-        lanes, chunks, num_rows = self._config.lanes, self.chunks(split), self.num_rows(split)
+        chunks, num_rows = self.chunks(split), self.num_rows(split)
+        lanes = self._config.lanes if seed is not None else gcd(self._config.lanes, batch_size)
         if lanes % share.world:
-            raise ValueError(f"data.lanes: must be a multiple of the {share.world} ranks, got {lanes}")
+            raise ValueError(f"data.lanes: must be a multiple of the {share.world} ranks, got {self._config.lanes}")
         if batch_size < 1 or batch_size % lanes:
             raise ValueError(f"data.lanes: must divide the batch size, got {lanes} lanes for {batch_size} rows")
         if num_rows < share.world:
@@ -144,7 +147,7 @@ class StreamedData(ClickSource):
                 f"{chunks.where}: {split} must have at least as many row groups as data.lanes = {lanes}, got "
                 f"{len(chunks.sizes)}; lower data.lanes, or write smaller row groups"
             )
-        return _StreamedBatches(self, split, batch_size, seed, share)
+        return _StreamedBatches(self, split, batch_size, lanes, seed, share)
 
     def counts(self, share: Share = EVERYTHING) -> dict[str, Tensor]:
         """Return how often this share of train looks every id up: (rows,) int64 by feature; reads it once."""
@@ -174,12 +177,7 @@ class StreamedData(ClickSource):
         return prefetch(batches, pin_memory=self._pin_memory) if self._config.num_workers else self._pinned(batches)
 
     def _pinned(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        return (batch.pin_memory() for batch in batches) if self._pin_memory else batches
-
-    @property
-    def lanes(self) -> int:
-        """Return the number of lanes."""
-        return self._config.lanes
+        return map(Batch.pin_memory, batches) if self._pin_memory else batches
 
     @property
     def window(self) -> int:
@@ -190,12 +188,14 @@ class StreamedData(ClickSource):
 class _StreamedBatches(Batches):
     """Batches of lanes; see the module."""
 
-    def __init__(self, data: StreamedData, split: str, batch_size: int, seed: int | None, share: Share) -> None:
+    def __init__(
+        self, data: StreamedData, split: str, batch_size: int, lanes: int, seed: int | None, share: Share
+    ) -> None:
         self._data, self._seed, self._share = data, seed, share
         self._chunks = data.chunks(split)
         self._num_rows, self._batch_size = data.num_rows(split), batch_size
-        self._per_lane = batch_size // data.lanes
-        bounds = [Share(lane, data.lanes).of(self._num_rows) for lane in range(data.lanes)]
+        self._per_lane = batch_size // lanes
+        bounds = [Share(lane, lanes).of(self._num_rows) for lane in range(lanes)]
         self._lanes = [_cut(self._chunks.sizes, *bound) for bound in bounds]
         self._lengths = [last - first for first, last in bounds]
 
