@@ -42,7 +42,7 @@ LAYERS = {
 # what a part may import from outside the standard library
 OUTSIDE = {
     "versions": set(),
-    "ops": {"torch", "fbgemm_gpu"},
+    "ops": {"torch", "fbgemm_gpu", "triton", "cuda"},
     "fit": {"torch", "numpy", "scipy", "tqdm"},
     "methods": {"torch", "torchrec"},
     "compression": {"torchrec"},

@@ -252,9 +252,10 @@ def _info(arguments: Sequence[str]) -> None:
 
     versions = {"python": ".".join(str(part) for part in sys.version_info[:3]), **installed_versions()}
     print(", ".join(f"{name} {found or 'missing'}" for name, found in versions.items()))
-    for tier in tiers():
-        print(f"codebook_bag, CPU: {tier.name} {f'passed over: {tier.passed_over}' if tier.passed_over else 'serves'}")
-        print(f"  {tier.detail}")
+    for device, name in (("cpu", "CPU"), ("cuda", "GPU")):
+        for tier in tiers(device):
+            served = f"passed over: {tier.passed_over}" if tier.passed_over else "serves"
+            print(f"codebook_bag, {name}: {tier.name} {served}\n  {tier.detail}")
 
 
 def _report(arguments: Sequence[str]) -> None:

@@ -105,7 +105,7 @@ def test_the_kernels_can_be_demanded_and_declined(tmp_path):
 
 def test_an_unknown_backend_is_an_error(monkeypatch):
     monkeypatch.setenv("TORCHREC_COMPRESS_BACKEND", "gpu")
-    with pytest.raises(ValueError, match="must be one of auto, cpp, torch, got 'gpu'"):
+    with pytest.raises(ValueError, match="must be one of auto, cpp, cuda, triton, torch, got 'gpu'"):
         requested_backend()
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from torchrec_compress.ops.codebooks import Structure
 from torchrec_compress.ops.cpu import GATHERED, MEAN, RESIDUAL
-from torchrec_compress.ops.dispatch import cpp_serves
+from torchrec_compress.ops.dispatch import cpp_serves, gpu_tier
+from torchrec_compress.ops.gpu.lookup import is_gpu_input, pool_on_gpu
 from torchrec_compress.ops.reference import reference_codebook_bags
 
 # what the C++ kernels read; all else goes to the reference
@@ -84,7 +85,8 @@ def codebook_bags(
 
     Nothing of size (L, D) is made, forward or backward. `tiers` says what serves; the C++ kernels (uint8 and int16
     codes, float32, bfloat16 and float16 codebooks, CPU) sum in float32, with the same bits for any number of threads,
-    and keep the codes that they met, (L, M), for the backward: ids are followed once per step.
+    and keep the codes that they met, (L, M), for the backward: ids are followed once per step. The kernels of a GPU
+    (int32 codes too) sum in float32 and follow ids again in the backward.
 
     Args:
         lookups: what is looked up where, in the order of the output.
@@ -101,7 +103,7 @@ def codebook_bags(
 
     Raises:
         ValueError: an id is out of range, offsets decrease or do not run from 0 to L (CPU); or, from the kernels, a
-            code is out of range or shapes do not fit.
+            code is out of range or shapes do not fit. On a GPU such values are device-side assertions.
         RuntimeError: from the reference, a code points behind the last codebook. Other codes out of range are not
             looked for there: each look-up would pay for it.
 
@@ -115,6 +117,10 @@ def codebook_bags(
     dtypes = {books.dtype for books in codebooks}
     if len(dtypes) > 1:
         raise ValueError(f"codebook_bag: codebooks must be of one dtype, got {sorted(map(str, dtypes))}")
+    if is_gpu_input(codes, codebooks, batch):
+        tier = gpu_tier()
+        if tier != "torch":
+            return pool_on_gpu(lookups, spans, codes, codebooks, hot_rows, batch, tier)
     is_kernel_input = (
         codebooks[0].dtype in CPP_FLOATS
         and all(books.device.type == "cpu" for books in codebooks)

@@ -1,27 +1,13 @@
 """What the GPU kernels are tried on, in emulation, in Triton's interpreter and on a GPU, against float64."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from tests.ops.bags import random_codes, reference
 from tests.tolerances import assert_near
-from torchrec_compress.ops import code_dtype
+from torchrec_compress.ops import BagLookup, IdBags, Span, code_dtype
 from torchrec_compress.ops.gpu.lookup import pool_on_gpu
-
-
-class Lookup(NamedTuple):
-    table: int
-    structure: str
-    is_mean: bool
-
-
-class Span(NamedTuple):
-    first_bag: int
-    num_bags: int
-    first_id: int
-    num_ids: int
 
 
 @dataclass(frozen=True)
@@ -95,64 +81,86 @@ LARGE = {
 }
 
 
-def check(case: Case, tier: str, device: str = "cpu") -> None:
-    """Compare values and every gradient of a case with the reference."""
-    torch.manual_seed(0)
-    spans, offsets = _spans(case)
-    features = [feature for feature, tables in enumerate(case.tables) for _ in tables]
-    lookups = [Lookup(table, case.structure, case.mean) for tables in case.tables for table in tables]
-    num_tables = 1 + max(lookup.table for lookup in lookups)
-    num_ids = sum(span.num_ids for span in spans)
+@dataclass(frozen=True)
+class Inputs:
+    lookups: list[BagLookup]
+    spans: list[Span]  # of look-ups
+    codes: list[torch.Tensor]
+    books: list[torch.Tensor]
+    hot: list[torch.Tensor | None]
+    batch: IdBags
+
+
+def draw(case: Case, device: str) -> Inputs:
+    """Draw the inputs of a case."""
+    by_feature, offsets = _spans(case)
+    pairs = [(feature, table) for feature, tables in enumerate(case.tables) for table in tables]
+    spans = [by_feature[feature]._replace(is_gathered=case.rows is None) for feature, _ in pairs]
+    num_tables = 1 + max(table for _, table in pairs)
+    num_ids = sum(span.num_ids for span in by_feature)
 
     def codes_of(rows: int) -> torch.Tensor:
         codes = random_codes(rows, case.num_codes, case.size, case.num_hot)
         return codes.to(case.code or code_dtype(case.size)).to(device)
 
-    ids = None if case.rows is None else torch.randint(0, case.rows, (num_ids,), dtype=case.index, device=device)
+    def leaf(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
+        return torch.randn(shape).to(dtype).to(device).requires_grad_()
+
     by_table = [codes_of(case.rows or 0) for _ in range(num_tables)]
     codes = [
-        codes_of(spans[feature].num_ids) if ids is None else by_table[lookup.table]
-        for feature, lookup in zip(features, lookups, strict=True)
+        codes_of(span.num_ids) if case.rows is None else by_table[table]
+        for span, (_, table) in zip(spans, pairs, strict=True)
     ]
-    words = case.width, case.num_codes * case.size
-    books = [_leaf(words[1], words[0], case.dtype, device) for _ in range(num_tables)]
-    hot = [_leaf(case.num_hot, case.dim, case.dtype, device) if case.num_hot else None for _ in range(num_tables)]
-    weights = _leaf(num_ids, None, torch.float32, device) if case.weighted else None
-    out = pool_on_gpu(
-        lookups, codes, books, hot, [spans[feature] for feature in features], [ids is None] * len(lookups), ids,
-        None if offsets is None else offsets.to(device), weights, case.is_flat, tier,
-    )  # fmt: skip
+    batch = IdBags(
+        None if case.rows is None else torch.randint(0, case.rows, (num_ids,), dtype=case.index, device=device),
+        None if offsets is None else offsets.to(device),
+        leaf(num_ids, dtype=torch.float32) if case.weighted else None,
+        case.is_flat,
+    )
+    return Inputs(
+        [BagLookup(table, str(feature), "case", case.structure, case.mean) for feature, table in pairs],
+        spans,
+        codes,
+        [leaf(case.num_codes * case.size, case.width) for _ in range(num_tables)],
+        [leaf(case.num_hot, case.dim) if case.num_hot else None for _ in range(num_tables)],
+        batch,
+    )
+
+
+def check(case: Case, tier: str, device: str = "cpu") -> None:
+    """Compare values and every gradient of a case with the reference."""
+    torch.manual_seed(0)
+    given = draw(case, device)
+    ids, offsets, weights, _ = given.batch
+    out = pool_on_gpu(given.lookups, given.spans, given.codes, given.books, given.hot, given.batch, tier)
     assert out.dtype == case.dtype
     upstream = torch.randn(out.shape).to(case.dtype)
     out.backward(upstream.to(device))
-    grads = [torch.zeros(books[0].shape, dtype=torch.float64) for _ in books]
-    grads_hot = [torch.zeros(case.num_hot, case.dim, dtype=torch.float64) for _ in books]
+    num_ids = max([0, *(span.first_id + span.num_ids for span in given.spans)])
+    grads = [torch.zeros(books.shape, dtype=torch.float64) for books in given.books]
+    grads_hot = [torch.zeros(case.num_hot, case.dim, dtype=torch.float64) for _ in given.books]
     grad_weights = torch.zeros(num_ids, dtype=torch.float64)
     columns = 0
-    for feature, lookup, table in zip(features, lookups, codes, strict=True):
-        span = spans[feature]
+    for lookup, span, table in zip(given.lookups, given.spans, given.codes, strict=True):
         mine = slice(span.first_id, span.first_id + span.num_ids)
         rows = (table if ids is None else table[ids[mine].long()]).cpu()
         bounds = None
         if offsets is not None:
-            bounds = offsets[span.first_bag : span.first_bag + span.num_bags + 1].long() - span.first_id
+            bounds = offsets[span.first_bag : span.first_bag + span.num_bags + 1].long().cpu() - span.first_id
         counts = torch.ones(span.num_bags, 1) if bounds is None else (bounds[1:] - bounds[:-1]).clamp(min=1)[:, None]
         scale = 1 / counts if case.mean else torch.ones_like(counts)
         piece, part = _piece(out, case, span, columns), _piece(upstream, case, span, columns)
         columns += span.num_bags * case.dim if case.is_flat else case.dim
         factors = None if weights is None else weights[mine].cpu()
-        hot_rows = hot[lookup.table]
-        expected, of_books, of_hot, of_weights = reference(
-            rows, books[lookup.table].cpu(), bounds, case.structure, factors,
-            None if hot_rows is None else hot_rows.cpu(), part * scale,
-        )  # fmt: skip
-        assert_near(piece.detach().cpu(), expected * scale, max(1, span.num_ids))
-        grads[lookup.table] += of_books
-        grads_hot[lookup.table] += of_hot if of_hot is not None else 0
-        grad_weights[mine] += of_weights
-    for tensor, expected in zip(books, grads, strict=True):
-        assert_near(tensor.grad.cpu(), expected, num_ids + 1)
-    for tensor, expected in zip(hot, grads_hot, strict=True):
+        books, hot = given.books[lookup.table].cpu(), given.hot[lookup.table]
+        found = reference(
+            rows, books, bounds, case.structure, factors, None if hot is None else hot.cpu(), part * scale
+        )
+        assert_near(piece.detach().cpu(), found[0] * scale, max(1, span.num_ids))
+        grads[lookup.table] += found[1]
+        grads_hot[lookup.table] += found[2] if found[2] is not None else 0
+        grad_weights[mine] += found[3]
+    for tensor, expected in zip((*given.books, *given.hot), (*grads, *grads_hot), strict=True):
         if tensor is not None:
             assert_near(tensor.grad.cpu(), expected, num_ids + 1)
     if weights is not None:
@@ -163,11 +171,6 @@ def _piece(whole: torch.Tensor, case: Case, span: Span, first: int) -> torch.Ten
     if case.is_flat:
         return whole[first : first + span.num_bags * case.dim].view(span.num_bags, case.dim)
     return whole[:, first : first + case.dim]
-
-
-def _leaf(rows: int, columns: int | None, dtype: torch.dtype, device: str) -> torch.Tensor:
-    shape = (rows,) if columns is None else (rows, columns)
-    return torch.randn(shape).to(dtype).to(device).requires_grad_()
 
 
 def _spans(case: Case) -> tuple[list[Span], torch.Tensor | None]:

@@ -62,7 +62,7 @@ class Driver:
         self, program: Program, kernel: str, grid: Grid, threads: int, shared_bytes: int, arguments: Sequence[Any]
     ) -> None:
         """Start `kernel` of a program; the first time compiles and loads it."""
-        from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
+        from cuda.bindings import driver  # pyright: ignore
 
         with torch.cuda.device(self._index):
             function = self._function(program, kernel)
@@ -77,7 +77,7 @@ class Driver:
             )
 
     def _function(self, program: Program, kernel: str) -> Any:
-        from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
+        from cuda.bindings import driver  # pyright: ignore
 
         if (program, kernel) not in self._functions:
             if program not in self._modules:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchrec_compress.ops.cpu import GATHERED, MEAN, RESIDUAL
 from torchrec_compress.ops.gpu import cuda_kernels
 from torchrec_compress.ops.gpu.task import Task
 
-# flags of a plan's look-up, which is (number of its codebooks, of its hot rows or -1, flags)
-RESIDUAL, MEAN, GATHERED = 1, 2, 4
+# numbers per look-up of a plan (its codebooks, its hot rows or -1, flags) and of spans (first bag, bags, first id, ids)
 PLAN, SPAN = 3, 4
 _INPUTS = (
     "Tensor[] codes, Tensor[] codebooks, Tensor[] hot_rows, Tensor? ids, Tensor? offsets, Tensor? weights, "

@@ -144,7 +144,7 @@ def compile_program(program: Program, capability: tuple[int, int]) -> bytes:
     reason = missing()
     if reason:
         raise CannotCompile(reason)
-    from cuda.bindings import nvrtc  # pyright: ignore[reportMissingImports]
+    from cuda.bindings import nvrtc  # pyright: ignore
 
     def call(function: Any, *arguments: Any) -> Any:
         status, *rest = function(*arguments)

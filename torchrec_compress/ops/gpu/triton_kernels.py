@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton  # pyright: ignore
+import triton.language as tl  # pyright: ignore
 from torch import Tensor
 
 from torchrec_compress.ops.gpu.task import Task
@@ -23,9 +23,9 @@ OPTIONS = {"debug": True, "sanitize_overflow": False}
 
 @triton.jit
 def _codewords(
-    codes: Any, ids: Any, i: Any, first_id: Any, num_rows: Any, num_hot: Any, first_size: Any, m: Any, w: Any,
-    M: tl.constexpr, K: tl.constexpr, W: tl.constexpr, RESIDUAL: tl.constexpr, HAS_IDS: tl.constexpr,
-    HAS_HOT: tl.constexpr,
+    codes: tl.tensor, ids: tl.tensor, i: tl.tensor, first_id: tl.tensor, num_rows: tl.tensor, num_hot: tl.tensor,
+    first_size: tl.tensor, m: tl.tensor, w: tl.tensor, M: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
+    RESIDUAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_HOT: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Return the places of an id's codewords, [M, W], which of them count, and whether they are those of a hot row."""
     if HAS_IDS:
@@ -57,7 +57,7 @@ def _codewords(
 
 @triton.jit
 def _bounds(
-    offsets: Any, bag: Any, first_id: Any, HAS_OFFSETS: tl.constexpr,
+    offsets: tl.tensor, bag: tl.tensor, first_id: tl.tensor, HAS_OFFSETS: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Return where a bag's ids begin and end."""
     if HAS_OFFSETS:
@@ -71,8 +71,9 @@ def _bounds(
 
 @triton.jit
 def forward_kernel(
-    codes: Any, ids: Any, offsets: Any, weights: Any, codebooks: Any, hot_rows: Any, out: Any, row_stride: Any,
-    num_bags: Any, first_id: Any, num_ids: Any, num_rows: Any, num_hot: Any, first_size: Any, M: tl.constexpr,
+    codes: tl.tensor, ids: tl.tensor, offsets: tl.tensor, weights: tl.tensor, codebooks: tl.tensor,
+    hot_rows: tl.tensor, out: tl.tensor, row_stride: tl.tensor, num_bags: tl.tensor, first_id: tl.tensor,
+    num_ids: tl.tensor, num_rows: tl.tensor, num_hot: tl.tensor, first_size: tl.tensor, M: tl.constexpr,
     K: tl.constexpr, W: tl.constexpr, RESIDUAL: tl.constexpr, MEAN: tl.constexpr, HAS_HOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BAGS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -82,14 +83,14 @@ def forward_kernel(
     for step in range(BAGS):
         bag = tl.program_id(0).to(tl.int64) * BAGS + step
         if bag < num_bags:
-            begin, end = _bounds(offsets, bag, first_id, offsets is not None)
+            begin, end = _bounds(offsets, bag, first_id, offsets is not None)  # pyright: ignore
             tl.device_assert(
                 (begin >= first_id) & (begin <= end) & (end <= first_id + num_ids),
                 "codebook_bag: offsets must not decrease and must lie among the ids of their feature",
             )
             sums = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
             for i in tl.range(begin, end, loop_unroll_factor=4):
-                places, mask, is_hot = _codewords(
+                places, mask, is_hot = _codewords(  # pyright: ignore
                     codes, ids, i, first_id, num_rows, num_hot, first_size, m, w,
                     M, K, W, RESIDUAL, ids is not None, HAS_HOT,
                 )  # fmt: skip
@@ -113,10 +114,12 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    codes: Any, ids: Any, offsets: Any, weights: Any, codebooks: Any, hot_rows: Any, grad: Any, grad_codebooks: Any,
-    grad_hot_rows: Any, grad_weights: Any, row_stride: Any, num_bags: Any, first_id: Any, num_rows: Any,
-    num_hot: Any, first_size: Any, M: tl.constexpr, K: tl.constexpr, W: tl.constexpr, RESIDUAL: tl.constexpr,
-    MEAN: tl.constexpr, HAS_HOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BAGS: tl.constexpr,
+    codes: tl.tensor, ids: tl.tensor, offsets: tl.tensor, weights: tl.tensor, codebooks: tl.tensor,
+    hot_rows: tl.tensor, grad: tl.tensor, grad_codebooks: tl.tensor, grad_hot_rows: tl.tensor,
+    grad_weights: tl.tensor, row_stride: tl.tensor, num_bags: tl.tensor, first_id: tl.tensor, num_rows: tl.tensor,
+    num_hot: tl.tensor, first_size: tl.tensor, M: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
+    RESIDUAL: tl.constexpr, MEAN: tl.constexpr, HAS_HOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
+    BAGS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Add the gradients of BAGS bags to float32 buffers; one that is None is not wanted."""
     m = tl.arange(0, BLOCK_M)
@@ -126,12 +129,12 @@ def backward_kernel(
     for step in range(BAGS):
         bag = tl.program_id(0).to(tl.int64) * BAGS + step
         if bag < num_bags:
-            begin, end = _bounds(offsets, bag, first_id, offsets is not None)
+            begin, end = _bounds(offsets, bag, first_id, offsets is not None)  # pyright: ignore
             upstream = tl.load(grad + bag * row_stride + chunk + w[None, :], mask=kept, other=0.0).to(tl.float32)
             if MEAN:
                 upstream /= tl.maximum(end - begin, 1).to(tl.float32)
             for i in range(begin, end):
-                places, mask, is_hot = _codewords(
+                places, mask, is_hot = _codewords(  # pyright: ignore
                     codes, ids, i, first_id, num_rows, num_hot, first_size, m, w,
                     M, K, W, RESIDUAL, ids is not None, HAS_HOT,
                 )  # fmt: skip
