@@ -87,17 +87,22 @@ inline void run_block(bool reverse) {
     fibre.context.uc_link = &scheduler;
     makecontext(&fibre.context, enter, 0);
   }
+  // a warp goes on as far as it can before the next one starts
+  const unsigned warps = (count + 31) / 32;
   while (failure.empty()) {
     bool moved = false;
-    for (unsigned step = 0; step < count && failure.empty(); ++step) {
-      current = reverse ? count - 1 - step : step;
-      if (fibres[current].state != READY) continue;
-      moved = true;
-      threadIdx = {current, 0, 0};
-      swapcontext(&scheduler, &fibres[current].context);
+    for (unsigned turn = 0; turn < warps; ++turn) {
+      const unsigned begin = (reverse ? warps - 1 - turn : turn) * 32, end = std::min(begin + 32, count);
+      do {
+        for (unsigned step = begin; step < end && failure.empty(); ++step) {
+          current = reverse ? begin + end - 1 - step : step;
+          if (fibres[current].state != READY) continue;
+          moved = true;
+          threadIdx = {current, 0, 0};
+          swapcontext(&scheduler, &fibres[current].context);
+        }
+      } while (failure.empty() && release(begin, end, WAITS_FOR_WARP));
     }
-    for (unsigned warp = 0; warp < count; warp += 32)
-      moved = release(warp, std::min(warp + 32, count), WAITS_FOR_WARP) || moved;
     moved = release(0, count, WAITS_FOR_BLOCK) || moved;
     if (moved) continue;
     for (const Fibre& fibre : fibres)
