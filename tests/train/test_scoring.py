@@ -31,6 +31,12 @@ def test_tail_is_counted_in_train_only(data, ranks):
         rare_ids(data, DataConfig(tail_tables=["usr"]), ranks)
 
 
+def test_nothing_is_counted_where_no_tail_is_asked_for(data, ranks, monkeypatch):
+    monkeypatch.setattr(type(data), "counts", None)
+    assert rare_ids(data, DataConfig(tail_count=0), ranks) == {}
+    assert predict(_sum_of_ids, data, "test", ranks, {}).tail.sum() == 0
+
+
 def test_a_row_of_several_ids_is_in_the_tail_with_one_rare_id(data, ranks):
     rare = {"user": torch.zeros(300, dtype=torch.bool)}
     rare["user"][data.valid.ids[7, 0]] = True

@@ -72,7 +72,8 @@ class DataConfig:
         subsample_by: column whose ids are kept or left out whole by `subsample`; null draws rows.
         kind_column: kind of negative, for an AUC per kind (0 is the positive); null for none.
         tail_tables: tables whose rare ids make up the tail; empty means all tables over 1,000 rows.
-        tail_count: an id seen fewer times than this in train is rare.
+        tail_count: an id seen fewer times than this in train is rare; 0 leaves the tail out, and for streamed data a
+            pass over train that counts.
         vocab: rows per table where neither the metadata nor max + 1 is wanted.
         hash_size: Criteo only: ids are taken modulo this, as TorchRec's `hashes`, for all tables or by table; null for
             files of contiguous ids.

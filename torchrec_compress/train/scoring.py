@@ -105,7 +105,7 @@ def rare_ids(data: ClickSource, config: DataConfig, ranks: Ranks) -> dict[str, T
     Args:
         data: where counts and table sizes come from.
         config: `tail_tables`, where empty means all tables with more than 1,000 rows (the largest where none has), and
-            `tail_count`; an id that train saw fewer times is rare.
+            `tail_count`; an id that train saw fewer times is rare. Nothing is counted where that is 0.
         ranks: all of which call this.
 
     Raises:
@@ -116,6 +116,8 @@ def rare_ids(data: ClickSource, config: DataConfig, ranks: Ranks) -> dict[str, T
         raise ValueError(f"data.tail_tables: must name features of {data.features}, got {unknown}")
     large = [name for name, size in zip(data.features, data.vocab, strict=True) if size > 1000]
     chosen = config.tail_tables or large or [data.features[int(np.argmax(data.vocab))]]
+    if config.tail_count == 0:
+        return {}
     counts = total_counts(data, ranks)
     return {name: counts[name] < config.tail_count for name in chosen}
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress import CompressedEmbeddingBagCollection
-from torchrec_compress.compression import parse
+from torchrec_compress.compression import parse, resolve
+from torchrec_compress.methods import CodebookConfig
 from torchrec_compress.train.checkpoint import check_same, read
 from torchrec_compress.train.config import DataConfig, RunConfig, fingerprint, override
 from torchrec_compress.train.data import ClickData, ClickSource, open_data
@@ -149,7 +150,7 @@ def _run_compressed(
     if source is None and config.retrain.epochs <= 0:
         raise ValueError("retrain.epochs: must be over 0 with start = 'scratch', got 0; nothing would be trained")
     started = time.perf_counter()
-    counts = total_counts(data, ranks)
+    counts = _counts(config, data, source, ranks)
     model = _compressed(config, data, source, folder, counts)
     collection = model.embeddings
     assert isinstance(collection, CompressedEmbeddingBagCollection)
@@ -171,6 +172,15 @@ def _run_compressed(
     if config.parallel.init == "host":
         on_first(lambda: _save_compressed(config, data, methods, path, folder), ranks)
     return summary
+
+
+def _counts(config: RunConfig, data: ClickSource, source: Path | None, ranks: Ranks) -> dict[str, Tensor]:
+    """Return look-ups per id in train, or nothing where no table is fitted or coded: streamed, they cost a pass."""
+    if source is None and not {"budget_ratio", "budget_bytes"} & set(config.compression):
+        methods = resolve(make_tables(config.model, data), parse(config.compression)).values()
+        if all(method.needs == "nothing" and not isinstance(method, CodebookConfig) for method in methods):
+            return {}
+    return total_counts(data, ranks)
 
 
 def _save_compressed(
