@@ -4,7 +4,11 @@ PY := $(VENV)/bin/python
 # the oldest and the newest TorchRec minor that are claimed, over the same torch and fbgemm
 COMPAT ?= 1.6.1 1.9.2
 
-.PHONY: run test test-compat check format bench env clean
+# TorchX between releases, beside the stable one of the environment
+TORCHX_NIGHTLY ?= 2026.10.26
+SLURM := slurmctld slurmd slurm-client munge iproute2
+
+.PHONY: run test test-compat test-torchx slurm check format bench env clean
 
 env:
 	@VENV=$(VENV) ./setup_env.sh
@@ -12,7 +16,7 @@ env:
 run: env  ## the main job: pre-train, compress, compare, report (no download)
 	$(PY) -m torchrec_compress compare configs/demo.yaml
 
-test: env  ## the whole CPU suite
+test: env slurm  ## the whole CPU suite
 	$(PY) -m pytest
 
 test-compat: env  ## everything that touches TorchRec's internals, on its oldest and newest minor
@@ -20,6 +24,18 @@ test-compat: env  ## everything that touches TorchRec's internals, on its oldest
 	  $(PY) -m pip install -q --no-deps --upgrade --target .compat/$$version torchrec==$$version || exit 1; \
 	  PYTHONPATH=.compat/$$version $(PY) -m pytest -p no:cacheprovider tests/modules tests/sharding tests/planner || exit 1; \
 	done
+
+test-torchx: env  ## the launcher with TorchX's nightly
+	$(PY) -m pip install -q --no-deps --upgrade --target .compat/torchx-nightly torchx-nightly==$(TORCHX_NIGHTLY)
+	PYTHONPATH=.compat/torchx-nightly $(PY) -m pytest -p no:cacheprovider -m "not slow" tests/launch launch
+
+slurm:  ## what the tests of the launcher start a cluster with; without it they are skipped and say so
+	@PATH=$$PATH:/usr/sbin:/sbin; command -v slurmctld >/dev/null && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  install="apt-get install -y --no-install-recommends $(SLURM)"; \
+	  ($$install || (apt-get update && $$install)) >/dev/null 2>&1 && exit 0; \
+	fi; \
+	echo "no Slurm on this machine; its tests will be skipped (apt-get install $(SLURM))"
 
 check: env  ## formatter, linter, type checker, spelling
 	$(PY) -m ruff format --check .

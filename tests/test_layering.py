@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "torchrec_compress"
-FILES = sorted(PACKAGE.rglob("*.py"))
+LAUNCH = ROOT / "launch"  # installed as torchrec_compress.launch
+FILES = sorted([*PACKAGE.rglob("*.py"), *LAUNCH.rglob("*.py")])
 EVERYTHING = [*FILES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 
 # a part may import itself and what stands below it; `compression`, `budget` and `versions` are files of their own
@@ -36,7 +37,8 @@ LAYERS = {
         "ops",
         "versions",
     },
-    "cli": {"train", "ops", "versions"},
+    "launch": {"train", "planner", "versions"},
+    "cli": {"launch", "train", "ops", "versions"},
     "__main__": {"cli"},
 }
 # what a part may import from outside the standard library
@@ -50,11 +52,12 @@ OUTSIDE = {
     "sharding": {"torch", "torchrec"},
     "planner": {"torch", "torchrec", "matplotlib"},
     "convert": {"torch", "torchrec", "tqdm"},
+    "launch": {"torchx", "kubernetes"},
 }
 
 
 def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "launch" if LAUNCH in path.parents else path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
@@ -64,6 +67,8 @@ def imports(path: Path) -> list[tuple[str, int]]:
         if isinstance(node, ast.Import):
             found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            if part_of(path) == "launch" and node.level == 1:
+                continue  # a neighbour: the folder's own name differs from the one that it is installed under
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             module = node.module or ""
             names = [f"{module}.{alias.name}" for alias in node.names] if module == "torchrec_compress" else [module]
@@ -71,7 +76,7 @@ def imports(path: Path) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_down_the_layers(path):
     part = part_of(path)
     if part == "__init__":
@@ -114,7 +119,7 @@ def _is_public(path: Path, node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and not overload
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_everything_public_is_annotated_and_described(path):
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
@@ -130,6 +135,20 @@ def test_everything_public_is_annotated_and_described(path):
 
 def _classes(tree: ast.AST) -> list[ast.ClassDef]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+
+
+def test_every_folder_is_installed():
+    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert set(listed) == {*folders, "torchrec_compress.launch"}
+
+
+def test_the_component_needs_nothing_but_torchx():
+    """It is run by its path on machines that may lack the rest."""
+    for name, line in imports(LAUNCH / "components.py"):
+        first = name.split(".")[0]
+        assert first == "torchx" or first in sys.stdlib_module_names, f"launch/components.py:{line}: {name}"
 
 
 def test_importing_the_package_initialises_no_cuda_and_needs_no_training_package():

@@ -1,4 +1,4 @@
-"""The command line: train, compare, report, plan, data, info. Heavy imports happen inside the subcommands."""
+"""The command line: train, compare, report, plan, data, launch, info. Heavy imports happen inside the subcommands."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ _USAGE = """usage: torchrec-compress COMMAND ...
   report FOLDER                          write report.md, report.json and plots of a comparison again
   plan CONFIG [--world-size N ...]       who holds which bytes on many GPUs; needs none, and no data
   data criteo IN OUT                     Criteo's TSV files to the NumPy files that training reads
+  launch CONFIG --scheduler S -j 2x8     train on this machine's processes, Slurm or Kubernetes; checks first
   info                                   versions, and which implementation serves the look-ups and why
 
 CONFIG is a YAML file such as configs/demo.yaml. Every key can be given on the command line as well.
   torchrec-compress train --help                   all keys, what they mean and their defaults
   torchrec-compress train CONFIG --print_config    the resolved config
 """
-_COMMANDS = ("train", "compare", "report", "plan", "data", "info")
+_COMMANDS = ("train", "compare", "report", "plan", "data", "launch", "info")
 # how jsonargparse words an unknown key on the command line, within a group of a file, and at a file's top
 _UNKNOWN = (
     r"[Uu]nrecognized arguments: --([\w.]+)",
@@ -162,6 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _plan(parse_plan(rest))
         elif command == "data":
             _data(rest)
+        elif command == "launch":
+            _launch(rest)
         elif command == "info":
             _info(rest)
         else:
@@ -242,6 +245,16 @@ def _data(arguments: Sequence[str]) -> None:
 
     for path in convert(Path(given.source), Path(given.target), given.frequency_threshold):
         print(path)
+
+
+def _launch(arguments: Sequence[str]) -> None:
+    # launch/ is installed as torchrec_compress.launch, which a type checker cannot know
+    from torchrec_compress.launch.command import launch  # pyright: ignore[reportMissingImports]
+    from torchrec_compress.launch.options import parse  # pyright: ignore[reportMissingImports]
+
+    options, training = parse(arguments)
+    if not launch(parse_run(training, "launch"), options, training):
+        raise SystemExit(1)
 
 
 def _info(arguments: Sequence[str]) -> None:

@@ -68,24 +68,33 @@ def plan(config: PlanConfig) -> PlanReport:
 
 
 def run(config: PlanConfig) -> str:
-    """Plan, and return what to print; TorchRec's own log is kept to errors.
+    """Plan, and return what to print.
 
     Raises:
         ValueError: a bad config, or tables that do not fit; the text says what would.
     """
     start = time.perf_counter()
+    report = quiet_plan(config)
+    return summary(config, report, time.perf_counter() - start)
+
+
+def quiet_plan(config: PlanConfig) -> PlanReport:
+    """Plan with TorchRec's own log kept to errors.
+
+    Raises:
+        ValueError: a bad config, or tables that do not fit; the text says what would.
+    """
     levels = {"": logging.ERROR, "torchrec": logging.ERROR, "torchrec_compress": logging.WARNING}
     before = {name: logging.getLogger(name).level for name in levels}
     try:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-        report = plan(config)
+        return plan(config)
     except PlannerError as error:
         raise ValueError(str(error).partition("\n\nTorchRec says")[0]) from error
     finally:
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
-    return summary(config, report, time.perf_counter() - start)
 
 
 def make_tables(config: PlanConfig) -> list[Any]:

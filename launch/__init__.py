@@ -1,0 +1,1 @@
+"""Launch the training of a compressed DLRM with TorchX."""
