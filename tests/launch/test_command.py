@@ -167,7 +167,7 @@ def test_a_partition_is_judged_by_its_nodes(config, monkeypatch):
     assert "gpu has 4 of 5 nodes" in look("5x8", "--gpu", "8").detail
     assert "old is down" in look("1x1", "--partition", "old").detail
     assert "small has 0 of 1 nodes with 8 CPUs" in look("1x8", "--partition", "small").detail
-    assert "did you mean 'small'" in look("1x1", "--partition", "smal").detail
+    assert "did you mean 'small'" in look("1x1", "--partition", "smaller").detail
     assert look("1x1", "--partition", "none").remedy == "--partition gpu|old|small"
 
 
