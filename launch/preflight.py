@@ -120,7 +120,6 @@ def check_plan(config: RunConfig, hbm: str, job: Job) -> Finding:
     ranks, on_gpu = job.shape.min_nodes * job.shape.processes, job.resource.gpu > 0
     keys |= {
         "tables": {name: TableSpec(**spec) for name, spec in keys["tables"].items()},
-        "batch_size": -(-keys["batch_size"] // ranks),  # the training's is over all ranks
         "world_size": ranks,
         "local_world_size": job.shape.processes,
         "device": "cuda" if on_gpu else "cpu",
