@@ -3,7 +3,15 @@
 from torchrec_compress.ops.bags import BagLookup, IdBags, Span, codebook_bag, codebook_bags
 from torchrec_compress.ops.codebooks import code_dtype, hot_row_codes, num_escape_codes
 from torchrec_compress.ops.dispatch import tiers
-from torchrec_compress.ops.ids import check_filled, check_ids, hash_codes, hash_ids, lookup_codes, stable_salt
+from torchrec_compress.ops.ids import (
+    check_filled,
+    check_ids,
+    code_gather,
+    hash_codes,
+    hash_ids,
+    lookup_codes,
+    stable_salt,
+)
 from torchrec_compress.ops.lowbit import dequantize_rows, quantize_rows, quantized_row_bytes
 from torchrec_compress.ops.pooling import check_weights, pool_rows
 
@@ -15,6 +23,7 @@ __all__ = [
     "check_ids",
     "check_weights",
     "code_dtype",
+    "code_gather",
     "codebook_bag",
     "codebook_bags",
     "dequantize_rows",

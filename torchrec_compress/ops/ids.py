@@ -5,7 +5,10 @@ from __future__ import annotations
 import zlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from torchrec_compress.ops.dispatch import cpp_serves
 
 # Odd 64-bit constants of the splitmix64 finaliser (Steele, Lea, Flood 2014), written as signed integers.
 _GOLDEN = -7046029254386353131
@@ -146,6 +149,35 @@ def lookup_codes(codes: Tensor, is_set: Tensor, ids: Tensor, where: str) -> Tens
     check_filled(is_set, where)
     check_ids(ids, codes.shape[0], where)
     return gather_rows(codes, ids)
+
+
+def code_gather(codes: Tensor, ids: Tensor, where: str, row_bytes: int | None = None) -> Tensor:
+    """Gather rows of codes as bytes, for the exchange between ranks; never waits for the device.
+
+    Args:
+        codes: (N, M) code table, integer.
+        ids: (L,) int32 or int64 in [0, N).
+        where: names the table in errors.
+        row_bytes: of a row of the result, padded with zeros; None: those of the table.
+
+    Returns:
+        (L, row_bytes) uint8.
+
+    Raises:
+        ValueError: an id is out of range (CPU).
+
+    Example:
+        >>> code_gather(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8), torch.tensor([1]), "table 't'", 4).tolist()
+        [[3, 4, 0, 0]]
+    """
+    own_bytes = codes.shape[1] * codes.element_size()
+    wanted = own_bytes if row_bytes is None else row_bytes
+    if wanted < own_bytes:
+        raise ValueError(f"{where}: row_bytes must be at least {own_bytes}, the table's own, got {wanted}")
+    if codes.device.type == "cpu" and ids.dtype in (torch.int32, torch.int64) and cpp_serves():
+        return torch.ops.torchrec_compress.code_gather(codes.contiguous(), ids.contiguous(), wanted, where)
+    check_ids(ids, codes.shape[0], where)
+    return F.pad(gather_rows(codes, ids).view(torch.uint8), (0, wanted - own_bytes))
 
 
 # numbers as wide as a row; the complex one is only ever copied

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding_types import ShardedEmbeddingModule
@@ -16,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_compress.modules.features import check_ranges, split_features
 from torchrec_compress.modules.tables import CodeTableCollection, CodeTableConfig
-from torchrec_compress.ops import check_ids
+from torchrec_compress.ops import check_ids, code_gather
 from torchrec_compress.sharding.agree import run_together
 from torchrec_compress.sharding.seams import (
     EmbeddingCollectionContext,
@@ -40,22 +39,11 @@ def row_words(config: CodeTableConfig) -> int:
     return -(-config.part.row_size * config.part.dtype.itemsize // 4)
 
 
-def pack_rows(codes: Tensor) -> Tensor:
-    """View rows of codes as 32-bit words, padded with zeros: (L, row_size) integer -> (L, words) int32.
-
-    Example:
-        >>> pack_rows(torch.tensor([[1, 2, 3, 4, 5]], dtype=torch.uint8)).shape
-        torch.Size([1, 2])
-    """
-    as_bytes = codes.contiguous().view(torch.uint8)
-    return F.pad(as_bytes, (0, -as_bytes.shape[1] % 4)).view(torch.int32)
-
-
 def unpack_rows(words: Tensor, row_size: int, dtype: torch.dtype) -> Tensor:
-    """Undo `pack_rows`: (L, words) int32 -> (L, row_size) of `dtype`.
+    """Return the codes in 32-bit words that `code_gather` padded: (L, words) int32 -> (L, row_size) of `dtype`.
 
     Example:
-        >>> unpack_rows(pack_rows(torch.tensor([[7, 300, 9]], dtype=torch.int16)), 3, torch.int16).tolist()
+        >>> unpack_rows(torch.tensor([[300 * 2**16 + 7, 9]], dtype=torch.int32), 3, torch.int16).tolist()
         [[7, 300, 9]]
     """
     as_bytes = words.contiguous().view(torch.uint8)
@@ -239,7 +227,7 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
             parts = asked.values().split(asked.length_per_key())
             # row-wise ids are already relative to the first row of the rank that owns them
             rows = [
-                pack_rows(self.banks[config.name].codes.index_select(0, ids))
+                code_gather(self.banks[config.name].codes, ids, f"table {config.name!r}", 4 * words).view(torch.int32)
                 for config, ids in zip(here, parts, strict=True)
             ]
             empty = torch.empty(0, words, dtype=torch.int32, device=self._device)

@@ -49,7 +49,7 @@ struct Wrong {
   int64_t position;
 };
 
-constexpr int64_t WINDOW = 64;  // positions whose codes are gathered at a time
+constexpr int64_t WINDOW = 128;  // positions whose codes are gathered at a time
 
 // Bytes that a kernel works in, aligned to 16.
 inline int64_t scratch_bytes(const Lookup& lookup) {

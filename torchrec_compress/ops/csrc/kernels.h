@@ -13,6 +13,9 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;  // wider vectors than the machine's go through the stack in GCC
 #endif
 const float ONE = 1.0f;
+constexpr int64_t SCATTER = 4;  // codes per piece of the backward
+constexpr int64_t AHEAD = 8;  // bags whose gradients are fetched ahead
+
 
 template <int N>
 struct Lanes {
@@ -137,6 +140,7 @@ void product_scatter(const Batch& batch, const Lookup& lookup, int64_t m, char* 
   for_parts<Code>(batch, lookup, begin, end, false, scratch, [&](const Part<Code>& part, int64_t bag) {
     typename Lanes<N>::Vector grad[CHUNKS][PARTS];
     const float* from = lookup.grad + bag * lookup.row_step + m * WIDTH;
+    for (int line = 0; line < CHUNKS * WIDTH; line += 16) __builtin_prefetch(from + AHEAD * lookup.row_step + line);
     for (int c = 0; c < CHUNKS; ++c)
       for (int p = 0; p < PARTS; ++p) grad[c][p] = part.scale * load<N>(from + c * WIDTH + p * N);
     for (int64_t i = 0; i < part.count; ++i) {
@@ -153,7 +157,6 @@ void product_scatter(const Batch& batch, const Lookup& lookup, int64_t m, char* 
   });
 }
 
-constexpr int64_t SCATTER = 4;  // codes per piece of the backward
 
 template <typename Code, int WIDTH, bool HOT>
 void product_backward(const Batch& batch, const Lookup& lookup, int64_t piece, char* scratch) {
