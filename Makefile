@@ -8,7 +8,7 @@ COMPAT ?= 1.6.1 1.9.2
 TORCHX_NIGHTLY ?= 2026.10.26
 SLURM := slurmctld slurmd slurm-client munge iproute2
 
-.PHONY: run test test-compat test-torchx slurm check format bench env clean
+.PHONY: run test test-compat test-torchx test-asan slurm check format bench env clean
 
 env:
 	@VENV=$(VENV) ./setup_env.sh
@@ -37,6 +37,14 @@ slurm:  ## what the tests of the launcher start a cluster with; without it they 
 	fi; \
 	echo "no Slurm on this machine; its tests will be skipped (apt-get install $(SLURM))"
 
+test-asan: export TORCHREC_COMPRESS_CACHE = $(CURDIR)/.asan
+test-asan: export CXX = g++ -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+test-asan: env  ## the C++ kernels' tests with the address and undefined-behaviour sanitizers of GCC
+	$(PY) -c 'from torchrec_compress.ops import native; native.build()'
+	LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so.6) ASAN_OPTIONS=detect_leaks=0 \
+	$(PY) -m pytest -s -p no:cacheprovider tests/ops/test_kernels.py tests/ops/test_codebook_bags.py \
+	  -k 'not compiles and not exports'
+
 check: env  ## formatter, linter, type checker, spelling
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -47,9 +55,10 @@ format: env
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-bench: env  ## time to fit codes, beside faiss
+bench: env  ## time to fit codes, beside faiss, and of the kernels, beside FBGEMM
 	$(PY) -m pip install -q 'faiss-cpu>=1.8'
 	$(PY) benchmarks/fit_time.py
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000 $(PY) benchmarks/kernels.py
 
 clean:
-	rm -rf $(VENV) .compat build dist *.egg-info
+	rm -rf $(VENV) .compat .asan build dist *.egg-info

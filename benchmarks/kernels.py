@@ -1,18 +1,18 @@
-"""Time of `codebook_bag` beside the uncompressed tables it replaces.
+"""Time of `codebook_bags` beside the uncompressed tables it replaces.
 
-Run: MALLOC_MMAP_MAX_=0 python benchmarks/kernels.py      (many minutes; writes kernels.md)
-     python benchmarks/kernels.py --rows 20000 --rounds 3 --lengths 1 10 --dims 64 --out /tmp/try.md
+Run: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000 python benchmarks/kernels.py     (writes kernels.md)
+     python benchmarks/kernels.py --rows 20000 --rounds 3 --lengths 1 10 --dims 64 --threads 1 --out /tmp/try.md
 
 All variants of a setting run in turns in one process, each round on another batch, so that a busy machine slows all of
 them; a ratio is taken within a round, and its median and quartiles over the rounds are reported. On one thread the
 clock is the process's CPU time, on more it is the wall. Codes are random, the worst case for a codebook's locality.
 
-MALLOC_MMAP_MAX_=0 keeps glibc from giving large outputs back to the kernel after every call; without it page faults
+The two variables keep glibc from giving large outputs back to the kernel after every call; without them page faults
 hide the look-ups, whichever they are.
 
-Ours is the whole look-up: the check of ids and the gather of their codes, the pooling, the concatenation of the tables'
-outputs; "step" adds the backward and dense Adagrad on the codebooks. FBGEMM's step has its fused row-wise Adagrad;
-`F.embedding_bag`'s makes the sparse gradient, with no optimizer.
+Ours is the whole look-up: the check of ids, the gather of their codes and the pooling; "step" adds the backward and
+Adagrad on the codebooks. FBGEMM's step has its fused row-wise Adagrad; `F.embedding_bag`'s makes the sparse gradient,
+with no optimizer. Low-bit tables are served, not trained.
 """
 
 from __future__ import annotations
@@ -21,27 +21,36 @@ import argparse
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import fbgemm_gpu  # noqa: F401  (registers the operators)
 import torch
 import torch.nn.functional as F
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import Tensor
 
-from torchrec_compress.ops import codebook_bag, lookup_codes, tiers
+from torchrec_compress.ops import BagLookup, IdBags, Span, codebook_bags, lookup_codes, tiers
 
-BASELINE = "FBGEMM SplitTBE fp32"
+BASELINE = "SplitTBE fp32"
 CODEBOOK_SIZE = 256
+# what the project set itself, against the baseline, for Zipf ids and D = 128: by (phase, M), for L = 1, 10, 50
+GOALS = {
+    ("forward", 8): (1.5, 2.2, 2.6),
+    ("forward", 16): (1.05, 1.7, 2.0),
+    ("step", 8): (3.2, 6.0, 9.0),
+    ("step", 16): (2.1, 5.0, 7.0),
+}
 
 
 @dataclass
@@ -52,6 +61,7 @@ class Batch:
     offsets: Tensor  # (T * B + 1,) int64
     bag_offsets: Tensor  # (B + 1,) int64, of one table
     grad: Tensor  # (B, T * D)
+    short: tuple[Tensor, Tensor]  # ids and offsets as int32
 
     def table(self, t: int) -> Tensor:
         """Return the ids of table t."""
@@ -65,6 +75,9 @@ class Variant:
 
     run: Callable[[Batch], object]
     seconds: list[float] = field(default_factory=list)
+
+
+Variants = dict[tuple[str, str], Variant]  # by (name, phase)
 
 
 def draw(distribution: str, rows: int, count: int, generator: torch.Generator) -> Tensor:
@@ -86,35 +99,46 @@ def batches(options: argparse.Namespace, distribution: str, dim: int, length: in
         ids = draw(distribution, options.rows, num_tables * bags * length, generator)
         grad = torch.randn(bags, num_tables * dim, generator=generator)
         offsets = torch.arange(0, num_tables * bags * length + 1, length)
-        made.append(Batch(ids, offsets, offsets[: bags + 1].clone(), grad))
+        made.append(Batch(ids, offsets, offsets[: bags + 1].clone(), grad, (ids.int(), offsets.int())))
     return made
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Let `codebook_bag` run on one backend."""
-    before = os.environ.get("TORCHREC_COMPRESS_BACKEND")
-    os.environ["TORCHREC_COMPRESS_BACKEND"] = name
-    try:
-        yield
-    finally:
-        del os.environ["TORCHREC_COMPRESS_BACKEND"]
-        if before is not None:
-            os.environ["TORCHREC_COMPRESS_BACKEND"] = before
-
-
-def add_full_tables(found: dict[str, Variant], options: argparse.Namespace, dim: int) -> None:
-    """Add FBGEMM and `F.embedding_bag` over the same rows."""
+def split_tables(options: argparse.Namespace, dim: int, precision: SparseType) -> SplitTableBatchedEmbeddingBagsCodegen:
+    """Return FBGEMM's tables, trained by its fused row-wise Adagrad."""
     spec = (options.rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)
-    full = SplitTableBatchedEmbeddingBagsCodegen(
+    tables = SplitTableBatchedEmbeddingBagsCodegen(
         [spec] * options.tables,
+        weights_precision=precision,
         optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         learning_rate=0.01,
         bounds_check_mode=BoundsCheckMode.NONE,
     )
-    tables = full.split_embedding_weights()
-    for table in tables:
+    for table in tables.split_embedding_weights():
         table.uniform_(-0.1, 0.1)
+    return tables
+
+
+def add_full_tables(found: Variants, options: argparse.Namespace, dim: int) -> None:
+    """Add FBGEMM, trained and low-bit, and `F.embedding_bag` over the same rows."""
+    for precision, label in ((SparseType.FP32, BASELINE), (SparseType.FP16, "SplitTBE fp16")):
+        full = split_tables(options, dim, precision)
+        found[label, "forward"] = Variant(no_grad(lambda batch, full=full: full(batch.ids, batch.offsets)))
+        found[label, "step"] = Variant(lambda batch, full=full: full(batch.ids, batch.offsets).backward(batch.grad))
+        if precision is SparseType.FP32:
+            add_embedding_bags(found, full.split_embedding_weights())
+    for precision, label in ((SparseType.INT8, "IntNBit int8"), (SparseType.INT4, "IntNBit int4")):
+        served = IntNBitTableBatchedEmbeddingBagsCodegen(
+            [("", options.rows, dim, precision, EmbeddingLocation.HOST)] * options.tables,
+            device="cpu",
+            output_dtype=SparseType.FP32,
+            bounds_check_mode=BoundsCheckMode.NONE,
+        )
+        served.fill_random_weights()
+        found[label, "forward"] = Variant(no_grad(lambda batch, served=served: served(*batch.short)))
+
+
+def add_embedding_bags(found: Variants, tables: list[Tensor]) -> None:
+    """Add PyTorch's own bags."""
 
     def bags(batch: Batch, weights: list[Tensor], sparse: bool) -> Tensor:
         parts = [
@@ -125,40 +149,67 @@ def add_full_tables(found: dict[str, Variant], options: argparse.Namespace, dim:
         ]
         return torch.cat(parts, dim=1)
 
-    def bags_step(batch: Batch) -> None:
+    def step(batch: Batch) -> None:
         weights = [table.detach().requires_grad_() for table in tables]
         bags(batch, weights, True).backward(batch.grad)
 
-    found[f"{BASELINE}, forward"] = Variant(no_grad(lambda batch: full(batch.ids, batch.offsets)))
-    found[f"{BASELINE}, step"] = Variant(lambda batch: full(batch.ids, batch.offsets).backward(batch.grad))
-    found["F.embedding_bag, forward"] = Variant(no_grad(lambda batch: bags(batch, tables, False)))
-    found["F.embedding_bag, step"] = Variant(bags_step)
+    found["F.embedding_bag", "forward"] = Variant(no_grad(lambda batch: bags(batch, tables, False)))
+    found["F.embedding_bag", "step"] = Variant(step)
 
 
-def add_codebooks(found: dict[str, Variant], options: argparse.Namespace, dim: int, num_codes: int) -> None:
-    """Add the compressed look-up on the kernels and on the reference, and the gather of codes alone."""
-    codes = [torch.randint(CODEBOOK_SIZE, (options.rows, num_codes), dtype=torch.uint8) for _ in range(options.tables)]
-    shape = (num_codes * CODEBOOK_SIZE, dim // num_codes)
-    books = [(0.1 * torch.randn(shape)).requires_grad_() for _ in range(options.tables)]
-    optimizer = torch.optim.Adagrad(books, lr=0.01)
+@dataclass
+class Coded:
+    """Tables of codes and their codebooks."""
+
+    codes: list[Tensor]
+    books: list[Tensor]
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, dim: int, num_codes: int) -> Coded:
+        """Draw tables."""
+        shape = (num_codes * CODEBOOK_SIZE, dim // num_codes)
+        tables = range(options.tables)
+        codes = [torch.randint(CODEBOOK_SIZE, (options.rows, num_codes), dtype=torch.uint8) for _ in tables]
+        return cls(codes, [(0.1 * torch.randn(shape)).requires_grad_() for _ in tables])
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Pool all tables in one call, as a collection does."""
+        num_bags, num_ids = len(batch.bag_offsets) - 1, int(batch.bag_offsets[-1])
+        lookups = [BagLookup(t, f"f{t}", f"table 't{t}', feature 'f{t}'") for t in range(len(self.codes))]
+        spans = [Span(t * num_bags, num_bags, t * num_ids, num_ids) for t in range(len(self.codes))]
+        none = [None] * len(self.codes)
+        return codebook_bags(lookups, spans, self.codes, self.books, none, IdBags(batch.ids, batch.offsets))
+
+
+def add_codebooks(found: Variants, options: argparse.Namespace, dim: int, num_codes: int, length: int) -> None:
+    """Add the compressed look-up, the gather of codes alone, and what torch.compile makes of plain indexing."""
+    coded = Coded.of(options, dim, num_codes)
+    optimizer = torch.optim.Adagrad(coded.books, lr=0.01, fused=True)
     is_set = torch.ones(1, dtype=torch.uint8)
 
     def gather(batch: Batch) -> list[Tensor]:
-        return [lookup_codes(table, is_set, batch.table(t), "table") for t, table in enumerate(codes)]
-
-    def forward(batch: Batch) -> Tensor:
-        parts = [codebook_bag(rows, books[t], batch.bag_offsets) for t, rows in enumerate(gather(batch))]
-        return torch.cat(parts, dim=1)
+        return [lookup_codes(table, is_set, batch.table(t), "table") for t, table in enumerate(coded.codes)]
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
-        forward(batch).backward(batch.grad)
+        coded.forward(batch).backward(batch.grad)
         optimizer.step()
 
-    for name, label in (("cpp", "codebook_bag C++"), ("torch", "codebook_bag reference")):
-        found[f"{label} M={num_codes}, forward"] = Variant(on(name, no_grad(forward)))
-        found[f"{label} M={num_codes}, step"] = Variant(on(name, step))
-    found[f"gather of codes alone M={num_codes}, forward"] = Variant(gather)
+    found[f"codes M={num_codes}", "forward"] = Variant(no_grad(coded.forward))
+    found[f"codes M={num_codes}", "step"] = Variant(step)
+    found[f"bare gather M={num_codes}", "forward"] = Variant(gather)
+    if length != 1 or not options.inductor:
+        return
+
+    def index(codes: list[Tensor], books: list[Tensor], ids: list[Tensor]) -> Tensor:
+        starts = torch.arange(num_codes) * CODEBOOK_SIZE
+        return torch.cat([b[c[i].long() + starts].flatten(1) for c, b, i in zip(codes, books, ids, strict=True)], dim=1)
+
+    compiled = torch.compile(index, dynamic=False)
+    tables = range(options.tables)
+    found[f"inductor M={num_codes}", "forward"] = Variant(
+        no_grad(lambda batch: compiled(coded.codes, coded.books, [batch.table(t) for t in tables]))
+    )
 
 
 def no_grad(function: Callable[[Batch], object]) -> Callable[[Batch], object]:
@@ -169,22 +220,15 @@ def no_grad(function: Callable[[Batch], object]) -> Callable[[Batch], object]:
     return run
 
 
-def on(name: str, function: Callable[[Batch], object]) -> Callable[[Batch], object]:
-    def run(batch: Batch) -> object:
-        with backend(name):
-            return function(batch)
-
-    return run
-
-
-def measure(options: argparse.Namespace, distribution: str, dim: int, length: int) -> list[str]:
-    """Time one setting and return its rows of the table."""
-    found: dict[str, Variant] = {}
+def measure(options: argparse.Namespace, threads: int, distribution: str, dim: int, length: int) -> Variants:
+    """Time one setting."""
+    torch.set_num_threads(threads)
+    found: Variants = {}
     add_full_tables(found, options, dim)
     for num_codes in options.codes:
-        add_codebooks(found, options, dim, num_codes)
+        add_codebooks(found, options, dim, num_codes, length)
     work = batches(options, distribution, dim, length)
-    clock = time.process_time if options.threads == 1 else time.perf_counter
+    clock = time.process_time if threads == 1 else time.perf_counter
     for number in range(-1, options.rounds):
         for variant in found.values():
             start = clock()
@@ -192,18 +236,79 @@ def measure(options: argparse.Namespace, distribution: str, dim: int, length: in
             if number >= 0:  # the first round builds, allocates and warms up
                 variant.seconds.append(clock() - start)
             del made
-    lookups = options.tables * options.batch * length
-    return [row(name, found, lookups, f"{distribution} | {dim} | {length}") for name in found]
+    return found
 
 
-def row(name: str, found: dict[str, Variant], lookups: int, setting: str) -> str:
-    """Return a variant's line: time per look-up, and how many times faster than FBGEMM it is."""
-    label, phase = name.rsplit(", ", 1)
-    seconds = found[name].seconds
-    ratios = [full / own for full, own in zip(found[f"{BASELINE}, {phase}"].seconds, seconds, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    times = f"{1e9 * statistics.median(seconds) / lookups:.1f} | {1e9 * min(seconds) / lookups:.1f}"
-    return f"| {setting} | {phase} | {label} | {times} | {statistics.median(ratios):.2f} ({low:.2f} to {high:.2f}) |"
+def ratios(found: Variants, name: str, phase: str) -> list[float]:
+    """Return how many times faster than the baseline a variant is, round by round."""
+    return [full / own for full, own in zip(found[BASELINE, phase].seconds, found[name, phase].seconds, strict=True)]
+
+
+def nanoseconds(found: Variants, name: str, phase: str, lookups: int) -> float:
+    return 1e9 * statistics.median(found[name, phase].seconds) / lookups
+
+
+def table_of(results: dict[tuple[str, int, int], Variants], phase: str, options: argparse.Namespace) -> list[str]:
+    """Return one line per setting: the baseline's time, and the others' speed beside it."""
+    names = list(dict.fromkeys(name for found in results.values() for name, of in found if of == phase))
+    names.remove(BASELINE)
+    lines = [f"| ids | D | L | {BASELINE}, ns | " + " | ".join(names) + " |", "|---" * (4 + len(names)) + "|"]
+    for (ids, dim, length), found in results.items():
+        base = nanoseconds(found, BASELINE, phase, options.tables * options.batch * length)
+        cells = [f"{statistics.median(ratios(found, n, phase)):.2f}" if (n, phase) in found else "" for n in names]
+        lines.append(f"| {ids} | {dim} | {length} | {base:.1f} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def summary(results: dict[tuple[str, int, int], Variants]) -> list[str]:
+    """Return our speed beside the goals: Zipf ids, D = 128."""
+    lines = ["| phase | M | L | times as fast | quartiles | goal |", "|---|---|---|---|---|---|"]
+    for (phase, num_codes), goals in GOALS.items():
+        for length, goal in zip((1, 10, 50), goals, strict=True):
+            found = results.get(("zipf", 128, length), {})
+            if (f"codes M={num_codes}", phase) in found:
+                speed = ratios(found, f"codes M={num_codes}", phase)
+                low, middle, high = statistics.quantiles(speed, n=4)
+                lines.append(f"| {phase} | {num_codes} | {length} | {middle:.2f} | {low:.2f} to {high:.2f} | {goal} |")
+    return lines
+
+
+def peak(options: argparse.Namespace) -> None:
+    """Print the bytes that tables and two training steps take at their peak, for a parent process."""
+    before = resident()
+    batch = batches(options, "zipf", 128, 10)[0]
+    if options.memory == "full":
+        full = split_tables(options, 128, SparseType.FP32)
+        for _ in range(2):
+            full(batch.ids, batch.offsets).backward(batch.grad)
+    else:
+        coded = Coded.of(options, 128, 16)
+        optimizer = torch.optim.Adagrad(coded.books, lr=0.01, fused=True)
+        for _ in range(2):
+            optimizer.zero_grad()
+            coded.forward(batch).backward(batch.grad)
+            optimizer.step()
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Return the bytes of memory that this process holds, or has held at most (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(field + ":")[1].split()[0])
+
+
+def memory(options: argparse.Namespace) -> str:
+    """Return a sentence on the memory of a training step, each measured in a process of its own."""
+    sizes = {}
+    for kind in ("full", "compressed"):
+        command = [sys.executable, __file__, "--memory", kind, "--rows", str(options.rows), "--batch"]
+        command += [str(options.batch), "--tables", str(options.tables), "--batches", "1"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        sizes[kind] = int(done.stdout.split()[-1]) / 2**20
+    return (
+        f"Peak memory of tables, batch and training step (D = 128, L = 10): {sizes['full']:,.0f} MiB with {BASELINE}, "
+        f"{sizes['compressed']:,.0f} MiB with codes, M = 16."
+    )
 
 
 def page_mode() -> str:
@@ -222,41 +327,54 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 10, 50])
     parser.add_argument("--codes", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--ids", nargs="+", default=["zipf", "uniform"])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--inductor", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--memory", choices=["full", "compressed"], help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     return parser.parse_args()
 
 
-def main() -> None:
-    options = parse()
-    torch.set_num_threads(options.threads)
-    load = os.getloadavg()[0]
-    rows = [
-        line
+def section(options: argparse.Namespace, threads: int) -> list[str]:
+    """Return the lines of one number of threads."""
+    results = {
+        (distribution, dim, length): measure(options, threads, distribution, dim, length)
         for distribution in options.ids
         for dim in options.dims
         for length in options.lengths
-        for line in measure(options, distribution, dim, length)
-    ]
+    }
+    clock = "CPU time" if threads == 1 else "wall time"
+    lines = [f"## {threads} thread{'s' * (threads > 1)}, {clock}", "", *summary(results), ""]
+    for phase in ("forward", "step"):
+        lines += [f"Times as fast as {BASELINE}, {phase} (ns per look-up):", "", *table_of(results, phase, options), ""]
+    return lines
+
+
+def main() -> None:
+    options = parse()
+    if options.memory:
+        return peak(options)
+    load = os.getloadavg()[0]
+    sections = [line for threads in options.threads for line in section(options, threads)]
     serving = next(tier for tier in tiers() if not tier.passed_over)
     text = [
-        "# Time of codebook_bag",
+        "# Time of codebook_bags",
         "",
-        f"`python benchmarks/kernels.py --threads {options.threads}`: {options.tables} tables,",
-        f"{options.rows:,} rows each, batch {options.batch}, K = {CODEBOOK_SIZE},",
-        f"{options.rounds} rounds; {serving.detail.split(',')[0]},",
-        f"torch {torch.__version__}, {platform.machine()}, huge pages {page_mode()}, MALLOC_MMAP_MAX_="
-        f"{os.environ.get('MALLOC_MMAP_MAX_', 'unset')},",
-        f"load {load:.1f} before and {os.getloadavg()[0]:.1f} after.",
-        "Clock: " + ("CPU time." if options.threads == 1 else "wall time.") + " Ratios are medians (quartiles).",
+        f"`python benchmarks/kernels.py`: {options.tables} tables of {options.rows:,} rows, batch {options.batch},",
+        f"K = {CODEBOOK_SIZE}; medians of {options.rounds} rounds; {serving.detail.split(',')[0]},",
+        f"torch {torch.__version__}, {platform.machine()}, huge pages {page_mode()}, "
+        + ", ".join(
+            f"{name}={os.environ.get(name, 'unset')}" for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+        )
+        + f"; load {load:.1f} before,",
+        f"{os.getloadavg()[0]:.1f} after. A bare gather takes codes out of the table and does nothing with them.",
         "",
-        "| ids | D | L | phase | variant | ns per look-up, median | least | times faster than SplitTBE fp32 |",
-        "|---|---|---|---|---|---|---|---|",
-        *rows,
+        memory(options),
+        "",
+        *sections,
     ]
-    options.out.write_text("\n".join(text) + "\n")
+    options.out.write_text("\n".join(text).rstrip() + "\n")
     print(options.out.read_text(), end="")
 
 

@@ -225,11 +225,26 @@ class CompressedStorageEstimator(_Estimator):
         if not is_exact(option):
             return
         lasting = shard_bytes(option, shard, fused_params, self._dense_optimizer).total
-        change = lasting + _stacked_bytes(option) - math.prod(estimated.size) * stand_in.tensor.element_size()
+        change = (
+            lasting
+            + _stacked_bytes(option)
+            - self._unmade_bytes(option)
+            - math.prod(estimated.size) * stand_in.tensor.element_size()
+        )
         if self._topology.compute_device == "cpu":
             storage.ddr += change
         else:
             storage.hbm += change
+
+    def _unmade_bytes(self, option: ShardingOption) -> int:
+        """Return the bytes of int64 codeword numbers that are charged for; the kernels for a CPU make none."""
+        decoder = option.module[1]
+        table, _, tensor = option.name.partition(".")
+        if self._topology.compute_device != "cpu" or not isinstance(decoder, Decoder) or tensor != "codebooks":
+            return 0
+        method = decoder._plan.methods[table]
+        assert isinstance(method, CodebookConfig)
+        return 8 * method.num_codes * Lookups.of(table, self._constraints, option.batch_size).num_ids
 
 
 def _distinct(option: ShardingOption) -> dict[tuple[int, ...], None]:

@@ -68,6 +68,7 @@ struct Part {
 template <typename Code, typename Work>
 inline Wrong for_parts(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, bool is_new, char* scratch,
                        const Work& work) {
+  if (begin == end) return {Wrong::NOTHING, 0};
   int64_t bag = begin, from = offset(batch, bag), to = offset(batch, bag + 1);
   Windows<Code> windows(batch, lookup, from, offset(batch, end), scratch);
   while (bag < end) {

@@ -1,0 +1,260 @@
+// What the operators are given, checked: an error is a ValueError in Python. Included by codebook_bags.cpp alone.
+#pragma once
+#include "codebook_bags.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace torchrec_compress {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Numbers = std::vector<int64_t>;
+
+// Raises ValueError in Python.
+template <typename... Parts>
+void require(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  ((message << parts), ...);
+  throw std::invalid_argument(message.str());
+}
+
+const float* floats(const Tensor& tensor, const char* name, int64_t dim) {
+  require(tensor.scalar_type() == ScalarType::Float && tensor.dim() == dim && tensor.is_contiguous(),
+          "codebook_bag: ", name, " must be contiguous float32 with ", dim,
+          " dimensions; call torchrec_compress.ops.codebook_bags");
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+// Checks a tensor of whole numbers and returns their width in bytes.
+int integers(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  require((type == ScalarType::Int || type == ScalarType::Long) && tensor.dim() == 1 && tensor.is_contiguous(),
+          "codebook_bag: ", name, " must be contiguous int32 or int64 with 1 dimension");
+  return type == ScalarType::Int ? 4 : 8;
+}
+
+int64_t read(const void* numbers, int bytes, int64_t i) {
+  return bytes == 8 ? static_cast<const int64_t*>(numbers)[i] : static_cast<const int32_t*>(numbers)[i];
+}
+
+template <typename Offset>
+void check_offsets(const Offset* offsets, int64_t num_bags, int64_t num_ids) {
+  require(offsets[0] == 0, "codebook_bag: offsets must start with 0, got ", offsets[0]);
+  bool decreases = false;
+  for (int64_t b = 0; b < num_bags; ++b) decreases |= offsets[b] > offsets[b + 1];
+  if (decreases)
+    for (int64_t b = 0; b < num_bags; ++b)
+      require(offsets[b] <= offsets[b + 1], "codebook_bag: offsets must not decrease, got ", offsets[b], " before ",
+              offsets[b + 1]);
+  require(num_ids < 0 || offsets[num_bags] == num_ids, "codebook_bag: offsets must end with the number of ids, ",
+          num_ids, ", got ", offsets[num_bags]);
+}
+
+// The flags of a look-up, as ops/cpu.py writes them.
+enum Flags : int64_t { RESIDUAL = 1, MEAN = 2, GATHERED = 4 };
+constexpr size_t PLAN = 4;  // numbers per look-up: table, its hot rows or -1, flags, its place in a saved row
+
+// All that the operators are given.
+struct Call {
+  Batch batch = {};
+  int64_t num_bags = 0;  // of all features
+  std::vector<Lookup> lookups;
+  std::vector<int64_t> tables;
+  Numbers plan;
+
+  int64_t hot(size_t l) const { return plan[l * PLAN + 1]; }
+
+  void set_batch(const std::optional<Tensor>& ids, const std::optional<Tensor>& offsets,
+                 const std::optional<Tensor>& weights) {
+    batch.num_ids = -1;
+    if (ids) {
+      batch.id_bytes = integers(*ids, "ids");
+      batch.ids = ids->const_data_ptr();
+      batch.num_ids = ids->numel();
+    }
+    if (weights) {
+      batch.weights = floats(*weights, "weights", 1);
+      require(!ids || weights->numel() == batch.num_ids, "codebook_bag: weights must be one per id, ", batch.num_ids,
+              ", got ", weights->numel());
+      batch.num_ids = weights->numel();
+    }
+    if (!offsets) {
+      num_bags = batch.num_ids;
+      return;
+    }
+    batch.offset_bytes = integers(*offsets, "offsets");
+    require(offsets->numel() >= 1, "codebook_bag: offsets must be of shape (B + 1,), got none");
+    batch.offsets = offsets->const_data_ptr();
+    num_bags = offsets->numel() - 1;
+    batch.offset_bytes == 8
+        ? check_offsets(static_cast<const int64_t*>(batch.offsets), num_bags, batch.num_ids)
+        : check_offsets(static_cast<const int32_t*>(batch.offsets), num_bags, batch.num_ids);
+  }
+
+  int64_t offset(int64_t bag) const { return batch.offsets ? read(batch.offsets, batch.offset_bytes, bag) : bag; }
+
+  // Reads codes, the plan and the ranges of bags.
+  void set_lookups(const Tensors& codes, Numbers given_plan, const Numbers& bags) {
+    plan = std::move(given_plan);
+    require(!codes.empty() && plan.size() == codes.size() * PLAN && bags.size() == codes.size() * 2,
+            "codebook_bag: plan and bags must have entries for each of ", codes.size(), " look-ups");
+    lookups.resize(codes.size());
+    for (size_t l = 0; l < codes.size(); ++l) {
+      Lookup& lookup = lookups[l];
+      const bool is_byte = codes[l].scalar_type() == ScalarType::Byte;
+      require((is_byte || codes[l].scalar_type() == ScalarType::Short) && codes[l].dim() == 2 &&
+                  codes[l].is_contiguous() && codes[l].size(1) >= 1,
+              "codebook_bag: codes must be contiguous uint8 or int16 of shape (rows, M), M at least 1");
+      const int64_t flags = plan[l * PLAN + 2];
+      lookup.codes = static_cast<const char*>(codes[l].const_data_ptr());
+      lookup.code_bytes = is_byte ? 1 : 2;
+      lookup.num_rows = codes[l].size(0);
+      lookup.num_codes = codes[l].size(1);
+      lookup.stride = lookup.num_codes * lookup.code_bytes;
+      lookup.is_residual = flags & RESIDUAL;
+      lookup.is_mean = flags & MEAN;
+      lookup.is_gathered = flags & GATHERED;
+      lookup.first_bag = bags[2 * l];
+      lookup.num_bags = bags[2 * l + 1];
+      set_rows(lookup);
+      tables.push_back(plan[l * PLAN]);
+    }
+  }
+
+  void set_rows(Lookup& lookup) {
+    if (!batch.offsets && lookup.is_gathered) {
+      num_bags = lookup.num_rows;
+      require(!batch.weights || batch.num_ids == num_bags, "codebook_bag: weights must be one per id, ", num_bags,
+              ", got ", batch.num_ids);
+    }
+    require(lookup.first_bag >= 0 && lookup.num_bags >= 0 && lookup.first_bag + lookup.num_bags <= num_bags,
+            "codebook_bag: the bags of a look-up must be among the ", num_bags, " of the batch, got ",
+            lookup.num_bags, " from ", lookup.first_bag, " on");
+    if (!lookup.is_gathered) return;
+    lookup.first_row = offset(lookup.first_bag);
+    const int64_t num_ids = offset(lookup.first_bag + lookup.num_bags) - lookup.first_row;
+    require(num_ids == lookup.num_rows, "codebook_bag: offsets must end with the number of ids, ", lookup.num_rows,
+            ", got ", num_ids);
+  }
+
+  // Says how many codewords a look-up's table has, of what width, and how many hot rows.
+  void set_sizes(size_t l, int64_t num_words, int64_t width, int64_t num_hot) {
+    Lookup& lookup = lookups[l];
+    require(num_words > 0 && num_words % lookup.num_codes == 0,
+            "codebook_bag: codebooks must hold the same number of codewords, at least one, for each of ",
+            lookup.num_codes, " codes, got ", num_words, " in all");
+    lookup.codebook_size = num_words / lookup.num_codes;
+    lookup.width = width;
+    lookup.dim = lookup.is_residual ? width : width * lookup.num_codes;
+    lookup.num_hot = num_hot;
+    int64_t reach = 1;  // K**(M - 1) hot rows per escape code
+    for (int64_t m = 1; m < lookup.num_codes && reach < num_hot; ++m) reach *= lookup.codebook_size;
+    lookup.first_size = lookup.codebook_size - (num_hot + reach - 1) / reach;
+    require(lookup.first_size >= 0 && num_hot < (int64_t(1) << 31),
+            "codebook_bag: hot_rows must be at most what the first codebook's escapes reach, got ", num_hot);
+  }
+
+  void set_tables(const Tensors& codebooks, const Tensors& hot_rows) {
+    for (size_t l = 0; l < lookups.size(); ++l) {
+      Lookup& lookup = lookups[l];
+      const Tensor& books = at(codebooks, tables[l], "codebooks");
+      lookup.codebooks = floats(books, "codebooks", 2);
+      const Tensor* rows = hot(l) < 0 ? nullptr : &at(hot_rows, hot(l), "hot_rows");
+      set_sizes(l, books.size(0), books.size(1), rows ? rows->size(0) : 0);
+      if (!rows) continue;
+      lookup.hot_rows = floats(*rows, "hot_rows", 2);
+      require(rows->size(1) == lookup.dim, "codebook_bag: hot_rows must be ", lookup.dim, " wide, got ",
+              rows->size(1));
+    }
+  }
+
+  static const Tensor& at(const Tensors& tensors, int64_t i, const char* name) {
+    require(i >= 0 && i < int64_t(tensors.size()), "codebook_bag: plan must name one of ", tensors.size(), " ", name,
+            ", got ", i);
+    return tensors[i];
+  }
+
+  // Lays the outputs side by side, or flat one after another; returns the shape of all.
+  Numbers lay_out(bool is_flat) {
+    int64_t columns = 0, floats = 0;
+    for (const Lookup& lookup : lookups) {
+      columns += lookup.dim;
+      floats += lookup.dim * lookup.num_bags;
+      require(is_flat || lookup.num_bags == lookups[0].num_bags, "codebook_bag: look-ups side by side must have ",
+              lookups[0].num_bags, " bags each, got ", lookup.num_bags);
+    }
+    for (Lookup& lookup : lookups) lookup.row_step = is_flat ? lookup.dim : columns;
+    return is_flat ? Numbers{floats} : Numbers{lookups[0].num_bags, columns};
+  }
+
+  // Where each look-up's part of the output begins.
+  Numbers starts(bool is_flat) const {
+    Numbers found;
+    int64_t start = 0;
+    for (const Lookup& lookup : lookups) {
+      found.push_back(start);
+      start += lookup.dim * (is_flat ? lookup.num_bags : 1);
+    }
+    return found;
+  }
+
+  // Places for the codes of positions, [L, row bytes].
+  void set_saved(const Tensor& saved, char* data) {
+    for (size_t l = 0; l < lookups.size(); ++l) {
+      Lookup& lookup = lookups[l];
+      if (lookup.is_gathered) continue;
+      const int64_t place = plan[l * PLAN + 3], row_bytes = saved.size(1);
+      require(saved.size(0) == batch.num_ids && place >= 0 && place % lookup.code_bytes == 0 &&
+                  place + lookup.stride <= row_bytes && row_bytes % lookup.code_bytes == 0,
+              "codebook_bag: a look-up's codes must have their place in a saved row of ", row_bytes, " bytes, got ",
+              lookup.stride, " at ", place);
+      lookup.saved = data + place;
+      lookup.saved_step = row_bytes;
+    }
+  }
+
+  // In the backward, codes are those of positions: given, or kept by the forward.
+  void read_saved(const Tensor& saved) {
+    batch.num_ids = saved.size(0);
+    set_saved(saved, static_cast<char*>(const_cast<void*>(saved.const_data_ptr())));
+    for (Lookup& lookup : lookups) {
+      if (lookup.is_gathered) continue;
+      const int64_t last = offset(lookup.first_bag + lookup.num_bags);
+      require(last <= batch.num_ids, "codebook_bag: saved must have a row for each of ", last, " ids");
+      lookup.codes = lookup.saved;
+      lookup.stride = lookup.saved_step;
+      lookup.first_row = 0;
+      lookup.is_gathered = true;
+    }
+  }
+
+  // Reads a gradient in place where its rows are whole, as in columns of a concatenation; returns what must be kept.
+  Tensor set_grad(const Tensor& grad, bool is_flat) {
+    const Numbers shape = lay_out(is_flat);
+    bool fits = grad.scalar_type() == ScalarType::Float && grad.dim() == int64_t(shape.size());
+    for (size_t i = 0; fits && i < shape.size(); ++i) fits = grad.size(i) == shape[i];
+    require(fits, "codebook_bag: grad must be float32 of the output's shape");
+    Tensor rows = grad.stride(grad.dim() - 1) == 1 ? grad : torch::stable::contiguous(grad);
+    const Numbers first = starts(is_flat);
+    for (size_t l = 0; l < lookups.size(); ++l) {
+      lookups[l].grad = static_cast<const float*>(rows.const_data_ptr()) + first[l];
+      if (!is_flat) lookups[l].row_step = rows.stride(0);
+    }
+    return rows;
+  }
+};
+
+}  // namespace
+}  // namespace torchrec_compress
