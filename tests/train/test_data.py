@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -8,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from torchrec_compress.train.batch import Layout, Share
+from torchrec_compress.train.batch import Batch, Layout, Share
 from torchrec_compress.train.config import DataConfig, GeneratorConfig
-from torchrec_compress.train.data import load_data
+from torchrec_compress.train.data import load_data, open_data
 
 
 def _columns(num_rows: int = 90) -> dict[str, np.ndarray]:
@@ -211,3 +212,12 @@ def test_rows_with_several_ids_become_jagged_features():
     assert fixed["tags"].values().tolist() == [5, 6, 7, 8] and fixed["tags"].lengths().tolist() == [2, 2]
     with pytest.raises(ValueError, match="rank must be"):
         Share(2, 2)
+
+
+def test_batches_in_memory_are_pinned_for_a_gpu(data, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: pinned.append(batch) or batch)
+    rows = [batch.rows for batch in replace(data, pin_memory=True).batches("train", 300, 5).epoch(0)]
+    assert len(pinned) == len(rows) == 11
+    assert torch.equal(torch.cat(rows), torch.cat([b.rows for b in data.batches("train", 300, 5).epoch(0)]))
+    assert open_data(DataConfig(generator=GeneratorConfig(num_rows=99, num_users=9, num_items=9)), True).pin_memory

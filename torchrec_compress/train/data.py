@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from torchrec_compress.train.batch import EVERYTHING, Batch, Layout, Share, share_weights
 from torchrec_compress.train.config import DataConfig
+from torchrec_compress.train.prefetch import prefetch
 
 SPLITS = ("train", "valid", "test")
 
@@ -121,6 +122,7 @@ class ClickData(ClickSource):
         train, valid, test: the splits.
         widths: the most ids that a row has of each feature; empty is one of each.
         ragged: whether a row may have fewer.
+        pin_memory: whether batches are prepared ahead in page-locked memory, for a GPU.
     """
 
     features: list[str]
@@ -131,6 +133,7 @@ class ClickData(ClickSource):
     test: Split
     widths: tuple[int, ...] = ()
     ragged: bool = False
+    pin_memory: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -153,7 +156,7 @@ class ClickData(ClickSource):
 
     def batches(self, split: str, batch_size: int, seed: int | None, share: Share = EVERYTHING) -> Batches:
         """Return the batches of a split; with a seed, all of its rows are shuffled in every epoch."""
-        return _MemoryBatches(self.layout, self.split(split), batch_size, seed, share)
+        return _MemoryBatches(self, split, batch_size, seed, share)
 
     def counts(self, share: Share = EVERYTHING) -> dict[str, Tensor]:
         """Return how often this share of train looks every id up: (rows,) int64 by feature; shares add up."""
@@ -182,15 +185,21 @@ def to_batch(layout: Layout, rows: Split, positions: Tensor, weights: Tensor) ->
 class _MemoryBatches(Batches):
     """Batches of rows in memory: each rank takes a contiguous part of every global batch."""
 
-    def __init__(self, layout: Layout, split: Split, batch_size: int, seed: int | None, share: Share) -> None:
+    def __init__(self, data: ClickData, name: str, batch_size: int, seed: int | None, share: Share) -> None:
+        split = data.split(name)
         if batch_size < 1 or len(split) < 1:
             raise ValueError(f"batches: must have rows and a positive batch size, got {len(split)} and {batch_size}")
-        self._layout, self._split, self._batch_size, self._seed, self._share = layout, split, batch_size, seed, share
+        self._layout, self._split, self._pin_memory = data.layout, split, data.pin_memory
+        self._batch_size, self._seed, self._share = batch_size, seed, share
 
     def __len__(self) -> int:
         return -(-len(self._split) // self._batch_size)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        batches = self._read(epoch, first)
+        return prefetch(batches, pin_memory=True) if self._pin_memory else batches
+
+    def _read(self, epoch: int, first: int) -> Iterator[Batch]:
         size, num_rows = self._batch_size, len(self._split)
         order = None
         if self._seed is not None:
@@ -216,13 +225,13 @@ def open_data(config: DataConfig, pin_memory: bool = False) -> ClickSource:
 
     Args:
         config: which data.
-        pin_memory: whether streamed batches are put into page-locked memory, for a GPU.
+        pin_memory: whether batches are put into page-locked memory, for a GPU.
 
     Raises:
         ValueError: a file that is missing, empty or malformed, see the readers.
     """
     if not config.streaming:
-        return load_data(config)
+        return replace(load_data(config), pin_memory=pin_memory)
     if config.path is None or config.kind == "generator":
         raise ValueError(
             f"data.streaming: must be false with data.kind = 'generator', and needs data.path, got {config.kind!r} and "
