@@ -53,12 +53,16 @@ def test_a_killed_worker_is_started_again_within_the_job(slurm, alone, tmp_path,
     assert_equal(metrics(tmp_path / "run"), alone("mec"))
 
 
-def test_a_node_that_loses_its_processes_requeues_the_job_which_resumes(slurm, alone, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["lost", "requeued"])
+def test_a_job_that_loses_a_node_or_is_requeued_resumes(how, slurm, alone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    launch = launch_on_slurm(write_config("dense", tmp_path), "--max-retries", "1")
-    wait_for_checkpoint(tmp_path / "run")
-    kill(slurm.on_node("node1", "torchrec_compress train"))
+    launch = launch_on_slurm(write_config("dense", tmp_path), "--max-retries", "1" if how == "lost" else "0")
     job = number_of(launch)
+    wait_for_checkpoint(tmp_path / "run")
+    if how == "lost":
+        kill(slurm.on_node("node1", "torchrec_compress train"))
+    else:
+        slurm.ask("scontrol", "requeue", job)
 
     def runs_again() -> bool:
         slurm.look_again()
@@ -70,6 +74,7 @@ def test_a_node_that_loses_its_processes_requeues_the_job_which_resumes(slurm, a
     found = job_state(job)
     assert found is not None and (found.state, found.restarts) == ("COMPLETED", 1)
     assert "started again 1 time(s)" in launch.text()
+    assert how == "lost" or "asked to end, saved at step" in launch.text()
     assert_equal(metrics(tmp_path / "run"), alone("dense"))
 
 
