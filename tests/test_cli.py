@@ -5,14 +5,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import yaml
 
 from torchrec_compress.cli import main, parse_run
 from torchrec_compress.train.compare import variants
+from torchrec_compress.train.ranks import stop
 
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[1] / "configs").glob("*.yaml") if not path.stem.startswith("plan_")
 )
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_process_group():
+    """A training in this process keeps its group, and another file may start one of its own."""
+    yield
+    stop()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _error(capsys, *arguments: str) -> str:
