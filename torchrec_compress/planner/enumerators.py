@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator as StockEnumerator
 from torchrec.distributed.planner.types import ParameterConstraints, Shard, ShardingOption, Topology
+from torchrec.distributed.types import ModuleSharder
 
 from torchrec_compress.planner.accounting import DenseOptimizer
 from torchrec_compress.planner.estimators import estimators
@@ -35,6 +37,16 @@ class CompressedEnumerator(StockEnumerator):
         dense_optimizer: DenseOptimizer = "adam",
     ) -> None:
         super().__init__(topology, batch_size, constraints, estimators(topology, constraints, dense_optimizer))
+
+    def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
+        """Return all options, estimated, in an order that is the same in every process.
+
+        TorchRec goes over sets of names, whose order changes from process to process, and with it which of two equally
+        good plans is found.
+        """
+        options = super().enumerate(module, sharders)
+        tables = {name: number for number, name in enumerate(dict.fromkeys(option.fqn for option in options))}
+        return sorted(options, key=lambda option: (tables[option.fqn], option.sharding_type, option.compute_kernel))
 
     def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
         """Estimate options in place."""

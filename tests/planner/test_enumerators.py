@@ -1,0 +1,37 @@
+"""Plans do not depend on the process that makes them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import torch
+from torchrec import EmbeddingBagConfig
+from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec_compress import MEmComEmbeddingBagCollection
+from torchrec_compress.planner import EmbeddingShardingPlanner
+sizes = {"num_embeddings": 10_000, "embedding_dim": 8}
+tables = [EmbeddingBagConfig(name=name, feature_names=[name], **sizes) for name in ("a", "b", "c")]
+model = torch.nn.ModuleDict({"sparse": MEmComEmbeddingBagCollection(tables, device="meta")})
+kinds = ["table_wise", "row_wise", "column_wise", "table_row_wise"]
+constraints = {table.name: ParameterConstraints(sharding_types=kinds) for table in tables}
+planner = EmbeddingShardingPlanner(Topology(world_size=4, compute_device="cuda"), 64, constraints, stats=[])
+from torchrec_compress.sharding import get_default_sharders
+planner.plan(model)
+options = planner._enumerator.enumerate(model, get_default_sharders())
+print([(option.fqn, option.sharding_type, option.compute_kernel) for option in options])
+"""
+
+
+@pytest.mark.slow
+def test_options_have_one_order_in_every_process():
+    found = []
+    for seed in ("1", "2", "3"):
+        command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout)
+    assert found[0].count("row_wise") > 3 and len(set(found)) == 1
