@@ -61,6 +61,15 @@ def test_tables_that_need_no_full_model_start_from_scratch(config, tmp_path, met
         _run(config, tmp_path, "b", **{**changes, "retrain.epochs": 0.0})
 
 
+def test_a_start_from_scratch_depends_on_the_seed_alone(config, tmp_path):
+    changes = {"start": "scratch", "compression": {"*": {"method": "hash", "num_buckets": 20}}}
+    changes["retrain"] = vars(config.pretrain)
+    first = _run(config, tmp_path, "a", **changes)
+    torch.rand(7)  # as other jobs of the same process would
+    assert _run(config, tmp_path, "b", **changes)["metrics"] == first["metrics"]
+    assert _run(config, tmp_path, "c", seed=1, **changes)["metrics"] != first["metrics"]
+
+
 def test_without_training_nothing_but_tables_changes(config, tmp_path):
     _run(config, tmp_path, "full_run")
     summary = _run(config, tmp_path, "a", compression=PQ)

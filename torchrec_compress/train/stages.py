@@ -232,6 +232,7 @@ def _compressed(
     kept, tables, chosen = folder / "fitted.pt", make_tables(config.model, data), parse(plain)
     in_shards = source is None and config.parallel.init == "shards"
     device = torch.device("meta") if in_shards else None
+    torch.manual_seed(config.seed)  # native tables are drawn, whatever this process did before
     collection = CompressedEmbeddingBagCollection(tables, device=device, compression=chosen, seed=config.seed)
     torch.manual_seed(config.seed)
     model = make_model(collection, data.num_dense, config.model)
