@@ -7,8 +7,9 @@ COMPAT ?= 1.6.1 1.9.2
 # TorchX between releases, beside the stable one of the environment
 TORCHX_NIGHTLY ?= 2026.10.26
 SLURM := slurmctld slurmd slurm-client munge iproute2
+ARM := g++-aarch64-linux-gnu qemu-user
 
-.PHONY: run test test-compat test-torchx test-asan slurm check format bench env clean
+.PHONY: run test test-compat test-torchx test-asan check-arm slurm check format bench env clean
 
 env:
 	@VENV=$(VENV) ./setup_env.sh
@@ -44,6 +45,13 @@ test-asan: env  ## the C++ kernels' tests with the address and undefined-behavio
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so.6) ASAN_OPTIONS=detect_leaks=0 \
 	$(PY) -m pytest -s -p no:cacheprovider tests/ops/test_kernels.py tests/ops/test_codebook_bags.py \
 	  -k 'not compiles and not exports'
+
+check-arm: env  ## the C++ kernels compiled for aarch64, the base kernels run in emulation
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null && exit 0; \
+	install="apt-get install -y --no-install-recommends $(ARM)"; \
+	($$install || (apt-get update && $$install)) >/dev/null 2>&1 && exit 0; \
+	echo "no compiler or emulator for aarch64 on this machine (apt-get install $(ARM))"; exit 1
+	$(PY) -m pytest -p no:cacheprovider tests/ops/test_arm.py
 
 check: env  ## formatter, linter, type checker, spelling
 	$(PY) -m ruff format --check .

@@ -19,7 +19,7 @@ from torchrec_compress.ops import cpu
 
 SOURCES = Path(__file__).parent / "csrc"
 # The stable ABI of torch 2.11, the oldest torch that is supported: one library serves it and every later torch.
-_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 _ISA_FLAGS = {"kernels_avx2": ("-mavx2", "-mfma")}
 
 
@@ -53,7 +53,7 @@ def library_path() -> Path:
         >>> library_path().suffix
         '.so'
     """
-    key = hashlib.sha256(repr((_FLAGS, _ISA_FLAGS, platform.machine(), platform.libc_ver(sys.executable))).encode())
+    key = hashlib.sha256(repr((FLAGS, _ISA_FLAGS, platform.machine(), platform.libc_ver(sys.executable))).encode())
     for source in sorted(SOURCES.iterdir()):
         if source.suffix in (".cpp", ".h"):
             key.update(source.read_bytes())
@@ -121,7 +121,7 @@ def _compile(compiler: list[str], folder: Path) -> Path:
     # torch.utils.cpp_extension knows these folders too, but looks for CUDA when it is imported, and warns on stderr
     home = Path(torch.__file__).parent
     include = [home / "include", home / "include/torch/csrc/api/include"]
-    flags = [*_FLAGS, *(flag for path in include for flag in ("-isystem", str(path)))]
+    flags = [*FLAGS, *(flag for path in include for flag in ("-isystem", str(path)))]
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     commands = []
     for source in sorted(SOURCES.glob("*.cpp")):

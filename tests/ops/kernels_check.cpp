@@ -1,0 +1,157 @@
+// The base kernels against plain loops in double precision, without torch: for processors that the suite cannot run on.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "codebook_bags.h"
+
+using namespace torchrec_compress;
+
+namespace {
+
+std::mt19937 generator(0);
+
+int64_t draw(int64_t end) { return int64_t(generator() % uint64_t(end)); }
+
+std::vector<float> floats(int64_t count) {
+  std::vector<float> values(count);
+  for (float& value : values) value = float(draw(2001) - 1000) / 1000;
+  return values;
+}
+
+// Returns 1 and prints where, if a number is wrong.
+int compare(const char* what, const Lookup& lookup, const std::vector<float>& got,
+            const std::vector<double>& expected) {
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (std::fabs(got[i] - expected[i]) <= 1e-4 * (1 + std::fabs(expected[i]))) continue;
+    std::printf("%s %s, width %d, %d code bytes, %d hot rows: at %zu expected %g, got %g\n", what,
+                lookup.is_residual ? "residual" : "product", int(lookup.width), lookup.code_bytes, int(lookup.num_hot),
+                i, expected[i], double(got[i]));
+    return 1;
+  }
+  return 0;
+}
+
+// Rows of codes; with hot rows every third is the escape code of one of them, K - 1 and then its number in base K.
+template <typename Code>
+std::vector<Code> codes_of(int64_t N, int64_t M, int64_t K, int64_t num_hot) {
+  std::vector<Code> table(N * M);
+  for (int64_t row = 0; row < N; ++row) {
+    const bool is_hot = num_hot && row % 3 == 0;
+    for (int64_t m = 0; m < M; ++m) table[row * M + m] = Code(is_hot ? 0 : draw(num_hot && m == 0 ? K - 1 : K));
+    if (!is_hot) continue;
+    table[row * M] = Code(K - 1);
+    table[row * M + M - 1] = Code(draw(num_hot));
+  }
+  return table;
+}
+
+struct Expected {
+  std::vector<double> out, books, hot, weights;
+};
+
+// Values and gradients: one codeword's or hot row's part of a position after another.
+template <typename Code, typename Index>
+Expected expect(const Lookup& lookup, const std::vector<Code>& table, const std::vector<Index>& offsets,
+                const std::vector<Index>& ids, const std::vector<float>& weights, const std::vector<float>& grad) {
+  const int64_t M = lookup.num_codes, K = lookup.codebook_size, D = lookup.dim, width = lookup.width;
+  Expected sums;
+  sums.out.resize(lookup.num_bags * D);
+  sums.books.resize(M * K * width);
+  sums.hot.resize(lookup.num_hot * D);
+  sums.weights.resize(weights.size());
+  for (int64_t b = 0; b < lookup.num_bags; ++b) {
+    const int64_t begin = int64_t(offsets[b]), end = int64_t(offsets[b + 1]);
+    const double scale = lookup.is_mean && end > begin ? 1.0 / double(end - begin) : 1.0;
+    for (int64_t i = begin; i < end; ++i) {
+      const Code* codes = &table[int64_t(ids[i]) * M];
+      const bool is_hot = codes[0] >= lookup.first_size;
+      for (int64_t m = 0; m < (is_hot ? 1 : M); ++m) {
+        const int64_t columns = is_hot ? D : width, to = b * D + (is_hot || lookup.is_residual ? 0 : m * width);
+        const int64_t from = is_hot ? int64_t(codes[M - 1]) * D : (m * K + codes[m]) * width;
+        for (int64_t j = 0; j < columns; ++j) {
+          const double value = is_hot ? lookup.hot_rows[from + j] : lookup.codebooks[from + j];
+          sums.out[to + j] += scale * weights[i] * value;
+          (is_hot ? sums.hot : sums.books)[from + j] += scale * weights[i] * grad[to + j];
+          sums.weights[i] += scale * value * grad[to + j];
+        }
+      }
+    }
+  }
+  return sums;
+}
+
+template <typename Code, typename Index>
+int check(int64_t width, bool is_residual, bool is_mean, int64_t num_hot) {
+  const int64_t M = 11, K = sizeof(Code) == 1 ? 250 : 300, N = 77, B = 63;
+  const int64_t D = is_residual ? width : M * width, first_size = num_hot ? K - 1 : K;
+  const std::vector<Code> table = codes_of<Code>(N, M, K, num_hot);
+  std::vector<Index> offsets(1), ids;
+  for (int64_t b = 0; b < B; ++b) offsets.push_back(Index(offsets[b] + (b == 7 ? 300 : draw(5))));
+  const int64_t L = int64_t(offsets[B]);
+  for (int64_t i = 0; i < L; ++i) ids.push_back(Index(draw(N)));
+  const std::vector<float> books = floats(M * K * width), hot = floats(num_hot * D), weights = floats(L);
+  const std::vector<float> grad = floats(B * D);
+
+  Batch batch = {ids.data(), int(sizeof(Index)), offsets.data(), int(sizeof(Index)), weights.data(), L};
+  Lookup lookup = {};
+  lookup.codes = reinterpret_cast<const char*>(table.data());
+  lookup.code_bytes = int(sizeof(Code));
+  lookup.stride = M * lookup.code_bytes;
+  lookup.num_rows = N;
+  lookup.num_codes = M;
+  lookup.codebook_size = K;
+  lookup.num_hot = num_hot;
+  lookup.first_size = first_size;
+  lookup.width = width;
+  lookup.dim = lookup.row_step = D;
+  lookup.is_residual = is_residual;
+  lookup.is_mean = is_mean;
+  lookup.codebooks = books.data();
+  lookup.hot_rows = num_hot ? hot.data() : nullptr;
+  lookup.num_bags = B;
+  std::vector<char> saved(L * lookup.stride), scratch(scratch_bytes(lookup));
+  std::vector<float> out(B * D, NAN), grad_books(books.size()), grad_hot(hot.size()), grad_weights(L);
+  lookup.out = out.data();
+  lookup.saved = saved.data();
+  lookup.saved_step = lookup.stride;
+
+  const Expected expected = expect(lookup, table, offsets, ids, weights, grad);
+  int wrong = 0;
+  if (kernels_base.forward(batch, lookup, 0, B, scratch.data()).kind != Wrong::NOTHING) ++wrong;
+  wrong += compare("forward", lookup, out, expected.out);
+  Lookup back = lookup;
+  back.codes = saved.data();
+  back.is_gathered = true;
+  back.grad = grad.data();
+  back.grad_codebooks = grad_books.data();
+  back.grad_hot_rows = num_hot ? grad_hot.data() : nullptr;
+  back.grad_weights = grad_weights.data();
+  for (int64_t p = 0; p < kernels_base.num_pieces(back); ++p) kernels_base.backward(batch, back, p, scratch.data());
+  kernels_base.backward_weights(batch, back, 0, B, scratch.data());
+  wrong += compare("gradient of codebooks", lookup, grad_books, expected.books);
+  wrong += compare("gradient of hot rows", lookup, grad_hot, expected.hot);
+  wrong += compare("gradient of weights", lookup, grad_weights, expected.weights);
+
+  std::vector<char> rows(L * lookup.stride);
+  kernels_base.gather(batch, lookup, 0, L, rows.data(), lookup.stride);
+  if (rows != saved) wrong += std::printf("gather: other codes than the forward's\n") > 0;
+  ids[L / 2] = Index(N);
+  const Wrong met = kernels_base.forward(batch, lookup, 0, B, scratch.data());
+  if (met.kind != Wrong::ID || met.position != L / 2) wrong += std::printf("an id out of range was not seen\n") > 0;
+  return wrong;
+}
+
+}  // namespace
+
+int main() {
+  int wrong = 0, cases = 0;
+  for (int64_t width : {1, 4, 5, 8, 16, 32, 40})
+    for (int flags = 0; flags < 8; ++flags, cases += 2) {
+      wrong += check<uint8_t, int64_t>(width, flags & 1, flags & 2, flags & 4 ? 20 : 0);
+      wrong += check<uint16_t, int32_t>(width, flags & 1, flags & 2, flags & 4 ? 20 : 0);
+    }
+  std::printf("%d cases, %d wrong\n", cases, wrong);
+  return wrong ? 1 : 0;
+}
