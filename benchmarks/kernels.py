@@ -236,7 +236,12 @@ def measure(options: argparse.Namespace, threads: int, distribution: str, dim: i
             if number >= 0:  # the first round builds, allocates and warms up
                 variant.seconds.append(clock() - start)
             del made
-    return found
+    # the tables of a setting must go before the next one makes its own
+    return {key: Variant(_spent, variant.seconds) for key, variant in found.items()}
+
+
+def _spent(batch: Batch) -> object:
+    raise RuntimeError("this variant's tables are gone")
 
 
 def ratios(found: Variants, name: str, phase: str) -> list[float]:

@@ -140,21 +140,25 @@ def _fail_on(rank: int) -> str:
     return ""
 
 
-def _fail_on_first() -> str:
+def _fail_on_first(text: str) -> tuple[str, str]:
     def work() -> int:
-        raise OSError("the disk is full")
+        if text:
+            raise OSError(text)
+        return json.loads("{")
 
     try:
         on_first(work, start(ParallelConfig(device="cpu")))
-    except OSError as error:
-        return str(error)
-    return ""
+    except (OSError, ValueError) as error:
+        return type(error).__name__, str(error)
+    return "", ""
 
 
 def test_an_error_of_one_rank_reaches_all(two_ranks):
     assert two_ranks.run(_fail_on, 1) == ["rank 1: a column is missing", "a column is missing"]
     assert two_ranks.run(_fail_on, 7) == ["", ""]
-    assert two_ranks.run(_fail_on_first) == ["the disk is full"] * 2
+    assert two_ranks.run(_fail_on_first, "the disk is full") == [("OSError", "the disk is full")] * 2
+    kind, message = two_ranks.run(_fail_on_first, "")[1]  # an error whose type takes other arguments
+    assert kind == "ValueError" and message.startswith("Expecting property name")
 
 
 def _wait_for_first(timeout: float) -> float:

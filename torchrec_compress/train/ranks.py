@@ -21,6 +21,8 @@ Result = TypeVar("Result")
 # A rank that fails takes its connections along. Its launcher names the first error by whole seconds, and ends the other
 # ranks at once, so those who only lost a connection give it time.
 _ECHO = 3.0
+# errors that one rank tells the others
+_TOLD = (ValueError, OSError, RuntimeError)
 _BEATS = 4  # signs of life within the timeout, while rank 0 works and the others wait
 
 
@@ -149,8 +151,8 @@ def on_first(work: Callable[[], Result], ranks: Ranks) -> Result:
         beats.start()
         try:
             found[0] = work()
-        except (ValueError, OSError, RuntimeError) as error:
-            found[1] = type(error)(str(error))
+        except _TOLD as error:  # not by its own type, which may want other arguments
+            found[1] = next(kind for kind in _TOLD if isinstance(error, kind))(str(error))
         done.set()
         beats.join()
     else:
@@ -192,7 +194,7 @@ def agree(work: Callable[[], Result], ranks: Ranks) -> Result:
     error, result = None, None
     try:
         result = work()
-    except (ValueError, OSError, RuntimeError) as caught:
+    except _TOLD as caught:
         error = caught
     errors = gather(None if error is None else (type(error).__name__, str(error)), ranks)
     failed = [(rank, found) for rank, found in enumerate(errors) if found is not None]
