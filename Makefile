@@ -66,7 +66,7 @@ format: env
 bench: env  ## time to fit codes, beside faiss, and of the kernels, beside FBGEMM
 	$(PY) -m pip install -q 'faiss-cpu>=1.8'
 	$(PY) benchmarks/fit_time.py
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000 $(PY) benchmarks/kernels.py
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=16000000000 $(PY) benchmarks/kernels.py
 
 clean:
 	rm -rf $(VENV) .compat .asan build dist *.egg-info
