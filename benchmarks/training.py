@@ -169,9 +169,10 @@ def report(arguments: argparse.Namespace, found: dict[int, dict[str, Any]]) -> s
         "# Time of launched trainings",
         "",
         f"`python benchmarks/training.py {' '.join(sys.argv[1:])}`".replace(" `", "`")
-        + f" at {versions()['commit']}: DLRM, 26 tables of at most {arguments.rows:,} rows x {arguments.width}, global batch {arguments.batch}, "
-        f"{arguments.rounds} turns of {_STEPS} steps; {os.cpu_count()} cores for all ranks together, one thread each, "
-        f"gloo over loopback, {platform.machine()}, torch {torch.__version__}. Medians (quartiles).",
+        + f" at {versions()['commit']}: DLRM, 26 tables of at most {arguments.rows:,} rows x {arguments.width}, global "
+        f"batch {arguments.batch}, {arguments.rounds} turns of {_STEPS} steps; {os.cpu_count()} cores for all ranks "
+        f"together, one thread each, gloo over loopback, {platform.machine()}, torch {torch.__version__}. Medians "
+        "(quartiles).",
         "",
         "| ranks | variant | examples/s | against dense | against one rank | plan and shard s | optimizer state MB |",
         "|---|---|---|---|---|---|---|",

@@ -14,6 +14,8 @@ import yaml
 
 from torchrec_compress.train import checkpoint
 from torchrec_compress.train.checkpoint import Checkpoints
+from torchrec_compress.train.parallel import Trainable, local_shards
+from torchrec_compress.train.stages import full_model
 
 CONFIG = {"stage": {"batch_size": 4}, "seed": 0}
 
@@ -58,6 +60,15 @@ def test_what_is_saved_is_what_it_was_when_save_was_called(tmp_path, ranks):
     value.fill_(7.0)  # as the next training step would, while the writing goes on
     store.wait()
     assert _value(store) == 1
+
+
+def test_a_copy_takes_no_more_than_the_tensors_themselves(config, data, ranks):
+    """FBGEMM keeps all tables in one storage, which must not be copied once per table."""
+    state = checkpoint._copied(Trainable(full_model(config, data), config.pretrain, ranks, config.parallel).state())
+    parts = [part for value in state["model"].values() for part, _ in local_shards(value)]
+    parts += [part for of in state["optimizer"]["state"].values() for v in of.values() for part, _ in local_shards(v)]
+    assert len(parts) > 10
+    assert all(part.untyped_storage().nbytes() == part.numel() * part.element_size() for part in parts)
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "random_0.pt"])
@@ -128,6 +139,8 @@ def test_a_file_size_limit_at_save_leaves_the_old_checkpoint(tmp_path):
     script = f"""
 import pathlib, resource, signal, torch
 from torchrec_compress.train.checkpoint import Checkpoints
+from torchrec_compress.train.parallel import Trainable, local_shards
+from torchrec_compress.train.stages import full_model
 from torchrec_compress.train.config import ParallelConfig
 from torchrec_compress.train.ranks import start
 store = Checkpoints(pathlib.Path({str(tmp_path)!r}), {{}}, start(ParallelConfig(device="cpu")))

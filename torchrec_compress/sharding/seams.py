@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, TensorProperties
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, TensorProperties
 from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo, KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import KJTList
@@ -25,6 +26,7 @@ __all__ = [
     "KJTList",
     "KJTListSplitsAwaitable",
     "RowTable",
+    "copy_to_host",
     "row_exchange",
     "sequence_context",
     "shard_bounds",
@@ -129,4 +131,26 @@ def sharded_tensor(local: Tensor, num_rows: int, sharding: ParameterSharding, en
         local_shards=[Shard(local, shard) for shard in mine],
         sharded_tensor_metadata=metadata,
         process_group=env.process_group,
+    )
+
+
+def copy_to_host(value: ShardedTensor) -> ShardedTensor:
+    """Return a copy whose shards are in the host's memory and share nothing with the original; no rank waits.
+
+    torch's own staging copies the whole storage behind each shard, and FBGEMM keeps all tables of a rank in one.
+    """
+    whole = value.metadata()
+    shards = [
+        ShardMetadata(shard.shard_offsets, shard.shard_sizes, f"rank:{shard.placement.rank()}/cpu")  # type: ignore[union-attr]
+        for shard in whole.shards_metadata
+    ]
+    on_host = {tuple(shard.shard_offsets): shard for shard in shards}
+    properties = TensorProperties(dtype=whole.tensor_properties.dtype)
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        local_shards=[
+            Shard(shard.tensor.detach().to("cpu", copy=True), on_host[tuple(shard.metadata.shard_offsets)])
+            for shard in value.local_shards()
+        ],
+        sharded_tensor_metadata=ShardedTensorMetadata(shards, whole.size, properties),
+        process_group=value._process_group,
     )

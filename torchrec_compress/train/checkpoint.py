@@ -3,12 +3,12 @@ that are written aside, made durable, then renamed."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import shutil
 import threading
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
+from torchrec_compress.sharding.seams import copy_to_host
 from torchrec_compress.train.ranks import Ranks, gather, on_first
 
 LATEST = "LATEST"
@@ -88,9 +90,7 @@ class Checkpoints:
         on_first(lambda: _make_empty(partial), self._ranks)
         random = partial / f"random_{self._ranks.rank}.pt"
         generator = torch.get_rng_state()
-        future = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(partial), process_group=self._ranks.saving)
-        assert isinstance(future, Future)
-        arguments = (future, step, random, generator, notes, protected)
+        arguments = (_copied(state), step, random, generator, notes, protected)
         self._writer = threading.Thread(target=self._finish, args=arguments, name="checkpoint", daemon=True)
         self._writer.start()
 
@@ -111,17 +111,20 @@ class Checkpoints:
 
     def _finish(
         self,
-        future: Future[Any],
+        state: dict[str, Any],
         step: int,
         random: Path,
         generator: torch.Tensor,
         notes: dict[str, Any],
         protected: int | None,
     ) -> None:
-        """Wait for the shards, note their checksums and rename the folder; in a thread, on every rank."""
+        """Write the shards, note their checksums and rename the folder; in a thread, on every rank."""
         error, files = None, {}
         try:
-            future.result()
+            group = self._ranks.saving
+            dcp.save(
+                state, storage_writer=dcp.FileSystemWriter(random.parent), process_group=group, no_dist=group is None
+            )
             torch.save(generator, random)
             _sync(random)
             files = {path.name: _digest(path) for path in self._mine(random.parent)}
@@ -229,6 +232,19 @@ class Checkpoints:
         """Return what is wrong with a checkpoint, the same on all ranks; each rank reads its share of the files."""
         found = gather(_damage(path, self._ranks), self._ranks)
         return next((text for text in found if text is not None), None)
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of a state, in the host's memory."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    if isinstance(value, ShardedTensor):
+        return copy_to_host(value)
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    return copy.deepcopy(value)
 
 
 def read(path: Path, state: dict[str, Any], ranks: Ranks | None = None) -> None:
