@@ -192,7 +192,7 @@ def report(arguments: argparse.Namespace, found: dict[int, dict[str, Any]]) -> s
         "",
         "A checkpoint holds model, optimizers and position. The training waits while its tensors are copied; the files",
         "are written and synced in the background. Resuming verifies checksums, reads and reshards.",
-        "The first checkpoint of a process also waits for fresh memory. Medians of three after it.",
+        "Medians of three after the first of the process.",
         "",
         "| ranks | variant | checkpoint MB | training waits s | the first time s | whole after s | resume s |",
         "|---|---|---|---|---|---|---|",
