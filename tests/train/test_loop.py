@@ -169,6 +169,15 @@ def test_bad_batches_are_left_out_where_that_is_asked(config, data, tmp_path):
         train(full_model(config, bad), Task(bad, STAGE, 0, tmp_path / "b", position=None))
 
 
+def test_a_training_that_stopped_at_a_bad_batch_goes_on_when_told_to_skip_it(config, data, tmp_path):
+    bad = _poisoned(data, [5])
+    stage = dataclasses.replace(STAGE, checkpoint_every=1)
+    with pytest.raises(ValueError, match="set skip_bad_batches"):
+        train(full_model(config, bad), Task(bad, stage, 0, tmp_path, position=None))
+    stage = dataclasses.replace(stage, skip_bad_batches=1, keep_checkpoints=3)
+    assert train(full_model(config, bad), Task(bad, stage, 0, tmp_path, position=None)).skipped == 1
+
+
 def test_a_left_out_batch_moves_nothing(config, data, ranks):
     bad = _poisoned(data, list(range(len(data.train))))
     trainable = _trainable(config, bad, ranks, dataclasses.replace(STAGE, skip_bad_batches=9))

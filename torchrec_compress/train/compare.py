@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from torchrec_compress.train.config import RunConfig, fingerprint, nearest, override
+from torchrec_compress.train.config import ParallelConfig, RunConfig, fingerprint, lasting, nearest, override
 from torchrec_compress.train.journal import write_json
 
 Job = tuple[str, RunConfig, str, str]
@@ -106,7 +106,8 @@ def _finished(folder: Path, config: RunConfig) -> bool:
 
 
 def _stamp(config: RunConfig) -> str:
-    return fingerprint(dataclasses.replace(config, output="", num_threads=1, tensorboard=True))
+    same = dataclasses.replace(config, output="", num_threads=1, tensorboard=True, parallel=ParallelConfig())
+    return fingerprint(lasting(same))
 
 
 def _run_all(jobs: list[Job], workers: int, bar: tqdm) -> list[str]:

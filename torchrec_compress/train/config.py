@@ -332,6 +332,25 @@ def override(config: Any, changes: Mapping[str, Any], where: str = "") -> Any:
     return config
 
 
+# how a training is watched and kept, which may change when it resumes
+_FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_bad_batches", "num_workers")
+
+
+def lasting(config: Any) -> dict[str, Any]:
+    """Return what of a config decides the outcome, as plain data: all but how the training is watched and kept.
+
+    Example:
+        >>> lasting(StageConfig(log_every=7)) == lasting(StageConfig())
+        True
+    """
+    plain = dataclasses.asdict(config)
+    return {
+        key: lasting(getattr(config, key)) if dataclasses.is_dataclass(getattr(config, key)) else value
+        for key, value in plain.items()
+        if key not in _FREE
+    }
+
+
 def nearest(name: str, known: list[str]) -> str:
     """Return "; did you mean 'x'?" for a misspelt name, or nothing.
 

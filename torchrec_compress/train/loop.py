@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import signal
 import sys
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from torchrec_compress.train.batch import Batch, Share
 from torchrec_compress.train.checkpoint import Checkpoints
-from torchrec_compress.train.config import ParallelConfig, StageConfig
+from torchrec_compress.train.config import ParallelConfig, StageConfig, lasting
 from torchrec_compress.train.data import Batches, ClickSource
 from torchrec_compress.train.journal import Journal
 from torchrec_compress.train.models import ClickModel
@@ -134,7 +133,7 @@ def train(model: ClickModel, task: Task) -> Trained:
         torch.manual_seed(task.seed * 65_537 + ranks.rank)
     pooling = dict(zip(task.data.layout.features, task.data.layout.widths, strict=True))
     trainable = Trainable(model, task.stage, ranks, task.parallel, task.teacher, pooling)
-    identity = {"stage": dataclasses.asdict(task.stage), "seed": task.seed, **task.identity}
+    identity = {"stage": lasting(task.stage), "seed": task.seed, **task.identity}
     store = Checkpoints(task.folder / "checkpoints", identity, ranks, task.stage.keep_checkpoints)
     return _Stage(trainable, task, store).run()
 

@@ -18,7 +18,7 @@ from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.compression import parse, resolve
 from torchrec_compress.methods import CodebookConfig
 from torchrec_compress.train.checkpoint import check_same, read
-from torchrec_compress.train.config import DataConfig, RunConfig, fingerprint, override
+from torchrec_compress.train.config import DataConfig, RunConfig, fingerprint, lasting, override
 from torchrec_compress.train.data import ClickData, ClickSource, open_data
 from torchrec_compress.train.fitting import best_checkpoint, choose, fit, save_tensors
 from torchrec_compress.train.journal import versions, write_atomically, write_json
@@ -44,7 +44,7 @@ def get_data(config: DataConfig, ranks: Ranks) -> ClickSource:
 
 def pretrained_key(config: RunConfig) -> str:
     """Return the name under which the full model of a config is shared."""
-    return fingerprint(config.data, config.model, config.pretrain, config.seed)
+    return fingerprint(lasting(config.data), config.model, lasting(config.pretrain), config.seed)
 
 
 def needs_pretrained(config: RunConfig) -> bool:
@@ -201,8 +201,8 @@ def _check_unchanged(config: RunConfig, folder: Path) -> None:
     if not any((folder / name).is_file() for name in ("fitted.pt", "compression.json", "summary.json")):
         return
     free = ("output", "num_threads", "tensorboard", "parallel", "compare")
-    old = yaml.safe_load((folder / "config.yaml").read_text())
-    new = dataclasses.asdict(config)
+    old = lasting(override(RunConfig(), yaml.safe_load((folder / "config.yaml").read_text())))
+    new = lasting(config)
     for key in free:
         old.pop(key, None)
         new.pop(key, None)
@@ -279,7 +279,7 @@ def _teacher(config: RunConfig, data: ClickSource, source: Path) -> Tensor:
 
 def _task(config: RunConfig, data: ClickSource, folder: Path, stage: str, position: int | None) -> Task:
     identity = {
-        "data": dataclasses.asdict(config.data),
+        "data": lasting(config.data),
         "model": dataclasses.asdict(config.model),
         **({"compression": config.compression, "start": config.start} if stage == "retrain" else {}),
     }
