@@ -192,9 +192,10 @@ def _programs(signature: Signature) -> list[Program]:
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_compiles_for_gpus(variant, capability):
+def test_compiles_for_gpus(variant, capability, tmp_path, monkeypatch):
     if program.missing():
         pytest.skip(program.missing())
+    monkeypatch.setenv("TORCHREC_COMPRESS_CACHE", str(tmp_path))  # nothing is compiled there yet
     for each in _programs(dataclasses.replace(SIGNATURE, **VARIANTS[variant])):
         assert compile_program(each, capability)[:4] == b"\x7fELF"
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from torchrec_compress.ops.gpu.cubins import cached
+
 _FOLDER = Path(__file__).parent / "cuda"
 _CODE_TYPES = {torch.uint8: "unsigned char", torch.int16: "unsigned short", torch.int32: "unsigned int"}
 _INDEX_TYPES = {torch.int32: "int", torch.int64: "long long"}
@@ -125,7 +127,7 @@ def missing() -> str:
 
 @functools.cache
 def compile_program(program: Program, capability: tuple[int, int]) -> bytes:
-    """Compile a program with NVRTC; needs no GPU.
+    """Compile a program with NVRTC, or read it from the cache folder; needs no GPU.
 
     Args:
         program: what to compile.
@@ -146,23 +148,35 @@ def compile_program(program: Program, capability: tuple[int, int]) -> bytes:
         raise CannotCompile(reason)
     from cuda.bindings import nvrtc  # pyright: ignore
 
-    def call(function: Any, *arguments: Any) -> Any:
-        status, *rest = function(*arguments)
-        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise CannotCompile(f"{function.__name__} failed: {status}")
-        return rest[0] if rest else None
-
     try:
-        handle = call(nvrtc.nvrtcCreateProgram, program.source().encode(), b"codebook_bag.cu", 0, [], [])
+        version = _call(nvrtc.nvrtcVersion)
     except RuntimeError as error:  # the package is there without the library
         raise CannotCompile(f"NVRTC does not load: {error}") from error
     options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode(), b"--std=c++17"]
-    (status,) = nvrtc.nvrtcCompileProgram(handle, len(options), options)
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = bytearray(call(nvrtc.nvrtcGetProgramLogSize, handle))
-        call(nvrtc.nvrtcGetProgramLog, handle, log)
-        raise CannotCompile(f"NVRTC refused {program}: {log.decode(errors='replace').strip()}")
-    code = bytearray(call(nvrtc.nvrtcGetCUBINSize, handle))
-    call(nvrtc.nvrtcGetCUBIN, handle, code)
-    nvrtc.nvrtcDestroyProgram(handle)
+    return cached(program.source(), options, version, lambda: _compile(program, options))
+
+
+def _compile(program: Program, options: list[bytes]) -> bytes:
+    """Return a program's machine code."""
+    from cuda.bindings import nvrtc  # pyright: ignore
+
+    handle = _call(nvrtc.nvrtcCreateProgram, program.source().encode(), b"codebook_bag.cu", 0, [], [])
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(handle, len(options), options)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = bytearray(_call(nvrtc.nvrtcGetProgramLogSize, handle))
+            _call(nvrtc.nvrtcGetProgramLog, handle, log)
+            raise CannotCompile(f"NVRTC refused {program}: {log.decode(errors='replace').strip()}")
+        code = bytearray(_call(nvrtc.nvrtcGetCUBINSize, handle))
+        _call(nvrtc.nvrtcGetCUBIN, handle, code)
+    finally:
+        nvrtc.nvrtcDestroyProgram(handle)
     return bytes(code)
+
+
+def _call(function: Any, *arguments: Any) -> Any:
+    """Return what a function of NVRTC returns, or raise CannotCompile with its status."""
+    status, *rest = function(*arguments)
+    if int(status) != 0:
+        raise CannotCompile(f"{function.__name__} failed: {status}")
+    return tuple(rest) if len(rest) > 1 else rest[0] if rest else None
