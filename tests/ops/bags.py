@@ -57,9 +57,21 @@ def random_codes(num_ids: int, num_codes: int, size: int, num_hot: int) -> Tenso
     return codes
 
 
-def check(num_ids, lengths, num_codes, size, width, structure, num_hot, weighted, dtype, index_dtype=torch.int64):
+def check(
+    num_ids,
+    lengths,
+    num_codes,
+    size,
+    width,
+    structure,
+    num_hot,
+    weighted,
+    dtype,
+    index_dtype=torch.int64,
+    codes_as=None,
+):
     dim = width * num_codes if structure == "product" else width
-    codes = random_codes(num_ids, num_codes, size, num_hot).to(code_dtype(size))
+    codes = random_codes(num_ids, num_codes, size, num_hot).to(codes_as or code_dtype(size))
     books = torch.randn(num_codes * size, width, dtype=dtype, requires_grad=True)
     hot = torch.randn(num_hot, dim, dtype=dtype, requires_grad=True) if num_hot else None
     weights = torch.randn(num_ids, dtype=dtype, requires_grad=True) if weighted else None

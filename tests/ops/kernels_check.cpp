@@ -148,9 +148,10 @@ int check(int64_t width, bool is_residual, bool is_mean, int64_t num_hot) {
 int main() {
   int wrong = 0, cases = 0;
   for (int64_t width : {1, 4, 5, 8, 16, 32, 40})
-    for (int flags = 0; flags < 8; ++flags, cases += 2) {
+    for (int flags = 0; flags < 8; ++flags, cases += 3) {
       wrong += check<uint8_t, int64_t>(width, flags & 1, flags & 2, flags & 4 ? 20 : 0);
       wrong += check<uint16_t, int32_t>(width, flags & 1, flags & 2, flags & 4 ? 20 : 0);
+      wrong += check<uint32_t, int64_t>(width, flags & 1, flags & 2, flags & 4 ? 20 : 0);
     }
   std::printf("%d cases, %d wrong\n", cases, wrong);
   return wrong ? 1 : 0;

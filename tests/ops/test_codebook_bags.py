@@ -15,13 +15,14 @@ BACKENDS = [pytest.param("cpp", marks=pytest.mark.skipif(not has_compiler(), rea
 # tables: (rows, M, K, width of a codeword, structure, hot rows)
 TABLES = [
     (50, 8, 256, 8, "product", 0),
-    (70, 4, 16, 5, "product", 7),
+    (70, 5, 16, 5, "product", 7),
     (40, 3, 300, 24, "residual", 0),
     (90, 16, 256, 4, "product", 40),
     (30, 2, 4096, 33, "residual", 9),
+    (60, 3, 40000, 4, "product", 11),
 ]
-# look-ups: (table, feature, is_mean); table 0 is looked up by two features, feature 1 looks up three tables
-LOOKUPS = [(0, 0, False), (1, 1, True), (0, 1, False), (2, 2, False), (3, 1, True), (4, 4, False)]
+# look-ups: (table, feature, is_mean); two features look up table 0, feature 1 four tables of three types
+LOOKUPS = [(0, 0, False), (1, 1, True), (0, 1, False), (2, 2, False), (3, 1, True), (4, 4, False), (5, 1, False)]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -138,8 +139,8 @@ def test_many_tables_of_all_kinds(backend, num_bags, weighted, index_dtype):
 
 @pytest.mark.parametrize("is_flat", [False, True])
 def test_codes_may_be_gathered_before(backend, is_flat):
-    Case(lengths_of(9), is_gathered=[True] * 6).check(is_flat)
-    Case(lengths_of(9), is_gathered=[True, False, False, True, True, False]).check(is_flat)
+    Case(lengths_of(9), is_gathered=[True] * 7).check(is_flat)
+    Case(lengths_of(9), is_gathered=[True, False, False, True, True, False, False]).check(is_flat)
 
 
 def test_features_may_have_bags_of_their_own_number(backend):

@@ -52,6 +52,15 @@ def test_widths_and_codebook_sizes(width, size, structure):
     check(sum(lengths), lengths, 11, size, width, structure, num_hot, True, torch.float32)
 
 
+@pytest.mark.parametrize("num_hot", [0, 7])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("width", [5, 8])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.int16, 200), (torch.int32, 200), (torch.int32, 40000)])
+def test_types_of_codes(dtype, size, width, structure, num_hot):
+    lengths = lengths_of(63)
+    check(sum(lengths), lengths, 3, size, width, structure, num_hot, True, torch.float32, codes_as=dtype)
+
+
 @pytest.mark.parametrize("num_hot", [0, 300])
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("num_bags", [0, 1, 3, 63, 1000])
@@ -196,6 +205,8 @@ def test_gradients_of_concatenated_outputs_are_read_in_place(structure):
         (torch.tensor([[0, 1], [2, 3], [255, 1]], dtype=torch.uint8), 0),
         (torch.tensor([[0, 1], [2, -1], [0, 1]], dtype=torch.int16), 0),
         (torch.tensor([[0, 1], [2, 1], [0, 254]], dtype=torch.int16), 0),
+        (torch.tensor([[0, 1], [2, 1], [0, 254]], dtype=torch.int32), 0),
+        (torch.tensor([[0, 1], [2, 1], [-(2**31), 0]], dtype=torch.int32), 0),
         # 254 is the one escape code, and the hot rows are 0 to 6
         (torch.tensor([[0, 1], [2, 1], [253, 7]], dtype=torch.uint8), 7),
     ],
@@ -206,6 +217,14 @@ def test_codes_out_of_range_are_errors(codes, num_hot, structure):
     hot = torch.zeros(num_hot, 8) if num_hot else None
     with pytest.raises(ValueError, match="every code must be in \\[0, 254\\)"):
         codebook_bag(codes, torch.zeros(508, width), None, structure=structure, hot_rows=hot)
+
+
+@pytest.mark.parametrize("code", [-1, -(2**15)])
+@pytest.mark.parametrize("size", [40000, 70000])
+def test_negative_codes_are_errors_where_codebooks_are_larger_than_their_type(size, code):
+    codes = torch.tensor([[0], [2], [code]], dtype=torch.int16)
+    with pytest.raises(ValueError, match=f"every code must be in \\[0, {size}\\).* at position 2"):
+        codebook_bag(codes, torch.zeros(size, 4), None)
 
 
 @pytest.mark.parametrize(
@@ -306,6 +325,6 @@ def test_exports():
 
 def test_other_inputs_go_to_the_reference():
     codes, books, offsets, weights, hot = inputs(num_bags=9)
-    for other, words in ((codes.int(), books), (codes, books.detach().double())):
+    for other, words in ((codes.long(), books), (codes, books.detach().double())):
         got = codebook_bag(other, words, offsets, weights=weights, hot_rows=hot)
         assert torch.equal(got, reference_codebook_bag(other, words, offsets, "product", weights, hot))

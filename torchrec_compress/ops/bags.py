@@ -15,7 +15,7 @@ from torchrec_compress.ops.gpu.lookup import is_gpu_input, pool_on_gpu
 from torchrec_compress.ops.reference import reference_codebook_bags
 
 # what the C++ kernels read; all else goes to the reference
-CPP_CODES = (torch.uint8, torch.int16)
+CPP_CODES = (torch.uint8, torch.int16, torch.int32)
 CPP_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CPP_IDS = (torch.int32, torch.int64)
 
@@ -83,10 +83,10 @@ def codebook_bags(
 ) -> Tensor:
     """Pool the rows that codes stand for, all look-ups of a collection in one call.
 
-    Nothing of size (L, D) is made, forward or backward. `tiers` says what serves; the C++ kernels (uint8 and int16
-    codes, float32, bfloat16 and float16 codebooks, CPU) sum in float32, with the same bits for any number of threads,
-    and keep the codes that they met, (L, M), for the backward: ids are followed once per step. The kernels of a GPU
-    (int32 codes too) sum in float32 and follow ids again in the backward.
+    Nothing of size (L, D) is made, forward or backward. `tiers` says what serves; the C++ kernels (uint8, int16 and
+    int32 codes, float32, bfloat16 and float16 codebooks, CPU) sum in float32, with the same bits for any number of
+    threads, and keep the codes that they met, (L, M), for the backward: ids are followed once per step. The kernels
+    of a GPU sum in float32 and follow ids again in the backward.
 
     Args:
         lookups: what is looked up where, in the order of the output.
@@ -180,12 +180,12 @@ def _plan(
     for lookup, span, rows in zip(lookups, spans, codes, strict=True):
         flags = RESIDUAL * (lookup.structure == "residual") + MEAN * lookup.is_mean + GATHERED * span.is_gathered
         place = taken.get(lookup.feature, 0)
-        place += place % rows.element_size()
+        place += -place % rows.element_size()
         plan += [lookup.table, numbers[lookup.table], flags, place]
         if not span.is_gathered:
             taken[lookup.feature] = place + rows.shape[1] * rows.element_size()
     saved_bytes = max([0, *taken.values()])
-    return plan, saved_bytes + saved_bytes % 2
+    return plan, saved_bytes + -saved_bytes % max(rows.element_size() for rows in codes)
 
 
 def codebook_bag(

@@ -203,5 +203,5 @@ def _cpu_tiers() -> list[Tier]:
         plain = f"{_VARIABLE}=cpp" if wanted == "cpp" else ""
         return [Tier("cpp", "C++ kernels", reason), Tier("torch", "plain PyTorch", plain)]
     detail = f"C++ kernels ({instructions}), {native.library_path()}"
-    rest = "slower; serves other inputs than uint8 or int16 codes with float32 codebooks on a CPU"
+    rest = "slower; serves float64 codebooks, int64 codes and other devices"
     return [Tier("cpp", detail, ""), Tier("torch", "plain PyTorch", rest)]

@@ -113,13 +113,13 @@ struct Call {
     lookups.resize(codes.size());
     for (size_t l = 0; l < codes.size(); ++l) {
       Lookup& lookup = lookups[l];
-      const bool is_byte = codes[l].scalar_type() == ScalarType::Byte;
-      require((is_byte || codes[l].scalar_type() == ScalarType::Short) && codes[l].dim() == 2 &&
-                  codes[l].is_contiguous() && codes[l].size(1) >= 1,
-              "codebook_bag: codes must be contiguous uint8 or int16 of shape (rows, M), M at least 1");
+      const ScalarType type = codes[l].scalar_type();
+      require((type == ScalarType::Byte || type == ScalarType::Short || type == ScalarType::Int) &&
+                  codes[l].dim() == 2 && codes[l].is_contiguous() && codes[l].size(1) >= 1,
+              "codebook_bag: codes must be contiguous uint8, int16 or int32 of shape (rows, M), M at least 1");
       const int64_t flags = plan[l * PLAN + 2];
       lookup.codes = static_cast<const char*>(codes[l].const_data_ptr());
-      lookup.code_bytes = is_byte ? 1 : 2;
+      lookup.code_bytes = int(codes[l].element_size());
       lookup.num_rows = codes[l].size(0);
       lookup.num_codes = codes[l].size(1);
       lookup.stride = lookup.num_codes * lookup.code_bytes;

@@ -24,7 +24,7 @@ struct Lookup {
   int64_t first_row;
   int64_t num_rows;    // of the code table
   bool is_gathered;    // whether `codes` are those of positions
-  int code_bytes;      // 1 or 2
+  int code_bytes;      // 1, 2 or 4
   int64_t num_codes, codebook_size, num_hot;
   int64_t first_size;  // the first codebook's codes from here on are escapes to hot rows
   int64_t width;       // D / M (product) or D (residual)

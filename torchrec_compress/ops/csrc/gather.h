@@ -66,15 +66,18 @@ inline void copy_rows(const char* const* rows, int64_t count, int64_t bytes, cha
 // The first position with a code out of range, or -1.
 template <typename Code>
 inline int64_t find_wrong_code(const Lookup& lookup, const Window& window) {
-  if (lookup.codebook_size > int64_t(Code(-1))) return -1;
+  // wider codes are signed in Python: read as unsigned, a negative one is beyond what a code may be
+  const int64_t reach = int64_t(1) << (sizeof(Code) == 1 ? 8 : 8 * sizeof(Code) - 1);
+  const int64_t end = lookup.codebook_size < reach ? lookup.codebook_size : reach;
+  if (end > int64_t(Code(-1))) return -1;
   const int64_t count = window.last - window.first, num_codes = lookup.num_codes;
   const Code* codes = reinterpret_cast<const Code*>(window.codes);
   // one pass that the compiler vectorises; the position is looked for only if there is a wrong code at all
   Code largest = 0;
   for (int64_t j = 0; j < count * num_codes; ++j) largest = codes[j] > largest ? codes[j] : largest;
-  if (largest < lookup.codebook_size) return -1;
+  if (largest < end) return -1;
   for (int64_t j = 0;; ++j)
-    if (codes[j] >= lookup.codebook_size) return window.first + j / num_codes;
+    if (codes[j] >= end) return window.first + j / num_codes;
 }
 
 // Finds the hot rows of a window; returns the first position with an escape code that leads nowhere, or -1.

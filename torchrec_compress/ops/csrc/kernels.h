@@ -358,14 +358,24 @@ void choose_backward(const Batch& batch, const Lookup& lookup, int64_t piece, ch
   product_backward_any<Code>(batch, lookup, piece, scratch);
 }
 
+// Calls `work` with a zero of the type that the codes are read as.
+template <typename Work>
+auto with_code(const Lookup& lookup, const Work& work) {
+  switch (lookup.code_bytes) {
+    case 1: return work(uint8_t());
+    case 2: return work(uint16_t());
+  }
+  return work(uint32_t());
+}
+
 Wrong forward(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, char* scratch) {
-  return lookup.code_bytes == 1 ? choose_forward<uint8_t>(batch, lookup, begin, end, scratch)
-                                : choose_forward<uint16_t>(batch, lookup, begin, end, scratch);
+  return with_code(lookup, [&](auto zero) {
+    return choose_forward<decltype(zero)>(batch, lookup, begin, end, scratch);
+  });
 }
 
 void backward(const Batch& batch, const Lookup& lookup, int64_t piece, char* scratch) {
-  lookup.code_bytes == 1 ? choose_backward<uint8_t>(batch, lookup, piece, scratch)
-                         : choose_backward<uint16_t>(batch, lookup, piece, scratch);
+  with_code(lookup, [&](auto zero) { choose_backward<decltype(zero)>(batch, lookup, piece, scratch); });
 }
 
 int64_t num_pieces(const Lookup& lookup) {
@@ -374,8 +384,7 @@ int64_t num_pieces(const Lookup& lookup) {
 }
 
 void backward_weights(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, char* scratch) {
-  lookup.code_bytes == 1 ? weights_backward<uint8_t>(batch, lookup, begin, end, scratch)
-                         : weights_backward<uint16_t>(batch, lookup, begin, end, scratch);
+  with_code(lookup, [&](auto zero) { weights_backward<decltype(zero)>(batch, lookup, begin, end, scratch); });
 }
 
 Wrong gather(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, char* to, int64_t row_bytes) {
