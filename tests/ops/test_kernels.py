@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.made import Made
 from tests.ops.bags import check, random_codes
 from torchrec_compress.ops import code_dtype, codebook_bag, native, num_escape_codes
 from torchrec_compress.ops.dispatch import cpp_serves
@@ -124,27 +124,13 @@ def test_two_threads_give_the_bits_of_one(structure):
         assert torch.equal(a, c)
 
 
-class _Largest(TorchDispatchMode):
-    """Notes the elements of the largest tensor that any operator makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
-        return out
-
-
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_nothing_is_larger_than_inputs_and_outputs(structure):
     codes, books, offsets, weights, hot = inputs(structure, num_hot=20, size=16)
-    with _Largest() as seen:
+    with Made() as made:
         out, *_ = run(codebook_bag, structure, codes, books, offsets, weights, hot)
     assert len(codes) * out.shape[1] > 10 * out.numel()
-    assert seen.numel <= max(out.numel(), codes.numel())
+    assert max(made.floats + made.integers)[0] <= max(out.numel(), codes.numel())
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

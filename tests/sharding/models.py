@@ -45,19 +45,18 @@ def loss_of(model: nn.Module, features: Any) -> Tensor:
 
 
 def make_plan(model: nn.Module, kind: str, sharders: list[ModuleSharder[nn.Module]] | None = None) -> Any:
-    """Return a plan with one sharding type for all tables.
+    """Return a plan with one sharding type for all tables; "in turn": every third data-parallel, others row-wise.
 
     Under "row_wise" dense tables are table-wise (TorchRec offers no row-wise bags on a CPU), and in a mixed collection
     hashed ones too: TorchRec's row-wise bags need batches of one size on gloo.
     """
     methods = model.embeddings.methods()  # type: ignore[attr-defined, operator, union-attr]
     stay = {"dense", "hash"} if len(methods) > 1 else {"dense"}
-    constraints = {
-        name: ParameterConstraints(
-            sharding_types=["table_wise" if method.method in stay and kind == "row_wise" else kind]
-        )
-        for name, method in methods.items()
-    }
+    constraints = {}
+    for number, (name, method) in enumerate(methods.items()):
+        wish = ("row_wise" if number % 3 else "data_parallel") if kind == "in turn" else kind
+        wish = "table_wise" if method.method in stay and wish == "row_wise" else wish
+        constraints[name] = ParameterConstraints(sharding_types=[wish])
     topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
     planner = EmbeddingShardingPlanner(topology=topology, batch_size=8, constraints=constraints)
     return planner.collective_plan(model, sharders or get_default_sharders(), dist.GroupMember.WORLD)

@@ -95,7 +95,7 @@ def test_every_method_trains_as_unsharded(two_ranks, config, how):
     check(results, allowed=1e-6 if isinstance(config, HashConfig) else 0.0)
 
 
-@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("how", [*KINDS, "in turn"])
 @pytest.mark.parametrize("kind", ["plain", "uneven", "empty", "rank 1 empty", "int32"])
 def test_a_mixed_collection_trains_as_unsharded(two_ranks, kind, how):
     arguments = (PoolingType.SUM, True)
@@ -109,7 +109,7 @@ def test_mean_pooling_on_four_ranks(four_ranks, how):
     check(results, allowed=1e-5)
 
 
-@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("how", [*KINDS, "in turn"])
 @pytest.mark.parametrize("config", [PQConfig(num_codes=4, codebook_size=16), MEmComConfig(num_buckets=30, bias=True)])
 def test_unpooled_collections_train_as_unsharded(two_ranks, config, how):
     check(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torchrec.modules.embedding_modules import process_pooled_embeddings, reorder_inverse_indices
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_compress.modules.tables import CodeTable
-from torchrec_compress.ops import BagLookup, IdBags, Span, check_filled, codebook_bag, codebook_bags, lookup_codes
-from torchrec_compress.ops.codebooks import Structure
+from torchrec_compress.ops import BagLookup, IdBags, Span, check_filled, codebook_bags, lookup_codes
 
 Codes = CodeTable | Tensor
+
+# unpooled rows of one call, 8 MiB: the backward puts the gradients of a call's look-ups together in one tensor, which
+# costs more than a call where they are large
+_CALL_VALUES = 2**21
 
 
 def feature_spans(features: KeyedJaggedTensor) -> dict[str, Span]:
@@ -53,6 +57,69 @@ def pool_codes(
         ValueError: as `ops.codebook_bags`.
         RuntimeError: a code table was never filled.
     """
+    spans, tables = _find(features, lookups, codes)
+    weights = features.weights() if is_weighted else None
+    is_flat = features.variable_stride_per_key()
+    batch = IdBags(features.values(), features.offsets(), weights, is_flat)
+    pooled = codebook_bags(lookups, spans, tables, codebooks, hot_rows, batch)
+    inverse = features.inverse_indices_or_none()
+    if not is_flat and inverse is None:
+        return pooled
+    widths = _widths(lookups, tables, codebooks)
+    parts = _unflatten(pooled, widths, spans) if is_flat else list(pooled.split(widths, dim=1))
+    order = reorder_inverse_indices(inverse_indices=inverse, feature_names=[lookup.feature for lookup in lookups])
+    return process_pooled_embeddings(pooled_embeddings=parts, inverse_indices=order)
+
+
+def unpooled_codes(
+    features: KeyedJaggedTensor,
+    lookups: Sequence[BagLookup],
+    codes: Sequence[Codes],
+    codebooks: Sequence[Tensor],
+    hot_rows: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """Return the rows of the ids of every look-up of codes, (L, D) each, as many look-ups in a call as pay.
+
+    Arguments and errors: as in `pool_codes`.
+    """
+    found, tables = _find(features, lookups, codes)
+    # a bag per id
+    spans = [span._replace(first_bag=span.first_id, num_bags=span.num_ids) for span in found]
+    widths, rows = _widths(lookups, tables, codebooks), []
+    for call in _calls(spans, widths):
+        used = sorted({lookup.table for lookup in lookups[call]})
+        first = min(span.first_id for span in spans[call])
+        last = max(span.first_id + span.num_ids for span in spans[call])
+        flat = codebook_bags(
+            [lookup._replace(table=used.index(lookup.table)) for lookup in lookups[call]],
+            [span._replace(first_bag=span.first_bag - first, first_id=span.first_id - first) for span in spans[call]],
+            tables[call],
+            [codebooks[table] for table in used],
+            [hot_rows[table] for table in used],
+            IdBags(features.values()[first:last], is_flat=True),
+        )
+        rows += _unflatten(flat, widths[call], spans[call])
+    return rows
+
+
+def _calls(spans: Sequence[Span], widths: Sequence[int]) -> list[slice]:
+    """Return which look-ups share a call: neighbours up to `_CALL_VALUES` values, but always at least one."""
+    if torch.compiler.is_compiling():  # a graph shall not depend on sizes
+        return [slice(0, len(spans))]
+    calls, first, values = [], 0, 0
+    for number, (span, width) in enumerate(zip(spans, widths, strict=True)):
+        mine = span.num_ids * width
+        if number > first and values + mine > _CALL_VALUES:
+            calls.append(slice(first, number))
+            first, values = number, 0
+        values += mine
+    return [*calls, slice(first, len(spans))]
+
+
+def _find(
+    features: KeyedJaggedTensor, lookups: Sequence[BagLookup], codes: Sequence[Codes]
+) -> tuple[list[Span], list[Tensor]]:
+    """Return where each look-up is in the batch, and its codes: a whole table, or those of its ids."""
     by_feature = feature_spans(features)
     spans, tables = [], []
     for found, lookup in zip(codes, lookups, strict=True):
@@ -61,24 +128,23 @@ def pool_codes(
             check_filled(found.is_set, lookup.where)
         tables.append(found.codes if is_whole else found)
         spans.append(by_feature[lookup.feature]._replace(is_gathered=not is_whole))
-    weights = features.weights() if is_weighted else None
-    is_flat = features.variable_stride_per_key()
-    batch = IdBags(features.values(), features.offsets(), weights, is_flat)
-    pooled = codebook_bags(lookups, spans, tables, codebooks, hot_rows, batch)
-    inverse = features.inverse_indices_or_none()
-    if not is_flat and inverse is None:
-        return pooled
-    widths = [
+    return spans, tables
+
+
+def _widths(lookups: Sequence[BagLookup], tables: Sequence[Tensor], codebooks: Sequence[Tensor]) -> list[int]:
+    """Return the columns of every look-up."""
+    return [
         codebooks[lookup.table].shape[1] * (1 if lookup.structure == "residual" else table.shape[1])
         for lookup, table in zip(lookups, tables, strict=True)
     ]
-    if is_flat:
-        sizes = [width * span.num_bags for width, span in zip(widths, spans, strict=True)]
-        parts = [part.view(-1, width) for part, width in zip(pooled.split(sizes), widths, strict=True)]
-    else:
-        parts = list(pooled.split(widths, dim=1))
-    order = reorder_inverse_indices(inverse_indices=inverse, feature_names=[lookup.feature for lookup in lookups])
-    return process_pooled_embeddings(pooled_embeddings=parts, inverse_indices=order)
+
+
+def _unflatten(flat: Tensor, widths: Sequence[int], spans: Sequence[Span]) -> list[Tensor]:
+    """Return the (B, D) of every look-up in a flat output."""
+    if len(widths) == 1:  # not a part of it, whose gradient would be copied
+        return [flat.view(-1, widths[0])]
+    sizes = [width * span.num_bags for width, span in zip(widths, spans, strict=True)]
+    return [part.view(-1, width) for part, width in zip(flat.split(sizes), widths, strict=True)]
 
 
 def row_codes(codes: Codes, ids: Tensor, where: str) -> Tensor:
@@ -89,18 +155,3 @@ def row_codes(codes: Codes, ids: Tensor, where: str) -> Tensor:
         RuntimeError: the code table was never filled.
     """
     return lookup_codes(codes.codes, codes.is_set, ids, where) if isinstance(codes, CodeTable) else codes
-
-
-def coded_rows(
-    codes: Codes, ids: Tensor, codebooks: Tensor, hot_rows: Tensor | None, structure: Structure, where: str
-) -> Tensor:
-    """Return the rows of ids, (L, D); arguments as in `pool_codes`, of one look-up.
-
-    Raises:
-        ValueError: as `ops.codebook_bag`.
-        RuntimeError: the code table was never filled.
-    """
-    if not isinstance(codes, CodeTable):
-        return codebook_bag(codes, codebooks, None, structure=structure, hot_rows=hot_rows, where=where)
-    check_filled(codes.is_set, where)
-    return codebook_bag(codes.codes, codebooks, None, structure=structure, hot_rows=hot_rows, ids=ids, where=where)

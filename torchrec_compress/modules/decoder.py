@@ -14,7 +14,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_compress.methods.codebook import CodebookDecoder
 from torchrec_compress.modules.backward import strip_where_replicated
-from torchrec_compress.modules.codes import Codes, coded_rows, pool_codes, row_codes
+from torchrec_compress.modules.codes import Codes, pool_codes, row_codes, unpooled_codes
 from torchrec_compress.modules.features import split_features
 from torchrec_compress.modules.plan import CollectionPlan, Lookup
 from torchrec_compress.ops import BagLookup
@@ -23,11 +23,11 @@ from torchrec_compress.ops import BagLookup
 torch.fx.wrap("process_pooled_embeddings")
 torch.fx.wrap("reorder_inverse_indices")
 torch.fx.wrap("bag_means")
-torch.fx.wrap("coded_rows")
 torch.fx.wrap("interleave_columns")
 torch.fx.wrap("pool_codes")
 torch.fx.wrap("row_codes")
 torch.fx.wrap("split_features")
+torch.fx.wrap("unpooled_codes")
 
 FORMAT_VERSION = 1
 # what a checkpoint and a collection must agree on, table by table; their fingerprints are stored
@@ -167,7 +167,9 @@ class Decoder(nn.Module):
         Returns:
             (B, sum of widths).
         """
-        coded = self._pool_codes(features, codes)
+        coded = None
+        if self._bag_lookups:
+            coded = pool_codes(features, self._bag_lookups, *self._coded(codes), self._is_weighted)
         others = [lookup for lookup in self._lookups if not self._is_coded(lookup)]
         if coded is not None and not others:
             return coded
@@ -191,30 +193,25 @@ class Decoder(nn.Module):
         self, features: KeyedJaggedTensor, codes: dict[str, Codes] | None, rows: dict[str, dict[str, JaggedTensor]]
     ) -> list[Tensor]:
         """Return one (L, D) per look-up; arguments as in `forward`."""
+        coded = unpooled_codes(features, self._bag_lookups, *self._coded(codes)) if self._bag_lookups else []
         jagged = split_features(features)
-        found = []
-        for lookup in self._lookups:
-            bank, ids = self.banks[lookup.table.name], jagged[lookup.feature].values()
-            if self._is_coded(lookup):
-                assert codes is not None
-                hot = bank.float_hot_rows()
-                found.append(coded_rows(codes[lookup.key], ids, bank.codebooks, hot, bank.structure, _where(lookup)))
-            else:
-                found.append(self._decode(lookup, ids, None, None, codes, rows))
-        return found
+        numbers = iter(range(len(self._bag_lookups)))
+        return [
+            coded[next(numbers)]
+            if self._is_coded(lookup)
+            else self._decode(lookup, jagged[lookup.feature].values(), None, None, codes, rows)
+            for lookup in self._lookups
+        ]
 
     def _is_coded(self, lookup: Lookup) -> bool:
         return isinstance(self.banks[lookup.table.name], CodebookDecoder)
 
-    def _pool_codes(self, features: KeyedJaggedTensor, codes: dict[str, Codes] | None) -> Tensor | None:
-        """Return the pooled embeddings of the look-ups of codes, side by side, if there are any."""
-        if not self._bag_lookups:
-            return None
+    def _coded(self, codes: dict[str, Codes] | None) -> tuple[list[Codes], list[Tensor], list[Tensor | None]]:
+        """Return the codes of every look-up of codes, and the codebooks and hot rows of their tables."""
         assert codes is not None
         banks = [self.banks[name] for name in self._coded_tables]
         found = [codes[lookup.key] for lookup in self._lookups if self._is_coded(lookup)]
-        codebooks, hot_rows = [bank.codebooks for bank in banks], [bank.float_hot_rows() for bank in banks]
-        return pool_codes(features, self._bag_lookups, found, codebooks, hot_rows, self._is_weighted)
+        return found, [bank.codebooks for bank in banks], [bank.float_hot_rows() for bank in banks]
 
     def _decode(
         self,

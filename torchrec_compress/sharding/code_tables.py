@@ -1,4 +1,8 @@
-"""Sharded code tables: ids travel to the owner of the row, codes travel back, nothing is differentiated."""
+"""Sharded code tables: ids travel to the owner of the row, codes travel back, nothing is differentiated.
+
+A table that this rank holds whole, as every rank does one that is data-parallel, is handed on as it is: the look-up of
+codes is then a part of their decoding, as without sharding.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,9 @@ from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterShardi
 from torchrec.distributed.utils import append_prefix
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_compress.modules.codes import Codes
 from torchrec_compress.modules.features import check_ranges, split_features
-from torchrec_compress.modules.tables import CodeTableCollection, CodeTableConfig
+from torchrec_compress.modules.tables import CodeTable, CodeTableCollection, CodeTableConfig
 from torchrec_compress.ops import check_ids, code_gather
 from torchrec_compress.sharding.agree import run_together
 from torchrec_compress.sharding.seams import (
@@ -70,17 +75,21 @@ class CodeContext(EmbeddingCollectionContext):
             positions.record_stream(stream)
 
 
-class CodesAwaitable(LazyAwaitable[dict[str, Tensor]]):
-    """The codes of a batch, on their way back."""
+class CodesAwaitable(LazyAwaitable[dict[str, Codes]]):
+    """The codes of a batch, on their way back, beside the tables that this rank holds whole."""
 
     def __init__(
-        self, rows: list[Awaitable[Tensor]], tables: list[list[CodeTableConfig]], context: CodeContext
+        self,
+        rows: list[Awaitable[Tensor]],
+        tables: list[list[CodeTableConfig]],
+        context: CodeContext,
+        whole: dict[str, CodeTable],
     ) -> None:
         super().__init__()
-        self._rows, self._tables, self._context = rows, tables, context
+        self._rows, self._tables, self._context, self._whole = rows, tables, context, whole
 
-    def _wait_impl(self) -> dict[str, Tensor]:
-        codes: dict[str, Tensor] = {}
+    def _wait_impl(self) -> dict[str, Codes]:
+        codes: dict[str, Codes] = {**self._whole}
         for awaitable, tables, sent in zip(self._rows, self._tables, self._context.sharding_contexts, strict=True):
             assert sent.features_before_input_dist is not None
             counts = sent.features_before_input_dist.length_per_key()
@@ -104,7 +113,7 @@ class CodeShard(nn.Module):
         self.is_set: Tensor
 
 
-class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], dict[str, Tensor], CodeContext]):
+class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], dict[str, Codes], CodeContext]):
     """`CodeTableCollection` over many ranks: row-wise, table-wise or data-parallel, table by table.
 
     Only flat lists of ids travel, not bags; so uneven batches, weights and variable batch sizes never get here.
@@ -137,6 +146,8 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
         for config in module.configs():
             bank, sharding = module.banks[config.name], plan[config.name]
             self.banks[config.name] = self._shard_of(config, bank.codes, bank.is_set)
+            if self._is_whole(config.name):
+                continue
             table = RowTable(config.name, config.num_embeddings, row_words(config), bank.codes, sharding)
             groups.setdefault((sharding.sharding_type, table.num_words), []).append(table)
         self._kinds = [kind for kind, _ in groups]
@@ -145,6 +156,7 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
         self._tables = [[self._configs[name] for name in exchange.feature_names()] for exchange in self._exchanges]
         self._output_dists = [exchange.create_output_dist() for exchange in self._exchanges]
         self._has_uninitialized_input_dist = True
+        self._whole = [config for config in module.configs() if self._is_whole(config.name)]
         few_rows = all(config.num_embeddings < 2**31 for config in module.configs())
         self._id_dtype = torch.int32 if few_rows else torch.int64
         self._register_state_dict_hook(_share_codes)
@@ -183,29 +195,36 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
             ctx.sharding_contexts.append(sequence_context(flat, dist))
         return KJTListSplitsAwaitable(awaitables, ctx)
 
+    def _is_whole(self, name: str) -> bool:
+        """Return whether this rank, and then every rank, holds all rows of a table."""
+        return self._env.world_size == 1 or self._plan[name].sharding_type == _DATA_PARALLEL
+
     def _distinct_ids(self, ctx: CodeContext, features: KeyedJaggedTensor) -> list[list[Tensor]]:
         """Return the ids that are asked of every table, by exchange."""
         jagged = split_features(features)
         check_ranges(jagged, self._also_checked)
-        return [
-            [self._ids_of(ctx, config, jagged, kind) for config in tables]
-            for kind, tables in zip(self._kinds, self._tables, strict=True)
-        ]
+        for config in self._whole:
+            self._check(config, jagged)
+        return [[self._ids_of(ctx, config, jagged) for config in tables] for tables in self._tables]
 
-    def _ids_of(self, ctx: CodeContext, config: CodeTableConfig, jagged: dict[str, Any], kind: str) -> Tensor:
-        """Return the ids that are asked of one table, and note in the context how to undo it."""
+    def _check(self, config: CodeTableConfig, jagged: dict[str, Any]) -> list[Tensor]:
+        """Return the ids that are asked of one table, by feature, or raise where it cannot serve them."""
         if self._device.type == "cpu" and not bool(self.banks[config.name].is_set):
             raise RuntimeError(
                 f"table {config.name!r}: the code table must be filled before it is used, got one that never was; "
                 "load a checkpoint, or shard a collection that compress() made"
             )
-        parts = [
+        return [
             check_ids(jagged[feature].values(), config.num_embeddings, f"table {config.name!r}, feature {feature!r}")
             for feature in config.feature_names
         ]
+
+    def _ids_of(self, ctx: CodeContext, config: CodeTableConfig, jagged: dict[str, Any]) -> Tensor:
+        """Return the ids that are asked of one table's owners, and note in the context how to undo it."""
+        parts = self._check(config, jagged)
         ctx.num_ids[config.name] = [len(part) for part in parts]
         ids = torch.cat(parts)
-        if self._deduplicate and kind != _DATA_PARALLEL:
+        if self._deduplicate:
             ids, ctx.inverse[config.name] = torch.unique(ids, return_inverse=True)
         return ids.to(self._id_dtype)
 
@@ -237,13 +256,15 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
     def _owns(self, name: str) -> bool:
         return self._env.rank in (self._plan[name].ranks or [])
 
-    def output_dist(self, ctx: CodeContext, output: list[Tensor]) -> LazyAwaitable[dict[str, Tensor]]:
-        """Send the codes back to the ranks that asked: (L, row_size) integer by output name."""
+    def output_dist(self, ctx: CodeContext, output: list[Tensor]) -> LazyAwaitable[dict[str, Codes]]:
+        """Send the codes back to the ranks that asked: by output name, (L, row_size) integer or a whole table."""
         rows = [
             dist(words, sent)
             for dist, words, sent in zip(self._output_dists, output, ctx.sharding_contexts, strict=True)
         ]
-        return CodesAwaitable(rows, self._tables, ctx)
+        banks = [(config.output_names, self.banks[config.name]) for config in self._whole]
+        whole = {name: CodeTable(bank.codes, bank.is_set) for names, bank in banks for name in names}
+        return CodesAwaitable(rows, self._tables, ctx, whole)
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         """Yield the names of the buffers that differ over the ranks, which no wrapper may synchronise."""

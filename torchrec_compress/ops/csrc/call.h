@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -110,6 +111,7 @@ struct Call {
     plan = std::move(given_plan);
     require(!codes.empty() && plan.size() == codes.size() * PLAN && bags.size() == codes.size() * 2,
             "codebook_bag: plan and bags must have entries for each of ", codes.size(), " look-ups");
+    if (!batch.offsets) count_positions(codes, bags);
     lookups.resize(codes.size());
     for (size_t l = 0; l < codes.size(); ++l) {
       Lookup& lookup = lookups[l];
@@ -133,12 +135,17 @@ struct Call {
     }
   }
 
+  // Without offsets, gathered codes say how many positions there are at least, and where no ids do, how many.
+  void count_positions(const Tensors& codes, const Numbers& bags) {
+    int64_t end = 0;
+    for (size_t l = 0; l < codes.size(); ++l)
+      if (plan[l * PLAN + 2] & GATHERED) end = std::max(end, bags[2 * l] + codes[l].size(0));
+    if (num_bags < 0) num_bags = end;
+    require(!batch.weights || batch.num_ids >= end, "codebook_bag: weights must be one per id, ", end, ", got ",
+            batch.num_ids);
+  }
+
   void set_rows(Lookup& lookup) {
-    if (!batch.offsets && lookup.is_gathered) {
-      num_bags = lookup.num_rows;
-      require(!batch.weights || batch.num_ids == num_bags, "codebook_bag: weights must be one per id, ", num_bags,
-              ", got ", batch.num_ids);
-    }
     require(lookup.first_bag >= 0 && lookup.num_bags >= 0 && lookup.first_bag + lookup.num_bags <= num_bags,
             "codebook_bag: the bags of a look-up must be among the ", num_bags, " of the batch, got ",
             lookup.num_bags, " from ", lookup.first_bag, " on");
