@@ -5,13 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from tests.ops.gpu.cases import LARGE, SMALL, Case, check
+from tests.ops.gpu.cases import LARGE, SMALL, Case, check, draw
 from tests.ops.gpu.emulator import DEVICE, Emulator
 from torchrec_compress.ops import native
 from torchrec_compress.ops.gpu import cuda_kernels, program
+from torchrec_compress.ops.gpu.lookup import pool_on_gpu
 from torchrec_compress.ops.gpu.operators import codebook_bags_gpu, codebook_bags_gpu_backward
 from torchrec_compress.ops.gpu.plan import Device, gradient_plan, pool_plan
 from torchrec_compress.ops.gpu.program import CannotCompile, Program, Signature, compile_program
+from torchrec_compress.ops.gpu.task import Task
 
 
 def _has_compiler() -> bool:
@@ -141,6 +143,60 @@ def test_shapes_that_do_not_fit_are_errors():
         codebook_bags_gpu(*inputs)
     with pytest.raises(ValueError, match="escapes reach, got 17"):
         codebook_bags_gpu(*_inputs(hot=17))
+
+
+def _task(**given) -> Task:
+    whole = {
+        "codes": torch.zeros(3, 2, dtype=torch.uint8), "codebooks": torch.zeros(8, 4), "hot_rows": None, "ids": None,
+        "offsets": None, "weights": None, "num_bags": 3, "first_id": 0, "num_ids": 3, "residual": False, "mean": False,
+    }  # fmt: skip
+    return Task(**{**whole, **given})
+
+
+@pytest.mark.parametrize("name", ["codes", "hot_rows", "ids", "offsets", "weights"])
+def test_a_tensor_of_another_device_is_an_error_and_no_wild_address(name):
+    with pytest.raises(ValueError, match=f"{name} must be on cpu as the codebooks are, got meta; move it there"):
+        _task(**{name: torch.zeros(4, 2, device="meta")}).check()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ids": torch.zeros(2)}, "ids must be at least 3, got 2"),
+        ({"weights": torch.zeros(3), "first_id": 1}, "weights must be at least 4, got 3"),
+        ({"num_ids": 4, "num_bags": 4}, "there must be codes of 4 ids, got 3"),
+        ({"num_bags": 4}, "there must be 4 bags, got 3"),
+        ({"offsets": torch.zeros(3)}, "there must be 3 bags, got 2"),
+    ],
+)
+def test_inputs_that_end_too_early_are_errors_and_no_wild_addresses(given, message):
+    with pytest.raises(ValueError, match=message):
+        _task(**given).check()
+
+
+@needs_compiler
+def test_hot_rows_of_which_there_are_none_start_no_kernel(emulate):
+    emulator = emulate()
+    inputs = list(_inputs(offsets=torch.tensor([0, 2, 3])))
+    inputs[2], inputs[6] = [torch.randn(0, 8)], [0, 0, 4]
+    inputs[1] = [inputs[1][0].requires_grad_()]
+    inputs[2] = [inputs[2][0].requires_grad_()]
+    codebook_bags_gpu(*inputs).sum().backward()
+    assert inputs[2][0].grad.shape == (0, 8)
+    assert "codebook_bag_sum_hot_rows" not in [kernel for kernel, _, _ in emulator.launched]
+
+
+@needs_compiler
+def test_the_gradient_of_weights_takes_no_more_memory_than_the_weights(emulate, monkeypatch):
+    emulate()
+    given = draw(Case(lengths=((1, 0, 2),) * 9, tables=tuple((0,) for _ in range(9)), weighted=True), "cpu")
+    out = pool_on_gpu(given.lookups, given.spans, given.codes, given.books, given.hot, given.batch, "cuda")
+    made, new_empty = [], torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *given, **named: made.append(new_empty(*given, **named)) or made[-1]
+    )
+    out.sum().backward()
+    assert sum(tensor.numel() for tensor in made if tensor.dim() == 1) == 27
 
 
 @needs_compiler

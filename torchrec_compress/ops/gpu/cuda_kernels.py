@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchrec_compress.ops.gpu.plan import Device, GradientPlan, gradient_plan, pool_plan
-from torchrec_compress.ops.gpu.program import Program, Signature, compile_program
+from torchrec_compress.ops.gpu.driver import Launcher, driver_of
+from torchrec_compress.ops.gpu.plan import GradientPlan, gradient_plan, pool_plan
+from torchrec_compress.ops.gpu.program import Program, Signature
 from torchrec_compress.ops.gpu.segments import hot_segments
 from torchrec_compress.ops.gpu.task import (
     MAX_LOOKUPS,
@@ -23,90 +24,6 @@ from torchrec_compress.ops.gpu.task import (
     launches,
     word_alignment,
 )
-
-Grid = tuple[int, int, int]
-
-
-class Launcher(Protocol):
-    """What starts kernels: a GPU's driver, or in tests an emulation."""
-
-    device: Device
-
-    def launch(
-        self, program: Program, kernel: str, grid: Grid, threads: int, shared_bytes: int, arguments: Sequence[Any]
-    ) -> None:
-        """Start `kernel` of a program with ctypes values as arguments."""
-        ...
-
-
-class Driver:
-    """Starts kernels on a GPU, in torch's current stream.
-
-    Args:
-        index: of the GPU.
-    """
-
-    def __init__(self, index: int) -> None:
-        found = torch.cuda.get_device_properties(index)
-        self.device = Device(
-            capability=(found.major, found.minor),
-            num_sms=found.multi_processor_count,
-            block_bytes=found.shared_memory_per_block_optin,
-            sm_bytes=found.shared_memory_per_multiprocessor,
-        )
-        self._index = index
-        self._modules: dict[Program, Any] = {}
-        self._functions: dict[tuple[Program, str], Any] = {}
-
-    def launch(
-        self, program: Program, kernel: str, grid: Grid, threads: int, shared_bytes: int, arguments: Sequence[Any]
-    ) -> None:
-        """Start `kernel` of a program; the first time compiles and loads it."""
-        from cuda.bindings import driver  # pyright: ignore
-
-        with torch.cuda.device(self._index):
-            function = self._function(program, kernel)
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
-            pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
-            stream = torch.cuda.current_stream().cuda_stream
-            _checked(
-                driver.cuLaunchKernel(
-                    function, *grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
-                )
-            )
-
-    def _function(self, program: Program, kernel: str) -> Any:
-        from cuda.bindings import driver  # pyright: ignore
-
-        if (program, kernel) not in self._functions:
-            if program not in self._modules:
-                code = compile_program(program, self.device.capability)
-                torch.cuda.current_stream()  # makes torch's context the current one
-                self._modules[program] = _checked(driver.cuModuleLoadData(code))
-            self._functions[program, kernel] = _checked(
-                driver.cuModuleGetFunction(self._modules[program], kernel.encode())
-            )
-        return self._functions[program, kernel]
-
-
-def _checked(answer: tuple[Any, ...]) -> Any:
-    """Return what a call of the driver returns, or raise RuntimeError with its status."""
-    status, *rest = answer
-    if int(status) != 0:
-        raise RuntimeError(f"codebook_bag: the CUDA driver must answer CUDA_SUCCESS, got {status}")
-    return rest[0] if rest else None
-
-
-@functools.cache
-def driver_of(index: int) -> Launcher:
-    """Return the driver of a GPU.
-
-    Example:
-        >>> driver_of(0).device  # doctest: +SKIP
-        Device(capability=(9, 0), num_sms=132, block_bytes=232448, sm_bytes=233472)
-    """
-    return Driver(index)
 
 
 def _launcher(tensor: Tensor) -> Launcher:
@@ -151,14 +68,13 @@ def backward_weights(tasks: Sequence[Task], grads: Sequence[Tensor], weights: Te
 
     Tasks that share ids are told apart, so that every sum is taken in the order of the tasks.
     """
-    parts: list[Tensor] = [torch.empty_like(weights) for _ in tasks]
+    parts = [weights.new_empty(task.num_ids) for task in tasks]
     # the kernel reads no weights
-    bare = [Task(**{**vars(task), "weights": None}) for task in tasks]
+    bare = [replace(task, weights=None) for task in tasks]
     if tasks:
         _pool("BACKWARD_WEIGHTS", _launcher(weights), bare, grads, [part.data_ptr() for part in parts])
     for task, part in zip(tasks, parts, strict=True):
-        span = slice(task.first_id, task.first_id + task.num_ids)
-        weights[span] += part[span]
+        weights[task.first_id : task.first_id + task.num_ids] += part
 
 
 def backward_codebooks(tasks: Sequence[Task], grads: Sequence[Tensor], table_of: Sequence[int]) -> dict[int, Tensor]:
@@ -205,7 +121,10 @@ def _partials(
 def _reduce(partial: dict[int, list[Tensor]], owner: dict[int, tuple[Program, Task]]) -> dict[int, Tensor]:
     """Add up partial gradients, table by table."""
     whole = {table: parts[0] if len(parts) == 1 else torch.cat(parts) for table, parts in partial.items()}
-    sums = {table: torch.empty_like(owner[table][1].codebooks, device=parts.device) for table, parts in whole.items()}
+    sums = {}
+    for table, parts in whole.items():
+        books = owner[table][1].codebooks  # maybe a shape alone, without data
+        sums[table] = parts.new_empty(books.shape, dtype=books.dtype)
     for program in dict.fromkeys(program for program, _ in owner.values()):
         tables = [table for table, (own, _) in owner.items() if own == program]
         for first in range(0, len(tables), MAX_LOOKUPS):
@@ -226,7 +145,9 @@ def backward_hot_rows(task: Task, grad: Tensor) -> Tensor:
     keep everyone waiting; no atomics, so the bits do not change from run to run.
     """
     assert task.hot_rows is not None
-    out = torch.empty_like(task.hot_rows, device=grad.device)
+    out = grad.new_empty(task.hot_rows.shape, dtype=task.hot_rows.dtype)
+    if task.num_hot == 0:
+        return out
     launcher, program = _launcher(grad), Program("HOT_ROWS", task.signature, ())
     hot = torch.empty(task.num_ids, dtype=torch.int32, device=grad.device)
     bags = torch.empty_like(hot)

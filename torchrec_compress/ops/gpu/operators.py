@@ -105,70 +105,79 @@ def codebook_bags_gpu_backward(
     tasks = _tasks(codes, codebooks, hot_rows, ids, offsets, weights, plan, spans)
     is_in_place = is_flat or grad.stride(1) == 1
     grads = _pieces(grad.contiguous() if is_flat or not is_in_place else grad, tasks, is_flat)
-    num_tables = len(codebooks)
-    of_books = [
-        torch.zeros_like(books, device=grad.device) if wanted else grad.new_empty(0)
-        for books, wanted in zip(codebooks, wants[:num_tables], strict=True)
-    ]
-    of_hot = [
-        torch.zeros_like(rows, device=grad.device) if wanted else grad.new_empty(0)
-        for rows, wanted in zip(hot_rows, wants[num_tables:-1], strict=True)
-    ]
     of_weights = torch.zeros_like(weights) if weights is not None and wants[-1] else grad.new_empty(0)
+    shapes = [tensor.shape for tensor in (*codebooks, *hot_rows)]
     run = _cuda_backward if tier == "cuda" else _triton_backward
-    run(tasks, grads, plan, of_books, of_hot, of_weights, wants)
-    return of_books, of_hot, of_weights
+    found = run(tasks, grads, plan, shapes[: len(codebooks)], shapes[len(codebooks) :], of_weights, wants)
+    made = [
+        grad.new_empty(0) if not wanted else grad.new_zeros(shape) if part is None else part
+        for part, shape, wanted in zip(found, shapes, wants[:-1], strict=True)
+    ]
+    return made[: len(codebooks)], made[len(codebooks) :], of_weights
 
 
 def _cuda_backward(
     tasks: list[Task],
     grads: list[Tensor],
     plan: Sequence[int],
-    of_books: list[Tensor],
-    of_hot: list[Tensor],
+    books: Sequence[Sequence[int]],
+    hot: Sequence[Sequence[int]],
     of_weights: Tensor,
     wants: Sequence[bool],
-) -> None:
-    """Fill the gradients by the CUDA kernels."""
+) -> list[Tensor | None]:
+    """Return the gradients of codebooks and of hot rows by the CUDA kernels; None for those that nothing looked up.
+
+    Args:
+        tasks: the look-ups.
+        grads: (B, D) upstream gradient of each.
+        plan: as in the operator.
+        books: shapes of the codebooks.
+        hot: shapes of the hot rows.
+        of_weights: (L,) float32 zeros, filled where wanted.
+        wants: as in the operator.
+    """
+    sums: list[Tensor | None] = [None] * (len(books) + len(hot))
     chosen = [number for number in range(len(tasks)) if wants[plan[PLAN * number]]]
     tables = [plan[PLAN * number] for number in chosen]
     found = cuda_kernels.backward_codebooks(
         [tasks[number] for number in chosen], [grads[number] for number in chosen], tables
     )
     for table, part in found.items():
-        of_books[table] = part
+        sums[table] = part
     for number, (task, grad) in enumerate(zip(tasks, grads, strict=True)):
-        place = plan[PLAN * number + 1]
-        if place >= 0 and wants[len(of_books) + place]:
-            of_hot[place] += cuda_kernels.backward_hot_rows(task, grad)
+        place = len(books) + plan[PLAN * number + 1]
+        if task.hot_rows is not None and wants[place]:
+            part, total = cuda_kernels.backward_hot_rows(task, grad), sums[place]
+            sums[place] = part if total is None else total + part
     if wants[-1]:
         cuda_kernels.backward_weights(tasks, grads, of_weights)
+    return sums
 
 
 def _triton_backward(
     tasks: list[Task],
     grads: list[Tensor],
     plan: Sequence[int],
-    of_books: list[Tensor],
-    of_hot: list[Tensor],
+    books: Sequence[Sequence[int]],
+    hot: Sequence[Sequence[int]],
     of_weights: Tensor,
     wants: Sequence[bool],
-) -> None:
-    """Fill the gradients by the Triton kernels, which add them up in float32."""
+) -> list[Tensor | None]:
+    """Return the same by the Triton kernels, which add in float32."""
     from torchrec_compress.ops.gpu import triton_kernels
 
-    sums = [tensor.float() for tensor in (*of_books, *of_hot)]
+    sums = [
+        grads[0].new_zeros(shape, dtype=torch.float32) if wanted else None
+        for shape, wanted in zip((*books, *hot), wants[:-1], strict=True)
+    ]
     for number, (task, grad) in enumerate(zip(tasks, grads, strict=True)):
         table, place, _ = plan[PLAN * number : PLAN * (number + 1)]
-        books = sums[table] if wants[table] else None
-        hot = sums[len(of_books) + place] if place >= 0 and wants[len(of_books) + place] else None
         part = torch.empty_like(of_weights) if wants[-1] else None
-        triton_kernels.backward(task, grad, books, hot, part)
+        triton_kernels.backward(task, grad, sums[table], sums[len(books) + place] if place >= 0 else None, part)
         if part is not None:  # look-ups of one feature in two tables share their weights
             span = slice(task.first_id, task.first_id + task.num_ids)
             of_weights[span] += part[span]
-    for tensor, total in zip((*of_books, *of_hot), sums, strict=True):
-        tensor.copy_(total)
+    return [None if total is None else total.to(grads[0].dtype) for total in sums]
 
 
 def _tasks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -113,6 +114,7 @@ def _split(signature: Signature, alignment: int, groups: int) -> tuple[int, int]
     return vector, _ceil(columns, vector if groups == 1 else 32 * vector)
 
 
+@functools.cache
 def _direct_layout(signature: Signature, alignment: int, is_forward: bool) -> _Layout:
     """Codewords are read through the caches."""
     groups = 1
@@ -123,6 +125,7 @@ def _direct_layout(signature: Signature, alignment: int, is_forward: bool) -> _L
     return _Layout(vector, columns, columns, 8, 4, 8 * _buffer(signature)[1])
 
 
+@functools.cache
 def _staged_layout(signature: Signature, alignment: int, device: Device) -> _Layout | None:
     """Codewords are read from shared memory, up to three blocks to a multiprocessor; None where they do not fit."""
     size = signature.word.itemsize

@@ -178,5 +178,5 @@ def _call(function: Any, *arguments: Any) -> Any:
     """Return what a function of NVRTC returns, or raise CannotCompile with its status."""
     status, *rest = function(*arguments)
     if int(status) != 0:
-        raise CannotCompile(f"{function.__name__} failed: {status}")
+        raise CannotCompile(f"{function.__name__} failed: {status!r}")
     return tuple(rest) if len(rest) > 1 else rest[0] if rest else None

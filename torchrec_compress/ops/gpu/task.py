@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Task:
     residual: bool
     mean: bool
 
-    @property
+    @functools.cached_property
     def signature(self) -> Signature:
         """What decides which program serves."""
         num_codes = self.codes.shape[1]
@@ -65,6 +66,8 @@ class Task:
 
     def check(self) -> None:
         """Raise ValueError where shapes do not fit; values are checked by the kernels."""
+        self._check_devices()
+        self._check_ids()
         signature = self.signature
         num_words, size = self.codebooks.shape[0], signature.codebook_size
         if num_words == 0 or num_words % signature.num_codes:
@@ -81,6 +84,28 @@ class Task:
                     f"{len(self.hot_rows)} with {signature.num_codes} codes of {size}"
                 )
 
+    def _check_devices(self) -> None:
+        """Raise where a kernel would follow the address of another device."""
+        device = self.codebooks.device
+        tensors = {"codes": self.codes, "hot_rows": self.hot_rows, "ids": self.ids, "offsets": self.offsets}
+        for name, tensor in {**tensors, "weights": self.weights}.items():
+            if tensor is not None and tensor.device != device:
+                raise ValueError(
+                    f"codebook_bag: {name} must be on {device} as the codebooks are, got {tensor.device}; move it there"
+                )
+
+    def _check_ids(self) -> None:
+        """Raise where ids, weights, gathered codes or offsets end before the look-up's part of them does."""
+        last = self.first_id + self.num_ids
+        for name, tensor in (("ids", self.ids), ("weights", self.weights)):
+            if tensor is not None and tensor.shape[0] < last:
+                raise ValueError(f"codebook_bag: {name} must be at least {last}, got {tensor.shape[0]}; mend the spans")
+        if self.ids is None and self.codes.shape[0] < self.num_ids:
+            raise ValueError(f"codebook_bag: there must be codes of {self.num_ids} ids, got {self.codes.shape[0]}")
+        num_bags = self.num_ids if self.offsets is None else self.offsets.shape[0] - 1
+        if num_bags != self.num_bags:
+            raise ValueError(f"codebook_bag: there must be {self.num_bags} bags, got {num_bags}; mend the offsets")
+
     @property
     def num_hot(self) -> int:
         """Hot rows, H."""
@@ -89,9 +114,8 @@ class Task:
     @property
     def first_size(self) -> int:
         """First codes from here on are escapes to hot rows."""
-        num_codes = self.codes.shape[1]
-        size = self.codebooks.shape[0] // num_codes
-        return size - num_escape_codes(self.num_hot, num_codes, size)
+        num_codes, size = self.signature.num_codes, self.signature.codebook_size
+        return size - (num_escape_codes(self.num_hot, num_codes, size) if self.num_hot else 0)
 
     @property
     def dim(self) -> int:

@@ -19,6 +19,9 @@ from torchrec_compress.ops.gpu.task import Task
 
 # assertions on the device stay, as in torch's own kernels; checks of every sum for overflow do not
 OPTIONS = {"debug": True, "sanitize_overflow": False}
+# numbers that change from batch to batch: without this, a kernel is compiled anew whenever one of them becomes 1 or is
+# a multiple of 16 or not
+_CHANGING = ["num_bags", "first_id", "num_ids", "num_rows", "num_hot", "first_size"]
 
 
 @triton.jit
@@ -36,7 +39,10 @@ def _codewords(
     mask = (m < M)[:, None] & (w < W)[None, :]
     code = tl.load(codes + row * M + m, mask=m < M, other=0).to(tl.int32)
     tl.device_assert((code >= 0) & (code < K), "codebook_bag: every code must be in [0, K)")
-    places = (m * K + code)[:, None] * W + w[None, :]
+    words = m * K + code
+    if M * K * W >= 2**31:
+        words = words.to(tl.int64)
+    places = words[:, None] * W + w[None, :]
     is_hot = False
     if HAS_HOT:
         number = tl.load(codes + row * M).to(tl.int64) - first_size
@@ -69,7 +75,7 @@ def _bounds(
     return begin, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def forward_kernel(
     codes: tl.tensor, ids: tl.tensor, offsets: tl.tensor, weights: tl.tensor, codebooks: tl.tensor,
     hot_rows: tl.tensor, out: tl.tensor, row_stride: tl.tensor, num_bags: tl.tensor, first_id: tl.tensor,
@@ -85,7 +91,7 @@ def forward_kernel(
         if bag < num_bags:
             begin, end = _bounds(offsets, bag, first_id, offsets is not None)  # pyright: ignore
             tl.device_assert(
-                (begin >= first_id) & (begin <= end) & (end <= first_id + num_ids),
+                (begin >= first_id) & (begin <= end) & (end - first_id <= num_ids),
                 "codebook_bag: offsets must not decrease and must lie among the ids of their feature",
             )
             sums = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
@@ -112,7 +118,7 @@ def forward_kernel(
                 tl.store(row + columns, sums.to(out.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[name for name in _CHANGING if name != "num_ids"])
 def backward_kernel(
     codes: tl.tensor, ids: tl.tensor, offsets: tl.tensor, weights: tl.tensor, codebooks: tl.tensor,
     hot_rows: tl.tensor, grad: tl.tensor, grad_codebooks: tl.tensor, grad_hot_rows: tl.tensor,

@@ -73,7 +73,7 @@ __device__ inline Word to_word(float value) {
   return word;
 }
 
-// One look-up of a feature in a table; filled by ops/gpu/launch.py, field by field.
+// One look-up of a feature in a table; filled by ops/gpu/task.py, field by field.
 struct Lookup {
   const Code* codes;      // [N, M]
   const Id* ids;          // [L] rows of `codes`; without HAS_IDS id i is row i - first_id
@@ -88,7 +88,7 @@ struct Lookup {
   int first_size;  // first codes from here on are escapes to hot rows
   int num_chunks;  // of bags, for each of which there is a gradient of the codebooks
   int unused;
-  void* result;  // float [chunks, K, M * WIDTH] partial gradients of codebooks, float [L] gradients of weights, or
+  void* result;  // float [chunks, K, M * WIDTH] partial gradients of codebooks, float [num_ids] gradients of weights, or
                  // int [num_ids] hot row of an id, or H
   void* second;  // Word [M * K, WIDTH] gradient of codebooks, or int [num_ids] bag of an id
 };

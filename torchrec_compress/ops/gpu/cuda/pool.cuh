@@ -153,7 +153,7 @@ __device__ void walk(const Lookup& t, int64 bag0, int bags, int lane, unsigned c
         bag_end = __shfl_sync(ALL, end, bag);
       }
       const int stop = int(smaller(count, bag_end - base));
-for (; j + 4 <= stop; j += 4) visit<4>(visitor, base + j, mine, j, buffer);
+      for (; j + 4 <= stop; j += 4) visit<4>(visitor, base + j, mine, j, buffer);
       for (; j < stop; ++j) visit<1>(visitor, base + j, mine, j, buffer);
     }
     __syncwarp();  // the next batch overwrites the codes
@@ -271,7 +271,7 @@ struct Dot {
     for (int u = 0; u < N; ++u) {
 #pragma unroll
       for (int step = 16; step > 0; step /= 2) dots[u] += __shfl_xor_sync(ALL, dots[u], step);
-      if (threadIdx.x % 32 == 0) static_cast<float*>(lane.t.result)[i + u] = dots[u];
+      if (threadIdx.x % 32 == 0) static_cast<float*>(lane.t.result)[i + u - lane.t.first_id] = dots[u];
     }
   }
 
