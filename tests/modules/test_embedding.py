@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torchrec import EmbeddingCollection, EmbeddingConfig
+from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.modules.embedding_modules import EmbeddingCollectionInterface
 
 from tests.cases import CONFIGS, IDS
@@ -12,6 +12,7 @@ from tests.cases import batch as one_feature
 from tests.modules.batches import KEYS, batch
 from torchrec_compress import CompressedEmbeddingCollection
 from torchrec_compress.methods import DenseConfig, HashConfig, MEmComConfig, PQConfig, RandomCodesConfig
+from torchrec_compress.modules import codes
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 MIXED = {
@@ -56,6 +57,46 @@ def test_rows_and_bags_of_every_feature(need_indices):
                 assert torch.equal(got[key].weights(), wanted[key].weights())
             else:
                 assert got[key].weights_or_none() is None
+
+
+@pytest.mark.parametrize("lengths", [[[2, 0, 3]] * 5, [[0]] * 5, [[1, 0], [4, 4], [0, 0], [0, 9], [1, 1]]])
+def test_large_look_ups_have_a_call_of_their_own_and_give_the_same_bits(lengths, monkeypatch):
+    ours = CompressedEmbeddingCollection(tables(), compression=MIXED)
+    features, found = batch(lengths), []
+    for values in (2**21, 40, 1):  # all in a call, some, one
+        monkeypatch.setattr(codes, "_CALL_VALUES", values)
+        rows = {key: jagged.values() for key, jagged in ours(features).items()}
+        loss = sum((found.square().sum() for found in rows.values()), torch.zeros(()))
+        found.append((rows, torch.autograd.grad(loss, [*ours.decoder.parameters()])))
+    for rows, gradients in found[1:]:
+        assert all(torch.equal(rows[key], found[0][0][key]) for key in rows)
+        for got, expected in zip(gradients, found[0][1], strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("config", [RandomCodesConfig(num_codes=2, codebook_size=16), HashConfig(num_buckets=30)])
+# torch 2.13 copies pytrees of its own deprecated class
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+def test_it_is_exported_for_any_batch_size(config):
+    class Rows(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.collection = CompressedEmbeddingCollection(tables(), compression={**MIXED, "user": config})
+
+        def forward(self, values, lengths):
+            rows = self.collection(KeyedJaggedTensor(keys=KEYS[:4], values=values, lengths=lengths))
+            return [rows[key].values().square() for key in sorted(rows)]
+
+    model = Rows().eval()
+    small, large = (batch(lengths, keys=KEYS[:4]) for lengths in ([[2, 1]] * 4, [[1, 0, 5], [4, 4, 0]] * 2))
+    ids, examples = torch.export.Dim("ids", min=2), torch.export.Dim("examples", min=2)
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (small.values(), small.lengths()), dynamic_shapes={"values": {0: ids}, "lengths": {0: 4 * examples}}
+        )
+        wanted = model(large.values(), large.lengths())
+        for got, expected in zip(program.module()(large.values(), large.lengths()), wanted, strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_it_is_an_embedding_collection():

@@ -19,11 +19,10 @@ from torchrec_compress.methods.base import (
     check_low_bit_width,
     register,
 )
-from torchrec_compress.ops import dequantize_rows, pool_rows, quantize_rows, quantized_row_bytes
+from torchrec_compress.ops import low_bit_bag, quantize_rows, quantized_row_bytes
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
-torch.fx.wrap("dequantize_rows")
-torch.fx.wrap("pool_rows")
+torch.fx.wrap("low_bit_bag")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +87,19 @@ class Int4Config(LowBitConfig):
 
 
 class LowBitDecoder(TableDecoder):
-    """Dequantise rows and pool them."""
+    """Dequantise rows and pool them.
+
+    Attributes:
+        dtype: "int8" or "int4".
+    """
 
     def __init__(self, dtype: Literal["int8", "int4"]) -> None:
         super().__init__()
-        self._dtype: Literal["int8", "int4"] = dtype
+        self.dtype: Literal["int8", "int4"] = dtype
 
     def forward(
         self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Tensor]
     ) -> Tensor:
         """Return the sums over bags; `codes` are (L, bytes per row) uint8."""
         assert codes is not None
-        embeddings = dequantize_rows(codes, self._dtype)
-        if offsets is not None:
-            return pool_rows(embeddings, offsets, weights)
-        return embeddings if weights is None else embeddings * weights.unsqueeze(1)
+        return low_bit_bag(codes, self.dtype, offsets, weights=weights)

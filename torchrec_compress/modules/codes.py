@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torchrec.modules.embedding_modules import process_pooled_embeddings, reorde
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_compress.modules.tables import CodeTable
-from torchrec_compress.ops import BagLookup, IdBags, Span, check_filled, codebook_bags, lookup_codes
+from torchrec_compress.ops import BagLookup, IdBags, Span, check_filled, codebook_bags, lookup_codes, low_bit_bag
 
 Codes = CodeTable | Tensor
 
@@ -85,8 +86,13 @@ def unpooled_codes(
     found, tables = _find(features, lookups, codes)
     # a bag per id
     spans = [span._replace(first_bag=span.first_id, num_bags=span.num_ids) for span in found]
-    widths, rows = _widths(lookups, tables, codebooks), []
-    for call in _calls(spans, widths):
+    widths = _widths(lookups, tables, codebooks)
+    calls = _calls(spans, widths)
+    if len(calls) == 1:
+        flat = codebook_bags(lookups, spans, tables, codebooks, hot_rows, IdBags(features.values(), is_flat=True))
+        return _unflatten(flat, widths, spans)
+    rows = []
+    for call in calls:
         used = sorted({lookup.table for lookup in lookups[call]})
         first = min(span.first_id for span in spans[call])
         last = max(span.first_id + span.num_ids for span in spans[call])
@@ -155,3 +161,23 @@ def row_codes(codes: Codes, ids: Tensor, where: str) -> Tensor:
         RuntimeError: the code table was never filled.
     """
     return lookup_codes(codes.codes, codes.is_set, ids, where) if isinstance(codes, CodeTable) else codes
+
+
+def pool_low_bit(
+    codes: Codes,
+    dtype: Literal["int8", "int4"],
+    ids: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    where: str,
+) -> Tensor:
+    """Return the sums of low-bit rows over bags, (B, D) float32; arguments as in `ops.low_bit_bag`.
+
+    Raises:
+        ValueError: as `ops.low_bit_bag`.
+        RuntimeError: the code table was never filled.
+    """
+    if not isinstance(codes, CodeTable):
+        return low_bit_bag(codes, dtype, offsets, weights=weights, where=where)
+    check_filled(codes.is_set, where)
+    return low_bit_bag(codes.codes, dtype, offsets, weights=weights, ids=ids, where=where)

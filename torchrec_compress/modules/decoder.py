@@ -13,8 +13,9 @@ from torchrec.modules.embedding_modules import process_pooled_embeddings, reorde
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_compress.methods.codebook import CodebookDecoder
+from torchrec_compress.methods.lowbit import LowBitDecoder
 from torchrec_compress.modules.backward import strip_where_replicated
-from torchrec_compress.modules.codes import Codes, pool_codes, row_codes, unpooled_codes
+from torchrec_compress.modules.codes import Codes, pool_codes, pool_low_bit, row_codes, unpooled_codes
 from torchrec_compress.modules.features import split_features
 from torchrec_compress.modules.plan import CollectionPlan, Lookup
 from torchrec_compress.ops import BagLookup
@@ -25,6 +26,7 @@ torch.fx.wrap("reorder_inverse_indices")
 torch.fx.wrap("bag_means")
 torch.fx.wrap("interleave_columns")
 torch.fx.wrap("pool_codes")
+torch.fx.wrap("pool_low_bit")
 torch.fx.wrap("row_codes")
 torch.fx.wrap("split_features")
 torch.fx.wrap("unpooled_codes")
@@ -223,11 +225,15 @@ class Decoder(nn.Module):
         rows: dict[str, dict[str, JaggedTensor]],
     ) -> Tensor:
         table = lookup.table.name
+        bank = self.banks[table]
+        if isinstance(bank, LowBitDecoder):
+            assert codes is not None
+            return pool_low_bit(codes[lookup.key], bank.dtype, ids, offsets, weights, _where(lookup))
         found = None
         if codes is not None and self._plan.parts[table].codes is not None:
             found = row_codes(codes[lookup.key], ids, _where(lookup))
         native = [rows[group][lookup.key].values() for group in self._plan.row_groups(table)]
-        return self.banks[table](ids, offsets, weights, found, native)
+        return bank(ids, offsets, weights, found, native)
 
 
 def _is_mean(table: BaseEmbeddingConfig) -> bool:

@@ -13,6 +13,7 @@ from torchrec_compress.ops.ids import (
     stable_salt,
 )
 from torchrec_compress.ops.lowbit import dequantize_rows, quantize_rows, quantized_row_bytes
+from torchrec_compress.ops.lowbit_bags import low_bit_bag
 from torchrec_compress.ops.pooling import check_weights, pool_rows
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "hash_ids",
     "hot_row_codes",
     "lookup_codes",
+    "low_bit_bag",
     "num_escape_codes",
     "pool_rows",
     "quantize_rows",

@@ -49,7 +49,7 @@ def reference_codebook_bag(
     if offsets is None:
         offsets = torch.arange(num_ids + 1, device=codes.device)
     else:
-        _check_offsets(offsets, num_ids)
+        check_offsets(offsets, num_ids)
     offsets = offsets.long()
     if weights is not None:
         weights = weights.to(codebooks.dtype)
@@ -98,7 +98,7 @@ def reference_codebook_bags(
     return torch.cat([sums.reshape(-1) for sums in pooled]) if is_flat else torch.cat(pooled, dim=1)
 
 
-def _check_offsets(offsets: Tensor, num_ids: int) -> None:
+def check_offsets(offsets: Tensor, num_ids: int) -> None:
     """Raise where `F.embedding_bag` would return uninitialised memory: it takes decreasing offsets (torch 2.13)."""
     if torch.compiler.is_compiling() or offsets.device.type != "cpu":
         return
