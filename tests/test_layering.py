@@ -23,7 +23,7 @@ LAYERS = {
     "compression": {"budget", "methods"},
     "modules": {"compression", "methods", "ops"},
     "sharding": {"modules", "ops"},
-    "planner": {"sharding", "modules", "methods"},
+    "planner": {"sharding", "modules", "methods", "ops"},
     "convert": {"modules", "compression", "methods", "fit", "ops"},
     "train": {
         "convert",

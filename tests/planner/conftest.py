@@ -12,3 +12,9 @@ def ranks(request) -> Iterator[Ranks]:
     group = Ranks(request.param)
     yield group
     group.stop()
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan for machines with kernels, whatever the suite runs on."""
+    monkeypatch.setenv("TORCHREC_COMPRESS_BACKEND", "auto")

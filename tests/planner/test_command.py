@@ -66,9 +66,12 @@ def test_constraints_and_pooling_reach_the_parts(small, caplog):
         report = plan(parse_plan([small]))
     assert report.tables["item"].parts[0].sharding_type == "row_wise"
     assert "table 'item', code table 'embeddings.code_tables' cannot be sharded column_wise" in caplog.text
-    codebooks = next(part for part in report.tables["user"].parts if part.kind == "decoder")
+    codebooks, codes = (
+        next(part for part in report.tables["user"].parts if part.kind == kind) for kind in ("decoder", "codes")
+    )
     ids = 4096 * 3 * 2  # of both features
-    assert codebooks.activation_bytes == 8 * (ids * 8 * 8 + 2 * 4096 * 128 * 4)
+    assert codes.activation_bytes == 8 * ids * (8 + 8)
+    assert codebooks.activation_bytes == 8 * 2 * 4096 * 128 * 4
 
 
 @pytest.mark.parametrize("unpooled", [False, True])

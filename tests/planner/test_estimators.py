@@ -45,10 +45,12 @@ def test_codes_are_frozen_and_unpooled(method, row_bytes, device):
     step = NUM_IDS * (8 + row_bytes)
     assert bytes_of(sharded["row_wise"]) == ROWS // RANKS * row_bytes + step
     assert bytes_of(sharded["table_wise"]) == ROWS * row_bytes + RANKS * step
-    assert bytes_of(sharded["data_parallel"]) == ROWS * row_bytes + step
+    # kernels follow ids into a whole table; those of a CPU keep the codes for the backward
+    assert bytes_of(sharded["data_parallel"]) == ROWS * row_bytes + (step if device == "cpu" else 8 * NUM_IDS)
 
 
-def test_codes_are_padded_where_they_travel_and_only_there():
+def test_codes_are_padded_where_they_travel_and_only_there(monkeypatch):
+    monkeypatch.setenv("TORCHREC_COMPRESS_BACKEND", "torch")
     found = one(PQConfig(num_codes=6, codebook_size=300, structure="residual"))  # twelve bytes
     assert bytes_of(found["code_tables.t", "row_wise", "fused"]) == ROWS // RANKS * 12 + NUM_IDS * (8 + 12)
     found = one(PQConfig(num_codes=1, codebook_size=16))
@@ -72,35 +74,53 @@ def test_ids_travel_as_int32_until_a_table_has_more_rows():
     assert few.input_dist_comms * 2 == many.input_dist_comms
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize("structure", ["product", "residual"])
-def test_codebooks_are_charged_with_gradient_optimizer_and_decoded_embeddings(structure, pooled):
+def test_codebooks_are_charged_with_gradient_optimizer_and_decoded_embeddings(structure, pooled, device):
     method = PQConfig(num_codes=4, structure=structure)
-    option = one(method, pooled=pooled)["decoder.t.codebooks", "data_parallel", "dense"]
+    key = ("decoder.t.codebooks", "data_parallel", "dense")
+    option = one(method, pooled=pooled, device=device)[key]
     values = 256 * DIM * (4 if structure == "residual" else 1)
-    words, embeddings = NUM_IDS * 4 * 8, 4 * DIM * (BATCH if pooled else NUM_IDS)
+    embeddings = 4 * DIM * (BATCH if pooled else NUM_IDS)
     for rank in range(RANKS):
-        assert bytes_of(option, rank) == 4 * values * (1 + 1 + 2) + 4 + words + embeddings
+        assert bytes_of(option, rank) == 4 * values * (1 + 1 + 2) + 4 + embeddings
     assert option.shards[0].perf.bwd_comms > 0
-    # kernels read codes as they are; on a GPU the plain look-up may serve, which makes eight bytes of each
-    on_cpu = one(method, pooled=pooled, device="cpu")["decoder.t.codebooks", "data_parallel", "dense"]
-    assert bytes_of(on_cpu) == bytes_of(option) - words
-    plain = one(method, pooled=pooled, dense_optimizer="sgd")["decoder.t.codebooks", "data_parallel", "dense"]
+    plain = one(method, pooled=pooled, device=device, dense_optimizer="sgd")[key]
     assert bytes_of(option) - bytes_of(plain) == 8 * values + 4
-    given = one(method, pooled=pooled, dense_optimizer=6.0)["decoder.t.codebooks", "data_parallel", "dense"]
+    given = one(method, pooled=pooled, device=device, dense_optimizer=6.0)[key]
     assert bytes_of(given) - bytes_of(plain) == 6 * values
 
 
 def test_frozen_hot_rows_have_neither_gradient_nor_state_but_a_float_copy():
     key = ("decoder.t.hot_rows", "data_parallel", "dense")
     option = one(PQConfig(num_codes=4, num_hot_rows=1000, hot_dtype="int8"))[key]
-    assert bytes_of(option) == 1000 * (DIM + 4) + 4 * (256 * DIM + 1000 * DIM)
+    assert bytes_of(option) == 1000 * (DIM + 4) + 4 * 1000 * DIM
     assert option.shards[0].perf.total == 0
-    floats = one(PQConfig(num_codes=4, num_hot_rows=1000, hot_dtype="fp32"))[
-        "decoder.t.hot_rows", "data_parallel", "dense"
-    ]
-    assert bytes_of(floats) == 1000 * DIM * 16 + 4 + 4 * (256 * DIM + 1000 * DIM)
+    floats = one(PQConfig(num_codes=4, num_hot_rows=1000, hot_dtype="fp32"))[key]
+    assert bytes_of(floats) == 1000 * DIM * 16 + 4
     assert floats.shards[0].perf.bwd_comms > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plain_pytorch_is_charged_with_codeword_numbers_and_stacked_tables(device, monkeypatch):
+    method = PQConfig(num_codes=4, num_hot_rows=1000, hot_dtype="fp32")
+    found = []
+    for backend in ("auto", "torch"):
+        monkeypatch.setenv("TORCHREC_COMPRESS_BACKEND", backend)
+        options = one(method, device=device)
+        found.append(
+            [
+                bytes_of(options[name, "data_parallel", "dense"])
+                for name in ("decoder.t.codebooks", "decoder.t.hot_rows", "code_tables.t")
+            ]
+        )
+    gathered = 4 * NUM_IDS * (device == "cuda")
+    assert [plain - kernels for kernels, plain in zip(*found, strict=True)] == [
+        8 * 4 * NUM_IDS,
+        4 * (256 + 1000) * DIM,
+        gathered,
+    ]
 
 
 def test_rows_behind_rewritten_ids_are_unpooled_and_bags_are_not():

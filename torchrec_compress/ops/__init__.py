@@ -2,7 +2,7 @@
 
 from torchrec_compress.ops.bags import BagLookup, IdBags, Span, codebook_bag, codebook_bags
 from torchrec_compress.ops.codebooks import code_dtype, hot_row_codes, num_escape_codes
-from torchrec_compress.ops.dispatch import tiers
+from torchrec_compress.ops.dispatch import requested_backend, tiers
 from torchrec_compress.ops.ids import (
     check_filled,
     check_ids,
@@ -37,6 +37,7 @@ __all__ = [
     "pool_rows",
     "quantize_rows",
     "quantized_row_bytes",
+    "requested_backend",
     "stable_salt",
     "tiers",
 ]

@@ -28,6 +28,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 from torchrec_compress.methods import CodebookConfig
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.tables import CodeTableCollection, RemappedEmbeddingCollection
+from torchrec_compress.ops import requested_backend
 from torchrec_compress.planner.accounting import (
     DenseOptimizer,
     check_dense_optimizer,
@@ -227,7 +228,7 @@ class CompressedStorageEstimator(_Estimator):
         lasting = shard_bytes(option, shard, fused_params, self._dense_optimizer).total
         change = (
             lasting
-            + _stacked_bytes(option)
+            + self._float_bytes(option)
             - self._unmade_bytes(option)
             - math.prod(estimated.size) * stand_in.tensor.element_size()
         )
@@ -236,15 +237,45 @@ class CompressedStorageEstimator(_Estimator):
         else:
             storage.hbm += change
 
+    def _has_kernels(self) -> bool:
+        """Return whether kernels look codes up where the model will run.
+
+        The planner may be on another machine, so they are taken to be there (`ops.tiers` says what they need), unless
+        TORCHREC_COMPRESS_BACKEND asks for a tier that has none.
+        """
+        others = ("torch", "fbgemm") if self._topology.compute_device == "cpu" else ("torch",)
+        return requested_backend() not in others
+
     def _unmade_bytes(self, option: ShardingOption) -> int:
-        """Return the bytes of int64 codeword numbers that are charged for; the kernels for a CPU make none."""
+        """Return the bytes that the inner estimate charges for and kernels do not make.
+
+        They make no int64 codeword numbers, and on a GPU no codes of a batch either where a code table is whole; those
+        of a CPU keep them for the backward.
+        """
+        if not self._has_kernels():
+            return 0
+        part = option.module[1]
+        table, _, tensor = option.name.partition(".")
+        ids = Lookups.of(table, self._constraints, option.batch_size).num_ids
+        if isinstance(part, Decoder) and tensor == "codebooks":
+            method = part._plan.methods[table]
+            assert isinstance(method, CodebookConfig)
+            return 8 * method.num_codes * ids
+        if isinstance(part, CodeTableCollection) and is_replicated(option) and self._topology.compute_device != "cpu":
+            return _travelling_bytes(option) * ids
+        return 0
+
+    def _float_bytes(self, option: ShardingOption) -> int:
+        """Return the bytes of a step's float32 copies of hot rows; without kernels the codebooks stand beside them."""
         decoder = option.module[1]
         table, _, tensor = option.name.partition(".")
-        if self._topology.compute_device != "cpu" or not isinstance(decoder, Decoder) or tensor != "codebooks":
+        if not isinstance(decoder, Decoder) or tensor != "hot_rows":
             return 0
-        method = decoder._plan.methods[table]
-        assert isinstance(method, CodebookConfig)
-        return 8 * method.num_codes * Lookups.of(table, self._constraints, option.batch_size).num_ids
+        rows = 4 * option.tensor.shape[0] * _config(decoder, table).embedding_dim
+        if self._has_kernels():
+            return 0 if option.tensor.is_floating_point() else rows
+        codebooks: Tensor = decoder.banks[table].codebooks
+        return rows + 4 * codebooks.numel()
 
 
 def _distinct(option: ShardingOption) -> dict[tuple[int, ...], None]:
@@ -259,13 +290,3 @@ def _travelling_bytes(option: ShardingOption) -> int:
 
 def _config(decoder: Decoder, table: str) -> BaseEmbeddingConfig:
     return decoder._plan.by_table[table][0].table
-
-
-def _stacked_bytes(option: ShardingOption) -> int:
-    """Return the bytes of the float32 copy in which codebooks and hot rows stand together for a step; see `ops`."""
-    decoder = option.module[1]
-    if not isinstance(decoder, Decoder) or not option.name.endswith(".hot_rows"):
-        return 0
-    table = option.name.partition(".")[0]
-    codebooks: Tensor = decoder.banks[table].codebooks
-    return 4 * (codebooks.numel() + option.tensor.shape[0] * _config(decoder, table).embedding_dim)

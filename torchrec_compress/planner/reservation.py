@@ -15,6 +15,7 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ModuleSharder
 
+from torchrec_compress.methods.lowbit import LowBitConfig
 from torchrec_compress.modules.parts import CompressedParts
 from torchrec_compress.planner.lookups import Constraints, Lookups, decoded_bytes
 
@@ -22,7 +23,8 @@ from torchrec_compress.planner.lookups import Constraints, Lookups, decoded_byte
 def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size: int) -> dict[str, int]:
     """Return the bytes of a step's embeddings that no stored tensor of a decoder stands for, by table name.
 
-    Low-bit rows and MEmCom are decoded without codebooks, so the estimators have no option to charge it to.
+    Low-bit rows and MEmCom are decoded without codebooks, so the estimators have no option to charge it to. MEmCom
+    makes a row per id before it pools; low-bit rows become floats a piece at a time.
 
     Args:
         module: the model.
@@ -37,7 +39,8 @@ def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size:
                 if name not in charged:
                     table = part._plan.by_table[name][0].table
                     lookups = Lookups.of(name, constraints, batch_size)
-                    found[name] = found.get(name, 0) + decoded_bytes(table, lookups, makes_rows=True)
+                    makes_rows = not isinstance(part._plan.methods[name], LowBitConfig)
+                    found[name] = found.get(name, 0) + decoded_bytes(table, lookups, makes_rows)
     return found
 
 
