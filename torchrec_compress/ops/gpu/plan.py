@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torchrec_compress.ops.gpu.program import Program, Signature
 
+# how often a block must meet each codeword, in the mean, for its copy in shared memory to pay
+STAGING_VISITS = 4.0
 # of shared memory that the system keeps per block
 _RESERVED = 1024
 # bags and ids that a block of the gradient reads at once: so few that three blocks fit on an H200's multiprocessor
@@ -153,8 +155,8 @@ def pool_plan(
 ) -> PoolPlan:
     """Choose the launch of the forward or of the gradient of weights.
 
-    Codebooks are staged in shared memory where a block meets each codeword at least four times; for shorter work, such
-    as bags of one id, they are read through the caches.
+    Codebooks are staged in shared memory where a block meets each codeword at least `STAGING_VISITS` times; for shorter
+    work, such as bags of one id, they are read through the caches.
 
     Args:
         signature: of the tables.
@@ -173,7 +175,7 @@ def pool_plan(
 
     is_forward = purpose == "FORWARD"
     staged = _staged_layout(signature, alignment, device) if is_forward and not signature.residual else None
-    if staged and most_bags * ids_per_bag / blocks_of(staged)[0] < 4 * signature.codebook_size:
+    if staged and most_bags * ids_per_bag / blocks_of(staged)[0] < STAGING_VISITS * signature.codebook_size:
         staged = None
     layout = staged or _direct_layout(signature, alignment, is_forward)
     tile_bags = min(32, max(1, 2 ** round(math.log2(256 / max(1.0, ids_per_bag)))))
