@@ -11,7 +11,11 @@ from tests.tolerances import assert_near
 from torchrec_compress.ops import BagLookup, IdBags, Span, code_dtype, codebook_bags
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory")]
-BACKENDS = [pytest.param("cpp", marks=pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")), "torch"]
+BACKENDS = [
+    pytest.param("cpp", marks=pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")),
+    "fbgemm",
+    "torch",
+]
 # tables: (rows, M, K, width of a codeword, structure, hot rows)
 TABLES = [
     (50, 8, 256, 8, "product", 0),

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from torchrec_compress.ops.codebooks import Structure
 from torchrec_compress.ops.cpu import GATHERED, MEAN, RESIDUAL
-from torchrec_compress.ops.dispatch import cpp_serves, gpu_tier
+from torchrec_compress.ops.dispatch import cpp_serves, fbgemm_serves, gpu_tier
+from torchrec_compress.ops.fbgemm import FLOATS, fbgemm_codebook_bags
 from torchrec_compress.ops.gpu.lookup import is_gpu_input, pool_on_gpu
 from torchrec_compress.ops.reference import reference_codebook_bags
 
-# what the C++ kernels read; all else goes to the reference
+# what the C++ kernels read; all else goes to FBGEMM or to the reference
 CPP_CODES = (torch.uint8, torch.int16, torch.int32)
 CPP_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CPP_IDS = (torch.int32, torch.int64)
@@ -104,8 +105,8 @@ def codebook_bags(
     Raises:
         ValueError: an id is out of range, offsets decrease or do not run from 0 to L (CPU); or, from the kernels, a
             code is out of range or shapes do not fit. On a GPU such values are device-side assertions.
-        RuntimeError: from the reference, a code points behind the last codebook. Other codes out of range are not
-            looked for there: each look-up would pay for it.
+        RuntimeError: from FBGEMM, a code is out of range; from the reference, a code points behind the last codebook:
+            each look-up would pay for more.
 
     Example:
         >>> table, books = torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8), torch.arange(4.0).view(4, 1)
@@ -121,13 +122,18 @@ def codebook_bags(
         tier = gpu_tier()
         if tier != "torch":
             return pool_on_gpu(lookups, spans, codes, codebooks, hot_rows, batch, tier)
+    is_on_cpu = all(books.device.type == "cpu" for books in codebooks)
     is_kernel_input = (
         codebooks[0].dtype in CPP_FLOATS
-        and all(books.device.type == "cpu" for books in codebooks)
+        and is_on_cpu
         and all(rows.dtype in CPP_CODES for rows in codes)
         and (batch.ids is None or batch.ids.dtype in CPP_IDS)
     )
-    pool = _cpp_codebook_bags if is_kernel_input and cpp_serves() else reference_codebook_bags
+    pool = reference_codebook_bags
+    if is_kernel_input and cpp_serves():
+        pool = _cpp_codebook_bags
+    elif is_on_cpu and codebooks[0].dtype in FLOATS and fbgemm_serves():
+        pool = fbgemm_codebook_bags
     return pool(lookups, spans, codes, codebooks, hot_rows, batch)
 
 

@@ -14,9 +14,16 @@ import torch
 from torchrec_compress.ops import native
 from torchrec_compress.ops.gpu import program
 
-# "cpp" is about CPUs, "cuda" and "triton" about GPUs; on the other kind of device each of them means "auto"
-BACKENDS = ("auto", "cpp", "cuda", "triton", "torch")
+# "cpp" and "fbgemm" are about CPUs, "cuda" and "triton" about GPUs; on the other kind of device each means "auto"
+BACKENDS = ("auto", "cpp", "fbgemm", "cuda", "triton", "torch")
+# what is called of FBGEMM, with the numbers of arguments
+_FBGEMM_OPERATORS = {
+    "split_embedding_codegen_forward_cpu": 10,
+    "split_embedding_backward_codegen_dense_cpu": 12,
+    "split_embedding_codegen_grad_indice_weights_cpu": 7,
+}
 _VARIABLE = "TORCHREC_COMPRESS_BACKEND"
+_NAMES = {"fbgemm": "FBGEMM's dense embedding bags over virtual tables", "torch": "plain PyTorch"}
 _NO_GPU = "there is no GPU"
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -27,7 +34,7 @@ class Tier:
     """One implementation.
 
     Args:
-        name: "cpp", "cuda", "triton" or "torch".
+        name: "cpp", "fbgemm", "cuda", "triton" or "torch".
         detail: what it is, for example the path of the library.
         passed_over: why it does not serve; empty for the one that does.
 
@@ -73,13 +80,28 @@ def _load_once() -> tuple[str, str]:
 
 
 @functools.cache
-def _warn(reason: str, remedy: str) -> None:
+def _fbgemm_reason() -> str:
+    """Return why FBGEMM's kernels do not serve, or ""; imports it, and registers nothing of ours."""
+    try:
+        importlib.import_module("fbgemm_gpu")
+    except (ImportError, OSError) as error:
+        return f"fbgemm_gpu cannot be imported: {error}"
+    for name, num_arguments in _FBGEMM_OPERATORS.items():
+        operator = getattr(torch.ops.fbgemm, name, None)
+        if operator is None or len(operator.default._schema.arguments) != num_arguments:
+            return f"this fbgemm_gpu has no operator {name} of {num_arguments} arguments"
+    return ""
+
+
+@functools.cache
+def _warn(serving: str, reason: str, remedy: str) -> None:
     _log.warning(
-        "codebook_bag runs on plain PyTorch, which is slower: %s. %s, or set %s=torch to choose this and silence the "
-        "warning.",
+        "codebook_bag runs on %s, which is slower: %s. %s, or set %s=%s to choose this and silence the warning.",
+        _NAMES[serving],
         reason,
         remedy,
         _VARIABLE,
+        serving,
     )
 
 
@@ -97,13 +119,36 @@ def cpp_serves() -> bool:
         True
     """
     wanted = requested_backend()
-    if wanted == "torch":
+    if wanted in ("fbgemm", "torch"):
         return False
     reason = _load()[1]
     if reason and wanted == "cpp":
         raise RuntimeError(f"{_VARIABLE}=cpp: the C++ kernels must be there, got none: {reason}; set it to auto")
     if reason:
-        _warn(reason, "Install a C++ compiler")
+        fbgemm_reason = _fbgemm_reason()
+        reasons = f"cpp: {reason}; fbgemm: {fbgemm_reason}" if fbgemm_reason else reason
+        _warn("torch" if fbgemm_reason else "fbgemm", reasons, "Install a C++ compiler")
+    return not reason
+
+
+@torch.compiler.assume_constant_result
+def fbgemm_serves() -> bool:
+    """Return whether FBGEMM serves what the C++ kernels do not; the first call imports it.
+
+    Raises:
+        ValueError: TORCHREC_COMPRESS_BACKEND is unknown.
+        RuntimeError: it asks for FBGEMM, which cannot be had.
+
+    Example:
+        >>> fbgemm_serves() in (True, False)
+        True
+    """
+    wanted = requested_backend()
+    if wanted == "torch":
+        return False
+    reason = _fbgemm_reason()
+    if reason and wanted == "fbgemm":
+        raise RuntimeError(f"{_VARIABLE}=fbgemm: FBGEMM's kernels must be there, got none: {reason}; set it to auto")
     return not reason
 
 
@@ -135,16 +180,25 @@ def _triton_reason() -> str:
 
 def _gpu_passed_over() -> dict[str, str]:
     """Return why each implementation on a GPU is passed over, fastest first; "" for the one that serves, if any."""
+    return _choose({"cuda": _cuda_reason(), "triton": _triton_reason(), "torch": ""}, {})
+
+
+def _choose(reasons: dict[str, str], others: dict[str, str]) -> dict[str, str]:
+    """Let one tier serve, and add to `reasons`, fastest first, why the rest of those that could do not.
+
+    `others` says what a slower tier serves that the faster ones do not read.
+    """
     wanted, serving = requested_backend(), ""
-    found = {"cuda": _cuda_reason(), "triton": _triton_reason(), "torch": ""}
-    for name, reason in found.items():
-        if not reason and wanted in found and name != wanted:
-            found[name] = f"{_VARIABLE}={wanted}"
+    for name, reason in reasons.items():
+        if not reason and serving and name in others:
+            reasons[name] = f"slower than {serving}; serves {others[name]}"
+        elif not reason and wanted in reasons and name != wanted:
+            reasons[name] = f"{_VARIABLE}={wanted}"
         elif not reason and serving:
-            found[name] = f"slower than {serving}"
+            reasons[name] = f"slower than {serving}"
         elif not reason:
             serving = name
-    return found
+    return reasons
 
 
 @torch.compiler.assume_constant_result
@@ -166,7 +220,7 @@ def gpu_tier() -> str:
         )
     serves = next(name for name, reason in reasons.items() if not reason)
     if serves == "torch" and wanted != "torch":
-        _warn(f"cuda: {reasons['cuda']}; triton: {reasons['triton']}", "Install cuda-bindings or triton")
+        _warn(serves, f"cuda: {reasons['cuda']}; triton: {reasons['triton']}", "Install cuda-bindings or triton")
     return serves
 
 
@@ -195,13 +249,9 @@ def _gpu_tiers() -> list[Tier]:
 
 def _cpu_tiers() -> list[Tier]:
     wanted = requested_backend()  # "cuda" and "triton" are not about CPUs
-    if wanted == "torch":
-        forced = f"{_VARIABLE}=torch"
-        return [Tier("cpp", "C++ kernels", forced), Tier("torch", "plain PyTorch", "")]
-    instructions, reason = _load()
-    if reason:
-        plain = f"{_VARIABLE}=cpp" if wanted == "cpp" else ""
-        return [Tier("cpp", "C++ kernels", reason), Tier("torch", "plain PyTorch", plain)]
-    detail = f"C++ kernels ({instructions}), {native.library_path()}"
-    rest = "slower; serves float64 codebooks, int64 codes and other devices"
-    return [Tier("cpp", detail, ""), Tier("torch", "plain PyTorch", rest)]
+    # what is not asked for is neither built nor imported
+    instructions, reason = _load() if wanted not in ("fbgemm", "torch") else ("", "")
+    reasons = {"cpp": reason, "fbgemm": "" if wanted == "torch" else _fbgemm_reason(), "torch": ""}
+    _choose(reasons, {"fbgemm": "int64 codes", "torch": "float64 codebooks and other devices"})
+    kernels = f"C++ kernels ({instructions}), {native.library_path()}" if instructions else "C++ kernels"
+    return [Tier(name, {"cpp": kernels, **_NAMES}[name], reason) for name, reason in reasons.items()]

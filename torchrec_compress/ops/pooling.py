@@ -30,6 +30,51 @@ def check_weights(weights: Tensor, where: str) -> Tensor:
     return weights
 
 
+def check_offsets(offsets: Tensor, num_ids: int) -> None:
+    """Raise where bags do not cover the ids; inside `torch.compile` and on a GPU nothing is checked.
+
+    `F.embedding_bag` takes decreasing offsets and returns uninitialised memory (torch 2.13).
+
+    Args:
+        offsets: (B + 1,) integer.
+        num_ids: L.
+
+    Raises:
+        ValueError: offsets decrease, or do not run from 0 to L.
+
+    Example:
+        >>> check_offsets(torch.tensor([0, 2, 2, 3]), 3)
+    """
+    if torch.compiler.is_compiling() or offsets.device.type != "cpu":
+        return
+    if offsets.numel() == 0 or int(offsets[0]) != 0 or int(offsets[-1]) != num_ids:
+        ends = [] if offsets.numel() == 0 else [int(offsets[0]), int(offsets[-1])]
+        raise ValueError(
+            f"codebook_bag: offsets must start with 0 and end with the number of ids, {num_ids}, got {ends}"
+        )
+    if bool((offsets[1:] < offsets[:-1]).any()):
+        raise ValueError(f"codebook_bag: offsets must not decrease, got {offsets.tolist()[:20]}")
+
+
+def repeat_offsets(offsets: Tensor, times: int, num_ids: int) -> Tensor:
+    """Return the offsets of the same bags over ids that are repeated, all of them, several times.
+
+    Args:
+        offsets: (B + 1,) integer, from 0 up to L.
+        times: of the repetition, n.
+        num_ids: L.
+
+    Returns:
+        (n * B + 1,), dtype of `offsets`.
+
+    Example:
+        >>> repeat_offsets(torch.tensor([0, 2, 3]), 2, 3).tolist()
+        [0, 2, 3, 5, 6]
+    """
+    starts = torch.arange(times, dtype=offsets.dtype, device=offsets.device).unsqueeze(1) * num_ids
+    return torch.cat([(offsets[:-1] + starts).reshape(-1), offsets.new_full((1,), times * num_ids)])
+
+
 def pool_rows(rows: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sum rows into bags.
 
