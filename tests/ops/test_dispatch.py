@@ -22,6 +22,8 @@ for _ in range(2):
     print(codebook_bag(codes, torch.arange(8.0).view(4, 2), torch.tensor([0, 2, 3])).tolist())
 print([tier.name for tier in tiers() if not tier.passed_over])
 """
+# makes `import fbgemm_gpu` fail
+NO_FBGEMM = "import sys; sys.modules['fbgemm_gpu'] = None"
 RIGHT = "[[2.0, 4.0, 10.0, 12.0], [2.0, 3.0, 6.0, 7.0]]\n"
 
 
@@ -49,11 +51,31 @@ def counting_compiler(folder: Path) -> Path:
     return script
 
 
-def test_without_a_compiler_the_reference_serves_with_one_warning(tmp_path):
+def test_without_a_compiler_fbgemm_serves_with_one_warning(tmp_path):
     status, out, err = run(LOOKUP, tmp_path / "cache", PATH=str(tmp_path), CXX="")
-    assert (status, out) == (0, RIGHT * 2 + "['torch']\n"), err
-    assert err.count("codebook_bag runs on plain PyTorch") == 1
+    assert (status, out) == (0, RIGHT * 2 + "['fbgemm']\n"), err
+    assert err.count("\n") == 1
+    assert err.startswith("codebook_bag runs on FBGEMM's dense embedding bags over virtual tables, which is slower: ")
     assert "there is no C++ compiler" in err
+    assert "or set TORCHREC_COMPRESS_BACKEND=fbgemm to choose this and silence the warning" in err
+
+
+def test_without_a_compiler_and_fbgemm_the_reference_serves_with_one_warning(tmp_path):
+    status, out, err = run(NO_FBGEMM + LOOKUP, tmp_path / "cache", PATH=str(tmp_path), CXX="")
+    assert (status, out) == (0, RIGHT * 2 + "['torch']\n"), err
+    assert err.count("\n") == 1
+    assert err.startswith("codebook_bag runs on plain PyTorch, which is slower: cpp: there is no C++ compiler")
+    assert "; fbgemm: fbgemm_gpu cannot be imported: import of fbgemm_gpu halted" in err
+
+
+def test_an_fbgemm_of_other_operators_is_passed_over(tmp_path):
+    wrong = """
+from torchrec_compress.ops import dispatch
+dispatch._FBGEMM_OPERATORS["split_embedding_codegen_forward_cpu"] = 9
+"""
+    status, out, err = run(wrong + LOOKUP, tmp_path / "cache", PATH=str(tmp_path), CXX="")
+    assert (status, out) == (0, RIGHT * 2 + "['torch']\n"), err
+    assert "this fbgemm_gpu has no operator split_embedding_codegen_forward_cpu of 9 arguments" in err
 
 
 def test_a_compiler_that_fails_is_reported_with_its_first_error(tmp_path):
@@ -61,7 +83,7 @@ def test_a_compiler_that_fails_is_reported_with_its_first_error(tmp_path):
     script.write_text("#!/bin/sh\necho 'x.h:1: error: no such header' >&2\nexit 3\n")
     script.chmod(0o755)
     status, out, err = run(LOOKUP, tmp_path / "cache", CXX=str(script))
-    assert (status, out) == (0, RIGHT * 2 + "['torch']\n"), err
+    assert (status, out) == (0, RIGHT * 2 + "['fbgemm']\n"), err
     assert err.count("failed with status 3: x.h:1: error: no such header") == 1
     # nothing half-built stays behind
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
@@ -91,26 +113,34 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
 def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     status, out, err = run(LOOKUP, tmp_path / "file", CXX=sys.executable)
-    assert (status, out) == (0, RIGHT * 2 + "['torch']\n"), err
+    assert (status, out) == (0, RIGHT * 2 + "['fbgemm']\n"), err
     assert "cannot be used" in err
 
 
-def test_the_kernels_can_be_demanded_and_declined(tmp_path):
+def test_a_tier_can_be_demanded_and_declined(tmp_path):
     status, _, err = run(LOOKUP, tmp_path, PATH=str(tmp_path), CXX="", TORCHREC_COMPRESS_BACKEND="cpp")
     assert status == 1
     assert "TORCHREC_COMPRESS_BACKEND=cpp: the C++ kernels must be there, got none: there is no C++ compiler" in err
-    assert run(LOOKUP, tmp_path, TORCHREC_COMPRESS_BACKEND="torch") == (0, RIGHT * 2 + "['torch']\n", "")
+    status, _, err = run(NO_FBGEMM + LOOKUP, tmp_path, TORCHREC_COMPRESS_BACKEND="fbgemm")
+    assert status == 1
+    assert "TORCHREC_COMPRESS_BACKEND=fbgemm: FBGEMM's kernels must be there, got none: fbgemm_gpu cannot be im" in err
+    # what is declined is neither built nor imported
+    imported = "import sys; print('fbgemm_gpu' in sys.modules)"
+    for name, has_fbgemm in (("fbgemm", True), ("torch", False)):
+        expected = RIGHT * 2 + f"['{name}']\n{has_fbgemm}\n"
+        assert run(LOOKUP + imported, tmp_path, TORCHREC_COMPRESS_BACKEND=name) == (0, expected, "")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_backend_is_an_error(monkeypatch):
     monkeypatch.setenv("TORCHREC_COMPRESS_BACKEND", "gpu")
-    with pytest.raises(ValueError, match="must be one of auto, cpp, cuda, triton, torch, got 'gpu'"):
+    with pytest.raises(ValueError, match="must be one of auto, cpp, fbgemm, cuda, triton, torch, got 'gpu'"):
         requested_backend()
 
 
-def test_importing_builds_nothing(tmp_path):
-    assert run("import torchrec_compress, torchrec_compress.ops", tmp_path)[0] == 0
+def test_importing_builds_nothing_and_imports_no_fbgemm(tmp_path):
+    code = "import sys, torchrec_compress, torchrec_compress.ops; print('fbgemm_gpu' in sys.modules)"
+    assert run(code, tmp_path) == (0, "False\n", "")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -152,10 +182,19 @@ def test_info_says_what_serves_and_why_not_the_others(tmp_path):
     assert status == 0, err
     assert out.startswith("python 3.")
     assert "codebook_bag, CPU: cpp passed over: TORCHREC_COMPRESS_BACKEND=torch\n" in out
+    assert "codebook_bag, CPU: fbgemm passed over: TORCHREC_COMPRESS_BACKEND=torch\n" in out
     assert "codebook_bag, CPU: torch serves\n" in out
     status, out, err = run(code, tmp_path, PATH=str(tmp_path), CXX="")
     assert status == 0, err
     assert "codebook_bag, CPU: cpp passed over: there is no C++ compiler (looked for" in out
+    assert "codebook_bag, CPU: fbgemm serves\n" in out
+    assert "CPU: torch passed over: slower than fbgemm; serves float64 codebooks and other devices\n" in out
+    status, out, err = run(
+        NO_FBGEMM + "\n" + code, tmp_path, TORCHREC_COMPRESS_BACKEND="auto", PATH=str(tmp_path), CXX=""
+    )
+    assert status == 0, err
+    assert "codebook_bag, CPU: fbgemm passed over: fbgemm_gpu cannot be imported" in out
+    assert "codebook_bag, CPU: torch serves\n" in out
     # an unknown backend is an error of the user's, in one line
     status, _, err = run(code, tmp_path, TORCHREC_COMPRESS_BACKEND="x")
     assert (status, err.count("\n")) == (2, 1)

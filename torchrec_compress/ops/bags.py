@@ -105,8 +105,7 @@ def codebook_bags(
     Raises:
         ValueError: an id is out of range, offsets decrease or do not run from 0 to L (CPU); or, from the kernels, a
             code is out of range or shapes do not fit. On a GPU such values are device-side assertions.
-        RuntimeError: from FBGEMM, a code is out of range; from the reference, a code points behind the last codebook:
-            each look-up would pay for more.
+        RuntimeError: from FBGEMM, a code is out of range; from the reference, a code points behind the last codebook.
 
     Example:
         >>> table, books = torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8), torch.arange(4.0).view(4, 1)

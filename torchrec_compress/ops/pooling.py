@@ -50,7 +50,7 @@ def check_offsets(offsets: Tensor, num_ids: int) -> None:
     if offsets.numel() == 0 or int(offsets[0]) != 0 or int(offsets[-1]) != num_ids:
         ends = [] if offsets.numel() == 0 else [int(offsets[0]), int(offsets[-1])]
         raise ValueError(
-            f"codebook_bag: offsets must start with 0 and end with the number of ids, {num_ids}, got {ends}"
+            f"codebook_bag: offsets must start with 0 and must end with the number of ids, {num_ids}, got {ends}"
         )
     if bool((offsets[1:] < offsets[:-1]).any()):
         raise ValueError(f"codebook_bag: offsets must not decrease, got {offsets.tolist()[:20]}")
