@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchrec_compress.ops.ids import check_ids, gather_rows
 from torchrec_compress.ops.lowbit import dequantize_rows
-from torchrec_compress.ops.reference import check_offsets
+from torchrec_compress.ops.pooling import check_offsets
 
 # values of a piece: 1 MiB of floats, which stay in a core's cache, or 64 MiB, which keep a GPU busy
 _PIECE = {"cpu": 2**18, "cuda": 2**24}
