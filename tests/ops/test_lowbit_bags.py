@@ -82,7 +82,7 @@ def test_wrong_ids_and_offsets_are_errors():
         low_bit_bag(table, "int4", offsets, ids=ids.clamp(min=60), where="table 't'")
     with pytest.raises(ValueError, match="must not decrease"):
         low_bit_bag(table, "int4", torch.tensor([0, 4, 3, 5]), ids=ids)
-    with pytest.raises(ValueError, match="must start with 0 and end with the number of ids, 5"):
+    with pytest.raises(ValueError, match="must start with 0 and must end with the number of ids, 5"):
         low_bit_bag(table, "int4", torch.tensor([0, 4]), ids=ids)
 
 
