@@ -85,3 +85,12 @@ def test_compiles_for_gpus(variant, capability, tmp_path, monkeypatch):
     sums = {"grad_codebooks": torch.float32, "grad_weights": torch.float32}
     hot = {"grad_hot_rows": torch.float32 if tensors["hot_rows"] else None}
     assert "atom" in _compile(backward_kernel, {**tensors, "grad": word, **sums, **hot}, constants, capability)
+
+
+def test_numbers_that_change_from_batch_to_batch_compile_nothing_anew():
+    from torchrec_compress.ops.gpu.triton_kernels import backward_kernel, forward_kernel
+
+    for kernel in (forward_kernel, backward_kernel):
+        specialized = {param.name for param in kernel.params if not param.do_not_specialize and not param.is_constexpr}
+        assert not specialized & {"num_bags", "first_id", "num_ids", "num_rows", "num_hot", "first_size"}
+        assert "row_stride" in specialized  # its divisor decides how wide rows are read
