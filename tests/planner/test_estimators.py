@@ -102,25 +102,18 @@ def test_frozen_hot_rows_have_neither_gradient_nor_state_but_a_float_copy():
     assert floats.shards[0].perf.bwd_comms > 0
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_plain_pytorch_is_charged_with_codeword_numbers_and_stacked_tables(device, monkeypatch):
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "torch"), ("cpu", "fbgemm"), ("cuda", "torch")])
+def test_tiers_without_kernels_are_charged_with_codeword_numbers_and_stacked_tables(device, backend, monkeypatch):
     method = PQConfig(num_codes=4, num_hot_rows=1000, hot_dtype="fp32")
-    found = []
-    for backend in ("auto", "torch"):
-        monkeypatch.setenv("TORCHREC_COMPRESS_BACKEND", backend)
-        options = one(method, device=device)
-        found.append(
-            [
-                bytes_of(options[name, "data_parallel", "dense"])
-                for name in ("decoder.t.codebooks", "decoder.t.hot_rows", "code_tables.t")
-            ]
-        )
+    charged = []
+    for wanted in ("auto", backend):
+        monkeypatch.setenv("TORCHREC_COMPRESS_BACKEND", wanted)
+        found = one(method, device=device)
+        names = ("decoder.t.codebooks", "decoder.t.hot_rows", "code_tables.t")
+        charged.append([bytes_of(found[name, "data_parallel", "dense"]) for name in names])
     gathered = 4 * NUM_IDS * (device == "cuda")
-    assert [plain - kernels for kernels, plain in zip(*found, strict=True)] == [
-        8 * 4 * NUM_IDS,
-        4 * (256 + 1000) * DIM,
-        gathered,
-    ]
+    more = [plain - kernels for kernels, plain in zip(*charged, strict=True)]
+    assert more == [8 * 4 * NUM_IDS, 4 * (256 + 1000) * DIM, gathered]
 
 
 def test_rows_behind_rewritten_ids_are_unpooled_and_bags_are_not():
