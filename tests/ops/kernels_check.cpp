@@ -1,4 +1,6 @@
-// The base kernels against plain loops in double precision, without torch: for processors that the suite cannot run on.
+// The kernels of one instruction set, KERNELS, against plain loops in double precision, without torch: for those that
+// the suite does not choose on this processor.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -83,8 +85,8 @@ Expected expect(const Lookup& lookup, const std::vector<Code>& table, const std:
 }
 
 template <typename Code, typename Index>
-int check(int64_t width, bool is_residual, bool is_mean, int64_t num_hot) {
-  const int64_t M = 11, K = sizeof(Code) == 1 ? 250 : 300, N = 77, B = 63;
+int check(int64_t K, int64_t width, bool is_residual, bool is_mean, int64_t num_hot) {
+  const int64_t M = 27, N = 77, B = 63;
   const int64_t D = is_residual ? width : M * width, first_size = num_hot ? K - 1 : K;
   const std::vector<Code> table = codes_of<Code>(N, M, K, num_hot);
   std::vector<Index> offsets(1), ids;
@@ -119,8 +121,15 @@ int check(int64_t width, bool is_residual, bool is_mean, int64_t num_hot) {
 
   const Expected expected = expect(lookup, table, offsets, ids, weights, grad);
   int wrong = 0;
-  if (kernels_base.forward(batch, lookup, 0, B, scratch.data()).kind != Wrong::NOTHING) ++wrong;
+  if (KERNELS.forward(batch, lookup, 0, B, scratch.data()).kind != Wrong::NOTHING) ++wrong;
   wrong += compare("forward", lookup, out, expected.out);
+  Lookup given = lookup;
+  given.codes = saved.data();
+  given.is_gathered = true;
+  given.saved = nullptr;
+  std::fill(out.begin(), out.end(), NAN);
+  if (KERNELS.forward(batch, given, 0, B, scratch.data()).kind != Wrong::NOTHING) ++wrong;
+  wrong += compare("forward of gathered codes", lookup, out, expected.out);
   Lookup back = lookup;
   back.codes = saved.data();
   back.is_gathered = true;
@@ -128,17 +137,19 @@ int check(int64_t width, bool is_residual, bool is_mean, int64_t num_hot) {
   back.grad_codebooks = grad_books.data();
   back.grad_hot_rows = num_hot ? grad_hot.data() : nullptr;
   back.grad_weights = grad_weights.data();
-  for (int64_t p = 0; p < kernels_base.num_pieces(back); ++p) kernels_base.backward(batch, back, p, scratch.data());
-  kernels_base.backward_weights(batch, back, 0, B, scratch.data());
+  const int64_t pieces = KERNELS.num_pieces(back);
+  KERNELS.backward(batch, back, 0, pieces / 2, scratch.data());
+  KERNELS.backward(batch, back, pieces / 2, pieces, scratch.data());
+  KERNELS.backward_weights(batch, back, 0, B, scratch.data());
   wrong += compare("gradient of codebooks", lookup, grad_books, expected.books);
   wrong += compare("gradient of hot rows", lookup, grad_hot, expected.hot);
   wrong += compare("gradient of weights", lookup, grad_weights, expected.weights);
 
   std::vector<char> rows(L * lookup.stride);
-  kernels_base.gather(batch, lookup, 0, L, rows.data(), lookup.stride);
+  KERNELS.gather(batch, lookup, 0, L, rows.data(), lookup.stride);
   if (rows != saved) wrong += std::printf("gather: other codes than the forward's\n") > 0;
   ids[L / 2] = Index(N);
-  const Wrong met = kernels_base.forward(batch, lookup, 0, B, scratch.data());
+  const Wrong met = KERNELS.forward(batch, lookup, 0, B, scratch.data());
   if (met.kind != Wrong::ID || met.position != L / 2) wrong += std::printf("an id out of range was not seen\n") > 0;
   return wrong;
 }
@@ -148,10 +159,13 @@ int check(int64_t width, bool is_residual, bool is_mean, int64_t num_hot) {
 int main() {
   int wrong = 0, cases = 0;
   for (int64_t width : {1, 4, 5, 8, 16, 32, 40})
-    for (int flags = 0; flags < 8; ++flags, cases += 3) {
-      wrong += check<uint8_t, int64_t>(width, flags & 1, flags & 2, flags & 4 ? 20 : 0);
-      wrong += check<uint16_t, int32_t>(width, flags & 1, flags & 2, flags & 4 ? 20 : 0);
-      wrong += check<uint32_t, int64_t>(width, flags & 1, flags & 2, flags & 4 ? 20 : 0);
+    for (int flags = 0; flags < 8; ++flags, cases += 5) {
+      const int num_hot = flags & 4 ? 20 : 0;
+      wrong += check<uint8_t, int64_t>(250, width, flags & 1, flags & 2, num_hot);
+      wrong += check<uint8_t, int64_t>(256, width, flags & 1, flags & 2, num_hot);
+      wrong += check<uint8_t, int32_t>(256, width, flags & 1, flags & 2, num_hot);
+      wrong += check<uint16_t, int32_t>(300, width, flags & 1, flags & 2, num_hot);
+      wrong += check<uint32_t, int64_t>(300, width, flags & 1, flags & 2, num_hot);
     }
   std::printf("%d cases, %d wrong\n", cases, wrong);
   return wrong ? 1 : 0;

@@ -157,22 +157,27 @@ def test_processes_that_start_at_once_build_once_and_later_ones_not_at_all(tmp_p
 
 
 @pytest.mark.slow
-def test_the_kernels_for_any_processor_equal_the_reference():
-    code = """
+@pytest.mark.parametrize(("capability", "name"), [("default", "base"), ("avx2", "avx2")])
+def test_the_kernels_for_other_processors_equal_the_reference(capability, name):
+    if name != "base" and not getattr(torch.cpu, "_is_avx2_supported", bool)():
+        pytest.skip("this processor has no AVX2")
+    code = f"""
 import torch
 from tests.ops.bags import check
 from torchrec_compress.ops import native
-assert native.load() == "base"
+assert native.load() == {name!r}
 for structure in ("product", "residual"):
     for width in (4, 5, 8, 16, 32, 40):
         check(130, [100, 0, 30], 11, 256, width, structure, 9, True, torch.float32)
+        check(130, [100, 0, 30], 27, 256, width, structure, 0, True, torch.float32)
+        check(130, [100, 0, 30], 16, 256, width, structure, 0, False, torch.float32)
         check(130, [100, 0, 30], 6, 1000, width, structure, 0, False, torch.float32)
 """
     try:
         native.find_compiler()
     except native.CannotBuild:
         pytest.skip("no C++ compiler")
-    status, _, err = run(code, native.cache_folder(), ATEN_CPU_CAPABILITY="default")
+    status, _, err = run(code, native.cache_folder(), ATEN_CPU_CAPABILITY=capability)
     assert status == 0, err
 
 

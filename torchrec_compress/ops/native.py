@@ -20,7 +20,10 @@ from torchrec_compress.ops import cpu
 SOURCES = Path(__file__).parent / "csrc"
 # The stable ABI of torch 2.11, the oldest torch that is supported: one library serves it and every later torch.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-_ISA_FLAGS = {"kernels_avx2": ("-mavx2", "-mfma")}
+_ISA_FLAGS = {
+    "kernels_avx2": ("-mavx2", "-mfma"),
+    "kernels_avx512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl"),
+}
 
 
 class CannotBuild(Exception):
@@ -154,7 +157,7 @@ def load() -> str:
     """Build the library if need be, load it and register shapes and gradients.
 
     Returns:
-        The instruction set that its kernels use: "avx2" or "base".
+        The instruction set that its kernels use: "avx512", "avx2" or "base".
 
     Raises:
         CannotBuild: see `build`; or the library does not load.

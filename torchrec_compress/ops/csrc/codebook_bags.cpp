@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <mutex>
 #include <tuple>
 
@@ -15,9 +14,12 @@ const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
 #if defined(__x86_64__)
     // torch's own variable, so that one setting holds for torch and for us
-    const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
-    const bool is_default = wanted != nullptr && std::strcmp(wanted, "default") == 0;
-    if (!is_default && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_avx2;
+    const char* set = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string wanted = set == nullptr ? "" : set;
+    if (wanted == "default" || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kernels_base;
+    if (wanted != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"))
+      return kernels_avx512;
+    return kernels_avx2;
 #endif
     return kernels_base;
   }();
@@ -141,11 +143,14 @@ std::tuple<Tensors, Tensors> codebook_bags_backward(Tensor grad, Tensors codes, 
   for (size_t h = 0; h < hot.size(); ++h)
     grad_hot.push_back(torch::stable::new_zeros(grad, Numbers{wants[num_tables + h] ? hot[h] : 0, dims[h]}));
   std::vector<Task> tasks;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t parts_wanted = threads == 1 ? 1 : (2 * threads + int64_t(num_tables) - 1) / int64_t(num_tables);
   for (size_t t = 0; t < num_tables; ++t)
     for (size_t l = 0; l < call.lookups.size(); ++l) {
       if (call.tables[l] != int64_t(t)) continue;
-      for (int64_t piece = 0; piece < kernels().num_pieces(call.lookups[l]); ++piece)
-        tasks.push_back({int64_t(t), piece, piece + 1});
+      // the fewer parts, the fewer walks over the codes: no more than keep every thread at work
+      const int64_t pieces = kernels().num_pieces(call.lookups[l]), parts = std::min(pieces, parts_wanted);
+      for (int64_t i = 0; i < parts; ++i) tasks.push_back({int64_t(t), pieces * i / parts, pieces * (i + 1) / parts});
       break;
     }
   for (size_t l = 0; l < call.lookups.size(); ++l) {
@@ -157,7 +162,7 @@ std::tuple<Tensors, Tensors> codebook_bags_backward(Tensor grad, Tensors codes, 
   }
   run(tasks, call, [&](const Task& task, char* memory) {
     for (size_t l = 0; l < call.lookups.size(); ++l)
-      if (call.tables[l] == task.number) kernels().backward(call.batch, call.lookups[l], task.begin, memory);
+      if (call.tables[l] == task.number) kernels().backward(call.batch, call.lookups[l], task.begin, task.end, memory);
   });
   return {grad_books, grad_hot};
 }

@@ -62,9 +62,9 @@ struct Kernels {
   const char* name;
   // Sums bags [begin, end) of a look-up.
   Wrong (*forward)(const Batch&, const Lookup&, int64_t begin, int64_t end, char* scratch);
-  // Adds one look-up's share to the gradient of codebooks and hot rows. A piece is a range of output columns, which no
-  // other piece touches. The codes are those of positions and were checked by the forward.
-  void (*backward)(const Batch&, const Lookup&, int64_t piece, char* scratch);
+  // Adds one look-up's share to pieces [first, last) of the gradient of codebooks and hot rows. A piece is a range of
+  // output columns, which no other piece touches. The codes are those of positions and were checked by the forward.
+  void (*backward)(const Batch&, const Lookup&, int64_t first, int64_t last, char* scratch);
   int64_t (*num_pieces)(const Lookup&);
   // Adds to the gradient of the weights of bags [begin, end); codes as above.
   void (*backward_weights)(const Batch&, const Lookup&, int64_t begin, int64_t end, char* scratch);
@@ -74,5 +74,6 @@ struct Kernels {
 
 extern const Kernels kernels_base;
 extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
 
 }  // namespace torchrec_compress

@@ -3,35 +3,13 @@
 // A row of the output stays in registers while the ids of a bag are summed: product bags in groups of CHUNKS codes,
 // residual bags in tiles of columns. The codebooks (128 KB for D = 128, K = 256) live in L2.
 #include "gather.h"
+#include "lanes.h"
+#include "plain.h"
 
 namespace torchrec_compress {
 namespace {
 
-#if defined(__AVX__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;  // wider vectors than the machine's go through the stack in GCC
-#endif
-const float ONE = 1.0f;
 constexpr int64_t SCATTER = 4;  // codes per piece of the backward
-constexpr int64_t AHEAD = 8;  // bags whose gradients are fetched ahead
-
-
-template <int N>
-struct Lanes {
-  typedef float Vector __attribute__((vector_size(N * 4)));
-  typedef float Memory __attribute__((vector_size(N * 4), aligned(4), may_alias));  // unaligned
-};
-
-template <int N>
-inline typename Lanes<N>::Vector load(const float* from) {
-  return *reinterpret_cast<const typename Lanes<N>::Memory*>(from);
-}
-
-template <int N>
-inline void store(float* to, typename Lanes<N>::Vector value) {
-  *reinterpret_cast<typename Lanes<N>::Memory*>(to) = value;
-}
 
 // The ids of one bag that lie in a window.
 template <typename Code>
@@ -141,7 +119,7 @@ void product_scatter(const Batch& batch, const Lookup& lookup, int64_t m, char* 
   for_parts<Code>(batch, lookup, begin, end, false, scratch, [&](const Part<Code>& part, int64_t bag) {
     typename Lanes<N>::Vector grad[CHUNKS][PARTS];
     const float* from = lookup.grad + bag * lookup.row_step + m * WIDTH;
-    for (int line = 0; line < CHUNKS * WIDTH; line += 16) __builtin_prefetch(from + AHEAD * lookup.row_step + line);
+    for (int line = 0; line < CHUNKS * WIDTH; line += 16) __builtin_prefetch(from + BAGS_AHEAD * lookup.row_step + line);
     for (int c = 0; c < CHUNKS; ++c)
       for (int p = 0; p < PARTS; ++p) grad[c][p] = part.scale * load<N>(from + c * WIDTH + p * N);
     for (int64_t i = 0; i < part.count; ++i) {
@@ -160,10 +138,9 @@ void product_scatter(const Batch& batch, const Lookup& lookup, int64_t m, char* 
 
 
 template <typename Code, int WIDTH, bool HOT>
-void product_backward(const Batch& batch, const Lookup& lookup, int64_t piece, char* scratch) {
-  int64_t m = piece * SCATTER;
-  if (m + SCATTER <= lookup.num_codes) return product_scatter<Code, WIDTH, SCATTER, HOT>(batch, lookup, m, scratch);
-  for (; m < lookup.num_codes; ++m) product_scatter<Code, WIDTH, 1, HOT>(batch, lookup, m, scratch);
+void product_backward(const Batch& batch, const Lookup& lookup, int64_t m, int64_t end, char* scratch) {
+  for (; m + SCATTER <= end; m += SCATTER) product_scatter<Code, WIDTH, SCATTER, HOT>(batch, lookup, m, scratch);
+  for (; m < end; ++m) product_scatter<Code, WIDTH, 1, HOT>(batch, lookup, m, scratch);
 }
 
 // ---- product, any width
@@ -191,10 +168,8 @@ Wrong product_forward_any(const Batch& batch, const Lookup& lookup, int64_t begi
 }
 
 template <typename Code>
-void product_backward_any(const Batch& batch, const Lookup& lookup, int64_t piece, char* scratch) {
+void product_backward_any(const Batch& batch, const Lookup& lookup, int64_t first, int64_t last, char* scratch) {
   const int64_t width = lookup.width, begin = lookup.first_bag, end = begin + lookup.num_bags;
-  const int64_t first = piece * SCATTER;
-  const int64_t last = first + SCATTER < lookup.num_codes ? first + SCATTER : lookup.num_codes;
   for_parts<Code>(batch, lookup, begin, end, false, scratch, [&](const Part<Code>& part, int64_t bag) {
     for (int64_t i = 0; i < part.count; ++i) {
       const float weight = part.weights[i * part.weight_step] * part.scale;
@@ -271,12 +246,10 @@ void residual_scatter(const Batch& batch, const Lookup& lookup, int64_t column, 
 constexpr int64_t TILE = 4 * LANES;  // columns per piece of the backward
 
 template <typename Code>
-void residual_backward(const Batch& batch, const Lookup& lookup, int64_t piece, char* scratch) {
-  int64_t column = piece * TILE;
-  if (column + TILE <= lookup.dim) return residual_scatter<Code, LANES, 4>(batch, lookup, column, scratch);
-  for (; column + LANES <= lookup.dim; column += LANES)
-    residual_scatter<Code, LANES, 1>(batch, lookup, column, scratch);
-  for (; column < lookup.dim; ++column) residual_scatter<Code, 1, 1>(batch, lookup, column, scratch);
+void residual_backward(const Batch& batch, const Lookup& lookup, int64_t column, int64_t end, char* scratch) {
+  for (; column + TILE <= end; column += TILE) residual_scatter<Code, LANES, 4>(batch, lookup, column, scratch);
+  for (; column + LANES <= end; column += LANES) residual_scatter<Code, LANES, 1>(batch, lookup, column, scratch);
+  for (; column < end; ++column) residual_scatter<Code, 1, 1>(batch, lookup, column, scratch);
 }
 
 // ---- weights
@@ -324,38 +297,21 @@ void weights_backward(const Batch& batch, const Lookup& lookup, int64_t begin, i
 
 // ---- the choice of a kernel
 
-template <typename Code>
-Wrong choose_forward(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, char* scratch) {
-  if (lookup.is_residual) return residual_forward<Code>(batch, lookup, begin, end, scratch);
-#define WIDTH_CASE(width)                                                                             \
-  case width:                                                                                         \
-    return lookup.num_hot ? product_forward<Code, width, true>(batch, lookup, begin, end, scratch)    \
-                          : product_forward<Code, width, false>(batch, lookup, begin, end, scratch);
-  switch (lookup.width) {
-    WIDTH_CASE(4)
-    WIDTH_CASE(8)
-    WIDTH_CASE(16)
-    WIDTH_CASE(32)
-  }
-#undef WIDTH_CASE
-  return product_forward_any<Code>(batch, lookup, begin, end, scratch);
-}
+template <int N>
+struct Constant {
+  static constexpr int VALUE = N;
+};
 
-template <typename Code>
-void choose_backward(const Batch& batch, const Lookup& lookup, int64_t piece, char* scratch) {
-  if (lookup.is_residual) return residual_backward<Code>(batch, lookup, piece, scratch);
-#define WIDTH_CASE(width)                                                                      \
-  case width:                                                                                  \
-    return lookup.num_hot ? product_backward<Code, width, true>(batch, lookup, piece, scratch) \
-                          : product_backward<Code, width, false>(batch, lookup, piece, scratch);
+// Calls `work` with the width of a codeword where the compiler is to know it, or with 0.
+template <typename Work>
+auto with_width(const Lookup& lookup, const Work& work) {
   switch (lookup.width) {
-    WIDTH_CASE(4)
-    WIDTH_CASE(8)
-    WIDTH_CASE(16)
-    WIDTH_CASE(32)
+    case 4: return work(Constant<4>());
+    case 8: return work(Constant<8>());
+    case 16: return work(Constant<16>());
+    case 32: return work(Constant<32>());
   }
-#undef WIDTH_CASE
-  product_backward_any<Code>(batch, lookup, piece, scratch);
+  return work(Constant<0>());
 }
 
 // Calls `work` with a zero of the type that the codes are read as.
@@ -369,18 +325,43 @@ auto with_code(const Lookup& lookup, const Work& work) {
 }
 
 Wrong forward(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, char* scratch) {
-  return with_code(lookup, [&](auto zero) {
-    return choose_forward<decltype(zero)>(batch, lookup, begin, end, scratch);
+  return with_width(lookup, [&](auto width) {
+    constexpr int WIDTH = decltype(width)::VALUE;
+    if constexpr (WIDTH > 0)
+      if (is_plain(lookup)) return plain_forward<WIDTH>(batch, lookup, begin, end);
+    return with_code(lookup, [&](auto zero) {
+      using Code = decltype(zero);
+      if (lookup.is_residual) return residual_forward<Code>(batch, lookup, begin, end, scratch);
+      if constexpr (WIDTH == 0) return product_forward_any<Code>(batch, lookup, begin, end, scratch);
+      else return lookup.num_hot ? product_forward<Code, WIDTH, true>(batch, lookup, begin, end, scratch)
+                                 : product_forward<Code, WIDTH, false>(batch, lookup, begin, end, scratch);
+    });
   });
 }
 
-void backward(const Batch& batch, const Lookup& lookup, int64_t piece, char* scratch) {
-  with_code(lookup, [&](auto zero) { choose_backward<decltype(zero)>(batch, lookup, piece, scratch); });
-}
+// The pieces of a gradient: SCATTER codes (product) or TILE columns (residual), the last one what remains.
+int64_t piece_size(const Lookup& lookup) { return lookup.is_residual ? TILE : SCATTER; }
 
 int64_t num_pieces(const Lookup& lookup) {
-  const int64_t total = lookup.is_residual ? lookup.dim : lookup.num_codes, size = lookup.is_residual ? TILE : SCATTER;
+  const int64_t total = lookup.is_residual ? lookup.dim : lookup.num_codes, size = piece_size(lookup);
   return (total + size - 1) / size;
+}
+
+void backward(const Batch& batch, const Lookup& lookup, int64_t first, int64_t last, char* scratch) {
+  const int64_t total = lookup.is_residual ? lookup.dim : lookup.num_codes, size = piece_size(lookup);
+  const int64_t begin = first * size, end = last * size < total ? last * size : total;
+  with_width(lookup, [&](auto width) {
+    constexpr int WIDTH = decltype(width)::VALUE;
+    if constexpr (WIDTH > 0)
+      if (is_plain(lookup)) return plain_backward<WIDTH>(batch, lookup, begin, end);
+    with_code(lookup, [&](auto zero) {
+      using Code = decltype(zero);
+      if (lookup.is_residual) return residual_backward<Code>(batch, lookup, begin, end, scratch);
+      if constexpr (WIDTH == 0) product_backward_any<Code>(batch, lookup, begin, end, scratch);
+      else lookup.num_hot ? product_backward<Code, WIDTH, true>(batch, lookup, begin, end, scratch)
+                          : product_backward<Code, WIDTH, false>(batch, lookup, begin, end, scratch);
+    });
+  });
 }
 
 void backward_weights(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, char* scratch) {
