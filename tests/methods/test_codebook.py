@@ -9,7 +9,15 @@ from tests.cases import CASES, NUM_ROWS, batch, contexts, counts, dense_collecti
 from torchrec_compress import compress, decompress
 from torchrec_compress.fit.mec import MECFit
 from torchrec_compress.methods import MECConfig, PQConfig, QuantileCodesConfig, RandomCodesConfig, TableData
-from torchrec_compress.ops import dequantize_rows, hash_codes, hot_row_codes, quantize_rows, stable_salt
+from torchrec_compress.ops import (
+    dequantize_rows,
+    hash_codes,
+    hot_row_codes,
+    pack_codes,
+    quantize_rows,
+    stable_salt,
+    unpack_codes,
+)
 
 TIERED = [
     PQConfig(num_codes=2, codebook_size=32, num_hot_rows=70, popularity="count", hot_dtype="fp32"),
@@ -17,6 +25,8 @@ TIERED = [
     PQConfig(num_codes=2, codebook_size=32, structure="residual", num_hot_rows=70, hot_dtype="int4"),
     PQConfig(num_codes=1, codebook_size=100, num_hot_rows=9, hot_dtype="int8"),
     RandomCodesConfig(num_codes=4, codebook_size=32, num_hot_rows=70, hot_dtype="fp32"),
+    RandomCodesConfig(num_codes=4, codebook_size=16, num_hot_rows=70, hot_dtype="fp32"),
+    PQConfig(num_codes=3, codebook_size=11, structure="residual", num_hot_rows=70, hot_dtype="int8"),
     QuantileCodesConfig(num_codes=2, codebook_size=32, num_hot_rows=70),
     MECConfig(num_codes=2, codebook_size=32, num_hot_rows=70, fit_options=MECFit(num_steps=2)),
 ]
@@ -43,7 +53,8 @@ def test_hot_rows_are_served_as_stored_rows(config):
 
 @pytest.mark.parametrize("config", TIERED)
 def test_exactly_the_hot_rows_have_escape_codes(config):
-    codes = fitted(config).code_tables.banks["item"].codes.long()
+    codes = fitted(config).code_tables.banks["item"].codes
+    codes = (unpack_codes(codes, config.num_packed) if config.num_packed else codes).long()
     hot = counts().argsort(descending=True, stable=True)[: config.num_hot_rows]
     is_hot = codes[:, 0] >= config.first_size
     assert is_hot.nonzero().flatten().tolist() == sorted(hot.tolist())
@@ -78,7 +89,7 @@ def test_pq_is_exact_where_there_are_codewords_for_all_rows():
 def test_a_row_is_its_codewords_side_by_side():
     collection = fresh(PQConfig(num_codes=2, codebook_size=4))
     bank = collection.code_tables.banks["item"]
-    bank.codes[5], bank.codes[6] = torch.tensor([3, 0]), torch.tensor([1, 1])
+    bank.codes[5:7] = pack_codes(torch.tensor([[3, 0], [1, 1]]))
     with torch.no_grad():
         collection.decoder.banks["item"].codebooks.copy_(torch.arange(8.0).unsqueeze(1).expand(8, 8))
     assert collection(batch([[5], [5, 6]])).values().tolist() == [[3] * 8 + [4] * 8, [4] * 8 + [9] * 8]
@@ -86,7 +97,7 @@ def test_a_row_is_its_codewords_side_by_side():
 
 def test_a_residual_row_is_the_sum_of_its_codewords():
     collection = fresh(PQConfig(num_codes=2, codebook_size=4, structure="residual"))
-    collection.code_tables.banks["item"].codes[5] = torch.tensor([3, 0])
+    collection.code_tables.banks["item"].codes[5:6] = pack_codes(torch.tensor([[3, 0]]))
     with torch.no_grad():
         collection.decoder.banks["item"].codebooks.copy_(torch.arange(8.0).unsqueeze(1).expand(8, 16))
     assert collection(batch([[5]])).values().tolist() == [[7] * 16]
@@ -104,8 +115,8 @@ def test_learned_codes_beat_random_ones():
 def test_random_codes_are_the_start_codes():
     config = RandomCodesConfig(num_codes=4, codebook_size=16)
     expected = hash_codes(torch.arange(NUM_ROWS), 4, 16, stable_salt(0, "item"))
-    assert torch.equal(fitted(config).code_tables.banks["item"].codes.long(), expected)
-    assert torch.equal(fresh(config).code_tables.banks["item"].codes.long(), expected)
+    for collection in (fitted(config), fresh(config)):
+        assert torch.equal(unpack_codes(collection.code_tables.banks["item"].codes, 4).long(), expected)
 
 
 @pytest.mark.parametrize("config", CASES["random"])
@@ -132,7 +143,7 @@ def test_quantile_codes_need_contexts_and_no_rows():
     state = config.fit(table(), TableData(None, contexts=contexts()))
     seen = contexts()[0].unique()
     for m in range(4):
-        sizes = state.codes[seen, m].long().bincount(minlength=16)
+        sizes = unpack_codes(state.codes, 4)[seen, m].long().bincount(minlength=16)
         assert int(sizes.max() - sizes.min()) <= 1
     assert state.decoder["codebooks"].shape == (64, 4)
 
@@ -148,9 +159,10 @@ def test_a_fit_that_meets_bad_rows_says_so():
 
 def test_bytes():
     pq = PQConfig(num_codes=4, codebook_size=16)
-    assert pq.stored_bytes(table()) == NUM_ROWS * 4 + 1 + 16 * 16 * 4
+    assert pq.stored_bytes(table()) == NUM_ROWS * 2 + 1 + 16 * 16 * 4  # two codes in a byte
+    assert replace(pq, codebook_size=17).stored_bytes(table()) == NUM_ROWS * 4 + 1 + 17 * 16 * 4
     assert replace(pq, codebook_size=300).stored_bytes(table()) == NUM_ROWS * 8 + 1 + 300 * 16 * 4
-    assert replace(pq, structure="residual").stored_bytes(table()) == NUM_ROWS * 4 + 1 + 4 * 16 * 16 * 4
+    assert replace(pq, structure="residual").stored_bytes(table()) == NUM_ROWS * 2 + 1 + 4 * 16 * 16 * 4
     assert replace(pq, num_hot_rows=10).stored_bytes(table()) == pq.stored_bytes(table()) + 10 * 20
     assert replace(pq, num_hot_rows=10, hot_dtype="fp32").stored_bytes(table()) == pq.stored_bytes(table()) + 10 * 64
 

@@ -29,6 +29,7 @@ from tests.cases import (
 from torchrec_compress import CompressedEmbeddingBagCollection, compress, decompress
 from torchrec_compress.compression import parse
 from torchrec_compress.methods import METHODS, CodebookConfig, MethodConfig
+from torchrec_compress.ops import unpack_codes
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 every = pytest.mark.parametrize("config", CONFIGS, ids=IDS)
@@ -132,6 +133,8 @@ def test_unfitted_collections_agree_under_one_seed(config):
 def test_codes_are_in_range(config, is_fitted):
     codes = (fitted(config) if is_fitted else fresh(config)).code_tables.banks["item"].codes
     assert codes.shape == (NUM_ROWS, config.parts(table(), 0).codes.row_size)
+    if isinstance(config, CodebookConfig) and config.num_packed:
+        codes = unpack_codes(codes, config.num_packed)
     assert int(codes.min()) >= 0
     assert int(codes.max()) < code_size(config)
     if isinstance(config, CodebookConfig) and config.num_hot_rows and not is_fitted:

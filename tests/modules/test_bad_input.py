@@ -16,6 +16,7 @@ from torchrec_compress import (
 )
 from torchrec_compress.compression import parse
 from torchrec_compress.methods import DenseConfig, HashConfig, PQConfig, TableState
+from torchrec_compress.ops import pack_codes, unpack_codes
 
 every = pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 PQ = PQConfig(num_codes=4, codebook_size=16)
@@ -172,8 +173,8 @@ def test_load_table_checks_names_and_shapes():
     collection = fresh(PQ)
     with pytest.raises(ValueError, match=r"load_table: must name one of \['item'\], got 'itm'"):
         collection.load_table("itm", TableState())
-    with pytest.raises(ValueError, match=r"code table 'item': codes must have shape \(403, 4\), got \(403, 2\)"):
-        collection.load_table("item", TableState(codes=torch.zeros(NUM_ROWS, 2)))
+    with pytest.raises(ValueError, match=r"code table 'item': codes must have shape \(403, 2\), got \(403, 4\)"):
+        collection.load_table("item", TableState(codes=torch.zeros(NUM_ROWS, 4)))
     with pytest.raises(ValueError, match=r"table 'item': stored tensors are .*got 'codebooks' of shape"):
         collection.load_table("item", TableState(decoder={"codebooks": torch.zeros(3, 3)}))
 
@@ -191,6 +192,35 @@ def test_a_checkpoint_of_another_size():
         ValueError, match=r"table 'item': the checkpoint's sizes must be those of PQConfig\(num_codes=2"
     ):
         fresh(PQConfig(num_codes=2, codebook_size=16)).load_state_dict(state)
+
+
+def test_a_checkpoint_with_one_code_in_a_byte_must_be_packed():
+    """As an earlier version wrote it, with the layout that it had."""
+    collection = fitted(PQ)
+    state = dict(collection.state_dict())
+    codes = unpack_codes(state["code_tables.banks.item.codes"], 4)
+    old = {
+        **state,
+        "code_tables.banks.item.codes": codes,
+        "decoder.layout": torch.tensor([[619246479, 154899329, 223132457]]),
+    }
+    words = r"table 'item': the checkpoint's codes must be packed, .*code_tables.banks.item.codes, .*decoder.layout"
+    with pytest.raises(ValueError, match=words):
+        fresh(PQ).load_state_dict(old)
+    old["code_tables.banks.item.codes"], old["decoder.layout"] = pack_codes(codes), state["decoder.layout"]
+    loaded = fresh(PQ, seed=1)
+    loaded.load_state_dict(old)
+    features = batch([[0, 5], [402]])
+    assert torch.equal(loaded(features).values(), collection(features).values())
+
+
+def test_packed_rows_of_one_width_may_be_of_other_codes():
+    """15 x 16 and 16 x 15 codewords: every tensor has the shape of the other's."""
+    configs = [PQConfig(num_codes=m, codebook_size=k, structure="residual") for m, k in ((15, 16), (16, 15))]
+    states = [fresh(config).state_dict() for config in configs]
+    assert {key: value.shape for key, value in states[0].items()} == {k: v.shape for k, v in states[1].items()}
+    with pytest.raises(ValueError, match="the checkpoint's sizes must be those of"):
+        fresh(configs[0]).load_state_dict(states[1])
 
 
 def test_a_checkpoint_of_another_method_or_seed():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.tolerances import assert_near
-from torchrec_compress.ops import code_dtype, codebook_bag, hot_row_codes, num_escape_codes
+from torchrec_compress.ops import code_dtype, codebook_bag, hot_row_codes, num_escape_codes, pack_codes
 
 
 def reference(codes, codebooks, offsets, structure, weights, hot_rows, upstream):
@@ -69,6 +69,7 @@ def check(
     dtype,
     index_dtype=torch.int64,
     codes_as=None,
+    packed=False,
 ):
     dim = width * num_codes if structure == "product" else width
     codes = random_codes(num_ids, num_codes, size, num_hot).to(codes_as or code_dtype(size))
@@ -78,7 +79,8 @@ def check(
     offsets = None
     if lengths is not None:
         offsets = torch.tensor([0, *lengths]).cumsum(0).to(index_dtype)
-    out = codebook_bag(codes, books, offsets, structure=structure, weights=weights, hot_rows=hot)
+    given, num_packed = (pack_codes(codes), num_codes) if packed else (codes, 0)
+    out = codebook_bag(given, books, offsets, structure=structure, weights=weights, hot_rows=hot, num_packed=num_packed)
     assert out.dtype == dtype
     upstream = torch.randn_like(out)
     out.backward(upstream)

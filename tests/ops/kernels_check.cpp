@@ -84,8 +84,18 @@ Expected expect(const Lookup& lookup, const std::vector<Code>& table, const std:
   return sums;
 }
 
+// Two codes in a byte, the first in its low half; for codes below 16.
+template <typename Code>
+std::vector<char> packed(const std::vector<Code>& table, int64_t N, int64_t M) {
+  std::vector<char> bytes;
+  for (int64_t row = 0; row < N; ++row)
+    for (int64_t m = 0; m < M; m += 2)
+      bytes.push_back(char(table[row * M + m] | (m + 1 < M ? table[row * M + m + 1] << 4 : 0)));
+  return bytes;
+}
+
 template <typename Code, typename Index>
-int check(int64_t K, int64_t width, bool is_residual, bool is_mean, int64_t num_hot) {
+int check(int64_t K, int64_t width, bool is_residual, bool is_mean, int64_t num_hot, bool is_packed = false) {
   const int64_t M = 27, N = 77, B = 63;
   const int64_t D = is_residual ? width : M * width, first_size = num_hot ? K - 1 : K;
   const std::vector<Code> table = codes_of<Code>(N, M, K, num_hot);
@@ -100,7 +110,14 @@ int check(int64_t K, int64_t width, bool is_residual, bool is_mean, int64_t num_
   Lookup lookup = {};
   lookup.codes = reinterpret_cast<const char*>(table.data());
   lookup.code_bytes = int(sizeof(Code));
-  lookup.stride = M * lookup.code_bytes;
+  const int64_t row_bytes = M * lookup.code_bytes;
+  lookup.stride = row_bytes;
+  const std::vector<char> halves = packed(table, N, M);
+  if (is_packed) {
+    lookup.codes = halves.data();
+    lookup.stride = (M + 1) / 2;
+    lookup.is_packed = true;
+  }
   lookup.num_rows = N;
   lookup.num_codes = M;
   lookup.codebook_size = K;
@@ -113,18 +130,23 @@ int check(int64_t K, int64_t width, bool is_residual, bool is_mean, int64_t num_
   lookup.codebooks = books.data();
   lookup.hot_rows = num_hot ? hot.data() : nullptr;
   lookup.num_bags = B;
-  std::vector<char> saved(L * lookup.stride), scratch(scratch_bytes(lookup));
+  std::vector<char> saved(L * row_bytes), scratch(scratch_bytes(lookup));
   std::vector<float> out(B * D, NAN), grad_books(books.size()), grad_hot(hot.size()), grad_weights(L);
   lookup.out = out.data();
   lookup.saved = saved.data();
-  lookup.saved_step = lookup.stride;
+  lookup.saved_step = row_bytes;
 
   const Expected expected = expect(lookup, table, offsets, ids, weights, grad);
   int wrong = 0;
   if (KERNELS.forward(batch, lookup, 0, B, scratch.data()).kind != Wrong::NOTHING) ++wrong;
   wrong += compare("forward", lookup, out, expected.out);
+  std::vector<char> asked;
+  for (int64_t i = 0; i < L; ++i) {
+    const char* row = lookup.codes + int64_t(ids[i]) * lookup.stride;
+    asked.insert(asked.end(), row, row + lookup.stride);
+  }
   Lookup given = lookup;
-  given.codes = saved.data();
+  given.codes = asked.data();
   given.is_gathered = true;
   given.saved = nullptr;
   std::fill(out.begin(), out.end(), NAN);
@@ -132,6 +154,8 @@ int check(int64_t K, int64_t width, bool is_residual, bool is_mean, int64_t num_
   wrong += compare("forward of gathered codes", lookup, out, expected.out);
   Lookup back = lookup;
   back.codes = saved.data();
+  back.stride = row_bytes;
+  back.is_packed = false;
   back.is_gathered = true;
   back.grad = grad.data();
   back.grad_codebooks = grad_books.data();
@@ -147,7 +171,7 @@ int check(int64_t K, int64_t width, bool is_residual, bool is_mean, int64_t num_
 
   std::vector<char> rows(L * lookup.stride);
   KERNELS.gather(batch, lookup, 0, L, rows.data(), lookup.stride);
-  if (rows != saved) wrong += std::printf("gather: other codes than the forward's\n") > 0;
+  if (rows != asked) wrong += std::printf("gather: other codes than the table's\n") > 0;
   ids[L / 2] = Index(N);
   const Wrong met = KERNELS.forward(batch, lookup, 0, B, scratch.data());
   if (met.kind != Wrong::ID || met.position != L / 2) wrong += std::printf("an id out of range was not seen\n") > 0;
@@ -159,13 +183,14 @@ int check(int64_t K, int64_t width, bool is_residual, bool is_mean, int64_t num_
 int main() {
   int wrong = 0, cases = 0;
   for (int64_t width : {1, 4, 5, 8, 16, 32, 40})
-    for (int flags = 0; flags < 8; ++flags, cases += 5) {
+    for (int flags = 0; flags < 8; ++flags, cases += 6) {
       const int num_hot = flags & 4 ? 20 : 0;
       wrong += check<uint8_t, int64_t>(250, width, flags & 1, flags & 2, num_hot);
       wrong += check<uint8_t, int64_t>(256, width, flags & 1, flags & 2, num_hot);
       wrong += check<uint8_t, int32_t>(256, width, flags & 1, flags & 2, num_hot);
       wrong += check<uint16_t, int32_t>(300, width, flags & 1, flags & 2, num_hot);
       wrong += check<uint32_t, int64_t>(300, width, flags & 1, flags & 2, num_hot);
+      wrong += check<uint8_t, int64_t>(16, width, flags & 1, flags & 2, flags & 4 ? 12 : 0, true);
     }
   std::printf("%d cases, %d wrong\n", cases, wrong);
   return wrong ? 1 : 0;

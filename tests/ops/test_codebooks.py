@@ -5,7 +5,15 @@ from hypothesis import strategies as st
 
 from tests.ops.bags import check, random_codes
 from tests.tolerances import assert_near
-from torchrec_compress.ops import code_dtype, codebook_bag, hot_row_codes, num_escape_codes
+from torchrec_compress.ops import (
+    code_dtype,
+    codebook_bag,
+    hot_row_codes,
+    num_escape_codes,
+    pack_codes,
+    packed_width,
+    unpack_codes,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -106,6 +114,28 @@ def test_offsets_that_do_not_fit_raise_in_the_reference_too(offsets):
 def test_code_dtype_holds_every_code(size, dtype):
     assert code_dtype(size) == dtype
     assert torch.iinfo(dtype).max >= size - 1
+
+
+@given(num_rows=st.integers(0, 5), num_codes=st.integers(1, 9), size=st.integers(1, 16))
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_packed_codes_come_back(num_rows, num_codes, size, dtype):
+    codes = torch.randint(0, size, (num_rows, num_codes)).to(dtype)
+    before = codes.clone()
+    packed = pack_codes(codes)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (num_rows, packed_width(num_codes))
+    assert torch.equal(unpack_codes(packed, num_codes), codes.to(torch.uint8))
+    assert torch.equal(codes, before)
+
+
+def test_codes_lie_in_their_byte_as_the_kernels_read_them():
+    assert pack_codes(torch.tensor([[1, 2, 15, 0, 7]])).tolist() == [[0x21, 0x0F, 0x07]]
+
+
+@pytest.mark.parametrize("wrong", [-1, 16, 257])
+def test_codes_that_half_a_byte_does_not_hold_are_errors(wrong):
+    with pytest.raises(ValueError, match=r"every code must be in \[0, 16\), got"):
+        pack_codes(torch.tensor([[1, 2, wrong]]))
 
 
 @given(num_hot=st.integers(0, 700), num_codes=st.integers(1, 4), size=st.integers(2, 40))

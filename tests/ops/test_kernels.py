@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.made import Made
 from tests.ops.bags import check, random_codes
-from torchrec_compress.ops import code_dtype, codebook_bag, native, num_escape_codes
+from torchrec_compress.ops import code_dtype, codebook_bag, native, num_escape_codes, pack_codes
 from torchrec_compress.ops.dispatch import cpp_serves
 from torchrec_compress.ops.reference import reference_codebook_bag
 
@@ -59,6 +59,16 @@ def test_widths_and_codebook_sizes(width, size, structure):
 def test_types_of_codes(dtype, size, width, structure, num_hot):
     lengths = lengths_of(63)
     check(sum(lengths), lengths, 3, size, width, structure, num_hot, True, torch.float32, codes_as=dtype)
+
+
+@pytest.mark.parametrize("num_hot", [0, 1])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("width", [5, 8])
+@pytest.mark.parametrize("size", [2, 11, 16])
+@pytest.mark.parametrize("num_codes", [1, 2, 7, 16, 33])
+def test_packed_codes(num_codes, size, width, structure, num_hot):
+    lengths = lengths_of(63)
+    check(sum(lengths), lengths, num_codes, size, width, structure, num_hot, True, torch.float32, packed=True)
 
 
 @pytest.mark.parametrize("num_hot", [0, 300])
@@ -203,6 +213,36 @@ def test_codes_out_of_range_are_errors(codes, num_hot, structure):
     hot = torch.zeros(num_hot, 8) if num_hot else None
     with pytest.raises(ValueError, match="every code must be in \\[0, 254\\)"):
         codebook_bag(codes, torch.zeros(508, width), None, structure=structure, hot_rows=hot)
+
+
+@pytest.mark.parametrize("num_codes", [3, 4])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_packed_codes_out_of_range_are_errors(num_codes, place):
+    codes = torch.zeros(200, num_codes, dtype=torch.uint8)
+    codes[150, place] = 11
+    with pytest.raises(ValueError, match=r"every code must be in \[0, 11\).* at position 150"):
+        codebook_bag(pack_codes(codes), torch.zeros(11 * num_codes, 4), None, num_packed=num_codes)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_packed_escape_codes_that_lead_nowhere_are_errors(structure):
+    # 15 is the one escape code, and the hot rows are 0 to 6
+    codes = pack_codes(torch.tensor([[0, 1], [15, 7], [15, 0]]))
+    width = 4 if structure == "product" else 8
+    with pytest.raises(ValueError, match=r"every escape code a hot row in \[0, 7\), got another at position 1"):
+        codebook_bag(codes, torch.zeros(32, width), None, structure=structure, hot_rows=torch.zeros(7, 8), num_packed=2)
+
+
+@pytest.mark.parametrize(
+    ("codes", "num_packed", "size", "message"),
+    [
+        (torch.zeros(3, 2, dtype=torch.int16), 4, 16, "packed codes must be uint8"),
+        (torch.zeros(3, 2, dtype=torch.uint8), 4, 17, "packed codes must be of at most 16 codewords, got 17"),
+    ],
+)
+def test_packed_codes_of_another_kind_are_errors(codes, num_packed, size, message):
+    with pytest.raises(ValueError, match=message):
+        codebook_bag(codes, torch.zeros(size * num_packed, 4), None, num_packed=num_packed)
 
 
 @pytest.mark.parametrize("code", [-1, -(2**15)])

@@ -53,9 +53,10 @@ def test_codes_are_padded_where_they_travel_and_only_there(monkeypatch):
     monkeypatch.setenv("TORCHREC_COMPRESS_BACKEND", "torch")
     found = one(PQConfig(num_codes=6, codebook_size=300, structure="residual"))  # twelve bytes
     assert bytes_of(found["code_tables.t", "row_wise", "fused"]) == ROWS // RANKS * 12 + NUM_IDS * (8 + 12)
-    found = one(PQConfig(num_codes=1, codebook_size=16))
-    assert bytes_of(found["code_tables.t", "row_wise", "fused"]) == ROWS // RANKS + NUM_IDS * (8 + 4)
-    assert bytes_of(found["code_tables.t", "data_parallel", "dense"]) == ROWS + NUM_IDS * (8 + 1)
+    for num_codes, size in ((1, 32), (1, 16), (2, 16)):  # of 16 codewords, two codes take a byte
+        found = one(PQConfig(num_codes=num_codes, codebook_size=size))
+        assert bytes_of(found["code_tables.t", "row_wise", "fused"]) == ROWS // RANKS + NUM_IDS * (8 + 4)
+        assert bytes_of(found["code_tables.t", "data_parallel", "dense"]) == ROWS + NUM_IDS * (8 + 1)
 
 
 def test_traffic_of_codes_grows_with_the_ids_not_with_the_bags():

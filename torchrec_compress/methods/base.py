@@ -61,11 +61,13 @@ class CodePart:
         row_size: integers per row.
         dtype: of the table.
         start: row numbers (L,) int64 -> start codes (L, row_size), or None where only fitting or a checkpoint fills it.
+        num_packed: codes per row where an integer holds two of them (see `ops.pack_codes`), else 0.
     """
 
     row_size: int
     dtype: torch.dtype
     start: Callable[[Tensor], Tensor] | None = None
+    num_packed: int = 0
 
 
 @dataclass(frozen=True)

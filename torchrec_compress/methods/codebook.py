@@ -29,7 +29,10 @@ from torchrec_compress.ops import (
     dequantize_rows,
     hash_codes,
     hot_row_codes,
+    is_packed,
     num_escape_codes,
+    pack_codes,
+    packed_width,
     quantize_rows,
     quantized_row_bytes,
     stable_salt,
@@ -46,8 +49,8 @@ torch.fx.wrap("dequantize_rows")
 class CodebookConfig(MethodConfig):
     """Store M codes per row and M codebooks of K codewords.
 
-    Bytes: N M (one byte per code up to K = 256, two up to 32,768) + 4 K D (product) or 4 M K D (residual), and with
-    tiers the hot rows.
+    Bytes: N M (one byte per code up to K = 256, two up to 32,768; up to K = 16 two codes share a byte, N ceil(M / 2))
+    + 4 K D (product) or 4 M K D (residual), and with tiers the hot rows.
 
     Args:
         num_codes: codes per row, M.
@@ -101,15 +104,22 @@ class CodebookConfig(MethodConfig):
         """Codewords of the first codebook; its other codes are escapes."""
         return self.codebook_size - num_escape_codes(self.num_hot_rows, self.num_codes, self.codebook_size)
 
+    @property
+    def num_packed(self) -> int:
+        """Codes per row where two share a byte, or 0 where every integer is a code."""
+        return self.num_codes if is_packed(self.codebook_size) else 0
+
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the code table; it starts from hashed codes."""
         start = partial(
-            hash_codes,
+            _start_codes,
             num_codes=self.num_codes,
             codebook_size=self.codebook_size,
             salt=stable_salt(seed, table.name),
             first_size=self.first_size,
         )
+        if self.num_packed:
+            return Parts(codes=CodePart(packed_width(self.num_packed), torch.uint8, start, self.num_packed))
         return Parts(codes=CodePart(self.num_codes, code_dtype(self.codebook_size), start))
 
     def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> CodebookDecoder:
@@ -131,7 +141,7 @@ class CodebookConfig(MethodConfig):
             rows = data.trained_rows(table)[hot]
             codes[hot] = hot_row_codes(self.num_hot_rows, self.num_codes, self.codebook_size)
             decoder["hot_rows"] = rows if self.hot_dtype == "fp32" else quantize_rows(rows, self.hot_dtype)
-        return TableState(codes=codes.to(code_dtype(self.codebook_size)), decoder=decoder)
+        return TableState(codes=_stored_codes(codes, self.codebook_size), decoder=decoder)
 
     @abstractmethod
     def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:
@@ -148,6 +158,15 @@ class CodebookConfig(MethodConfig):
             )
         # stable, so that equal counts are broken by id on every machine
         return torch.argsort(data.counts, descending=True, stable=True)[: self.num_hot_rows]
+
+
+def _stored_codes(codes: Tensor, codebook_size: int) -> Tensor:
+    """Return codes, (L, M) in [0, K), as a code table stores them."""
+    return pack_codes(codes) if is_packed(codebook_size) else codes.to(code_dtype(codebook_size))
+
+
+def _start_codes(ids: Tensor, num_codes: int, codebook_size: int, salt: int, first_size: int) -> Tensor:
+    return _stored_codes(hash_codes(ids, num_codes, codebook_size, salt, first_size), codebook_size)
 
 
 def check_popularity(table: BaseEmbeddingConfig, popularity: str) -> None:
@@ -217,16 +236,27 @@ class CodebookDecoder(TableDecoder):
     def forward(
         self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Tensor]
     ) -> Tensor:
-        """Return the sums over bags; `codes` are (L, M)."""
+        """Return the sums over bags; `codes` are rows of the code table, (L, M) or packed."""
         assert codes is not None
         return codebook_bag(
-            codes, self.codebooks, offsets, structure=self.structure, weights=weights, hot_rows=self.float_hot_rows()
+            codes,
+            self.codebooks,
+            offsets,
+            structure=self.structure,
+            weights=weights,
+            hot_rows=self.float_hot_rows(),
+            num_packed=self.num_packed,
         )
 
     @property
     def structure(self) -> Structure:
         """Whether rows are codewords side by side or their sum."""
         return self._config.structure
+
+    @property
+    def num_packed(self) -> int:
+        """Codes per row where two share a byte, or 0 where every integer is a code."""
+        return self._config.num_packed
 
     def float_hot_rows(self) -> Tensor | None:
         """Return the hot rows as floats, (H, D), or None without tiers."""

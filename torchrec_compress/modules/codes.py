@@ -46,7 +46,7 @@ def pool_codes(
     Args:
         features: the batch.
         lookups: in the order of the output.
-        codes: of every look-up, a whole code table, or (L, M) codes of its ids.
+        codes: of every look-up, a whole code table, or (L, row_size) codes of its ids.
         codebooks: of every table that `lookups` name.
         hot_rows: of every table, (H, D) or None.
         is_weighted: whether the batch's weights are factors.
@@ -140,7 +140,8 @@ def _find(
 def _widths(lookups: Sequence[BagLookup], tables: Sequence[Tensor], codebooks: Sequence[Tensor]) -> list[int]:
     """Return the columns of every look-up."""
     return [
-        codebooks[lookup.table].shape[1] * (1 if lookup.structure == "residual" else table.shape[1])
+        codebooks[lookup.table].shape[1]
+        * (1 if lookup.structure == "residual" else lookup.num_packed or table.shape[1])
         for lookup, table in zip(lookups, tables, strict=True)
     ]
 

@@ -12,6 +12,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 from torchrec.modules.embedding_modules import process_pooled_embeddings, reorder_inverse_indices
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from torchrec_compress.methods.base import CodePart
 from torchrec_compress.methods.codebook import CodebookDecoder
 from torchrec_compress.methods.lowbit import LowBitDecoder
 from torchrec_compress.modules.backward import strip_where_replicated
@@ -70,7 +71,7 @@ class Decoder(nn.Module):
             if bank is not None:
                 self.banks[table.name] = bank
         self.register_buffer("format_version", torch.full((1,), FORMAT_VERSION, device=device))
-        self._layout = [self._fingerprints(table) for table in plan.tables]
+        self._layout = [self._fingerprints(table, plan.parts[table.name].codes) for table in plan.tables]
         self.register_buffer("layout", torch.tensor(self._layout, dtype=torch.int64, device=device))
         self._lookups = [lookup for lookup in plan.lookups if lookup.table.name in self.banks]
         coded = [lookup for lookup in self._lookups if self._is_coded(lookup)]
@@ -82,6 +83,7 @@ class Decoder(nn.Module):
                 _where(lookup),
                 self.banks[lookup.table.name].structure,
                 _is_mean(lookup.table),
+                self.banks[lookup.table.name].num_packed,
             )
             for lookup in coded
         ]
@@ -97,13 +99,15 @@ class Decoder(nn.Module):
             bank.reset_parameters()  # type: ignore[operator]
         self._write_constants()
 
-    def _fingerprints(self, table: BaseEmbeddingConfig) -> list[int]:
-        """Return a hash of each `LAYOUT` field of a table."""
+    def _fingerprints(self, table: BaseEmbeddingConfig, code_part: CodePart | None) -> list[int]:
+        """Return a hash of each `LAYOUT` field of a table with this code table."""
         parts = self._plan.parts[table.name]
         native = ((parts.bag,) if parts.bag else ()) + parts.rows
         bank = self.banks[table.name] if table.name in self.banks else nn.Module()
         tensors = [*bank.named_parameters(), *bank.named_buffers()]
-        codes = None if parts.codes is None else (parts.codes.row_size, str(parts.codes.dtype))
+        codes = None
+        if code_part is not None:
+            codes = (code_part.row_size, str(code_part.dtype), *([code_part.num_packed] * (code_part.num_packed > 0)))
         method = (codes is None, [(p.name, p.remap.kind) for p in native], [name for name, _ in tensors])
         sizes = (
             (table.num_embeddings, table.embedding_dim, codes),
@@ -148,6 +152,15 @@ class Decoder(nn.Module):
         if len(found) != len(self._layout):
             raise ValueError(f"{prefix}layout: must be of {len(self._layout)} tables, got {len(found)}")
         for table, theirs, ours in zip(self._plan.tables, found, self._layout, strict=True):
+            part = self._plan.parts[table.name].codes
+            num_packed = 0 if part is None else part.num_packed
+            if num_packed and theirs == self._fingerprints(table, CodePart(num_packed, torch.uint8)):
+                name = f"{prefix.removesuffix('decoder.')}code_tables.banks.{table.name}.codes"
+                raise ValueError(
+                    f"table {table.name!r}: the checkpoint's codes must be packed, two in a byte, got one in a byte; "
+                    f"put ops.pack_codes(codes) in place of its {name}, and this collection's {prefix}layout in place "
+                    "of its own"
+                )
             differ = [field for field, a, b in zip(LAYOUT, theirs, ours, strict=True) if a != b]
             if differ:
                 raise ValueError(

@@ -1,7 +1,15 @@
 """Tensor operations behind the compressed lookups. Callers import from here, never from the files below."""
 
 from torchrec_compress.ops.bags import BagLookup, IdBags, Span, codebook_bag, codebook_bags
-from torchrec_compress.ops.codebooks import code_dtype, hot_row_codes, num_escape_codes
+from torchrec_compress.ops.codebooks import (
+    code_dtype,
+    hot_row_codes,
+    is_packed,
+    num_escape_codes,
+    pack_codes,
+    packed_width,
+    unpack_codes,
+)
 from torchrec_compress.ops.dispatch import requested_backend, tiers
 from torchrec_compress.ops.ids import (
     check_filled,
@@ -31,13 +39,17 @@ __all__ = [
     "hash_codes",
     "hash_ids",
     "hot_row_codes",
+    "is_packed",
     "lookup_codes",
     "low_bit_bag",
     "num_escape_codes",
+    "pack_codes",
+    "packed_width",
     "pool_rows",
     "quantize_rows",
     "quantized_row_bytes",
     "requested_backend",
     "stable_salt",
     "tiers",
+    "unpack_codes",
 ]

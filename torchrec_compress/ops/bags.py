@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchrec_compress.ops.codebooks import Structure
-from torchrec_compress.ops.cpu import GATHERED, MEAN, RESIDUAL
+from torchrec_compress.ops.codebooks import Structure, unpack_codes
+from torchrec_compress.ops.cpu import GATHERED, MEAN, ODD, PACKED, RESIDUAL
 from torchrec_compress.ops.dispatch import cpp_serves, fbgemm_serves, gpu_tier
 from torchrec_compress.ops.fbgemm import FLOATS, fbgemm_codebook_bags
 from torchrec_compress.ops.gpu.lookup import is_gpu_input, pool_on_gpu
+from torchrec_compress.ops.ids import check_ids, gather_rows
 from torchrec_compress.ops.reference import reference_codebook_bags
 
 # what the C++ kernels read; all else goes to FBGEMM or to the reference
@@ -30,6 +31,8 @@ class BagLookup(NamedTuple):
         where: names table and feature in errors.
         structure: "product" or "residual".
         is_mean: whether sums are divided by the ids of a bag.
+        num_packed: codes per row, M, where a byte of the code table holds two of them (see `pack_codes`); 0 where every
+            integer is a code.
     """
 
     table: int
@@ -37,6 +40,7 @@ class BagLookup(NamedTuple):
     where: str
     structure: Structure = "product"
     is_mean: bool = False
+    num_packed: int = 0
 
 
 class Span(NamedTuple):
@@ -87,12 +91,14 @@ def codebook_bags(
     Nothing of size (L, D) is made, forward or backward. `tiers` says what serves; the C++ kernels (uint8, int16 and
     int32 codes, float32, bfloat16 and float16 codebooks, CPU) sum in float32, with the same bits for any number of
     threads, and keep the codes that they met, (L, M), for the backward: ids are followed once per step. The kernels
-    of a GPU sum in float32 and follow ids again in the backward.
+    of a GPU sum in float32 and follow ids again in the backward. Packed codes are unpacked by the C++ kernels a window
+    of ids at a time; before all others those of the batch are unpacked, (L, M) uint8.
 
     Args:
         lookups: what is looked up where, in the order of the output.
         spans: of every look-up, where it is in the batch.
-        codes: of every look-up, (N, M) code table or (its ids, M) gathered codes; integer, in [0, K).
+        codes: of every look-up, (N, M) code table or (its ids, M) gathered codes; integer, in [0, K). Packed ones are
+            (N, ceil(M / 2)) or (its ids, ceil(M / 2)) uint8, with K at most 16.
         codebooks: of every table, (M * K, D / M) for "product" (a row is the M codewords side by side) or (M * K, D)
             for "residual" (a row is their sum); floating point, of one dtype.
         hot_rows: of every table, (H, D) rows reached by escape codes (see `hot_row_codes`), or None.
@@ -117,23 +123,47 @@ def codebook_bags(
     dtypes = {books.dtype for books in codebooks}
     if len(dtypes) > 1:
         raise ValueError(f"codebook_bag: codebooks must be of one dtype, got {sorted(map(str, dtypes))}")
+    if _is_kernel_input(codes, codebooks, batch) and cpp_serves():
+        return _cpp_codebook_bags(lookups, spans, codes, codebooks, hot_rows, batch)
+    lookups, spans, codes = _unpacked(lookups, spans, codes, batch.ids)
     if is_gpu_input(codes, codebooks, batch):
         tier = gpu_tier()
         if tier != "torch":
             return pool_on_gpu(lookups, spans, codes, codebooks, hot_rows, batch, tier)
-    is_on_cpu = all(books.device.type == "cpu" for books in codebooks)
-    is_kernel_input = (
+    is_fbgemm_input = _is_on_cpu(codebooks) and codebooks[0].dtype in FLOATS
+    pool = fbgemm_codebook_bags if is_fbgemm_input and fbgemm_serves() else reference_codebook_bags
+    return pool(lookups, spans, codes, codebooks, hot_rows, batch)
+
+
+def _is_on_cpu(codebooks: Sequence[Tensor]) -> bool:
+    return all(books.device.type == "cpu" for books in codebooks)
+
+
+def _is_kernel_input(codes: Sequence[Tensor], codebooks: Sequence[Tensor], batch: IdBags) -> bool:
+    """Return whether the C++ kernels read these tensors."""
+    return (
         codebooks[0].dtype in CPP_FLOATS
-        and is_on_cpu
+        and _is_on_cpu(codebooks)
         and all(rows.dtype in CPP_CODES for rows in codes)
         and (batch.ids is None or batch.ids.dtype in CPP_IDS)
     )
-    pool = reference_codebook_bags
-    if is_kernel_input and cpp_serves():
-        pool = _cpp_codebook_bags
-    elif is_on_cpu and codebooks[0].dtype in FLOATS and fbgemm_serves():
-        pool = fbgemm_codebook_bags
-    return pool(lookups, spans, codes, codebooks, hot_rows, batch)
+
+
+def _unpacked(
+    lookups: Sequence[BagLookup], spans: Sequence[Span], codes: Sequence[Tensor], ids: Tensor | None
+) -> tuple[list[BagLookup], list[Span], list[Tensor]]:
+    """Return the look-ups with one code per integer: where codes are packed, those of the batch are gathered."""
+    found = ([], [], [])
+    for lookup, span, rows in zip(lookups, spans, codes, strict=True):
+        if lookup.num_packed:
+            if not span.is_gathered:
+                assert ids is not None
+                mine = check_ids(ids[span.first_id : span.first_id + span.num_ids], rows.shape[0], lookup.where)
+                rows, span = gather_rows(rows, mine), span._replace(is_gathered=True)
+            rows, lookup = unpack_codes(rows, lookup.num_packed), lookup._replace(num_packed=0)
+        for part, value in zip(found, (lookup, span, rows), strict=True):
+            part.append(value)
+    return found
 
 
 def _cpp_codebook_bags(
@@ -184,11 +214,13 @@ def _plan(
     taken: dict[str, int] = {}
     for lookup, span, rows in zip(lookups, spans, codes, strict=True):
         flags = RESIDUAL * (lookup.structure == "residual") + MEAN * lookup.is_mean + GATHERED * span.is_gathered
+        if lookup.num_packed:
+            flags += PACKED + ODD * (lookup.num_packed % 2)
         place = taken.get(lookup.feature, 0)
         place += -place % rows.element_size()
         plan += [lookup.table, numbers[lookup.table], flags, place]
         if not span.is_gathered:
-            taken[lookup.feature] = place + rows.shape[1] * rows.element_size()
+            taken[lookup.feature] = place + (lookup.num_packed or rows.shape[1]) * rows.element_size()
     saved_bytes = max([0, *taken.values()])
     return plan, saved_bytes + -saved_bytes % max(rows.element_size() for rows in codes)
 
@@ -203,6 +235,7 @@ def codebook_bag(
     hot_rows: Tensor | None = None,
     ids: Tensor | None = None,
     where: str = "codebook_bag",
+    num_packed: int = 0,
 ) -> Tensor:
     """Sum, bag by bag, the rows of one table; everything not named here is as in `codebook_bags`.
 
@@ -216,6 +249,7 @@ def codebook_bag(
         hot_rows: (H, D) rows reached by escape codes, or None.
         ids: (L,) int32 or int64 rows of the code table, or None.
         where: names the look-up in errors.
+        num_packed: M, where a byte of `codes` holds two codes; see `BagLookup`.
 
     Returns:
         (B, D), dtype of `codebooks`; an empty bag is zeros. Differentiable in codebooks, hot_rows and weights.
@@ -231,5 +265,8 @@ def codebook_bag(
     """
     num_ids = (codes if ids is None else ids).shape[0]
     num_bags = num_ids if offsets is None else offsets.shape[0] - 1
-    lookup, span = BagLookup(0, "", where, structure), Span(0, num_bags, 0, num_ids, is_gathered=ids is None)
+    lookup, span = (
+        BagLookup(0, "", where, structure, num_packed=num_packed),
+        Span(0, num_bags, 0, num_ids, is_gathered=ids is None),
+    )
     return codebook_bags([lookup], [span], [codes], [codebooks], [hot_rows], IdBags(ids, offsets, weights))

@@ -23,6 +23,69 @@ def code_dtype(codebook_size: int) -> torch.dtype:
     return torch.int16 if codebook_size <= 32768 else torch.int32
 
 
+def is_packed(codebook_size: int) -> bool:
+    """Return whether two codes share a byte: where there are at most 16 codewords.
+
+    Example:
+        >>> is_packed(16), is_packed(17)
+        (True, False)
+    """
+    return codebook_size <= 16
+
+
+def packed_width(num_codes: int) -> int:
+    """Return the bytes that a row of packed codes takes.
+
+    Example:
+        >>> packed_width(4), packed_width(5)
+        (2, 3)
+    """
+    return -(-num_codes // 2)
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """Put two codes into a byte, the first into its low half; behind an odd number of codes a half stays zero.
+
+    Args:
+        codes: (L, M) integer, each in [0, 16).
+
+    Returns:
+        (L, ceil(M / 2)) uint8.
+
+    Raises:
+        ValueError: a code is out of range.
+
+    Example:
+        >>> pack_codes(torch.tensor([[1, 2, 3]])).tolist()
+        [[33, 3]]
+    """
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 16:
+        raise ValueError(
+            f"pack_codes: every code must be in [0, 16), got {int(codes.min())} to {int(codes.max())}; give them as "
+            "the fit made them, one code per integer"
+        )
+    low, high = codes[:, ::2].to(torch.uint8, copy=True), codes[:, 1::2].to(torch.uint8)
+    low[:, : high.shape[1]] |= high << 4
+    return low
+
+
+def unpack_codes(packed: Tensor, num_codes: int) -> Tensor:
+    """Undo `pack_codes`.
+
+    Args:
+        packed: (L, ceil(M / 2)) uint8.
+        num_codes: codes per row, M.
+
+    Returns:
+        (L, M) uint8.
+
+    Example:
+        >>> unpack_codes(torch.tensor([[33, 3]], dtype=torch.uint8), 3).tolist()
+        [[1, 2, 3]]
+    """
+    return torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, :num_codes]
+
+
 def hot_row_codes(num_hot_rows: int, num_codes: int, codebook_size: int) -> Tensor:
     """Return the codes that stand for hot rows: escape codes of the first codebook, then the row number in base K.
 

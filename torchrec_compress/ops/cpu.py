@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # as csrc/codebook_bags.cpp reads them
-RESIDUAL, MEAN, GATHERED = 1, 2, 4
+RESIDUAL, MEAN, GATHERED, PACKED, ODD = 1, 2, 4, 8, 16
 _PLAN = 4
 
 
@@ -27,7 +27,8 @@ def _widths(codes: list[Tensor], widths: list[int], plan: list[int]) -> list[int
     found = []
     for number, rows in enumerate(codes):
         table, _, flags, _ = plan[_PLAN * number : _PLAN * (number + 1)]
-        found.append(widths[table] * (1 if flags & RESIDUAL else rows.shape[1]))
+        num_codes = 2 * rows.shape[1] - bool(flags & ODD) if flags & PACKED else rows.shape[1]
+        found.append(widths[table] * (1 if flags & RESIDUAL else num_codes))
     return found
 
 

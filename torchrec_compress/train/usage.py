@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.methods import CodebookConfig
+from torchrec_compress.ops import unpack_codes
 
 
 def code_usage(collection: CompressedEmbeddingBagCollection, counts: dict[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -26,6 +27,8 @@ def code_usage(collection: CompressedEmbeddingBagCollection, counts: dict[str, T
             continue
         assert collection.code_tables is not None
         codes: Tensor = collection.code_tables.banks[name].codes  # type: ignore[assignment]
+        if method.num_packed:
+            codes = unpack_codes(codes, method.num_packed)
         rows = torch.ones(len(codes), dtype=torch.float64)
         usage[name] = {
             "by_rows": _perplexity(codes, rows, method.codebook_size),

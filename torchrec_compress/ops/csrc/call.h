@@ -64,7 +64,7 @@ void check_offsets(const Offset* offsets, int64_t num_bags, int64_t num_ids) {
 }
 
 // The flags of a look-up, as ops/cpu.py writes them.
-enum Flags : int64_t { RESIDUAL = 1, MEAN = 2, GATHERED = 4 };
+enum Flags : int64_t { RESIDUAL = 1, MEAN = 2, GATHERED = 4, PACKED = 8, ODD = 16 };
 constexpr size_t PLAN = 4;  // numbers per look-up: table, its hot rows or -1, flags, its place in a saved row
 
 // All that the operators are given.
@@ -123,8 +123,10 @@ struct Call {
       lookup.codes = static_cast<const char*>(codes[l].const_data_ptr());
       lookup.code_bytes = int(codes[l].element_size());
       lookup.num_rows = codes[l].size(0);
-      lookup.num_codes = codes[l].size(1);
-      lookup.stride = lookup.num_codes * lookup.code_bytes;
+      lookup.is_packed = flags & PACKED;
+      require(!lookup.is_packed || type == ScalarType::Byte, "codebook_bag: packed codes must be uint8");
+      lookup.num_codes = lookup.is_packed ? 2 * codes[l].size(1) - bool(flags & ODD) : codes[l].size(1);
+      lookup.stride = codes[l].size(1) * lookup.code_bytes;
       lookup.is_residual = flags & RESIDUAL;
       lookup.is_mean = flags & MEAN;
       lookup.is_gathered = flags & GATHERED;
@@ -163,6 +165,8 @@ struct Call {
             "codebook_bag: codebooks must hold the same number of codewords, at least one, for each of ",
             lookup.num_codes, " codes, got ", num_words, " in all");
     lookup.codebook_size = num_words / lookup.num_codes;
+    require(!lookup.is_packed || lookup.codebook_size <= 16,
+            "codebook_bag: packed codes must be of at most 16 codewords, got ", lookup.codebook_size);
     lookup.width = width;
     lookup.dim = lookup.is_residual ? width : width * lookup.num_codes;
     lookup.num_hot = num_hot;
@@ -224,9 +228,9 @@ struct Call {
       if (lookup.is_gathered) continue;
       const int64_t place = plan[l * PLAN + 3], row_bytes = saved.size(1);
       require(saved.size(0) == batch.num_ids && place >= 0 && place % lookup.code_bytes == 0 &&
-                  place + lookup.stride <= row_bytes && row_bytes % lookup.code_bytes == 0,
+                  place + window_stride(lookup) <= row_bytes && row_bytes % lookup.code_bytes == 0,
               "codebook_bag: a look-up's codes must have their place in a saved row of ", row_bytes, " bytes, got ",
-              lookup.stride, " at ", place);
+              window_stride(lookup), " at ", place);
       lookup.saved = data + place;
       lookup.saved_step = row_bytes;
     }
@@ -242,6 +246,7 @@ struct Call {
       require(last <= batch.num_ids, "codebook_bag: saved must have a row for each of ", last, " ids");
       lookup.codes = lookup.saved;
       lookup.stride = lookup.saved_step;
+      lookup.is_packed = false;
       lookup.first_row = 0;
       lookup.is_gathered = true;
     }

@@ -25,6 +25,7 @@ struct Lookup {
   int64_t num_rows;    // of the code table
   bool is_gathered;    // whether `codes` are those of positions
   int code_bytes;      // 1, 2 or 4
+  bool is_packed;      // whether a byte holds two codes, the first in its low half
   int64_t num_codes, codebook_size, num_hot;
   int64_t first_size;  // the first codebook's codes from here on are escapes to hot rows
   int64_t width;       // D / M (product) or D (residual)
@@ -51,9 +52,12 @@ struct Wrong {
 
 constexpr int64_t WINDOW = 128;  // positions whose codes are gathered at a time
 
-// Bytes that a kernel works in, aligned to 16.
+// Bytes of a row of codes in a window, where packed ones are unpacked.
+inline int64_t window_stride(const Lookup& lookup) { return lookup.is_packed ? lookup.num_codes : lookup.stride; }
+
+// Bytes that a kernel works in, aligned to 16; one more for what unpacking writes behind an odd number of codes.
 inline int64_t scratch_bytes(const Lookup& lookup) {
-  return WINDOW * (lookup.stride + 2 * int64_t(sizeof(char*)) + int64_t(sizeof(int32_t)));
+  return WINDOW * (window_stride(lookup) + 2 * int64_t(sizeof(char*)) + int64_t(sizeof(int32_t))) + 1;
 }
 
 // Nothing here throws, allocates or writes outside its range of work, so any split over threads gives the same bits:

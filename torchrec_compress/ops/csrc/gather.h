@@ -63,13 +63,43 @@ inline void copy_rows(const char* const* rows, int64_t count, int64_t bytes, cha
   copy_rows<0>(rows, count, bytes, to, also, also_step);
 }
 
+// Unpacks the two codes of every byte. Behind an odd number of codes it writes the empty half of their last byte.
+inline void unpack_row(const char* from, int64_t num_codes, char* to) {
+  typedef uint8_t Bytes __attribute__((vector_size(8), aligned(1), may_alias));
+  typedef uint16_t Pairs __attribute__((vector_size(16)));
+  typedef uint16_t Memory __attribute__((vector_size(16), aligned(1), may_alias));
+  const int64_t bytes = (num_codes + 1) / 2;
+  int64_t b = 0;
+  // in an integer twice as wide, a shift by half a byte moves the high half to the next byte: the lower one in memory
+  // comes first on x86 and ARM
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "codes are unpacked on little-endian processors");
+  for (; b + 8 <= bytes; b += 8) {
+    const Pairs wide = __builtin_convertvector(*reinterpret_cast<const Bytes*>(from + b), Pairs);
+    *reinterpret_cast<Memory*>(to + 2 * b) = (wide | wide << 4) & 0x0F0F;
+  }
+  for (; b < bytes; ++b) {
+    const unsigned both = static_cast<unsigned char>(from[b]);
+    to[2 * b] = char(both & 15);
+    to[2 * b + 1] = char(both >> 4);
+  }
+}
+
+// As copy_rows, of packed codes. Rows are unpacked in order: what is written behind one is overwritten by the next.
+inline void unpack_rows(const char* const* rows, int64_t count, int64_t num_codes, char* to, char* also,
+                        int64_t also_step) {
+  for (int64_t i = 0; i < count; ++i, to += num_codes) {
+    unpack_row(rows[i], num_codes, to);
+    if (also) __builtin_memcpy(also + i * also_step, to, num_codes);
+  }
+}
+
 // The first position with a code out of range, or -1.
 template <typename Code>
 inline int64_t find_wrong_code(const Lookup& lookup, const Window& window) {
   // wider codes are signed in Python: read as unsigned, a negative one is beyond what a code may be
-  const int64_t reach = int64_t(1) << (sizeof(Code) == 1 ? 8 : 8 * sizeof(Code) - 1);
+  const int64_t reach = int64_t(1) << (lookup.is_packed ? 4 : sizeof(Code) == 1 ? 8 : 8 * sizeof(Code) - 1);
   const int64_t end = lookup.codebook_size < reach ? lookup.codebook_size : reach;
-  if (end > int64_t(Code(-1))) return -1;
+  if (sizeof(Code) == 1 && end == reach) return -1;
   const int64_t count = window.last - window.first, num_codes = lookup.num_codes;
   const Code* codes = reinterpret_cast<const Code*>(window.codes);
   // one pass that the compiler vectorises; the position is looked for only if there is a wrong code at all
@@ -110,7 +140,7 @@ class Windows {
     hot_ = reinterpret_cast<int32_t*>(ahead_ + WINDOW);
     copies_ = reinterpret_cast<char*>(hot_ + WINDOW);
     window.first = window.last = first;
-    window.stride = lookup.stride;
+    window.stride = window_stride(lookup);
     window.ahead = ahead_;
     window.hot = lookup.num_hot > 0 ? hot_ : nullptr;
     for (int64_t i = 0; i < WINDOW; ++i) rows_[i] = ahead_[i] = lookup.codes;
@@ -121,6 +151,7 @@ class Windows {
     const int64_t first = window.last, last = first + WINDOW < stop_ ? first + WINDOW : stop_;
     if (lookup_.is_gathered) {
       window.codes = lookup_.codes + (first - lookup_.first_row) * lookup_.stride;
+      if (lookup_.is_packed) unpack(window.codes, last - first);
     } else {
       const int64_t wrong = fetch(first, last);
       if (wrong >= 0) return {Wrong::ID, wrong};
@@ -154,9 +185,17 @@ class Windows {
     if (wrong >= 0) return wrong;
     window.ahead = ahead_;
     char* saved = lookup_.saved ? lookup_.saved + first * lookup_.saved_step : nullptr;
-    copy_rows(rows_, last - first, lookup_.stride, copies_, saved, lookup_.saved_step);
+    // saved unpacked: the backward reads them once per piece
+    lookup_.is_packed ? unpack_rows(rows_, last - first, lookup_.num_codes, copies_, saved, lookup_.saved_step)
+                      : copy_rows(rows_, last - first, lookup_.stride, copies_, saved, lookup_.saved_step);
     window.codes = copies_;
     return -1;
+  }
+
+  inline void unpack(const char* row, int64_t count) {
+    for (int64_t i = 0; i < count; ++i, row += lookup_.stride)
+      unpack_row(row, lookup_.num_codes, copies_ + i * lookup_.num_codes);
+    window.codes = copies_;
   }
 
   const Batch& batch_;
