@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchrec_compress.ops.codebooks import Structure, unpack_codes
-from torchrec_compress.ops.cpu import GATHERED, MEAN, ODD, PACKED, RESIDUAL
+from torchrec_compress.ops.cpu import GATHERED, MEAN, ODD, PACKED, RESIDUAL, EagerCodebookBags
 from torchrec_compress.ops.dispatch import cpp_serves, fbgemm_serves, gpu_tier
 from torchrec_compress.ops.fbgemm import FLOATS, fbgemm_codebook_bags
 from torchrec_compress.ops.gpu.lookup import is_gpu_input, pool_on_gpu
@@ -183,7 +183,7 @@ def _cpp_codebook_bags(
         tensor is not None and tensor.requires_grad for tensor in (*books, *rows, factors)
     )
     plan, saved_bytes = _plan(lookups, spans, codes, hot_rows)
-    out, _ = torch.ops.torchrec_compress.codebook_bags(
+    inputs = (
         [table.contiguous() for table in codes],
         books,
         rows,
@@ -196,6 +196,10 @@ def _cpp_codebook_bags(
         is_flat,
         "\n".join(lookup.where for lookup in lookups),
     )
+    if is_trained and not torch.compiler.is_compiling():
+        out = EagerCodebookBags.apply(inputs, factors, *books, *rows)
+    else:
+        out, _ = torch.ops.torchrec_compress.codebook_bags.default(*inputs)
     return out.to(codebooks[0].dtype)
 
 

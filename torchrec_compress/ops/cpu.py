@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # as csrc/codebook_bags.cpp reads them
 RESIDUAL, MEAN, GATHERED, PACKED, ODD = 1, 2, 4, 8, 16
@@ -102,33 +103,75 @@ def _fake_gather(codes: Tensor, ids: Tensor, row_bytes: int, where: str) -> Tens
     return codes.new_empty((ids.shape[0], row_bytes), dtype=torch.uint8)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], saved: Tensor) -> None:
     codes, codebooks, hot_rows, _, offsets, weights, plan, bags, _, is_flat, _ = inputs
-    ctx.set_materialize_grads(False)
     ctx.plan, ctx.bags, ctx.is_flat, ctx.num_codes = plan, bags, is_flat, len(codes)
     ctx.words = [size for books in codebooks for size in books.shape]
     ctx.hot = [rows.shape[0] for rows in hot_rows]
     # values are needed for the gradient of weights only: without it, codebooks may change between forward and backward
     is_weight_trained = weights is not None and weights.requires_grad
     tables = [*codebooks, *hot_rows] if is_weight_trained else []
-    ctx.save_for_backward(output[1], offsets, weights, *codes, *tables)
+    ctx.save_for_backward(saved, offsets, weights, *codes, *tables)
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, wants: list[int], wants_weights: bool
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Return the gradients of codebooks and, behind them, of hot rows; and that of weights."""
+    saved, offsets, weights = ctx.saved_tensors[:3]
+    codes, tables = ctx.saved_tensors[3 : 3 + ctx.num_codes], ctx.saved_tensors[3 + ctx.num_codes :]
+    of_tables: list[Tensor | None] = [None] * len(wants)
+    of_weights: Tensor | None = None
+    ops, where = torch.ops.torchrec_compress, (ctx.plan, ctx.bags, ctx.is_flat)
+    if any(wants):
+        found = ops.codebook_bags_backward(grad, codes, saved, offsets, weights, *where, ctx.words, ctx.hot, wants)
+        of_tables = [tensor if want else None for tensor, want in zip((*found[0], *found[1]), wants, strict=True)]
+    if wants_weights:
+        books, hot_rows = tables[: len(ctx.words) // 2], tables[len(ctx.words) // 2 :]
+        of_weights = ops.codebook_bags_backward_weights(grad, codes, saved, books, hot_rows, offsets, weights, *where)
+    return of_tables, of_weights
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    _save(ctx, inputs, output[1])
 
 
 def _backward(ctx: Any, grad: Tensor | None, _grad_saved: Tensor | None) -> tuple[Any, ...]:
-    saved, offsets, weights = ctx.saved_tensors[:3]
-    codes, tables = ctx.saved_tensors[3 : 3 + ctx.num_codes], ctx.saved_tensors[3 + ctx.num_codes :]
     _, wants_books, wants_hot, _, _, wants_weights, *_ = ctx.needs_input_grad
-    num_tables, num_hot = len(ctx.words) // 2, len(ctx.hot)
-    of_books: list[Tensor | None] = [None] * num_tables
-    of_hot: list[Tensor | None] = [None] * num_hot
-    of_weights: Tensor | None = None
-    ops, where = torch.ops.torchrec_compress, (ctx.plan, ctx.bags, ctx.is_flat)
-    wants = [*map(int, wants_books), *map(int, wants_hot)]
-    if grad is not None and any(wants):
-        found = ops.codebook_bags_backward(grad, codes, saved, offsets, weights, *where, ctx.words, ctx.hot, wants)
-        of_books = [tensor if wanted else None for tensor, wanted in zip(found[0], wants_books, strict=True)]
-        of_hot = [tensor if wanted else None for tensor, wanted in zip(found[1], wants_hot, strict=True)]
-    if grad is not None and wants_weights:
-        books, hot_rows = tables[:num_tables], tables[num_tables:]
-        of_weights = ops.codebook_bags_backward_weights(grad, codes, saved, books, hot_rows, offsets, weights, *where)
+    of_tables: list[Tensor | None] = [None] * (len(wants_books) + len(wants_hot))
+    of_weights = None
+    if grad is not None:
+        of_tables, of_weights = _gradients(ctx, grad, [*map(int, wants_books), *map(int, wants_hot)], wants_weights)
+    of_books, of_hot = of_tables[: len(wants_books)], of_tables[len(wants_books) :]
     return [None] * ctx.num_codes, of_books, of_hot, None, None, of_weights, None, None, None, None, None
+
+
+class EagerCodebookBags(torch.autograd.Function):
+    """The operator and its gradients outside of torch.compile.
+
+    The gradients that torch.library adds to an operator walk over all arguments in Python, again and again: with lists
+    of tensors this takes as long as the kernels of a small batch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: tuple[Any, ...], weights: Tensor | None, *tables: Tensor) -> Tensor:
+        """Return the pooled rows.
+
+        Args:
+            ctx: what the backward is given.
+            inputs: the operator's.
+            weights: as in `inputs`.
+            tables: codebooks and hot rows, as in `inputs`.
+        """
+        out, saved = torch.ops.torchrec_compress.codebook_bags.default(*inputs)
+        _save(ctx, inputs, saved)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Return the gradients of weights and tables."""
+        _, wants_weights, *wants = ctx.needs_input_grad
+        of_tables, of_weights = _gradients(ctx, grad, [*map(int, wants)], wants_weights)
+        return None, of_weights, *of_tables
