@@ -88,6 +88,17 @@ def test_every_id_is_a_bag_without_offsets(structure, weighted, index_dtype):
     check(0, None, 16, 256, 8, structure, 0, weighted, torch.float32)
 
 
+@pytest.mark.parametrize("num_codes", [16, 15])
+def test_outputs_that_no_cache_holds(num_codes):
+    """From 32 MiB on the kernels write past the caches, where rows are aligned to 64 bytes: 128 wide, not 120."""
+    codes = torch.randint(256, (70_001, num_codes), dtype=torch.uint8)
+    books = torch.randn(num_codes * 256, 8)
+    whole = codebook_bag(codes, books, None)
+    assert whole.nbytes >= 32 << 20
+    parts = [codebook_bag(codes[first : first + 9000], books, None) for first in range(0, len(codes), 9000)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
 @given(
     lengths=st.lists(st.integers(0, 5), min_size=0, max_size=6),
     num_codes=st.integers(1, 9),

@@ -48,9 +48,9 @@ def low_bit_bag(
 
     Example:
         >>> from torchrec_compress.ops import quantize_rows
-        >>> table = quantize_rows(torch.tensor([[0.0, 1.0, 2.0, 3.0], [5.0, 5.0, 5.0, 5.0]]), "int4")
+        >>> table = quantize_rows(torch.tensor([[0.0, 1.0, 2.0, 15.0], [5.0, 5.0, 5.0, 5.0]]), "int4")
         >>> low_bit_bag(table, "int4", torch.tensor([0, 2, 2]), ids=torch.tensor([0, 1])).tolist()
-        [[5.0, 6.0, 7.0, 8.0], [0.0, 0.0, 0.0, 0.0]]
+        [[5.0, 6.0, 7.0, 20.0], [0.0, 0.0, 0.0, 0.0]]
     """
     if ids is not None:
         check_ids(ids, rows.shape[0], where)

@@ -10,6 +10,9 @@ enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
 static __thread uintptr_t current;  // 0x100 and on: the primary contexts of GPU 0 and on
 static uintptr_t modules = 0x1000;  // the last three digits of a module and its functions are their context
 
+// Python has a buffer of its own for the same output: lines must come out in order.
+__attribute__((constructor)) static void unbuffered(void) { setvbuf(stdout, NULL, _IONBF, 0); }
+
 int cuGetProcAddress_v2(const char* name, void** found, int version, uint64_t flags, int* status) {
   *found = dlsym(RTLD_DEFAULT, name);
   return *found ? SUCCESS : NOT_FOUND;
@@ -62,6 +65,5 @@ int cuLaunchKernel(uintptr_t function, unsigned x, unsigned y, unsigned z, unsig
   if (!x || !y || !z || y > 65535 || z > 65535 || threads_y != 1 || threads_z != 1 || extra) return INVALID_VALUE;
   printf("launch %ux%ux%u of %u with %u bytes in stream %lx, arguments %d %d\n", x, y, z, threads, shared, (long)stream,
          *(int*)arguments[0], *(int*)arguments[1]);
-  fflush(stdout);
   return SUCCESS;
 }

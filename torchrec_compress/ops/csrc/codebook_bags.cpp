@@ -26,6 +26,10 @@ const Kernels& kernels() {
   return chosen;
 }
 
+// An output that no cache holds is not fetched into one before it is overwritten. Smaller ones are read from the caches by
+// whatever comes next, which streaming would spoil.
+constexpr int64_t STREAMED_BYTES = 32 << 20;
+
 // A range of one look-up's bags, or a piece of one table's gradient.
 struct Task {
   int64_t number, begin, end;
@@ -89,8 +93,12 @@ std::tuple<Tensor, Tensor> codebook_bags(Tensors codes, Tensors codebooks, Tenso
                                           ScalarType::Byte);
   if (saved_bytes) call.set_saved(saved, static_cast<char*>(saved.mutable_data_ptr()));
   const Numbers first = call.starts(is_flat);
-  for (size_t l = 0; l < call.lookups.size(); ++l)
-    call.lookups[l].out = static_cast<float*>(out.mutable_data_ptr()) + first[l];
+  for (size_t l = 0; l < call.lookups.size(); ++l) {
+    Lookup& lookup = call.lookups[l];
+    lookup.out = static_cast<float*>(out.mutable_data_ptr()) + first[l];
+    lookup.is_streamed = out.numel() * int64_t(sizeof(float)) >= STREAMED_BYTES &&
+                         reinterpret_cast<uintptr_t>(lookup.out) % 64 == 0 && lookup.row_step % 16 == 0;
+  }
   std::mutex lock;
   Task where = {int64_t(call.lookups.size()), 0, 0};
   Wrong wrong = {};

@@ -35,6 +35,7 @@ struct Lookup {
   const float* hot_rows;   // [H, D], or null
   int64_t first_bag, num_bags;
   float* out;          // row i is bag first_bag + i, `row_step` floats apart
+  bool is_streamed;    // whether `out` may be written past the caches: it is large, and all its rows are aligned to 64
   const float* grad;   // the same, in the backward
   int64_t row_step;
   char* saved;         // where the codes of position p are kept, at p * saved_step; null: nowhere

@@ -1,6 +1,9 @@
 // Vectors of floats as the compiler of each instruction set has them.
 #pragma once
 #include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace torchrec_compress {
 namespace {
@@ -31,6 +34,27 @@ inline typename Lanes<N>::Vector load(const float* from) {
 template <int N>
 inline void store(float* to, typename Lanes<N>::Vector value) {
   *reinterpret_cast<typename Lanes<N>::Memory*>(to) = value;
+}
+
+// Writes past the caches, to an address that is a multiple of the vector's size; end_streams() must follow.
+template <int N>
+inline void stream(float* to, typename Lanes<N>::Vector value) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return _mm512_stream_ps(to, value);
+#endif
+#if defined(__AVX__)
+  if constexpr (N == 8) return _mm256_stream_ps(to, value);
+#endif
+#if defined(__x86_64__)
+  if constexpr (N == 4) return _mm_stream_ps(to, value);
+#endif
+  store<N>(to, value);
+}
+
+inline void end_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 }  // namespace

@@ -98,7 +98,10 @@ __attribute__((always_inline)) inline int64_t plain_sum(const Lookup& lookup, Ro
   UNROLL
   for (int c = 0; c < CHUNKS; ++c)
     UNROLL
-    for (int q = 0; q < PARTS; ++q) store<N>(out + (m + c) * WIDTH + q * N, bag.scale * sums[c][q]);
+    for (int q = 0; q < PARTS; ++q) {
+      float* to = out + (m + c) * WIDTH + q * N;
+      lookup.is_streamed ? stream<N>(to, bag.scale * sums[c][q]) : store<N>(to, bag.scale * sums[c][q]);
+    }
   return -1;
 }
 
@@ -121,6 +124,7 @@ Wrong plain_forward(const Batch& batch, const Lookup& lookup, const Rows& rows, 
     const int64_t wrong = plain_bag<WIDTH, CHUNKS>(lookup, rows, Bag(batch, lookup, bag), 0, out);
     if (wrong >= 0) return {Wrong::ID, wrong};
   }
+  if (lookup.is_streamed) end_streams();
   return {Wrong::NOTHING, 0};
 }
 
