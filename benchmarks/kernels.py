@@ -165,6 +165,7 @@ class Coded:
 
     codes: list[Tensor]
     books: list[Tensor]
+    lookups: list[BagLookup]
 
     @classmethod
     def of(cls, options: argparse.Namespace, dim: int, num_codes: int) -> Coded:
@@ -172,15 +173,15 @@ class Coded:
         shape = (num_codes * CODEBOOK_SIZE, dim // num_codes)
         tables = range(options.tables)
         codes = [torch.randint(CODEBOOK_SIZE, (options.rows, num_codes), dtype=torch.uint8) for _ in tables]
-        return cls(codes, [(0.1 * torch.randn(shape)).requires_grad_() for _ in tables])
+        books = [(0.1 * torch.randn(shape)).requires_grad_() for _ in tables]
+        return cls(codes, books, [BagLookup(t, f"f{t}", f"table 't{t}', feature 'f{t}'") for t in tables])
 
     def forward(self, batch: Batch) -> Tensor:
         """Pool all tables in one call, as a collection does."""
-        num_bags, num_ids = len(batch.bag_offsets) - 1, int(batch.bag_offsets[-1])
-        lookups = [BagLookup(t, f"f{t}", f"table 't{t}', feature 'f{t}'") for t in range(len(self.codes))]
+        num_bags, num_ids = len(batch.bag_offsets) - 1, len(batch.ids) // len(self.codes)
         spans = [Span(t * num_bags, num_bags, t * num_ids, num_ids) for t in range(len(self.codes))]
         none = [None] * len(self.codes)
-        return codebook_bags(lookups, spans, self.codes, self.books, none, IdBags(batch.ids, batch.offsets))
+        return codebook_bags(self.lookups, spans, self.codes, self.books, none, IdBags(batch.ids, batch.offsets))
 
 
 def add_codebooks(found: Variants, options: argparse.Namespace, dim: int, num_codes: int, length: int) -> None:

@@ -28,7 +28,7 @@ const Kernels& kernels() {
 
 // An output that no cache holds is not fetched into one before it is overwritten. Smaller ones are read from the caches by
 // whatever comes next, which streaming would spoil.
-constexpr int64_t STREAMED_BYTES = 32 << 20;
+constexpr int64_t STREAMED_BYTES = 16 << 20;
 
 // A range of one look-up's bags, or a piece of one table's gradient.
 struct Task {

@@ -12,7 +12,8 @@ namespace {
 
 constexpr int64_t PLAIN_SIZE = 256;   // codewords per codebook
 constexpr int64_t FETCH_AHEAD = 128;  // positions whose codes are on their way from memory
-constexpr int64_t BAGS_AHEAD = 8;     // bags whose gradients are
+constexpr int64_t BAGS_AHEAD = 16;     // bags whose gradients are
+constexpr int64_t BAGS_AT_ONCE = 16;  // bags whose codes are walked over group by group
 const float ONE = 1.0f;
 
 inline bool is_plain(const Lookup& lookup) {
@@ -54,74 +55,95 @@ struct GivenRows {
   inline void fetch(int64_t) const {}
 };
 
-// The positions [from, to) of a bag.
-struct Bag {
-  int64_t from, to;
-  const float* weights;  // step 0 repeats a one
-  int64_t weight_step;
+// The factors of a bag's positions: its weights, of which step 0 repeats a one, times its scale.
+struct Factors {
+  const float* weights;
+  int64_t step;
   float scale;
 
-  Bag(const Batch& batch, const Lookup& lookup, int64_t bag) : from(offset(batch, bag)), to(offset(batch, bag + 1)) {
-    weights = batch.weights ? batch.weights + from : &ONE;
-    weight_step = batch.weights ? 1 : 0;
-    scale = lookup.is_mean && to - from > 1 ? 1.0f / float(to - from) : 1.0f;
-  }
+  Factors(const Batch& batch, bool is_mean, int64_t from, int64_t to)
+      : weights(batch.weights ? batch.weights + from : &ONE),
+        step(batch.weights ? 1 : 0),
+        scale(is_mean && to - from > 1 ? 1.0f / float(to - from) : 1.0f) {}
 };
 
-// Sums the codewords of CHUNKS codes; returns the first position whose id is out of range, or -1.
+// Sums the codewords of codes [m, m + CHUNKS) in bags [begin, end); returns the first position whose id is out of
+// range, or -1. A function of its own for every number of codes: together they would not fit in the registers.
 template <int WIDTH, int CHUNKS, bool IS_FIRST, typename Rows>
-__attribute__((always_inline)) inline int64_t plain_sum(const Lookup& lookup, Rows rows, Bag bag, int64_t m, float* out) {
+__attribute__((noinline)) int64_t plain_sums(const Batch& given, const Lookup& lookup, const Rows& given_rows,
+                                             int64_t begin, int64_t end, int64_t m) {
   constexpr int N = WIDTH < SUM_LANES ? WIDTH : SUM_LANES, PARTS = WIDTH / N;
-  typename Lanes<N>::Vector sums[CHUNKS][PARTS];
-  UNROLL
-  for (int c = 0; c < CHUNKS; ++c)
-    UNROLL
-    for (int q = 0; q < PARTS; ++q) sums[c][q] = typename Lanes<N>::Vector{};
-  const float* books = lookup.codebooks + m * PLAIN_SIZE * WIDTH;
-  const float* weight = bag.weights;
+  // copies, which a write to the output cannot change: they stay in registers
+  const Rows rows = given_rows;
+  const Batch batch = given;
+  const bool is_mean = lookup.is_mean, is_streamed = lookup.is_streamed;
+  const float* const books = lookup.codebooks + m * PLAIN_SIZE * WIDTH;
   char* const saved = lookup.saved ? lookup.saved + m : nullptr;
-  const int64_t saved_step = lookup.saved_step;
-  for (int64_t p = bag.from; p < bag.to; ++p, weight += bag.weight_step) {
-    if (IS_FIRST) {
-      rows.fetch(p);
-      if (__builtin_expect(rows.is_wrong(p), false)) return p;
-    }
-    const uint8_t* codes = rows.at(p) + m;
-    if (saved) __builtin_memcpy(saved + p * saved_step, codes, CHUNKS);
+  const int64_t saved_step = lookup.saved_step, row_step = lookup.row_step;
+  float* out = lookup.out + (begin - lookup.first_bag) * row_step + m * WIDTH;
+  int64_t p = offset(batch, begin);
+  for (int64_t bag = begin; bag < end; ++bag, out += row_step) {
+    const int64_t to = offset(batch, bag + 1);
+    const Factors factors(batch, is_mean, p, to);
+    const float* weight = factors.weights;
+    typename Lanes<N>::Vector sums[CHUNKS][PARTS];
     UNROLL
-    for (int c = 0; c < CHUNKS; ++c) {
-      const float* word = books + (c * PLAIN_SIZE + codes[c]) * WIDTH;
+    for (int c = 0; c < CHUNKS; ++c)
       UNROLL
-      for (int q = 0; q < PARTS; ++q) sums[c][q] += *weight * load<N>(word + q * N);
+      for (int q = 0; q < PARTS; ++q) sums[c][q] = typename Lanes<N>::Vector{};
+    for (; p < to; ++p, weight += factors.step) {
+      if (IS_FIRST) {
+        rows.fetch(p);
+        if (__builtin_expect(rows.is_wrong(p), false)) return p;
+      }
+      const uint8_t* codes = rows.at(p) + m;
+      if (saved) __builtin_memcpy(saved + p * saved_step, codes, CHUNKS);
+      UNROLL
+      for (int c = 0; c < CHUNKS; ++c) {
+        const float* word = books + (c * PLAIN_SIZE + codes[c]) * WIDTH;
+        UNROLL
+        for (int q = 0; q < PARTS; ++q) sums[c][q] += *weight * load<N>(word + q * N);
+      }
+    }
+    UNROLL
+    for (int c = 0; c < CHUNKS; ++c)
+      UNROLL
+      for (int q = 0; q < PARTS; ++q) sums[c][q] *= factors.scale;
+    if (is_streamed) {
+      UNROLL
+      for (int c = 0; c < CHUNKS; ++c)
+        UNROLL
+        for (int q = 0; q < PARTS; ++q) stream<N>(out + c * WIDTH + q * N, sums[c][q]);
+    } else {
+      UNROLL
+      for (int c = 0; c < CHUNKS; ++c)
+        UNROLL
+        for (int q = 0; q < PARTS; ++q) store<N>(out + c * WIDTH + q * N, sums[c][q]);
     }
   }
-  UNROLL
-  for (int c = 0; c < CHUNKS; ++c)
-    UNROLL
-    for (int q = 0; q < PARTS; ++q) {
-      float* to = out + (m + c) * WIDTH + q * N;
-      lookup.is_streamed ? stream<N>(to, bag.scale * sums[c][q]) : store<N>(to, bag.scale * sums[c][q]);
-    }
   return -1;
 }
 
+// As above, for all codes from m on.
 template <int WIDTH, int CHUNKS, typename Rows>
-__attribute__((always_inline)) inline int64_t plain_bag(const Lookup& lookup, const Rows& rows, const Bag& bag, int64_t m, float* out) {
+int64_t plain_bags(const Batch& batch, const Lookup& lookup, const Rows& rows, int64_t begin, int64_t end, int64_t m) {
   for (; m + CHUNKS <= lookup.num_codes; m += CHUNKS) {
-    const int64_t wrong = m == 0 ? plain_sum<WIDTH, CHUNKS, true>(lookup, rows, bag, m, out)
-                                 : plain_sum<WIDTH, CHUNKS, false>(lookup, rows, bag, m, out);
+    const int64_t wrong = m == 0 ? plain_sums<WIDTH, CHUNKS, true>(batch, lookup, rows, begin, end, m)
+                                 : plain_sums<WIDTH, CHUNKS, false>(batch, lookup, rows, begin, end, m);
     if (wrong >= 0) return wrong;
   }
-  if constexpr (CHUNKS > 1) return plain_bag<WIDTH, CHUNKS / 2>(lookup, rows, bag, m, out);
+  if constexpr (CHUNKS > 1) return plain_bags<WIDTH, CHUNKS / 2>(batch, lookup, rows, begin, end, m);
   return -1;
 }
 
 template <int WIDTH, typename Rows>
 Wrong plain_forward(const Batch& batch, const Lookup& lookup, const Rows& rows, int64_t begin, int64_t end) {
   constexpr int CHUNKS = SUM_REGISTERS / (WIDTH <= SUM_LANES ? 1 : WIDTH / SUM_LANES);
-  for (int64_t bag = begin; bag < end; ++bag) {
-    float* out = lookup.out + (bag - lookup.first_bag) * lookup.row_step;
-    const int64_t wrong = plain_bag<WIDTH, CHUNKS>(lookup, rows, Bag(batch, lookup, bag), 0, out);
+  // codes that are walked over again are still in the cache
+  const int64_t step = lookup.num_codes > CHUNKS ? BAGS_AT_ONCE : end - begin;
+  for (int64_t bag = begin; bag < end; bag += step) {
+    const int64_t wrong =
+        plain_bags<WIDTH, CHUNKS>(batch, lookup, rows, bag, bag + step < end ? bag + step : end, 0);
     if (wrong >= 0) return {Wrong::ID, wrong};
   }
   if (lookup.is_streamed) end_streams();
@@ -139,21 +161,26 @@ Wrong plain_forward(const Batch& batch, const Lookup& lookup, int64_t begin, int
 
 // Adds to the codewords of CHUNKS codes.
 template <int WIDTH, int CHUNKS, bool IS_WEIGHTED>
-void plain_scatter(const Batch& batch, const Lookup& lookup, int64_t m) {
+void plain_scatter(const Batch& given, const Lookup& lookup, int64_t m) {
   constexpr int N = WIDTH < LANES ? WIDTH : LANES, PARTS = WIDTH / N;
   const GivenRows rows(lookup);
-  float* books = lookup.grad_codebooks + m * PLAIN_SIZE * WIDTH;
-  for (int64_t b = 0; b < lookup.num_bags; ++b) {
-    const Bag bag(batch, lookup, lookup.first_bag + b);
-    const float* from = lookup.grad + b * lookup.row_step + m * WIDTH;
-    for (int j = 0; j < CHUNKS * WIDTH; j += 16) __builtin_prefetch(from + BAGS_AHEAD * lookup.row_step + j);
+  const Batch batch = given;
+  const bool is_mean = lookup.is_mean;
+  const int64_t first = lookup.first_bag, num_bags = lookup.num_bags, row_step = lookup.row_step;
+  float* const books = lookup.grad_codebooks + m * PLAIN_SIZE * WIDTH;
+  const float* from = lookup.grad + m * WIDTH;
+  int64_t p = offset(batch, first);
+  for (int64_t b = 0; b < num_bags; ++b, from += row_step) {
+    const int64_t to = offset(batch, first + b + 1);
+    const Factors factors(batch, is_mean, p, to);
+    for (int j = 0; j < CHUNKS * WIDTH; j += 16) __builtin_prefetch(from + BAGS_AHEAD * row_step + j);
     typename Lanes<N>::Vector grad[CHUNKS][PARTS];
     UNROLL
     for (int c = 0; c < CHUNKS; ++c)
       UNROLL
-      for (int q = 0; q < PARTS; ++q) grad[c][q] = bag.scale * load<N>(from + c * WIDTH + q * N);
-    const float* weight = bag.weights;
-    for (int64_t p = bag.from; p < bag.to; ++p, weight += bag.weight_step) {
+      for (int q = 0; q < PARTS; ++q) grad[c][q] = factors.scale * load<N>(from + c * WIDTH + q * N);
+    const float* weight = factors.weights;
+    for (; p < to; ++p, weight += factors.step) {
       const uint8_t* codes = rows.at(p) + m;
       UNROLL
       for (int c = 0; c < CHUNKS; ++c) {
