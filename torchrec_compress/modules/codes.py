@@ -129,11 +129,14 @@ def _find(
     by_feature = feature_spans(features)
     spans, tables = [], []
     for found, lookup in zip(codes, lookups, strict=True):
-        is_whole = isinstance(found, CodeTable)
-        if is_whole:
+        span = by_feature[lookup.feature]
+        if isinstance(found, CodeTable):
             check_filled(found.is_set, lookup.where)
-        tables.append(found.codes if is_whole else found)
-        spans.append(by_feature[lookup.feature]._replace(is_gathered=not is_whole))
+            tables.append(found.codes)
+            spans.append(span)
+        else:
+            tables.append(found)
+            spans.append(span._replace(is_gathered=True))
     return spans, tables
 
 

@@ -74,7 +74,10 @@ class Decoder(nn.Module):
         self._layout = [self._fingerprints(table, plan.parts[table.name].codes) for table in plan.tables]
         self.register_buffer("layout", torch.tensor(self._layout, dtype=torch.int64, device=device))
         self._lookups = [lookup for lookup in plan.lookups if lookup.table.name in self.banks]
-        coded = [lookup for lookup in self._lookups if self._is_coded(lookup)]
+        self._is_coded = [isinstance(self.banks[lookup.table.name], CodebookDecoder) for lookup in self._lookups]
+        coded = [lookup for lookup, mine in zip(self._lookups, self._is_coded, strict=True) if mine]
+        self._others = [lookup for lookup, mine in zip(self._lookups, self._is_coded, strict=True) if not mine]
+        self._coded_keys = [lookup.key for lookup in coded]
         self._coded_tables = list(dict.fromkeys(lookup.table.name for lookup in coded))
         self._bag_lookups = [
             BagLookup(
@@ -185,24 +188,24 @@ class Decoder(nn.Module):
         coded = None
         if self._bag_lookups:
             coded = pool_codes(features, self._bag_lookups, *self._coded(codes), self._is_weighted)
-        others = [lookup for lookup in self._lookups if not self._is_coded(lookup)]
-        if coded is not None and not others:
+        if coded is not None and not self._others:
             return coded
         jagged = split_features(features)
         pooled = []
-        for lookup in others:
+        for lookup in self._others:
             bags = jagged[lookup.feature]
             weights = bags.weights() if self._is_weighted else None
             sums = self._decode(lookup, bags.values(), bags.offsets(), weights, codes, rows)
             pooled.append(bag_means(sums, bags.lengths()) if _is_mean(lookup.table) else sums)
         inverse = reorder_inverse_indices(
-            inverse_indices=features.inverse_indices_or_none(), feature_names=[lookup.feature for lookup in others]
+            inverse_indices=features.inverse_indices_or_none(),
+            feature_names=[lookup.feature for lookup in self._others],
         )
         decoded = process_pooled_embeddings(pooled_embeddings=pooled, inverse_indices=inverse)
         if coded is None:
             return decoded
-        mine = [self._is_coded(lookup) for lookup in self._lookups]
-        return interleave_columns(coded, decoded, mine, [lookup.table.embedding_dim for lookup in self._lookups])
+        widths = [lookup.table.embedding_dim for lookup in self._lookups]
+        return interleave_columns(coded, decoded, self._is_coded, widths)
 
     def unpooled(
         self, features: KeyedJaggedTensor, codes: dict[str, Codes] | None, rows: dict[str, dict[str, JaggedTensor]]
@@ -213,19 +216,16 @@ class Decoder(nn.Module):
         numbers = iter(range(len(self._bag_lookups)))
         return [
             coded[next(numbers)]
-            if self._is_coded(lookup)
+            if mine
             else self._decode(lookup, jagged[lookup.feature].values(), None, None, codes, rows)
-            for lookup in self._lookups
+            for lookup, mine in zip(self._lookups, self._is_coded, strict=True)
         ]
-
-    def _is_coded(self, lookup: Lookup) -> bool:
-        return isinstance(self.banks[lookup.table.name], CodebookDecoder)
 
     def _coded(self, codes: dict[str, Codes] | None) -> tuple[list[Codes], list[Tensor], list[Tensor | None]]:
         """Return the codes of every look-up of codes, and the codebooks and hot rows of their tables."""
         assert codes is not None
         banks = [self.banks[name] for name in self._coded_tables]
-        found = [codes[lookup.key] for lookup in self._lookups if self._is_coded(lookup)]
+        found = [codes[key] for key in self._coded_keys]
         return found, [bank.codebooks for bank in banks], [bank.float_hot_rows() for bank in banks]
 
     def _decode(

@@ -139,11 +139,11 @@ class CodeTableCollection(nn.Module):
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, CodeTable]:
         """Return the code table of every feature by output name; (L, row_size) codes of its ids, once sharded."""
-        return {
-            output: CodeTable(self.banks[config.name].codes, self.banks[config.name].is_set)
-            for config in self._configs
-            for output in config.output_names
-        }
+        found = {}
+        for config, bank in zip(self._configs, self.banks.values(), strict=True):
+            table = CodeTable(bank.codes, bank.is_set)
+            found |= dict.fromkeys(config.output_names, table)
+        return found
 
 
 def _check_once(module: CodeTableCollection, _: Any) -> None:

@@ -136,7 +136,7 @@ def codebook_bags(
 
 
 def _is_on_cpu(codebooks: Sequence[Tensor]) -> bool:
-    return all(books.device.type == "cpu" for books in codebooks)
+    return all(books.is_cpu for books in codebooks)
 
 
 def _is_kernel_input(codes: Sequence[Tensor], codebooks: Sequence[Tensor], batch: IdBags) -> bool:
@@ -196,10 +196,12 @@ def _cpp_codebook_bags(
         is_flat,
         "\n".join(lookup.where for lookup in lookups),
     )
-    if is_trained and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        out, _ = torch.ops.torchrec_compress.codebook_bags.default(*inputs)
+    elif is_trained:
         out = EagerCodebookBags.apply(inputs, factors, *books, *rows)
     else:
-        out, _ = torch.ops.torchrec_compress.codebook_bags.default(*inputs)
+        out, _ = torch.ops.torchrec_compress.codebook_bags_forward.default(*inputs)
     return out.to(codebooks[0].dtype)
 
 
@@ -216,17 +218,20 @@ def _plan(
         num_hot += rows is not None
     plan: list[int] = []
     taken: dict[str, int] = {}
-    for lookup, span, rows in zip(lookups, spans, codes, strict=True):
-        flags = RESIDUAL * (lookup.structure == "residual") + MEAN * lookup.is_mean + GATHERED * span.is_gathered
-        if lookup.num_packed:
-            flags += PACKED + ODD * (lookup.num_packed % 2)
-        place = taken.get(lookup.feature, 0)
-        place += -place % rows.element_size()
-        plan += [lookup.table, numbers[lookup.table], flags, place]
+    widest = 1
+    for (table, feature, _, structure, is_mean, num_packed), span, rows in zip(lookups, spans, codes, strict=True):
+        flags = RESIDUAL * (structure == "residual") + MEAN * is_mean + GATHERED * span.is_gathered
+        if num_packed:
+            flags += PACKED + ODD * (num_packed % 2)
+        code_bytes = rows.element_size()
+        widest = max(widest, code_bytes)
+        place = taken.get(feature, 0)
+        place += -place % code_bytes
+        plan += (table, numbers[table], flags, place)
         if not span.is_gathered:
-            taken[lookup.feature] = place + (lookup.num_packed or rows.shape[1]) * rows.element_size()
+            taken[feature] = place + (num_packed or rows.shape[1]) * code_bytes
     saved_bytes = max([0, *taken.values()])
-    return plan, saved_bytes + -saved_bytes % max(rows.element_size() for rows in codes)
+    return plan, saved_bytes + -saved_bytes % widest
 
 
 def codebook_bag(

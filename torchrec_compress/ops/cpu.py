@@ -17,6 +17,7 @@ def register() -> None:
     """Register shapes and gradients, once the library is loaded."""
     space = "torchrec_compress::"
     torch.library.register_fake(space + "codebook_bags", _fake)
+    torch.library.register_fake(space + "codebook_bags_forward", _fake)
     torch.library.register_fake(space + "codebook_bags_backward", _fake_backward)
     torch.library.register_fake(space + "codebook_bags_backward_weights", _fake_backward_weights)
     torch.library.register_fake(space + "code_gather", _fake_gather)
@@ -124,11 +125,15 @@ def _gradients(
     of_weights: Tensor | None = None
     ops, where = torch.ops.torchrec_compress, (ctx.plan, ctx.bags, ctx.is_flat)
     if any(wants):
-        found = ops.codebook_bags_backward(grad, codes, saved, offsets, weights, *where, ctx.words, ctx.hot, wants)
+        found = ops.codebook_bags_backward.default(
+            grad, codes, saved, offsets, weights, *where, ctx.words, ctx.hot, wants
+        )
         of_tables = [tensor if want else None for tensor, want in zip((*found[0], *found[1]), wants, strict=True)]
     if wants_weights:
         books, hot_rows = tables[: len(ctx.words) // 2], tables[len(ctx.words) // 2 :]
-        of_weights = ops.codebook_bags_backward_weights(grad, codes, saved, books, hot_rows, offsets, weights, *where)
+        of_weights = ops.codebook_bags_backward_weights.default(
+            grad, codes, saved, books, hot_rows, offsets, weights, *where
+        )
     return of_tables, of_weights
 
 
@@ -150,8 +155,8 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_saved: Tensor | None) -> tupl
 class EagerCodebookBags(torch.autograd.Function):
     """The operator and its gradients outside of torch.compile.
 
-    The gradients that torch.library adds to an operator walk over all arguments in Python, again and again: with lists
-    of tensors this takes as long as the kernels of a small batch.
+    The gradients that torch.library adds to an operator walk over all arguments in Python, again and again, and pass
+    every call through Python: with lists of tensors this takes as long as the kernels of a small batch.
     """
 
     @staticmethod
@@ -164,7 +169,7 @@ class EagerCodebookBags(torch.autograd.Function):
             weights: as in `inputs`.
             tables: codebooks and hot rows, as in `inputs`.
         """
-        out, saved = torch.ops.torchrec_compress.codebook_bags.default(*inputs)
+        out, saved = torch.ops.torchrec_compress.codebook_bags_forward.default(*inputs)
         _save(ctx, inputs, saved)
         return out
 

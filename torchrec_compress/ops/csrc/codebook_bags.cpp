@@ -228,9 +228,11 @@ Tensor code_gather(Tensor codes, Tensor ids, int64_t row_bytes, std::string wher
 
 // Python adds shapes without data and gradients, see ops/cpu.py.
 STABLE_TORCH_LIBRARY(torchrec_compress, library) {
-  library.def(
-      "codebook_bags(Tensor[] codes, Tensor[] codebooks, Tensor[] hot_rows, Tensor? ids, Tensor? offsets, "
-      "Tensor? weights, int[] plan, SymInt[] bags, int saved_bytes, bool is_flat, str names) -> (Tensor, Tensor)");
+  const std::string forward =
+      "(Tensor[] codes, Tensor[] codebooks, Tensor[] hot_rows, Tensor? ids, Tensor? offsets, Tensor? weights, "
+      "int[] plan, SymInt[] bags, int saved_bytes, bool is_flat, str names) -> (Tensor, Tensor)";
+  library.def(("codebook_bags" + forward).c_str());
+  library.def(("codebook_bags_forward" + forward).c_str());  // the same, which is given no gradients
   library.def(
       "codebook_bags_backward(Tensor grad, Tensor[] codes, Tensor saved, Tensor? offsets, Tensor? weights, "
       "int[] plan, SymInt[] bags, bool is_flat, SymInt[] words, SymInt[] hot, int[] wants) -> (Tensor[], Tensor[])");
@@ -242,6 +244,7 @@ STABLE_TORCH_LIBRARY(torchrec_compress, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(torchrec_compress, CPU, library) {
   library.impl("codebook_bags", TORCH_BOX(&torchrec_compress::codebook_bags));
+  library.impl("codebook_bags_forward", TORCH_BOX(&torchrec_compress::codebook_bags));
   library.impl("codebook_bags_backward", TORCH_BOX(&torchrec_compress::codebook_bags_backward));
   library.impl("codebook_bags_backward_weights", TORCH_BOX(&torchrec_compress::codebook_bags_backward_weights));
   library.impl("code_gather", TORCH_BOX(&torchrec_compress::code_gather));
