@@ -15,7 +15,7 @@ from torchrec_compress import (
     compress,
 )
 from torchrec_compress.compression import parse
-from torchrec_compress.methods import DenseConfig, HashConfig, PQConfig, TableState
+from torchrec_compress.methods import DenseConfig, HashConfig, Int8Config, PQConfig, TableState
 from torchrec_compress.ops import pack_codes, unpack_codes
 
 every = pytest.mark.parametrize("config", CONFIGS, ids=IDS)
@@ -209,6 +209,25 @@ def test_a_checkpoint_with_one_code_in_a_byte_must_be_packed():
         fresh(PQ).load_state_dict(old)
     old["code_tables.banks.item.codes"], old["decoder.layout"] = pack_codes(codes), state["decoder.layout"]
     loaded = fresh(PQ, seed=1)
+    loaded.load_state_dict(old)
+    features = batch([[0, 5], [402]])
+    assert torch.equal(loaded(features).values(), collection(features).values())
+
+
+def test_a_checkpoint_with_the_scale_behind_its_low_bit_rows_must_be_turned():
+    """As an earlier version wrote it, with the layout that it had."""
+    collection = fitted(Int8Config())
+    state = dict(collection.state_dict())
+    key = "code_tables.banks.item.codes"
+    old = {
+        **state,
+        key: state[key].roll(-4, dims=1),
+        "decoder.layout": torch.tensor([[48969399, 1972190528, 223132457]]),
+    }
+    with pytest.raises(ValueError, match=r"low-bit rows must have scale and bias before .* put rows.roll\(4, dims=1\)"):
+        fresh(Int8Config()).load_state_dict(old)
+    old[key], old["decoder.layout"] = old[key].roll(4, dims=1), state["decoder.layout"]
+    loaded = fresh(Int8Config())
     loaded.load_state_dict(old)
     features = batch([[0, 5], [402]])
     assert torch.equal(loaded(features).values(), collection(features).values())

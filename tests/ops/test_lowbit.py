@@ -8,11 +8,11 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 def parts(stored, dim, dtype):
     """Read FBGEMM's bytes by hand: (levels (N, D), scales (N,), biases (N,)), all float64."""
-    levels, tail = stored[:, :-4], stored[:, -4:].contiguous().view(torch.float16).double()
+    levels, head = stored[:, 4:], stored[:, :4].contiguous().view(torch.float16).double()
     if dtype == "int4":
         levels = torch.stack([levels & 15, levels >> 4], dim=2).flatten(1)  # the even column is in the low half
     assert levels.shape[1] == dim
-    return levels.double(), tail[:, 0], tail[:, 1]
+    return levels.double(), head[:, 0], head[:, 1]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])

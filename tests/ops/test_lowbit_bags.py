@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
 
 from torchrec_compress.ops import dequantize_rows, low_bit_bag, lowbit_bags, quantize_rows
 
@@ -43,6 +46,8 @@ def test_values_and_the_gradient_of_weights(dtype, weighted, lengths, piece):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(low_bit_bag(table[ids.long()], dtype, offsets, weights=factors), got)
+        in_pieces = lowbit_bags._pool_in_pieces(table, ids, offsets, factors, dtype)  # as on a GPU
+        torch.testing.assert_close(in_pieces.double(), expected, rtol=1e-5, atol=1e-5)
         if weighted and len(ids):
             upstream = torch.randn_like(got)
             (mine,) = torch.autograd.grad(got, weights, upstream)
@@ -69,10 +74,30 @@ def test_rows_become_floats_a_piece_at_a_time(monkeypatch):
 
     monkeypatch.setattr(lowbit_bags, "dequantize_rows", noted)
     ids, offsets, weights = inputs([30, 11])
-    low_bit_bag(
-        quantize_rows(torch.randn(ROWS, DIM), "int8"), "int8", offsets, weights=weights, ids=ids
-    ).sum().backward()
+    table = quantize_rows(torch.randn(ROWS, DIM), "int8")
+    lowbit_bags._pool_in_pieces(table, ids, offsets, weights, "int8")
+    assert sizes == [7, 7, 7, 7, 7, 6]
+    low_bit_bag(table, "int8", offsets, weights=weights, ids=ids).sum().backward()  # the backward alone
     assert sizes == [7, 7, 7, 7, 7, 6] * 2
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("int8", 2), ("int8", 62), ("int4", 4), ("int8", 64), ("int4", 64)])
+def test_rows_are_those_of_fbgemms_inference_tables(dtype, width):
+    rows = quantize_rows(torch.randn(ROWS, width), dtype)
+    served = IntNBitTableBatchedEmbeddingBagsCodegen(
+        [("", ROWS, width, SparseType[dtype.upper()], EmbeddingLocation.HOST)],
+        device="cpu",
+        output_dtype=SparseType.FP32,
+        row_alignment=1,
+    )
+    served.initialize_weights()
+    ((weight, _),) = served.split_embedding_weights(split_scale_shifts=False)
+    assert weight.shape == rows.shape
+    weight.copy_(rows)
+    ids, offsets, weights = inputs([4, 0, 7])
+    with torch.no_grad():
+        expected = served(ids.int(), offsets.int(), weights)
+        assert torch.equal(low_bit_bag(rows, dtype, offsets, weights=weights, ids=ids), expected)
 
 
 def test_wrong_ids_and_offsets_are_errors():

@@ -106,7 +106,13 @@ class Parts:
 
 
 class TableDecoder(nn.Module, ABC):
-    """The small replicated part of a compressed table: turns codes and native rows into pooled embeddings."""
+    """The small replicated part of a compressed table: turns codes and native rows into pooled embeddings.
+
+    Attributes:
+        has_low_bit_rows: whether bytes of the table are rows of `ops.quantize_rows`.
+    """
+
+    has_low_bit_rows = False
 
     @abstractmethod
     def forward(

@@ -208,6 +208,7 @@ class CodebookDecoder(TableDecoder):
     def __init__(self, config: CodebookConfig, table: BaseEmbeddingConfig, device: torch.device | None) -> None:
         super().__init__()
         self._config, self._table = config, table
+        self.has_low_bit_rows = config.num_hot_rows > 0 and config.hot_dtype != "fp32"
         num_words = config.num_codes * config.codebook_size
         width = table.embedding_dim // (config.num_codes if config.structure == "product" else 1)
         self.codebooks = nn.Parameter(torch.empty(num_words, width, device=device))

@@ -93,6 +93,8 @@ class LowBitDecoder(TableDecoder):
         dtype: "int8" or "int4".
     """
 
+    has_low_bit_rows = True
+
     def __init__(self, dtype: Literal["int8", "int4"]) -> None:
         super().__init__()
         self.dtype: Literal["int8", "int4"] = dtype

@@ -20,6 +20,7 @@ from torchrec_compress.modules.codes import Codes, pool_codes, pool_low_bit, row
 from torchrec_compress.modules.features import split_features
 from torchrec_compress.modules.plan import CollectionPlan, Lookup
 from torchrec_compress.ops import BagLookup
+from torchrec_compress.ops.lowbit import SCALE_BYTES
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("process_pooled_embeddings")
@@ -102,8 +103,10 @@ class Decoder(nn.Module):
             bank.reset_parameters()  # type: ignore[operator]
         self._write_constants()
 
-    def _fingerprints(self, table: BaseEmbeddingConfig, code_part: CodePart | None) -> list[int]:
-        """Return a hash of each `LAYOUT` field of a table with this code table."""
+    def _fingerprints(
+        self, table: BaseEmbeddingConfig, code_part: CodePart | None, low_bit: str = "scale first"
+    ) -> list[int]:
+        """Return a hash of each `LAYOUT` field of a table with this code table and format of low-bit rows."""
         parts = self._plan.parts[table.name]
         native = ((parts.bag,) if parts.bag else ()) + parts.rows
         bank = self.banks[table.name] if table.name in self.banks else nn.Module()
@@ -111,7 +114,8 @@ class Decoder(nn.Module):
         codes = None
         if code_part is not None:
             codes = (code_part.row_size, str(code_part.dtype), *([code_part.num_packed] * (code_part.num_packed > 0)))
-        method = (codes is None, [(p.name, p.remap.kind) for p in native], [name for name, _ in tensors])
+        formats = [low_bit] if low_bit and getattr(bank, "has_low_bit_rows", False) else []
+        method = (codes is None, [(p.name, p.remap.kind) for p in native], [name for name, _ in tensors], *formats)
         sizes = (
             (table.num_embeddings, table.embedding_dim, codes),
             [(p.num_embeddings, p.embedding_dim, p.remap.value) for p in native],
@@ -163,6 +167,13 @@ class Decoder(nn.Module):
                     f"table {table.name!r}: the checkpoint's codes must be packed, two in a byte, got one in a byte; "
                     f"put ops.pack_codes(codes) in place of its {name}, and this collection's {prefix}layout in place "
                     "of its own"
+                )
+            if theirs != ours and theirs == self._fingerprints(table, part, low_bit=""):
+                raise ValueError(
+                    f"table {table.name!r}: the checkpoint's low-bit rows must have scale and bias before the values, "
+                    f"got them behind; put rows.roll({SCALE_BYTES}, dims=1) in place of its rows ({prefix}banks."
+                    f"{table.name}.hot_rows, or the codes of int8 and int4), and this collection's {prefix}layout in "
+                    "place of its own"
                 )
             differ = [field for field, a, b in zip(LAYOUT, theirs, ours, strict=True) if a != b]
             if differ:

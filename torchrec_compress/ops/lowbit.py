@@ -1,6 +1,6 @@
-"""Row-wise low-bit rows in FBGEMM's own format: the quantised values of a row, then its float16 scale and bias.
+"""Row-wise low-bit rows as FBGEMM's inference tables hold them: float16 scale and bias of a row, then its values.
 
-They are the bits that TorchRec's quantised tables (`torchrec.quant`) serve, for int8 and int4 alike.
+They are the bytes that TorchRec's quantised tables (`torchrec.quant`) serve on a CPU, for int8 and int4 alike.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 RowDtype = Literal["fp32", "int8", "int4"]
+SCALE_BYTES = 4  # of scale and bias
 _BITS = {"int8": 8, "int4": 4}
 
 
@@ -21,7 +22,19 @@ def quantized_row_bytes(embedding_dim: int, dtype: RowDtype) -> int:
         >>> [quantized_row_bytes(64, dtype) for dtype in ("fp32", "int8", "int4")]
         [256, 68, 36]
     """
-    return {"fp32": embedding_dim * 4, "int8": embedding_dim + 4, "int4": embedding_dim // 2 + 4}[dtype]
+    if dtype == "fp32":
+        return embedding_dim * 4
+    return embedding_dim * _BITS[dtype] // 8 + SCALE_BYTES
+
+
+def low_bit_width(rows: Tensor, dtype: Literal["int8", "int4"]) -> int:
+    """Return the values, D, of each of these rows, (N, bytes per row).
+
+    Example:
+        >>> low_bit_width(torch.zeros(1, 36, dtype=torch.uint8), "int4")
+        64
+    """
+    return (rows.shape[1] - SCALE_BYTES) * 8 // _BITS[dtype]
 
 
 def quantize_rows(rows: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
@@ -40,7 +53,8 @@ def quantize_rows(rows: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
     """
     import fbgemm_gpu  # noqa: F401  (registers the operators)
 
-    return torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(rows, _BITS[dtype])
+    # the fused format has scale and bias behind the values
+    return torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(rows, _BITS[dtype]).roll(SCALE_BYTES, dims=1)
 
 
 def dequantize_rows(rows: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
@@ -60,4 +74,4 @@ def dequantize_rows(rows: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
     """
     import fbgemm_gpu  # noqa: F401  (registers the operators)
 
-    return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(rows, _BITS[dtype])
+    return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(rows.roll(-SCALE_BYTES, dims=1), _BITS[dtype])

@@ -1,4 +1,4 @@
-"""The pooling of low-bit rows, read from their table a piece at a time."""
+"""The pooling of low-bit rows: on a CPU by FBGEMM's inference kernels, elsewhere a piece of the ids at a time."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchrec_compress.ops.ids import check_ids, gather_rows
-from torchrec_compress.ops.lowbit import dequantize_rows
+from torchrec_compress.ops.lowbit import dequantize_rows, low_bit_width
 from torchrec_compress.ops.pooling import check_offsets
 
 # values of a piece: 1 MiB of floats, which stay in a core's cache, or 64 MiB, which keep a GPU busy
 _PIECE = {"cpu": 2**18, "cuda": 2**24}
 _ROWS = "Tensor rows, Tensor? ids, Tensor offsets"
+# FBGEMM's numbers of row formats, of the memory of a CPU, of a pooling mode and of an output type
+_FORMATS = {"int8": 2, "int4": 3}
+_HOST, _SUM, _FLOAT32 = 3, 0, 0
 
 
 def low_bit_bag(
@@ -29,7 +31,8 @@ def low_bit_bag(
 ) -> Tensor:
     """Sum, bag by bag, low-bit rows of one table.
 
-    Rows become floats a piece at a time, so that nothing of size (L, D) is made, forward or backward.
+    Nothing of size (L, D) is made, forward or backward: FBGEMM's kernels read the rows where they lie. On a GPU, whose
+    kernels want rows aligned to 16 bytes, and for the gradient of weights, rows become floats a piece at a time.
 
     Args:
         rows: (L, bytes per row) of the ids, or with `ids` the (N, bytes per row) table; uint8, see `quantize_rows`.
@@ -67,22 +70,48 @@ def low_bit_bag(
 def _low_bit_bag(
     rows: Tensor, ids: Tensor | None, offsets: Tensor, weights: Tensor | None, dtype: Literal["int8", "int4"]
 ) -> Tensor:
-    num_ids = (rows if ids is None else ids).shape[0]
-    out = torch.zeros(offsets.shape[0] - 1, _dim(rows, dtype), device=rows.device)
+    pool = _pool_by_fbgemm if rows.device.type == "cpu" else _pool_in_pieces
+    return pool(rows, ids, offsets, weights, dtype)
+
+
+def _pool_in_pieces(
+    rows: Tensor, ids: Tensor | None, offsets: Tensor, weights: Tensor | None, dtype: Literal["int8", "int4"]
+) -> Tensor:
+    out = torch.zeros(offsets.shape[0] - 1, low_bit_width(rows, dtype), device=rows.device)
     for first, piece in _pieces(rows, ids, dtype):
         factors = None if weights is None else weights[first : first + len(piece)]
-        if rows.device.type == "cpu":
-            bags, local = _bags_of(offsets, first, first + len(piece))
-            sums = F.embedding_bag(
-                torch.arange(len(piece)), piece, local, mode="sum", per_sample_weights=factors, include_last_offset=True
-            )
-            if len(piece) == num_ids:
-                return sums
-            out[bags] += sums
-        else:  # where the bags of a piece lie is not known to the host
-            mine = _bag_numbers(offsets, first, len(piece))
-            out.index_add_(0, mine, piece if factors is None else piece * factors.unsqueeze(1))
+        mine = _bag_numbers(offsets, first, len(piece))
+        out.index_add_(0, mine, piece if factors is None else piece * factors.unsqueeze(1))
     return out
+
+
+def _pool_by_fbgemm(
+    rows: Tensor, ids: Tensor | None, offsets: Tensor, weights: Tensor | None, dtype: Literal["int8", "int4"]
+) -> Tensor:
+    import fbgemm_gpu  # noqa: F401  (registers the operators)
+
+    found = torch.arange(rows.shape[0], dtype=offsets.dtype) if ids is None else ids
+    dim = low_bit_width(rows, dtype)
+    return torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function.default(
+        rows.contiguous().view(-1),
+        rows.new_empty(0),
+        weights_placements=torch.tensor([_HOST], dtype=torch.int32),
+        weights_offsets=torch.zeros(1, dtype=torch.int64),
+        weights_tys=torch.tensor([_FORMATS[dtype]], dtype=torch.uint8),
+        D_offsets=torch.tensor([0, dim], dtype=torch.int32),
+        total_D=dim,
+        max_int2_D=0,
+        max_int4_D=dim if dtype == "int4" else 0,
+        max_int8_D=dim if dtype == "int8" else 0,
+        max_float16_D=0,
+        max_float32_D=0,
+        indices=found.contiguous(),
+        offsets=offsets.to(found.dtype),
+        pooling_mode=_SUM,
+        indice_weights=weights,
+        output_dtype=_FLOAT32,
+        row_alignment=1,
+    )
 
 
 @torch.library.custom_op(
@@ -99,23 +128,12 @@ def _low_bit_bag_backward(
     return of_weights
 
 
-def _dim(rows: Tensor, dtype: str) -> int:
-    return (rows.shape[1] - 4) * (1 if dtype == "int8" else 2)
-
-
 def _pieces(rows: Tensor, ids: Tensor | None, dtype: Literal["int8", "int4"]) -> Iterator[tuple[int, Tensor]]:
     """Yield (first id, float rows) of one piece of the ids after another."""
-    size = max(1, _PIECE["cpu" if rows.device.type == "cpu" else "cuda"] // _dim(rows, dtype))
+    size = max(1, _PIECE["cpu" if rows.device.type == "cpu" else "cuda"] // low_bit_width(rows, dtype))
     for first in range(0, (rows if ids is None else ids).shape[0], size):
         mine = slice(first, first + size)
         yield first, dequantize_rows(rows[mine] if ids is None else gather_rows(rows, ids[mine]), dtype)
-
-
-def _bags_of(offsets: Tensor, first: int, last: int) -> tuple[slice, Tensor]:
-    """Return the bags that ids [first, last) belong to, and where each of them begins and ends among these."""
-    begin = int(torch.searchsorted(offsets, first, right=True)) - 1 if first else 0
-    end = int(torch.searchsorted(offsets, last)) if last < offsets[-1] else len(offsets) - 1
-    return slice(begin, end), offsets[begin : end + 1].long().clamp(first, last) - first
 
 
 def _bag_numbers(offsets: Tensor, first: int, num_ids: int) -> Tensor:
@@ -125,8 +143,10 @@ def _bag_numbers(offsets: Tensor, first: int, num_ids: int) -> Tensor:
 
 
 @_low_bit_bag.register_fake
-def _(rows: Tensor, ids: Tensor | None, offsets: Tensor, weights: Tensor | None, dtype: str) -> Tensor:
-    return rows.new_empty((offsets.shape[0] - 1, _dim(rows, dtype)), dtype=torch.float32)
+def _(
+    rows: Tensor, ids: Tensor | None, offsets: Tensor, weights: Tensor | None, dtype: Literal["int8", "int4"]
+) -> Tensor:
+    return rows.new_empty((offsets.shape[0] - 1, low_bit_width(rows, dtype)), dtype=torch.float32)
 
 
 @_low_bit_bag_backward.register_fake
