@@ -24,7 +24,7 @@ def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size:
     """Return the bytes of a step's embeddings that no stored tensor of a decoder stands for, by table name.
 
     Low-bit rows and MEmCom are decoded without codebooks, so the estimators have no option to charge it to. MEmCom
-    makes a row per id before it pools; low-bit rows become floats a piece at a time.
+    makes a row per id before it pools; low-bit rows are pooled where they lie, on a GPU a piece at a time.
 
     Args:
         module: the model.
