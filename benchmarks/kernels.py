@@ -5,7 +5,8 @@ Run: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=16000000000 python benchmarks/ker
 
 All variants of a setting run in turns in one process, each round on another batch, so that a busy machine slows all of
 them; a ratio is taken within a round, and its median and quartiles over the rounds are reported. On one thread the
-clock is the process's CPU time, on more it is the wall. Codes are random, the worst case for a codebook's locality.
+clock is the thread's CPU time, on more it is the wall; how much faster several threads are is the ratio of wall times
+of equal rounds. Codes are random, the worst case for a codebook's locality.
 
 The two variables keep glibc from giving large outputs back to the kernel after every call; without them page faults
 hide the look-ups, whichever they are.
@@ -25,8 +26,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import fbgemm_gpu  # noqa: F401  (registers the operators)
 import torch
@@ -69,17 +71,27 @@ class Batch:
         return self.ids[t * num_ids : (t + 1) * num_ids]
 
 
-@dataclass
-class Variant:
-    """Something to time."""
+class Setting(NamedTuple):
+    """What all variants are timed in."""
 
-    run: Callable[[Batch], object]
-    seconds: list[float] = field(default_factory=list)
+    threads: int
+    ids: str
+    dim: int
+    length: int
+
+
+class Spent(NamedTuple):
+    """Seconds of a run."""
+
+    cpu: float
+    wall: float
 
 
 _HEAP = 8 << 30  # bytes
 
-Variants = dict[tuple[str, str], Variant]  # by (name, phase)
+# by (name, phase)
+Pools = dict[tuple[str, str], Callable[[Batch], object]]
+Times = dict[tuple[str, str], list[Spent]]
 
 
 def draw(distribution: str, rows: int, count: int, generator: torch.Generator) -> Tensor:
@@ -120,12 +132,12 @@ def split_tables(options: argparse.Namespace, dim: int, precision: SparseType) -
     return tables
 
 
-def add_full_tables(found: Variants, options: argparse.Namespace, dim: int) -> None:
+def add_full_tables(found: Pools, options: argparse.Namespace, dim: int) -> None:
     """Add FBGEMM, trained and low-bit, and `F.embedding_bag` over the same rows."""
     for precision, label in ((SparseType.FP32, BASELINE), (SparseType.FP16, "SplitTBE fp16")):
         full = split_tables(options, dim, precision)
-        found[label, "forward"] = Variant(no_grad(lambda batch, full=full: full(batch.ids, batch.offsets)))
-        found[label, "step"] = Variant(lambda batch, full=full: full(batch.ids, batch.offsets).backward(batch.grad))
+        found[label, "forward"] = no_grad(lambda batch, full=full: full(batch.ids, batch.offsets))
+        found[label, "step"] = lambda batch, full=full: full(batch.ids, batch.offsets).backward(batch.grad)
         if precision is SparseType.FP32:
             add_embedding_bags(found, full.split_embedding_weights())
     for precision, label in ((SparseType.INT8, "IntNBit int8"), (SparseType.INT4, "IntNBit int4")):
@@ -136,10 +148,10 @@ def add_full_tables(found: Variants, options: argparse.Namespace, dim: int) -> N
             bounds_check_mode=BoundsCheckMode.NONE,
         )
         served.fill_random_weights()
-        found[label, "forward"] = Variant(no_grad(lambda batch, served=served: served(*batch.short)))
+        found[label, "forward"] = no_grad(lambda batch, served=served: served(*batch.short))
 
 
-def add_embedding_bags(found: Variants, tables: list[Tensor]) -> None:
+def add_embedding_bags(found: Pools, tables: list[Tensor]) -> None:
     """Add PyTorch's own bags."""
 
     def bags(batch: Batch, weights: list[Tensor], sparse: bool) -> Tensor:
@@ -155,8 +167,8 @@ def add_embedding_bags(found: Variants, tables: list[Tensor]) -> None:
         weights = [table.detach().requires_grad_() for table in tables]
         bags(batch, weights, True).backward(batch.grad)
 
-    found["F.embedding_bag", "forward"] = Variant(no_grad(lambda batch: bags(batch, tables, False)))
-    found["F.embedding_bag", "step"] = Variant(step)
+    found["F.embedding_bag", "forward"] = no_grad(lambda batch: bags(batch, tables, False))
+    found["F.embedding_bag", "step"] = step
 
 
 @dataclass
@@ -184,7 +196,7 @@ class Coded:
         return codebook_bags(self.lookups, spans, self.codes, self.books, none, IdBags(batch.ids, batch.offsets))
 
 
-def add_codebooks(found: Variants, options: argparse.Namespace, dim: int, num_codes: int, length: int) -> None:
+def add_codebooks(found: Pools, options: argparse.Namespace, dim: int, num_codes: int) -> None:
     """Add the compressed look-up, the gather of codes alone, and what torch.compile makes of plain indexing."""
     coded = Coded.of(options, dim, num_codes)
     optimizer = torch.optim.Adagrad(coded.books, lr=0.01, fused=True)
@@ -198,10 +210,10 @@ def add_codebooks(found: Variants, options: argparse.Namespace, dim: int, num_co
         coded.forward(batch).backward(batch.grad)
         optimizer.step()
 
-    found[f"codes M={num_codes}", "forward"] = Variant(no_grad(coded.forward))
-    found[f"codes M={num_codes}", "step"] = Variant(step)
-    found[f"bare gather M={num_codes}", "forward"] = Variant(gather)
-    if length != 1 or not options.inductor:
+    found[f"codes M={num_codes}", "forward"] = no_grad(coded.forward)
+    found[f"codes M={num_codes}", "step"] = step
+    found[f"bare gather M={num_codes}", "forward"] = gather
+    if not options.inductor:
         return
 
     def index(codes: list[Tensor], books: list[Tensor], ids: list[Tensor]) -> Tensor:
@@ -210,8 +222,8 @@ def add_codebooks(found: Variants, options: argparse.Namespace, dim: int, num_co
 
     compiled = torch.compile(index, dynamic=False)
     tables = range(options.tables)
-    found[f"inductor M={num_codes}", "forward"] = Variant(
-        no_grad(lambda batch: compiled(coded.codes, coded.books, [batch.table(t) for t in tables]))
+    found[f"inductor M={num_codes}", "forward"] = no_grad(
+        lambda batch: compiled(coded.codes, coded.books, [batch.table(t) for t in tables])
     )
 
 
@@ -223,61 +235,98 @@ def no_grad(function: Callable[[Batch], object]) -> Callable[[Batch], object]:
     return run
 
 
-def measure(options: argparse.Namespace, threads: int, distribution: str, dim: int, length: int) -> Variants:
-    """Time one setting."""
-    torch.set_num_threads(threads)
-    found: Variants = {}
-    add_full_tables(found, options, dim)
+def measure(options: argparse.Namespace, dim: int) -> dict[Setting, Times]:
+    """Time all settings of one width, whose tables are made once."""
+    pools: Pools = {}
+    add_full_tables(pools, options, dim)
     for num_codes in options.codes:
-        add_codebooks(found, options, dim, num_codes, length)
-    work = batches(options, distribution, dim, length)
-    clock = time.process_time if threads == 1 else time.perf_counter
+        add_codebooks(pools, options, dim, num_codes)
+    found = {}
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for distribution in options.ids:
+            for length in options.lengths:
+                # what inductor makes pools nothing
+                used = {key: pool for key, pool in pools.items() if length == 1 or not key[0].startswith("inductor")}
+                setting = Setting(threads, distribution, dim, length)
+                found[setting] = take_turns(options, used, batches(options, distribution, dim, length))
+    return found
+
+
+def take_turns(options: argparse.Namespace, pools: Pools, work: list[Batch]) -> Times:
+    """Run everything in every round."""
+    found: Times = {key: [] for key in pools}
     for number in range(-1, options.rounds):
-        for variant in found.values():
-            start = clock()
-            made = variant.run(work[number % len(work)])
+        for key, pool in pools.items():
+            wall, cpu = time.perf_counter(), time.thread_time()
+            made = pool(work[number % len(work)])
+            spent = Spent(time.thread_time() - cpu, time.perf_counter() - wall)
             if number >= 0:  # the first round builds, allocates and warms up
-                variant.seconds.append(clock() - start)
+                found[key].append(spent)
             del made
-    # the tables of a setting must go before the next one makes its own
-    return {key: Variant(_spent, variant.seconds) for key, variant in found.items()}
+    return found
 
 
-def _spent(batch: Batch) -> object:
-    raise RuntimeError("this variant's tables are gone")
+def seconds(times: Times, name: str, phase: str, threads: int) -> list[float]:
+    """Return the CPU time of one thread, or the wall time of several."""
+    return [spent.cpu if threads == 1 else spent.wall for spent in times[name, phase]]
 
 
-def ratios(found: Variants, name: str, phase: str) -> list[float]:
+def ratios(times: Times, name: str, phase: str, threads: int) -> list[float]:
     """Return how many times faster than the baseline a variant is, round by round."""
-    return [full / own for full, own in zip(found[BASELINE, phase].seconds, found[name, phase].seconds, strict=True)]
+    full, own = (seconds(times, of, phase, threads) for of in (BASELINE, name))
+    return [a / b for a, b in zip(full, own, strict=True)]
 
 
-def nanoseconds(found: Variants, name: str, phase: str, lookups: int) -> float:
-    return 1e9 * statistics.median(found[name, phase].seconds) / lookups
+def spread(values: list[float]) -> str:
+    """Return the cells of the median and of the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.2f} | {low:.2f} to {high:.2f}"
 
 
-def table_of(results: dict[tuple[str, int, int], Variants], phase: str, options: argparse.Namespace) -> list[str]:
+def table_of(results: dict[Setting, Times], phase: str, threads: int, options: argparse.Namespace) -> list[str]:
     """Return one line per setting: the baseline's time, and the others' speed beside it."""
-    names = list(dict.fromkeys(name for found in results.values() for name, of in found if of == phase))
+    mine = {setting: times for setting, times in results.items() if setting.threads == threads}
+    names = list(dict.fromkeys(name for times in mine.values() for name, of in times if of == phase))
     names.remove(BASELINE)
     lines = [f"| ids | D | L | {BASELINE}, ns | " + " | ".join(names) + " |", "|---" * (4 + len(names)) + "|"]
-    for (ids, dim, length), found in results.items():
-        base = nanoseconds(found, BASELINE, phase, options.tables * options.batch * length)
-        cells = [f"{statistics.median(ratios(found, n, phase)):.2f}" if (n, phase) in found else "" for n in names]
-        lines.append(f"| {ids} | {dim} | {length} | {base:.1f} | " + " | ".join(cells) + " |")
+    for setting, times in mine.items():
+        base = statistics.median(seconds(times, BASELINE, phase, threads))
+        nanoseconds = 1e9 * base / (options.tables * options.batch * setting.length)
+        cells = [
+            f"{statistics.median(ratios(times, name, phase, threads)):.2f}" if (name, phase) in times else ""
+            for name in names
+        ]
+        lines.append(
+            f"| {setting.ids} | {setting.dim} | {setting.length} | {nanoseconds:.1f} | " + " | ".join(cells) + " |"
+        )
     return lines
 
 
-def summary(results: dict[tuple[str, int, int], Variants]) -> list[str]:
+def summary(results: dict[Setting, Times], threads: int) -> list[str]:
     """Return our speed beside the goals: Zipf ids, D = 128."""
     lines = ["| phase | M | L | times as fast | quartiles | goal |", "|---|---|---|---|---|---|"]
     for (phase, num_codes), goals in GOALS.items():
         for length, goal in zip((1, 10, 50), goals, strict=True):
-            found = results.get(("zipf", 128, length), {})
-            if (f"codes M={num_codes}", phase) in found:
-                speed = ratios(found, f"codes M={num_codes}", phase)
-                low, middle, high = statistics.quantiles(speed, n=4)
-                lines.append(f"| {phase} | {num_codes} | {length} | {middle:.2f} | {low:.2f} to {high:.2f} | {goal} |")
+            times, name = results.get(Setting(threads, "zipf", 128, length), {}), f"codes M={num_codes}"
+            if (name, phase) in times:
+                speed = spread(ratios(times, name, phase, threads))
+                lines.append(f"| {phase} | {num_codes} | {length} | {speed} | {goal} |")
+    return lines
+
+
+def scaling(results: dict[Setting, Times], threads: int) -> list[str]:
+    """Return how many times faster several threads are than one: Zipf ids, D = 128, wall time."""
+    lines = [f"| variant | phase | L | {threads} threads against 1 | quartiles |", "|---|---|---|---|---|"]
+    for setting, times in results.items():
+        if setting[1:3] != ("zipf", 128) or setting.threads != 1:
+            continue
+        others = results[setting._replace(threads=threads)]
+        for name, phase in times:
+            if name == BASELINE or name.startswith("codes"):
+                pairs = zip(times[name, phase], others[name, phase], strict=True)
+                speed = spread([one.wall / several.wall for one, several in pairs])
+                lines.append(f"| {name} | {phase} | {setting.length} | {speed} |")
     return lines
 
 
@@ -329,7 +378,7 @@ def page_mode() -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--tables", type=int, default=4)
+    parser.add_argument("--tables", type=int, default=8)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 10, 50])
@@ -344,18 +393,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def section(options: argparse.Namespace, threads: int) -> list[str]:
+def section(results: dict[Setting, Times], options: argparse.Namespace, threads: int) -> list[str]:
     """Return the lines of one number of threads."""
-    results = {
-        (distribution, dim, length): measure(options, threads, distribution, dim, length)
-        for distribution in options.ids
-        for dim in options.dims
-        for length in options.lengths
-    }
     clock = "CPU time" if threads == 1 else "wall time"
-    lines = [f"## {threads} thread{'s' * (threads > 1)}, {clock}", "", *summary(results), ""]
+    lines = [f"## {threads} thread{'s' * (threads > 1)}, {clock}", "", *summary(results, threads), ""]
+    if threads > 1 and 1 in options.threads:
+        lines += [*scaling(results, threads), ""]
     for phase in ("forward", "step"):
-        lines += [f"Times as fast as {BASELINE}, {phase} (ns per look-up):", "", *table_of(results, phase, options), ""]
+        table = table_of(results, phase, threads, options)
+        lines += [f"Times as fast as {BASELINE}, {phase} (ns per look-up):", "", *table, ""]
     return lines
 
 
@@ -366,7 +412,8 @@ def main() -> None:
     load = os.getloadavg()[0]
     # with the two variables set, the first setting would pay for the heap that all others find in place
     torch.zeros(_HEAP, dtype=torch.uint8)
-    sections = [line for threads in options.threads for line in section(options, threads)]
+    results = {setting: times for dim in options.dims for setting, times in measure(options, dim).items()}
+    sections = [line for threads in options.threads for line in section(results, options, threads)]
     serving = next(tier for tier in tiers() if not tier.passed_over)
     text = [
         "# Time of codebook_bags",
