@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t PLAIN_SIZE = 256;   // codewords per codebook
 constexpr int64_t FETCH_AHEAD = 128;  // positions whose codes are on their way from memory
 constexpr int64_t BAGS_AHEAD = 16;     // bags whose gradients are
-constexpr int64_t BAGS_AT_ONCE = 16;  // bags whose codes are walked over group by group
+constexpr int64_t AT_ONCE = 64;       // positions whose codes are walked over group by group
 const float ONE = 1.0f;
 
 inline bool is_plain(const Lookup& lookup) {
@@ -140,11 +140,12 @@ template <int WIDTH, typename Rows>
 Wrong plain_forward(const Batch& batch, const Lookup& lookup, const Rows& rows, int64_t begin, int64_t end) {
   constexpr int CHUNKS = SUM_REGISTERS / (WIDTH <= SUM_LANES ? 1 : WIDTH / SUM_LANES);
   // codes that are walked over again are still in the cache
-  const int64_t step = lookup.num_codes > CHUNKS ? BAGS_AT_ONCE : end - begin;
-  for (int64_t bag = begin; bag < end; bag += step) {
-    const int64_t wrong =
-        plain_bags<WIDTH, CHUNKS>(batch, lookup, rows, bag, bag + step < end ? bag + step : end, 0);
+  for (int64_t bag = begin; bag < end;) {
+    int64_t stop = lookup.num_codes > CHUNKS ? bag + 1 : end;
+    for (const int64_t last = offset(batch, bag) + AT_ONCE; stop < end && offset(batch, stop + 1) <= last;) ++stop;
+    const int64_t wrong = plain_bags<WIDTH, CHUNKS>(batch, lookup, rows, bag, stop, 0);
     if (wrong >= 0) return {Wrong::ID, wrong};
+    bag = stop;
   }
   if (lookup.is_streamed) end_streams();
   return {Wrong::NOTHING, 0};
