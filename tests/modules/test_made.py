@@ -10,6 +10,7 @@ from torchrec_compress.methods import (
     HashConfig,
     Int4Config,
     Int8Config,
+    MEmComConfig,
     MethodConfig,
     PQConfig,
     RandomCodesConfig,
@@ -29,9 +30,11 @@ METHODS: dict[str, MethodConfig] = {
     "int8": Int8Config(),
     "int4": Int4Config(),
     "hash": HashConfig(num_buckets=16),
+    "memcom": MEmComConfig(num_buckets=16),
+    "memcom, biases": MEmComConfig(num_buckets=16, bias=True),
 }
 LARGEST = 4 * NUM_IDS  # weights: of both features, or as plain PyTorch repeats them for four codes; an 8th of [ids, D]
-CODEBOOKS = [name for name in METHODS if name not in ("int8", "int4", "hash")]
+CODEBOOKS = [name for name in METHODS if name.split(",")[0] not in ("int8", "int4", "hash", "memcom")]
 
 
 def batch(weighted: bool = False) -> KeyedJaggedTensor:

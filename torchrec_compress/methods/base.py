@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
-from torchrec_compress.ops import hash_ids
+from torchrec_compress.ops import Rows, hash_ids
 
 Config = TypeVar("Config", bound="MethodConfig")
 
@@ -116,7 +116,7 @@ class TableDecoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Tensor]
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Rows]
     ) -> Tensor:
         """Return the sums over bags.
 
@@ -125,7 +125,7 @@ class TableDecoder(nn.Module, ABC):
             offsets: (B + 1,) integer, or None for one bag per id.
             weights: (L,) factors, or None.
             codes: (L, row_size) integer, or None where the method has no code table.
-            rows: one (L, dim) per native row part.
+            rows: per native row part (L, dim), or where to find them.
 
         Returns:
             (B, D) floating point.

@@ -24,6 +24,7 @@ from torchrec_compress.methods.base import (
     init_like,
 )
 from torchrec_compress.ops import (
+    Rows,
     code_dtype,
     codebook_bag,
     dequantize_rows,
@@ -235,7 +236,7 @@ class CodebookDecoder(TableDecoder):
                 init_like(self._table, self.hot_rows)
 
     def forward(
-        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Tensor]
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Rows]
     ) -> Tensor:
         """Return the sums over bags; `codes` are rows of the code table, (L, M) or packed."""
         assert codes is not None

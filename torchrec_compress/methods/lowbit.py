@@ -19,7 +19,7 @@ from torchrec_compress.methods.base import (
     check_low_bit_width,
     register,
 )
-from torchrec_compress.ops import low_bit_bag, quantize_rows, quantized_row_bytes
+from torchrec_compress.ops import Rows, low_bit_bag, quantize_rows, quantized_row_bytes
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("low_bit_bag")
@@ -100,7 +100,7 @@ class LowBitDecoder(TableDecoder):
         self.dtype: Literal["int8", "int4"] = dtype
 
     def forward(
-        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Tensor]
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Rows]
     ) -> Tensor:
         """Return the sums over bags; `codes` are (L, bytes per row) uint8."""
         assert codes is not None

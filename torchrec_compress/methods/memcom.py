@@ -21,14 +21,11 @@ from torchrec_compress.methods.base import (
     bucket_means,
     register,
 )
-from torchrec_compress.ops import pool_rows
+from torchrec_compress.ops import Rows, TableRows, pool_rows, pool_table
 
 # FBGEMM wants row widths that are multiples of 4.
 _LANES = 4
 _FIT_ROUNDS = 8
-
-# fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
-torch.fx.wrap("pool_rows")
 
 
 @register
@@ -135,19 +132,40 @@ class MEmComDecoder(TableDecoder):
         self._packed = scalars == "packed"
 
     def forward(
-        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Tensor]
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Rows]
     ) -> Tensor:
         """Return the sums over bags; `rows` are (L, D), (L, 4) and, with biases, (L, 4)."""
-        embeddings = scale_rows(ids, rows, self._packed)
-        if offsets is not None:
-            return pool_rows(embeddings, offsets, weights)
-        return embeddings if weights is None else embeddings * weights.unsqueeze(1)
+        return pool_scaled(ids, offsets, weights, rows, self._packed)
 
 
 @torch.fx.wrap
-def scale_rows(ids: Tensor, rows: list[Tensor], packed: bool) -> Tensor:
-    """Return row times scalar plus bias: (L, D); arguments as in `MEmComDecoder.forward`."""
+def pool_scaled(
+    ids: Tensor, offsets: Tensor | None, weights: Tensor | None, rows: list[Rows], is_packed: bool
+) -> Tensor:
+    """Return the sums over bags, (B, D); arguments as in `MEmComDecoder.forward`."""
+    tables = [found for found in rows if isinstance(found, TableRows)]
+    if is_packed and offsets is not None and len(tables) == len(rows):
+        return _pool_in_place(ids, offsets, weights, tables)
+    gathered = [found.gather() if isinstance(found, TableRows) else found for found in rows]
+    embeddings = _scale(ids, gathered, is_packed)
+    if offsets is not None:
+        return pool_rows(embeddings, offsets, weights)
+    return embeddings if weights is None else embeddings * weights.unsqueeze(1)
+
+
+def _pool_in_place(ids: Tensor, offsets: Tensor, weights: Tensor | None, tables: list[TableRows]) -> Tensor:
+    """Pool shared rows that are never gathered: the scalars are their weights."""
+    # packed scalars lie in the order of the ids; F.embedding's gradient of single values takes 15 times as long
+    factors = tables[1].weight.view(-1).index_select(0, ids)
+    pooled = pool_table(tables[0], offsets, factors if weights is None else factors * weights)
+    if len(tables) == 2:
+        return pooled
+    return pooled + pool_table(TableRows(tables[2].weight.view(-1, 1), ids), offsets, weights)
+
+
+def _scale(ids: Tensor, rows: list[Tensor], is_packed: bool) -> Tensor:
+    """Return row times scalar plus bias, (L, D)."""
     lane = (ids % _LANES).long().unsqueeze(1)
-    factor = rows[1].gather(1, lane) if packed else rows[1]
+    factor = rows[1].gather(1, lane) if is_packed else rows[1]
     embeddings = (rows[0].unflatten(1, (factor.shape[1], -1)) * factor.unsqueeze(2)).flatten(1)
     return embeddings + rows[2].gather(1, lane) if len(rows) == 3 else embeddings

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import process_pooled_embeddings, reorder_inverse_indices
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_compress.methods.base import CodePart
 from torchrec_compress.methods.codebook import CodebookDecoder
@@ -19,13 +19,14 @@ from torchrec_compress.modules.backward import strip_where_replicated
 from torchrec_compress.modules.codes import Codes, pool_codes, pool_low_bit, row_codes, unpooled_codes
 from torchrec_compress.modules.features import split_features
 from torchrec_compress.modules.plan import CollectionPlan, Lookup
-from torchrec_compress.ops import BagLookup
-from torchrec_compress.ops.lowbit import SCALE_BYTES
+from torchrec_compress.modules.tables import FoundRows, found_rows
+from torchrec_compress.ops import SCALE_BYTES, BagLookup
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("process_pooled_embeddings")
 torch.fx.wrap("reorder_inverse_indices")
 torch.fx.wrap("bag_means")
+torch.fx.wrap("found_rows")
 torch.fx.wrap("interleave_columns")
 torch.fx.wrap("pool_codes")
 torch.fx.wrap("pool_low_bit")
@@ -184,14 +185,14 @@ class Decoder(nn.Module):
                 )
 
     def forward(
-        self, features: KeyedJaggedTensor, codes: dict[str, Codes] | None, rows: dict[str, dict[str, JaggedTensor]]
+        self, features: KeyedJaggedTensor, codes: dict[str, Codes] | None, rows: dict[str, dict[str, FoundRows]]
     ) -> Tensor:
         """Return the pooled embeddings of all look-ups, side by side.
 
         Args:
             features: the batch; its weights, if any, are taken as they are.
             codes: by look-up key a whole code table, or (L, row_size) integer codes of its ids; None without any.
-            rows: per group of native tables, (L, width) by look-up key.
+            rows: per group of native tables, (L, width) by look-up key, or where they are.
 
         Returns:
             (B, sum of widths).
@@ -219,7 +220,7 @@ class Decoder(nn.Module):
         return interleave_columns(coded, decoded, self._is_coded, widths)
 
     def unpooled(
-        self, features: KeyedJaggedTensor, codes: dict[str, Codes] | None, rows: dict[str, dict[str, JaggedTensor]]
+        self, features: KeyedJaggedTensor, codes: dict[str, Codes] | None, rows: dict[str, dict[str, FoundRows]]
     ) -> list[Tensor]:
         """Return one (L, D) per look-up; arguments as in `forward`."""
         coded = unpooled_codes(features, self._bag_lookups, *self._coded(codes)) if self._bag_lookups else []
@@ -246,7 +247,7 @@ class Decoder(nn.Module):
         offsets: Tensor | None,
         weights: Tensor | None,
         codes: dict[str, Codes] | None,
-        rows: dict[str, dict[str, JaggedTensor]],
+        rows: dict[str, dict[str, FoundRows]],
     ) -> Tensor:
         table = lookup.table.name
         bank = self.banks[table]
@@ -256,7 +257,7 @@ class Decoder(nn.Module):
         found = None
         if codes is not None and self._plan.parts[table].codes is not None:
             found = row_codes(codes[lookup.key], ids, _where(lookup))
-        native = [rows[group][lookup.key].values() for group in self._plan.row_groups(table)]
+        native = [found_rows(rows[group][lookup.key]) for group in self._plan.row_groups(table)]
         return bank(ids, offsets, weights, found, native)
 
 

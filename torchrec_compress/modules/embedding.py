@@ -14,8 +14,10 @@ from torchrec_compress.compression import Compression
 from torchrec_compress.modules.features import check_features, split_features
 from torchrec_compress.modules.parts import CompressedParts
 from torchrec_compress.modules.plan import CollectionPlan
+from torchrec_compress.modules.tables import gathered_rows
 
 torch.fx.wrap("check_features")
+torch.fx.wrap("gathered_rows")
 torch.fx.wrap("jagged_rows")
 torch.fx.wrap("split_features")
 
@@ -91,7 +93,7 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         for lookup in self._plan.lookups:
             if lookup.key not in found:  # a native bag: its rows are the embedding
                 (group,) = self._plan.row_groups(lookup.table.name)
-                found[lookup.key] = rows[group][lookup.key].values()
+                found[lookup.key] = gathered_rows(rows[group][lookup.key])
         return {
             lookup.output: jagged_rows(found[lookup.key], jagged[lookup.feature], self._need_indices)
             for lookup in self._plan.lookups

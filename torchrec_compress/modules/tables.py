@@ -16,13 +16,17 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from torchrec_compress.methods.base import CodePart, Remap
 from torchrec_compress.modules.backward import strip_where_replicated
 from torchrec_compress.modules.features import IdRange, split_features
-from torchrec_compress.ops import check_ids
+from torchrec_compress.ops import Rows, TableRows, check_ids
 
 logger = logging.getLogger(__name__)
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("remap_features")
+torch.fx.wrap("remapped_ids")
 torch.fx.wrap("split_features")
+
+
+FoundRows = JaggedTensor | TableRows
 
 
 @dataclass(frozen=True)
@@ -302,10 +306,23 @@ class RemappedEmbeddingCollection(_Remapped):
         super().__init__(plan)
         self.native = EmbeddingCollection(tables=tables, device=device)
 
-    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
-        """Return the rows of every look-up, (L, width) by the plan's keys."""
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, FoundRows]:
+        """Return the rows of every look-up, (L, width) by the plan's keys, or where they are."""
+        if type(self.native) is EmbeddingCollection:
+            numbers, tables = remapped_ids(features, self.plan), self.native.embeddings
+            return {e.key: TableRows(tables[e.native_table].weight, numbers[e.key]) for e in self.plan}  # type: ignore[arg-type]
         _refuse_pooled_rows(self.native, features)
         return self.native(remap_features(features, self.plan))
+
+
+def found_rows(found: FoundRows) -> Rows:
+    """Return rows, (L, width), without bags around them, or where they are."""
+    return found if isinstance(found, TableRows) else found.values()
+
+
+def gathered_rows(found: FoundRows) -> Tensor:
+    """Return rows, (L, width), without bags around them."""
+    return found.gather() if isinstance(found, TableRows) else found.values()
 
 
 def _refuse_pooled_rows(native: nn.Module, features: KeyedJaggedTensor) -> None:

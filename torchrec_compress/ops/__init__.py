@@ -20,14 +20,18 @@ from torchrec_compress.ops.ids import (
     lookup_codes,
     stable_salt,
 )
-from torchrec_compress.ops.lowbit import dequantize_rows, quantize_rows, quantized_row_bytes
+from torchrec_compress.ops.lowbit import SCALE_BYTES, dequantize_rows, quantize_rows, quantized_row_bytes
 from torchrec_compress.ops.lowbit_bags import low_bit_bag
 from torchrec_compress.ops.pooling import check_weights, pool_rows
+from torchrec_compress.ops.table_bags import Rows, TableRows, pool_table
 
 __all__ = [
+    "SCALE_BYTES",
     "BagLookup",
     "IdBags",
+    "Rows",
     "Span",
+    "TableRows",
     "check_filled",
     "check_ids",
     "check_weights",
@@ -46,6 +50,7 @@ __all__ = [
     "pack_codes",
     "packed_width",
     "pool_rows",
+    "pool_table",
     "quantize_rows",
     "quantized_row_bytes",
     "requested_backend",

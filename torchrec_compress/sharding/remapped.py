@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import ShardedEmbeddingModule
@@ -14,15 +13,17 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterSharding, ShardingEnv, ShardingType
 from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_modules import EmbeddingCollection
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_compress.modules.features import check_ranges, split_features
 from torchrec_compress.modules.tables import (
+    FoundRows,
     RemappedEmbeddingBagCollection,
     RemappedEmbeddingCollection,
     remap_features,
     remapped_ids,
 )
+from torchrec_compress.ops import TableRows
 from torchrec_compress.sharding.agree import run_together
 from torchrec_compress.sharding.seams import EmbeddingCollectionContext, KJTList, KJTListSplitsAwaitable
 
@@ -109,14 +110,14 @@ class RowContext(EmbeddingCollectionContext):
             rows.record_stream(stream)
 
 
-class RowsAwaitable(LazyAwaitable[dict[str, JaggedTensor]]):
+class RowsAwaitable(LazyAwaitable[dict[str, FoundRows]]):
     """Rows of sharded tables on their way back, beside rows of replicated ones."""
 
-    def __init__(self, sharded: Awaitable[dict[str, JaggedTensor]] | None, replicated: dict[str, JaggedTensor]) -> None:
+    def __init__(self, sharded: Awaitable[dict[str, FoundRows]] | None, replicated: dict[str, FoundRows]) -> None:
         super().__init__()
         self._sharded, self._replicated = sharded, replicated
 
-    def _wait_impl(self) -> dict[str, JaggedTensor]:
+    def _wait_impl(self) -> dict[str, FoundRows]:
         return self._replicated if self._sharded is None else {**self._sharded.wait(), **self._replicated}
 
 
@@ -129,7 +130,7 @@ class _Weights(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
-class ShardedRemappedEmbeddingCollection(ShardedEmbeddingModule[Any, Any, dict[str, JaggedTensor], RowContext]):
+class ShardedRemappedEmbeddingCollection(ShardedEmbeddingModule[Any, Any, dict[str, FoundRows], RowContext]):
     """`RemappedEmbeddingCollection` over many ranks.
 
     Only flat lists of rewritten ids travel, not bags. Data-parallel tables are kept as plain parameters, which the
@@ -206,13 +207,12 @@ class ShardedRemappedEmbeddingCollection(ShardedEmbeddingModule[Any, Any, dict[s
         """Look the received ids up in the sharded tables."""
         return self.native.compute(ctx, dist_input) if self._is_sharded else []
 
-    def output_dist(self, ctx: RowContext, output: list[Tensor]) -> LazyAwaitable[dict[str, JaggedTensor]]:
+    def output_dist(self, ctx: RowContext, output: list[Tensor]) -> LazyAwaitable[dict[str, FoundRows]]:
         """Send the rows back: (L, width) by look-up key."""
         sharded = self.native.output_dist(ctx, output) if self._is_sharded else None
-        replicated = {}
+        replicated: dict[str, FoundRows] = {}
         for key, ids in ctx.replicated.items():
-            rows = F.embedding(ids, self.native.embeddings[self._table_of[key]].weight)
-            replicated[key] = JaggedTensor(rows, lengths=torch.tensor([len(ids)], device=ids.device))
+            replicated[key] = TableRows(self.native.embeddings[self._table_of[key]].weight, ids)
         return RowsAwaitable(sharded, replicated)
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:

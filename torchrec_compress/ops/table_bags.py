@@ -1,0 +1,63 @@
+"""Rows of a trained table, pooled where they lie."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchrec_compress.ops.dispatch import fbgemm_serves
+from torchrec_compress.ops.fbgemm import virtual_table_bags
+from torchrec_compress.ops.pooling import check_offsets
+
+
+class TableRows(NamedTuple):
+    """Rows that nobody has gathered: the table that holds them whole, and their numbers.
+
+    Args:
+        weight: (N, D) floating point.
+        numbers: (L,) int32 or int64 in [0, N).
+
+    Example:
+        >>> TableRows(torch.eye(3), torch.tensor([2])).gather()
+        tensor([[0., 0., 1.]])
+    """
+
+    weight: Tensor
+    numbers: Tensor
+
+    def gather(self) -> Tensor:
+        """Return the rows, (L, D)."""
+        return F.embedding(self.numbers, self.weight)
+
+
+Rows = Tensor | TableRows
+
+
+def pool_table(rows: TableRows, offsets: Tensor, factors: Tensor | None = None) -> Tensor:
+    """Sum rows of a table into bags, without gathering them: by FBGEMM's dense embedding bags for float32 on a CPU.
+
+    Args:
+        rows: table and row numbers, (L,).
+        offsets: (B + 1,) integer, from 0 up to L; bag b is the rows [offsets[b], offsets[b + 1]).
+        factors: (L,) per-row factors, dtype of the table, or None.
+
+    Returns:
+        (B, D), dtype of the table; an empty bag is zeros. Differentiable in the table and `factors`.
+
+    Raises:
+        ValueError: offsets decrease, or do not run from 0 to L (CPU).
+
+    Example:
+        >>> pool_table(TableRows(torch.eye(2), torch.tensor([0, 1, 1])), torch.tensor([0, 2, 3])).tolist()
+        [[1.0, 1.0], [0.0, 1.0]]
+    """
+    weight, numbers = rows
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and fbgemm_serves():
+        return virtual_table_bags(numbers.unsqueeze(0), weight, offsets, factors, False)
+    check_offsets(offsets, numbers.shape[0])
+    return F.embedding_bag(
+        numbers, weight, offsets.to(numbers.dtype), mode="sum", per_sample_weights=factors, include_last_offset=True
+    )
