@@ -39,6 +39,8 @@ def step(config: MethodConfig, kinds: tuple[str, str], weighted: bool) -> tuple[
 @pytest.mark.parametrize("kinds", PLANS, ids=" ".join)
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "hash"])
 def test_a_step(two_ranks, method, kinds, weighted):
+    if method.startswith("memcom") and "row_wise" in kinds:
+        pytest.skip("TorchRec's exchange brings a row per id")
     for floats, large in two_ranks.run(step, METHODS[method], kinds, weighted):
         assert floats <= LARGEST
         if "row_wise" not in kinds and method in CODEBOOKS and cpp_serves():
