@@ -204,10 +204,13 @@ def remapped_ids(features: KeyedJaggedTensor, plan: Sequence[RemappedFeature]) -
         ValueError: an id is outside the range of the user's table.
     """
     jagged = split_features(features)
-    rows = {}
+    rows, checked = {}, set()
     for entry in plan:
-        where = f"table {entry.table!r}, feature {entry.feature!r}"
-        rows[entry.key] = entry.remap(check_ids(jagged[entry.feature].values(), entry.num_embeddings, where))
+        ids = jagged[entry.feature].values()
+        if (entry.table, entry.feature) not in checked:  # a table may have several native parts
+            checked.add((entry.table, entry.feature))
+            check_ids(ids, entry.num_embeddings, f"table {entry.table!r}, feature {entry.feature!r}")
+        rows[entry.key] = entry.remap(ids)
     return rows
 
 
