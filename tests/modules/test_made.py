@@ -92,6 +92,19 @@ def test_unpooled(method):
     assert [rows[name].values().shape for name in NAMES] == [(NUM_IDS, DIM)] * len(NAMES)
 
 
+@pytest.mark.parametrize("hot_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("codebook_size", [16, 256])
+def test_low_bit_hot_rows_are_read_where_they_lie(codebook_size, hot_dtype):
+    if not cpp_serves():
+        pytest.skip("other tiers read floats")
+    num_hot = ROWS - 1  # more floats than the codebooks and the bags
+    config = PQConfig(num_codes=4, codebook_size=codebook_size, num_hot_rows=num_hot, hot_dtype=hot_dtype)
+    collection, features = pooled(config, False), batch()
+    with Made() as made:
+        collection(features).values().square().sum().backward()
+    assert max(made.floats)[0] < num_hot * DIM, max(made.floats)
+
+
 def test_the_audit_can_fail():
     table = torch.randn(ROWS, DIM, requires_grad=True)
     with Made() as made:

@@ -27,9 +27,9 @@ int compare(const char* what, const Lookup& lookup, const std::vector<float>& go
             const std::vector<double>& expected) {
   for (size_t i = 0; i < got.size(); ++i) {
     if (std::fabs(got[i] - expected[i]) <= 1e-4 * (1 + std::fabs(expected[i]))) continue;
-    std::printf("%s %s, width %d, %d code bytes, %d hot rows: at %zu expected %g, got %g\n", what,
+    std::printf("%s %s, width %d, %d code bytes, %d hot rows of %d bits: at %zu expected %g, got %g\n", what,
                 lookup.is_residual ? "residual" : "product", int(lookup.width), lookup.code_bytes, int(lookup.num_hot),
-                i, expected[i], double(got[i]));
+                lookup.hot_bits, i, expected[i], double(got[i]));
     return 1;
   }
   return 0;
@@ -49,6 +49,42 @@ std::vector<Code> codes_of(int64_t N, int64_t M, int64_t K, int64_t num_hot) {
   return table;
 }
 
+// Hot rows as they are stored, and their values.
+struct Hot {
+  std::vector<char> bytes;
+  std::vector<float> values;
+};
+
+// A float16; normal and subnormal ones, of both signs.
+float read_half(unsigned bits) {
+  const int exponent = int(bits >> 10 & 31), mantissa = int(bits & 1023);
+  const double size = exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+  return float(bits >> 15 ? -size : size);
+}
+
+Hot hot_of(int64_t num_hot, int64_t D, int bits) {
+  Hot hot;
+  if (bits == 32) {
+    hot.values = floats(num_hot * D);
+    const char* from = reinterpret_cast<const char*>(hot.values.data());
+    hot.bytes.assign(from, from + num_hot * D * 4);
+    return hot;
+  }
+  for (int64_t row = 0; row < num_hot; ++row) {
+    // a scale below 2^-14 every third time, where float16 has less than its 11 bits
+    const unsigned halves[2] = {unsigned(draw(row % 3 ? 0x2400 : 0x400)), unsigned(draw(2) << 15 | draw(0x3C00))};
+    for (const unsigned half : halves)
+      for (const unsigned byte : {half & 255, half >> 8}) hot.bytes.push_back(char(byte));
+    for (int64_t j = 0; j < D; ++j) {
+      const unsigned value = unsigned(draw(1 << bits));
+      hot.values.push_back(float(value) * read_half(halves[0]) + read_half(halves[1]));
+      if (bits == 8 || j % 2 == 0) hot.bytes.push_back(char(value));
+      else hot.bytes.back() = char((hot.bytes.back() & 15) | value << 4);
+    }
+  }
+  return hot;
+}
+
 struct Expected {
   std::vector<double> out, books, hot, weights;
 };
@@ -56,7 +92,8 @@ struct Expected {
 // Values and gradients: one codeword's or hot row's part of a position after another.
 template <typename Code, typename Index>
 Expected expect(const Lookup& lookup, const std::vector<Code>& table, const std::vector<Index>& offsets,
-                const std::vector<Index>& ids, const std::vector<float>& weights, const std::vector<float>& grad) {
+                const std::vector<Index>& ids, const std::vector<float>& weights, const std::vector<float>& grad,
+                const std::vector<float>& hot) {
   const int64_t M = lookup.num_codes, K = lookup.codebook_size, D = lookup.dim, width = lookup.width;
   Expected sums;
   sums.out.resize(lookup.num_bags * D);
@@ -73,7 +110,7 @@ Expected expect(const Lookup& lookup, const std::vector<Code>& table, const std:
         const int64_t columns = is_hot ? D : width, to = b * D + (is_hot || lookup.is_residual ? 0 : m * width);
         const int64_t from = is_hot ? int64_t(codes[M - 1]) * D : (m * K + codes[m]) * width;
         for (int64_t j = 0; j < columns; ++j) {
-          const double value = is_hot ? lookup.hot_rows[from + j] : lookup.codebooks[from + j];
+          const double value = is_hot ? hot[from + j] : lookup.codebooks[from + j];
           sums.out[to + j] += scale * weights[i] * value;
           (is_hot ? sums.hot : sums.books)[from + j] += scale * weights[i] * grad[to + j];
           sums.weights[i] += scale * value * grad[to + j];
@@ -95,15 +132,17 @@ std::vector<char> packed(const std::vector<Code>& table, int64_t N, int64_t M) {
 }
 
 template <typename Code, typename Index>
-int check(int64_t K, int64_t width, bool is_residual, bool is_mean, int64_t num_hot, bool is_packed = false) {
+int check(int64_t K, int64_t width, bool is_residual, bool is_mean, int64_t num_hot, int bits, bool is_packed = false) {
   const int64_t M = 27, N = 77, B = 63;
   const int64_t D = is_residual ? width : M * width, first_size = num_hot ? K - 1 : K;
-  const std::vector<Code> table = codes_of<Code>(N, M, K, num_hot);
+  if (bits == 4 && D % 4) return 0;
+  std::vector<Code> table = codes_of<Code>(N, M, K, num_hot);
   std::vector<Index> offsets(1), ids;
   for (int64_t b = 0; b < B; ++b) offsets.push_back(Index(offsets[b] + (b == 7 ? 300 : draw(5))));
   const int64_t L = int64_t(offsets[B]);
   for (int64_t i = 0; i < L; ++i) ids.push_back(Index(draw(N)));
-  const std::vector<float> books = floats(M * K * width), hot = floats(num_hot * D), weights = floats(L);
+  const std::vector<float> books = floats(M * K * width), weights = floats(L);
+  const Hot hot = hot_of(num_hot, D, bits);
   const std::vector<float> grad = floats(B * D);
 
   Batch batch = {ids.data(), int(sizeof(Index)), offsets.data(), int(sizeof(Index)), weights.data(), L};
@@ -128,17 +167,20 @@ int check(int64_t K, int64_t width, bool is_residual, bool is_mean, int64_t num_
   lookup.is_residual = is_residual;
   lookup.is_mean = is_mean;
   lookup.codebooks = books.data();
-  lookup.hot_rows = num_hot ? hot.data() : nullptr;
+  lookup.hot_rows = num_hot ? hot.bytes.data() : nullptr;
+  lookup.hot_stride = num_hot ? int64_t(hot.bytes.size()) / num_hot : 0;
+  lookup.hot_bits = bits;
   lookup.num_bags = B;
   std::vector<char> saved(L * row_bytes), scratch(scratch_bytes(lookup));
-  std::vector<float> out(B * D, NAN), grad_books(books.size()), grad_hot(hot.size()), grad_weights(L);
+  std::vector<float> out(B * D, NAN), grad_books(books.size()), grad_hot(num_hot * D), grad_weights(L);
   lookup.out = out.data();
   lookup.saved = saved.data();
   lookup.saved_step = row_bytes;
 
-  const Expected expected = expect(lookup, table, offsets, ids, weights, grad);
+  const Expected expected = expect(lookup, table, offsets, ids, weights, grad, hot.values);
   int wrong = 0;
-  if (KERNELS.forward(batch, lookup, 0, B, scratch.data()).kind != Wrong::NOTHING) ++wrong;
+  if (KERNELS.forward(batch, lookup, 0, B / 2, scratch.data()).kind != Wrong::NOTHING) ++wrong;
+  if (KERNELS.forward(batch, lookup, B / 2, B, scratch.data()).kind != Wrong::NOTHING) ++wrong;
   wrong += compare("forward", lookup, out, expected.out);
   std::vector<char> asked;
   for (int64_t i = 0; i < L; ++i) {
@@ -159,19 +201,37 @@ int check(int64_t K, int64_t width, bool is_residual, bool is_mean, int64_t num_
   back.is_gathered = true;
   back.grad = grad.data();
   back.grad_codebooks = grad_books.data();
-  back.grad_hot_rows = num_hot ? grad_hot.data() : nullptr;
+  const bool is_trained = num_hot && bits == 32;
+  back.grad_hot_rows = is_trained ? grad_hot.data() : nullptr;
   back.grad_weights = grad_weights.data();
   const int64_t pieces = KERNELS.num_pieces(back);
   KERNELS.backward(batch, back, 0, pieces / 2, scratch.data());
   KERNELS.backward(batch, back, pieces / 2, pieces, scratch.data());
   KERNELS.backward_weights(batch, back, 0, B, scratch.data());
   wrong += compare("gradient of codebooks", lookup, grad_books, expected.books);
-  wrong += compare("gradient of hot rows", lookup, grad_hot, expected.hot);
+  if (is_trained) {
+    wrong += compare("gradient of hot rows", lookup, grad_hot, expected.hot);
+    std::fill(grad_hot.begin(), grad_hot.end(), 0.0f);
+    back.grad_codebooks = nullptr;
+    KERNELS.backward(batch, back, 0, pieces, scratch.data());
+    wrong += compare("gradient of hot rows alone", lookup, grad_hot, expected.hot);
+  }
   wrong += compare("gradient of weights", lookup, grad_weights, expected.weights);
 
   std::vector<char> rows(L * lookup.stride);
   KERNELS.gather(batch, lookup, 0, L, rows.data(), lookup.stride);
   if (rows != asked) wrong += std::printf("gather: other codes than the table's\n") > 0;
+  if (num_hot && !is_packed) {
+    const Code right = table[ids[L / 3] * M + M - 1];
+    table[ids[L / 3] * M] = Code(K - 1);
+    table[ids[L / 3] * M + M - 1] = Code(num_hot);
+    const int64_t first = std::find(ids.begin(), ids.end(), ids[L / 3]) - ids.begin();
+    const Wrong met = KERNELS.forward(batch, lookup, 0, B, scratch.data());
+    if (met.kind != Wrong::HOT_ROW || met.position != first)
+      wrong += std::printf("an escape code that leads nowhere was not seen\n") > 0;
+    table[ids[L / 3] * M + M - 1] = Code(right < num_hot ? right : 0);
+    std::fill(&table[ids[L / 3] * M + 1], &table[ids[L / 3] * M + M - 1], Code(0));
+  }
   ids[L / 2] = Index(N);
   const Wrong met = KERNELS.forward(batch, lookup, 0, B, scratch.data());
   if (met.kind != Wrong::ID || met.position != L / 2) wrong += std::printf("an id out of range was not seen\n") > 0;
@@ -183,15 +243,17 @@ int check(int64_t K, int64_t width, bool is_residual, bool is_mean, int64_t num_
 int main() {
   int wrong = 0, cases = 0;
   for (int64_t width : {1, 4, 5, 8, 16, 32, 40})
-    for (int flags = 0; flags < 8; ++flags, cases += 6) {
-      const int num_hot = flags & 4 ? 20 : 0;
-      wrong += check<uint8_t, int64_t>(250, width, flags & 1, flags & 2, num_hot);
-      wrong += check<uint8_t, int64_t>(256, width, flags & 1, flags & 2, num_hot);
-      wrong += check<uint8_t, int32_t>(256, width, flags & 1, flags & 2, num_hot);
-      wrong += check<uint16_t, int32_t>(300, width, flags & 1, flags & 2, num_hot);
-      wrong += check<uint32_t, int64_t>(300, width, flags & 1, flags & 2, num_hot);
-      wrong += check<uint8_t, int64_t>(16, width, flags & 1, flags & 2, flags & 4 ? 12 : 0, true);
-    }
+    for (int flags = 0; flags < 4; ++flags)
+      for (int bits : {0, 32, 8, 4}) {  // of hot rows; 0: none
+        const int num_hot = bits ? 20 : 0;
+        wrong += check<uint8_t, int64_t>(250, width, flags & 1, flags & 2, num_hot, bits);
+        wrong += check<uint8_t, int64_t>(256, width, flags & 1, flags & 2, num_hot, bits);
+        wrong += check<uint8_t, int32_t>(256, width, flags & 1, flags & 2, num_hot, bits);
+        wrong += check<uint16_t, int32_t>(300, width, flags & 1, flags & 2, num_hot, bits);
+        wrong += check<uint32_t, int64_t>(300, width, flags & 1, flags & 2, num_hot, bits);
+        wrong += check<uint8_t, int64_t>(16, width, flags & 1, flags & 2, bits ? 12 : 0, bits, true);
+        cases += 6;
+      }
   std::printf("%d cases, %d wrong\n", cases, wrong);
   return wrong ? 1 : 0;
 }

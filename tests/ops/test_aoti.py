@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from tests.ops.test_kernels import has_compiler
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.methods import PQConfig
+from torchrec_compress.ops import quantize_rows
 
 NUM_ROWS, KEYS = 403, ["a", "b", "c"]
 # operators must be known before the package is loaded: TorchRec brings FBGEMM's, `tiers` loads ours
@@ -36,7 +38,10 @@ class Pooled(torch.nn.Module):
             EmbeddingBagConfig(name="t1", num_embeddings=NUM_ROWS, embedding_dim=16, feature_names=KEYS[2:]),
         ]
         method = PQConfig(num_codes=4, codebook_size=16, num_hot_rows=30, hot_dtype="fp32", popularity="log2")
-        self.collection = CompressedEmbeddingBagCollection(tables=tables, compression=method)
+        methods = {"t0": method, "t1": replace(method, hot_dtype="int4")}
+        self.collection = CompressedEmbeddingBagCollection(tables=tables, compression=methods)
+        hot_rows = self.collection.get_buffer("decoder.banks.t1.hot_rows")
+        hot_rows.copy_(quantize_rows(torch.randn(30, 16), "int4"))
 
     def forward(self, values, lengths):
         batch = KeyedJaggedTensor(keys=KEYS, values=values, lengths=lengths)

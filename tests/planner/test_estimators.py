@@ -93,10 +93,11 @@ def test_codebooks_are_charged_with_gradient_optimizer_and_decoded_embeddings(st
     assert bytes_of(given) - bytes_of(plain) == 6 * values
 
 
-def test_frozen_hot_rows_have_neither_gradient_nor_state_but_a_float_copy():
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_frozen_hot_rows_have_neither_gradient_nor_state_but_on_a_gpu_a_float_copy(device):
     key = ("decoder.t.hot_rows", "data_parallel", "dense")
-    option = one(PQConfig(num_codes=4, num_hot_rows=1000, hot_dtype="int8"))[key]
-    assert bytes_of(option) == 1000 * (DIM + 4) + 4 * 1000 * DIM
+    option = one(PQConfig(num_codes=4, num_hot_rows=1000, hot_dtype="int8"), device=device)[key]
+    assert bytes_of(option) == 1000 * (DIM + 4) + (4 * 1000 * DIM if device == "cuda" else 0)
     assert option.shards[0].perf.total == 0
     floats = one(PQConfig(num_codes=4, num_hot_rows=1000, hot_dtype="fp32"))[key]
     assert bytes_of(floats) == 1000 * DIM * 16 + 4

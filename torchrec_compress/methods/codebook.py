@@ -27,7 +27,6 @@ from torchrec_compress.ops import (
     Rows,
     code_dtype,
     codebook_bag,
-    dequantize_rows,
     hash_codes,
     hot_row_codes,
     is_packed,
@@ -43,7 +42,6 @@ from torchrec_compress.ops.lowbit import RowDtype
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("codebook_bag")
-torch.fx.wrap("dequantize_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +244,7 @@ class CodebookDecoder(TableDecoder):
             offsets,
             structure=self.structure,
             weights=weights,
-            hot_rows=self.float_hot_rows(),
+            hot_rows=self.hot_rows,
             num_packed=self.num_packed,
         )
 
@@ -259,10 +257,3 @@ class CodebookDecoder(TableDecoder):
     def num_packed(self) -> int:
         """Codes per row where two share a byte, or 0 where every integer is a code."""
         return self._config.num_packed
-
-    def float_hot_rows(self) -> Tensor | None:
-        """Return the hot rows as floats, (H, D), or None without tiers."""
-        hot = self.hot_rows
-        if hot is not None and self._config.hot_dtype != "fp32":
-            hot = dequantize_rows(hot, self._config.hot_dtype)
-        return hot

@@ -48,7 +48,7 @@ def pool_codes(
         lookups: in the order of the output.
         codes: of every look-up, a whole code table, or (L, row_size) codes of its ids.
         codebooks: of every table that `lookups` name.
-        hot_rows: of every table, (H, D) or None.
+        hot_rows: of every table, (H, D) floats or (H, bytes per row) low-bit rows, or None.
         is_weighted: whether the batch's weights are factors.
 
     Returns:

@@ -238,7 +238,7 @@ class Decoder(nn.Module):
         assert codes is not None
         banks = [self.banks[name] for name in self._coded_tables]
         found = [codes[key] for key in self._coded_keys]
-        return found, [bank.codebooks for bank in banks], [bank.float_hot_rows() for bank in banks]
+        return found, [bank.codebooks for bank in banks], [bank.hot_rows for bank in banks]
 
     def _decode(
         self,

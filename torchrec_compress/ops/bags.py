@@ -14,6 +14,7 @@ from torchrec_compress.ops.dispatch import cpp_serves, fbgemm_serves, gpu_tier
 from torchrec_compress.ops.fbgemm import FLOATS, fbgemm_codebook_bags
 from torchrec_compress.ops.gpu.lookup import is_gpu_input, pool_on_gpu
 from torchrec_compress.ops.ids import check_ids, gather_rows
+from torchrec_compress.ops.lowbit import dequantize_rows, low_bit_dtype
 from torchrec_compress.ops.reference import reference_codebook_bags
 
 # what the C++ kernels read; all else goes to FBGEMM or to the reference
@@ -91,8 +92,9 @@ def codebook_bags(
     Nothing of size (L, D) is made, forward or backward. `tiers` says what serves; the C++ kernels (uint8, int16 and
     int32 codes, float32, bfloat16 and float16 codebooks, CPU) sum in float32, with the same bits for any number of
     threads, and keep the codes that they met, (L, M), for the backward: ids are followed once per step. The kernels
-    of a GPU sum in float32 and follow ids again in the backward. Packed codes are unpacked by the C++ kernels a window
-    of ids at a time; before all others those of the batch are unpacked, (L, M) uint8.
+    of a GPU sum in float32 and follow ids again in the backward. Packed codes and low-bit hot rows are read by the C++
+    kernels where they lie; before all others the codes of the batch are unpacked, (L, M) uint8, and the hot rows of a
+    table become floats as a whole.
 
     Args:
         lookups: what is looked up where, in the order of the output.
@@ -101,12 +103,13 @@ def codebook_bags(
             (N, ceil(M / 2)) or (its ids, ceil(M / 2)) uint8, with K at most 16.
         codebooks: of every table, (M * K, D / M) for "product" (a row is the M codewords side by side) or (M * K, D)
             for "residual" (a row is their sum); floating point, of one dtype.
-        hot_rows: of every table, (H, D) rows reached by escape codes (see `hot_row_codes`), or None.
+        hot_rows: of every table, (H, D) rows reached by escape codes (see `hot_row_codes`), or None. Floating point, or
+            (H, bytes per row) uint8 as `quantize_rows` makes them: D + 4 bytes are int8, D / 2 + 4 are int4.
         batch: ids, bags and weights.
 
     Returns:
         (B, sum of D), look-ups side by side; or flat, (sum of B D,), one (B, D) after another. The dtype of
-        `codebooks`; an empty bag is zeros. Differentiable in codebooks, hot_rows and weights.
+        `codebooks`; an empty bag is zeros. Differentiable in codebooks, float hot_rows and weights.
 
     Raises:
         ValueError: an id is out of range, offsets decrease or do not run from 0 to L (CPU); or, from the kernels, a
@@ -126,6 +129,7 @@ def codebook_bags(
     if _is_kernel_input(codes, codebooks, batch) and cpp_serves():
         return _cpp_codebook_bags(lookups, spans, codes, codebooks, hot_rows, batch)
     lookups, spans, codes = _unpacked(lookups, spans, codes, batch.ids)
+    hot_rows = _float_hot_rows(lookups, codes, codebooks, hot_rows)
     if is_gpu_input(codes, codebooks, batch):
         tier = gpu_tier()
         if tier != "torch":
@@ -166,6 +170,22 @@ def _unpacked(
     return found
 
 
+def _float_hot_rows(
+    lookups: Sequence[BagLookup],
+    codes: Sequence[Tensor],
+    codebooks: Sequence[Tensor],
+    hot_rows: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Return the hot rows of every table as floats, (H, D); `codes` have one code per integer."""
+    found = list(hot_rows)
+    for lookup, table in zip(lookups, codes, strict=True):
+        rows, width = found[lookup.table], codebooks[lookup.table].shape[1]
+        if rows is not None and rows.dtype == torch.uint8:
+            dim = width * (table.shape[1] if lookup.structure == "product" else 1)
+            found[lookup.table] = dequantize_rows(rows, low_bit_dtype(rows.shape[1], dim))
+    return found
+
+
 def _cpp_codebook_bags(
     lookups: Sequence[BagLookup],
     spans: Sequence[Span],
@@ -176,7 +196,8 @@ def _cpp_codebook_bags(
 ) -> Tensor:
     ids, offsets, weights, is_flat = batch
     # float() leaves a float32 tensor as it is; lower dtypes are summed in float32 from a copy of the codebooks
-    rows = [table.float().contiguous() for table in hot_rows if table is not None]
+    hot = [table for table in hot_rows if table is not None]
+    rows = [(table if table.dtype == torch.uint8 else table.float()).contiguous() for table in hot]
     books = [table.float().contiguous() for table in codebooks]
     factors = None if weights is None else weights.float().contiguous()
     is_trained = torch.is_grad_enabled() and any(
@@ -255,13 +276,13 @@ def codebook_bag(
             is a bag of its own.
         structure: "product" or "residual".
         weights: (L,) per-id factors, or None.
-        hot_rows: (H, D) rows reached by escape codes, or None.
+        hot_rows: (H, D) or low-bit rows reached by escape codes, or None.
         ids: (L,) int32 or int64 rows of the code table, or None.
         where: names the look-up in errors.
         num_packed: M, where a byte of `codes` holds two codes; see `BagLookup`.
 
     Returns:
-        (B, D), dtype of `codebooks`; an empty bag is zeros. Differentiable in codebooks, hot_rows and weights.
+        (B, D), dtype of `codebooks`; an empty bag is zeros. Differentiable in codebooks, float hot_rows and weights.
 
     Raises:
         ValueError: as `codebook_bags`.

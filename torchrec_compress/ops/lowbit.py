@@ -37,6 +37,28 @@ def low_bit_width(rows: Tensor, dtype: Literal["int8", "int4"]) -> int:
     return (rows.shape[1] - SCALE_BYTES) * 8 // _BITS[dtype]
 
 
+def low_bit_dtype(row_bytes: int, embedding_dim: int) -> Literal["int8", "int4"]:
+    """Return what rows are quantised to that take `row_bytes` each.
+
+    Raises:
+        ValueError: no row of `embedding_dim` values takes so many bytes.
+
+    Example:
+        >>> low_bit_dtype(68, 64), low_bit_dtype(36, 64)
+        ('int8', 'int4')
+    """
+    found: dict[int, Literal["int8", "int4"]] = {
+        quantized_row_bytes(embedding_dim, "int4"): "int4",
+        quantized_row_bytes(embedding_dim, "int8"): "int8",
+    }
+    if row_bytes not in found:
+        raise ValueError(
+            f"low-bit rows: rows of {embedding_dim} values must take {' or '.join(map(str, found))} bytes, got "
+            f"{row_bytes}; make them by quantize_rows"
+        )
+    return found[row_bytes]
+
+
 def quantize_rows(rows: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
     """Quantise rows, each with its own scale and bias.
 

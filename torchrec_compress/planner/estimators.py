@@ -272,8 +272,8 @@ class CompressedStorageEstimator(_Estimator):
         if not isinstance(decoder, Decoder) or tensor != "hot_rows":
             return 0
         rows = 4 * option.tensor.shape[0] * _config(decoder, table).embedding_dim
-        if self._has_kernels():
-            return 0 if option.tensor.is_floating_point() else rows
+        if self._has_kernels():  # those of a CPU read low-bit rows
+            return 0 if option.tensor.is_floating_point() or self._topology.compute_device == "cpu" else rows
         codebooks: Tensor = decoder.banks[table].codebooks
         return rows + 4 * codebooks.numel()
 

@@ -185,10 +185,21 @@ struct Call {
       const Tensor* rows = hot(l) < 0 ? nullptr : &at(hot_rows, hot(l), "hot_rows");
       set_sizes(l, books.size(0), books.size(1), rows ? rows->size(0) : 0);
       if (!rows) continue;
-      lookup.hot_rows = floats(*rows, "hot_rows", 2);
-      require(rows->size(1) == lookup.dim, "codebook_bag: hot_rows must be ", lookup.dim, " wide, got ",
-              rows->size(1));
+      set_hot_rows(lookup, *rows);
     }
+  }
+
+  // Rows of floats, or of bytes, whose number says how many bits a value has (ops/lowbit.py).
+  static void set_hot_rows(Lookup& lookup, const Tensor& rows) {
+    const bool is_low = rows.scalar_type() == ScalarType::Byte;
+    require((is_low || rows.scalar_type() == ScalarType::Float) && rows.dim() == 2 && rows.is_contiguous(),
+            "codebook_bag: hot_rows must be contiguous float32 or uint8 with 2 dimensions");
+    const int64_t width = rows.size(1), dim = lookup.dim;
+    lookup.hot_bits = !is_low ? 32 : width == dim + 4 ? 8 : 4;
+    require(width == (is_low ? dim * lookup.hot_bits / 8 + 4 : dim) && (lookup.hot_bits > 4 || dim % 4 == 0),
+            "codebook_bag: hot_rows must be ", dim, " wide, or ", dim, " + 4 or ", dim, " / 2 + 4 bytes, got ", width);
+    lookup.hot_rows = static_cast<const char*>(rows.const_data_ptr());
+    lookup.hot_stride = width * int64_t(rows.element_size());
   }
 
   static const Tensor& at(const Tensors& tensors, int64_t i, const char* name) {

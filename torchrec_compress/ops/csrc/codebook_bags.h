@@ -32,7 +32,9 @@ struct Lookup {
   int64_t dim;         // D
   bool is_residual, is_mean;
   const float* codebooks;  // [M * K, width]
-  const float* hot_rows;   // [H, D], or null
+  const char* hot_rows;    // [H, bytes of a row], or null
+  int64_t hot_stride;      // bytes of a hot row
+  int hot_bits;            // of a hot row's values: 32 (floats), 8 or 4
   int64_t first_bag, num_bags;
   float* out;          // row i is bag first_bag + i, `row_step` floats apart
   bool is_streamed;    // whether `out` may be written past the caches: it is large, and all its rows are aligned to 64

@@ -1,7 +1,7 @@
 // The gather of codes, compiled once per instruction set: windows of positions whose codes lie side by side in the
 // cache when they are summed, while those of the next window are on their way from memory.
 #pragma once
-#include "codebook_bags.h"
+#include "hot.h"
 
 namespace torchrec_compress {
 namespace {
@@ -53,7 +53,8 @@ inline void copy_rows(const char* const* rows, int64_t count, int64_t bytes, cha
   }
 }
 
-inline void copy_rows(const char* const* rows, int64_t count, int64_t bytes, char* to, char* also, int64_t also_step) {
+__attribute__((noinline)) void copy_rows(const char* const* rows, int64_t count, int64_t bytes, char* to, char* also,
+                                        int64_t also_step) {
   switch (bytes) {
     case 4: return copy_rows<4>(rows, count, bytes, to, also, also_step);
     case 8: return copy_rows<8>(rows, count, bytes, to, also, also_step);
@@ -118,11 +119,10 @@ inline int64_t find_hot_rows(const Lookup& lookup, const Window& window, int32_t
     const Code* codes = reinterpret_cast<const Code*>(row);
     hot[i] = -1;
     if (codes[0] < lookup.first_size) continue;
-    int64_t number = codes[0] - lookup.first_size;
-    for (int64_t m = 1; m < lookup.num_codes && number < lookup.num_hot; ++m)
-      number = number * lookup.codebook_size + codes[m];
+    const int64_t number = hot_number(lookup, codes);
     if (number >= lookup.num_hot) return window.first + i;
     hot[i] = int32_t(number);
+    if (lookup.hot_rows) fetch(lookup.hot_rows + number * lookup.hot_stride, lookup.hot_stride);
   }
   return -1;
 }
@@ -147,7 +147,7 @@ class Windows {
   }
 
   // Moves to the next positions; `is_new` says whether the codes were never checked.
-  inline Wrong next(bool is_new) {
+  __attribute__((noinline)) Wrong next(bool is_new) {
     const int64_t first = window.last, last = first + WINDOW < stop_ ? first + WINDOW : stop_;
     if (lookup_.is_gathered) {
       window.codes = lookup_.codes + (first - lookup_.first_row) * lookup_.stride;

@@ -3,8 +3,9 @@
 // A row of the output stays in registers while the ids of a bag are summed: product bags in groups of CHUNKS codes,
 // residual bags in tiles of columns. The codebooks (128 KB for D = 128, K = 256) live in L2.
 #include "gather.h"
+#include "hot.h"
 #include "lanes.h"
-#include "plain.h"
+#include "plain_hot.h"
 
 namespace torchrec_compress {
 namespace {
@@ -44,8 +45,8 @@ struct Part {
 
 // Calls `work` for every part of bags [begin, end); returns what was wrong with their codes.
 template <typename Code, typename Work>
-inline Wrong for_parts(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, bool is_new, char* scratch,
-                       const Work& work) {
+__attribute__((always_inline)) inline Wrong for_parts(const Batch& batch, const Lookup& lookup, int64_t begin,
+                                                      int64_t end, bool is_new, char* scratch, const Work& work) {
   if (begin == end) return {Wrong::NOTHING, 0};
   int64_t bag = begin, from = offset(batch, bag), to = offset(batch, bag + 1);
   Windows<Code> windows(batch, lookup, from, offset(batch, end), scratch);
@@ -68,6 +69,7 @@ inline Wrong for_parts(const Batch& batch, const Lookup& lookup, int64_t begin, 
 template <typename Code, int WIDTH, int CHUNKS, bool HOT, bool AHEAD>
 inline void product_sum(const Lookup& lookup, const Part<Code>& part, int64_t m, float* out) {
   constexpr int N = WIDTH < LANES ? WIDTH : LANES, PARTS = WIDTH / N;
+  static_assert(CHUNKS * WIDTH <= HOT_COLUMNS, "a buffer for hot rows");
   typename Lanes<N>::Vector sums[CHUNKS][PARTS] = {};
   const int64_t size = lookup.codebook_size;
   const float* books = lookup.codebooks + m * size * WIDTH;
@@ -80,7 +82,8 @@ inline void product_sum(const Lookup& lookup, const Part<Code>& part, int64_t m,
     const Code* codes = part.codes(i) + m;
     const float weight = part.weights[i * part.weight_step];
     if (HOT && part.hot[i] >= 0) {
-      const float* row = lookup.hot_rows + part.hot[i] * lookup.dim + m * WIDTH;
+      float columns[HOT_COLUMNS];
+      const float* row = hot_columns(lookup, part.hot[i], m * WIDTH, CHUNKS * WIDTH, columns);
       for (int c = 0; c < CHUNKS; ++c)
         for (int p = 0; p < PARTS; ++p) sums[c][p] += weight * load<N>(row + c * WIDTH + p * N);
       continue;
@@ -96,7 +99,8 @@ inline void product_sum(const Lookup& lookup, const Part<Code>& part, int64_t m,
 }
 
 template <typename Code, int WIDTH, bool HOT>
-Wrong product_forward(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t end, char* scratch) {
+__attribute__((always_inline)) inline Wrong product_forward(const Batch& batch, const Lookup& lookup, int64_t begin,
+                                                            int64_t end, char* scratch) {
   constexpr int CHUNKS = WIDTH <= LANES ? 8 : WIDTH <= 2 * LANES ? 4 : 2;  // eight vector registers of sums
   return for_parts<Code>(batch, lookup, begin, end, true, scratch, [&](const Part<Code>& part, int64_t bag) {
     float* out = lookup.out + bag * lookup.row_step;
@@ -136,7 +140,6 @@ void product_scatter(const Batch& batch, const Lookup& lookup, int64_t m, char* 
   });
 }
 
-
 template <typename Code, int WIDTH, bool HOT>
 void product_backward(const Batch& batch, const Lookup& lookup, int64_t m, int64_t end, char* scratch) {
   for (; m + SCATTER <= end; m += SCATTER) product_scatter<Code, WIDTH, SCATTER, HOT>(batch, lookup, m, scratch);
@@ -155,10 +158,14 @@ Wrong product_forward_any(const Batch& batch, const Lookup& lookup, int64_t begi
     for (int64_t i = 0; i < part.count; ++i) {
       __builtin_prefetch(part.ahead[i]);
       const float weight = part.weights[i * part.weight_step];
-      const bool is_hot = part.hot && part.hot[i] >= 0;
+      if (part.hot && part.hot[i] >= 0) {
+        for_hot_columns(lookup, part.hot[i], [&](const float* columns, int64_t first, int64_t count) {
+          for (int64_t j = 0; j < count; ++j) out[first + j] += weight * columns[j];
+        });
+        continue;
+      }
       for (int64_t m = 0; m < lookup.num_codes; ++m) {
-        const float* word = is_hot ? lookup.hot_rows + part.hot[i] * lookup.dim + m * width
-                                   : lookup.codebooks + (m * lookup.codebook_size + part.codes(i)[m]) * width;
+        const float* word = lookup.codebooks + (m * lookup.codebook_size + part.codes(i)[m]) * width;
         for (int64_t j = 0; j < width; ++j) out[m * width + j] += weight * word[j];
       }
     }
@@ -190,7 +197,9 @@ void product_backward_any(const Batch& batch, const Lookup& lookup, int64_t firs
 
 template <typename Code, int N, int PARTS>
 inline void residual_sum(const Lookup& lookup, const Part<Code>& part, int64_t column, float* out) {
+  static_assert(PARTS * N <= HOT_COLUMNS, "a buffer for hot rows");
   typename Lanes<N>::Vector sums[PARTS] = {};
+  float columns[HOT_COLUMNS];
   if (!part.is_first)
     for (int p = 0; p < PARTS; ++p) sums[p] = load<N>(out + column + p * N);
   for (int64_t i = 0; i < part.count; ++i) {
@@ -199,8 +208,8 @@ inline void residual_sum(const Lookup& lookup, const Part<Code>& part, int64_t c
     const bool is_hot = part.hot && part.hot[i] >= 0;
     const int64_t words = is_hot ? 1 : lookup.num_codes;
     for (int64_t m = 0; m < words; ++m) {
-      const float* word = (is_hot ? lookup.hot_rows + part.hot[i] * lookup.dim
-                                  : lookup.codebooks + (m * lookup.codebook_size + codes[m]) * lookup.dim) + column;
+      const float* word = is_hot ? hot_columns(lookup, part.hot[i], column, PARTS * N, columns)
+                                 : lookup.codebooks + (m * lookup.codebook_size + codes[m]) * lookup.dim + column;
       for (int p = 0; p < PARTS; ++p) sums[p] += weight * load<N>(word + p * N);
     }
   }
@@ -283,7 +292,9 @@ void weights_backward(const Batch& batch, const Lookup& lookup, int64_t begin, i
     for (int64_t i = 0; i < part.count; ++i) {
       Dot dot;
       if (part.hot && part.hot[i] >= 0) {
-        dot.add(lookup.hot_rows + part.hot[i] * lookup.dim, grad, lookup.dim);
+        for_hot_columns(lookup, part.hot[i], [&](const float* columns, int64_t first, int64_t count) {
+          dot.add(columns, grad + first, count);
+        });
       } else {
         const Code* codes = part.codes(i);
         for (int64_t m = 0; m < lookup.num_codes; ++m)
@@ -328,7 +339,9 @@ Wrong forward(const Batch& batch, const Lookup& lookup, int64_t begin, int64_t e
   return with_width(lookup, [&](auto width) {
     constexpr int WIDTH = decltype(width)::VALUE;
     if constexpr (WIDTH > 0)
-      if (is_plain(lookup)) return plain_forward<WIDTH>(batch, lookup, begin, end);
+      if (is_plain(lookup))
+        return lookup.num_hot ? hot_forward<WIDTH>(batch, lookup, begin, end)
+                              : plain_forward<WIDTH>(batch, lookup, begin, end);
     return with_code(lookup, [&](auto zero) {
       using Code = decltype(zero);
       if (lookup.is_residual) return residual_forward<Code>(batch, lookup, begin, end, scratch);
@@ -353,7 +366,9 @@ void backward(const Batch& batch, const Lookup& lookup, int64_t first, int64_t l
   with_width(lookup, [&](auto width) {
     constexpr int WIDTH = decltype(width)::VALUE;
     if constexpr (WIDTH > 0)
-      if (is_plain(lookup)) return plain_backward<WIDTH>(batch, lookup, begin, end);
+      if (is_plain(lookup))
+        return lookup.num_hot ? hot_backward<WIDTH>(batch, lookup, begin, end)
+                              : plain_backward<WIDTH>(batch, lookup, begin, end);
     with_code(lookup, [&](auto zero) {
       using Code = decltype(zero);
       if (lookup.is_residual) return residual_backward<Code>(batch, lookup, begin, end, scratch);

@@ -36,6 +36,11 @@ inline void store(float* to, typename Lanes<N>::Vector value) {
   *reinterpret_cast<typename Lanes<N>::Memory*>(to) = value;
 }
 
+template <int N>
+inline void add(float* to, typename Lanes<N>::Vector value) {
+  store<N>(to, load<N>(to) + value);
+}
+
 // Writes past the caches, to an address that is a multiple of the vector's size; end_streams() must follow.
 template <int N>
 inline void stream(float* to, typename Lanes<N>::Vector value) {

@@ -1,5 +1,5 @@
-// The common case: product codes of one byte in codebooks of 256 codewords, no hot rows. Every byte is a codeword, so
-// codes are summed where they lie, without a look at them before, and the distance between codebooks is a constant.
+// The common case: product codes of one byte in codebooks of 256 codewords. Without hot rows every byte is a codeword,
+// so codes are summed where they lie, without a look at them before, and the distance between codebooks is a constant.
 #pragma once
 #include "gather.h"
 #include "lanes.h"
@@ -17,7 +17,7 @@ constexpr int64_t AT_ONCE = 64;       // positions whose codes are walked over g
 const float ONE = 1.0f;
 
 inline bool is_plain(const Lookup& lookup) {
-  return !lookup.is_residual && lookup.code_bytes == 1 && lookup.codebook_size == PLAIN_SIZE && lookup.num_hot == 0;
+  return !lookup.is_residual && lookup.code_bytes == 1 && lookup.codebook_size == PLAIN_SIZE;
 }
 
 // The codes of positions in a code table.
@@ -67,6 +67,21 @@ struct Factors {
         scale(is_mean && to - from > 1 ? 1.0f / float(to - from) : 1.0f) {}
 };
 
+template <int N, int WIDTH, int CHUNKS, int PARTS>
+inline void write_sums(float* out, const typename Lanes<N>::Vector (&sums)[CHUNKS][PARTS], bool is_streamed) {
+  if (is_streamed) {
+    UNROLL
+    for (int c = 0; c < CHUNKS; ++c)
+      UNROLL
+      for (int q = 0; q < PARTS; ++q) stream<N>(out + c * WIDTH + q * N, sums[c][q]);
+  } else {
+    UNROLL
+    for (int c = 0; c < CHUNKS; ++c)
+      UNROLL
+      for (int q = 0; q < PARTS; ++q) store<N>(out + c * WIDTH + q * N, sums[c][q]);
+  }
+}
+
 // Sums the codewords of codes [m, m + CHUNKS) in bags [begin, end); returns the first position whose id is out of
 // range, or -1. A function of its own for every number of codes: together they would not fit in the registers.
 template <int WIDTH, int CHUNKS, bool IS_FIRST, typename Rows>
@@ -109,17 +124,7 @@ __attribute__((noinline)) int64_t plain_sums(const Batch& given, const Lookup& l
     for (int c = 0; c < CHUNKS; ++c)
       UNROLL
       for (int q = 0; q < PARTS; ++q) sums[c][q] *= factors.scale;
-    if (is_streamed) {
-      UNROLL
-      for (int c = 0; c < CHUNKS; ++c)
-        UNROLL
-        for (int q = 0; q < PARTS; ++q) stream<N>(out + c * WIDTH + q * N, sums[c][q]);
-    } else {
-      UNROLL
-      for (int c = 0; c < CHUNKS; ++c)
-        UNROLL
-        for (int q = 0; q < PARTS; ++q) store<N>(out + c * WIDTH + q * N, sums[c][q]);
-    }
+    write_sums<N, WIDTH>(out, sums, is_streamed);
   }
   return -1;
 }
@@ -136,13 +141,19 @@ int64_t plain_bags(const Batch& batch, const Lookup& lookup, const Rows& rows, i
   return -1;
 }
 
+// The end of the bags from this one on whose codes, walked over again, are still in the cache.
+inline int64_t bags_at_once(const Batch& batch, int64_t bag, int64_t end) {
+  const int64_t last = offset(batch, bag) + AT_ONCE;
+  int64_t stop = bag + 1;
+  while (stop < end && offset(batch, stop + 1) <= last) ++stop;
+  return stop;
+}
+
 template <int WIDTH, typename Rows>
 Wrong plain_forward(const Batch& batch, const Lookup& lookup, const Rows& rows, int64_t begin, int64_t end) {
   constexpr int CHUNKS = SUM_REGISTERS / (WIDTH <= SUM_LANES ? 1 : WIDTH / SUM_LANES);
-  // codes that are walked over again are still in the cache
   for (int64_t bag = begin; bag < end;) {
-    int64_t stop = lookup.num_codes > CHUNKS ? bag + 1 : end;
-    for (const int64_t last = offset(batch, bag) + AT_ONCE; stop < end && offset(batch, stop + 1) <= last;) ++stop;
+    const int64_t stop = lookup.num_codes > CHUNKS ? bags_at_once(batch, bag, end) : end;
     const int64_t wrong = plain_bags<WIDTH, CHUNKS>(batch, lookup, rows, bag, stop, 0);
     if (wrong >= 0) return {Wrong::ID, wrong};
     bag = stop;
@@ -162,7 +173,7 @@ Wrong plain_forward(const Batch& batch, const Lookup& lookup, int64_t begin, int
 
 // Adds to the codewords of CHUNKS codes.
 template <int WIDTH, int CHUNKS, bool IS_WEIGHTED>
-void plain_scatter(const Batch& given, const Lookup& lookup, int64_t m) {
+__attribute__((noinline)) void plain_scatter(const Batch& given, const Lookup& lookup, int64_t m) {
   constexpr int N = WIDTH < LANES ? WIDTH : LANES, PARTS = WIDTH / N;
   const GivenRows rows(lookup);
   const Batch batch = given;
@@ -189,7 +200,7 @@ void plain_scatter(const Batch& given, const Lookup& lookup, int64_t m) {
         UNROLL
         for (int q = 0; q < PARTS; ++q) {
           const auto share = IS_WEIGHTED ? *weight * grad[c][q] : grad[c][q];
-          store<N>(slot + q * N, load<N>(slot + q * N) + share);
+          add<N>(slot + q * N, share);
         }
       }
     }
