@@ -10,7 +10,7 @@ namespace {
 // The codes of positions and their hot rows.
 class Places {
  public:
-  static constexpr int64_t STEP = 64;  // positions that are looked at together, while those before are summed
+  static constexpr int64_t STEP = AT_ONCE;  // positions that are looked at together, while those before are summed
 
   // Of positions [first, stop). `bytes` of a hot row will be touched, which are `stride` apart from `rows` on.
   Places(const Batch& batch, const Lookup& lookup, int64_t first, int64_t stop, const void* rows, int64_t stride,
@@ -160,15 +160,17 @@ __attribute__((noinline)) Wrong hot_sums(const Batch& given, const Lookup& looku
   return {Wrong::NOTHING, 0};
 }
 
-// As plain_bags. The first codes' places are those of all bags, so that looking ahead never ends.
+// As plain_bags. The places are those of all bags, so that looking ahead never ends; those of a long bag are gone from
+// the ring when it is walked over again.
 template <int WIDTH, int CHUNKS>
 Wrong hot_bags(const Batch& batch, const Lookup& lookup, Places& all, int64_t begin, int64_t end, int64_t m) {
+  const int64_t first = offset(batch, begin), stop = offset(batch, end);
   for (; m + CHUNKS <= lookup.num_codes; m += CHUNKS) {
     Wrong wrong;
-    if (m == 0) {
+    if (m == 0 || stop - first <= Places::STEP) {
       wrong = hot_sums<WIDTH, CHUNKS>(batch, lookup, all, begin, end, m);
     } else {
-      Places again(batch, lookup, offset(batch, begin), offset(batch, end), nullptr, 0, 0);
+      Places again(batch, lookup, first, stop, nullptr, 0, 0);
       wrong = hot_sums<WIDTH, CHUNKS>(batch, lookup, again, begin, end, m);
     }
     if (wrong.kind != Wrong::NOTHING) return wrong;
