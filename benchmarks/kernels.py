@@ -5,8 +5,8 @@ Run: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=16000000000 python benchmarks/ker
 
 All variants of a setting run in turns in one process, each round on another batch, so that a busy machine slows all of
 them; a ratio is taken within a round, and its median and quartiles over the rounds are reported. On one thread the
-clock is the thread's CPU time, on more it is the wall; how much faster several threads are is the ratio of wall times
-of equal rounds. Codes are random, the worst case for a codebook's locality.
+clock is the thread's CPU time, on more it is the wall. How much faster several threads are is measured apart, on runs
+of one variant in a row. Codes are random, the worst case for a codebook's locality.
 
 The two variables keep glibc from giving large outputs back to the kernel after every call; without them page faults
 hide the look-ups, whichever they are.
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import fbgemm_gpu  # noqa: F401  (registers the operators)
 import torch
+import torch._inductor.config as inductor_config
 import torch.nn.functional as F
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation
@@ -38,7 +40,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from kernels_report import BASELINE, Setting, Spent, Times, section
+from kernels_report import BASELINE, Scaling, Setting, Spent, Times, section
 from torch import Tensor
 
 from torchrec_compress.ops import BagLookup, IdBags, Span, codebook_bags, lookup_codes, tiers
@@ -194,6 +196,7 @@ def add_codebooks(found: Pools, options: argparse.Namespace, dim: int, num_codes
         starts = torch.arange(num_codes) * CODEBOOK_SIZE
         return torch.cat([b[c[i].long() + starts].flatten(1) for c, b, i in zip(codes, books, ids, strict=True)], dim=1)
 
+    inductor_config.compile_threads = 1  # workers would take a core from what is timed
     compiled = torch.compile(index, dynamic=False)
     tables = range(options.tables)
     found[f"inductor M={num_codes}", "forward"] = no_grad(
@@ -209,8 +212,8 @@ def no_grad(function: Callable[[Batch], object]) -> Callable[[Batch], object]:
     return run
 
 
-def measure(options: argparse.Namespace, dim: int) -> dict[Setting, Times]:
-    """Time all settings of one width, whose tables are made once."""
+def measure(options: argparse.Namespace, dim: int) -> tuple[dict[Setting, Times], Scaling]:
+    """Time all settings of one width, whose tables are made once, and what threads gain where D = 128."""
     pools: Pools = {}
     add_full_tables(pools, options, dim)
     for num_codes in options.codes:
@@ -224,7 +227,31 @@ def measure(options: argparse.Namespace, dim: int) -> dict[Setting, Times]:
                 used = {key: pool for key, pool in pools.items() if length == 1 or not key[0].startswith("inductor")}
                 setting = Setting(threads, distribution, dim, length)
                 found[setting] = take_turns(options, used, batches(options, distribution, dim, length))
+    return found, gains(options, pools) if dim == 128 and len(options.threads) > 1 else {}
+
+
+def gains(options: argparse.Namespace, pools: Pools) -> Scaling:
+    """Time runs in a row, on one thread and on most threads in turn: how many times faster the latter are."""
+    found: Scaling = {}
+    for length in options.lengths:
+        work = batches(options, "zipf", 128, length)
+        for key in (key for key in pools if key[0] == BASELINE or key[0].startswith("codes")):
+            for _ in range(5):
+                one, most = (_row(pools[key], work, threads) for threads in (1, max(options.threads)))
+                found.setdefault((*key, length), []).append(one / most)
     return found
+
+
+def _row(pool: Callable[[Batch], object], work: list[Batch], threads: int) -> float:
+    """Return the seconds of a run, the median of nine after three."""
+    torch.set_num_threads(threads)
+    walls = []
+    for number in range(12):
+        start = time.perf_counter()
+        made = pool(work[number % len(work)])
+        walls.append(time.perf_counter() - start)
+        del made
+    return statistics.median(walls[3:])
 
 
 def take_turns(options: argparse.Namespace, pools: Pools, work: list[Batch]) -> Times:
@@ -311,8 +338,13 @@ def main() -> None:
     load = os.getloadavg()[0]
     # with the two variables set, the first setting would pay for the heap that all others find in place
     torch.zeros(_HEAP, dtype=torch.uint8)
-    results = {setting: times for dim in options.dims for setting, times in measure(options, dim).items()}
-    sections = [line for threads in options.threads for line in section(results, options, threads)]
+    results: dict[Setting, Times] = {}
+    scaling: Scaling = {}
+    for dim in options.dims:
+        times, gained = measure(options, dim)
+        results |= times
+        scaling |= gained
+    sections = [line for threads in options.threads for line in section(results, scaling, options, threads)]
     serving = next(tier for tier in tiers() if not tier.passed_over)
     text = [
         "# Time of codebook_bags",

@@ -34,6 +34,8 @@ class Spent(NamedTuple):
 
 # by (name, phase)
 Times = dict[tuple[str, str], list[Spent]]
+# by (name, phase, L)
+Scaling = dict[tuple[str, str, int], list[float]]
 
 
 def seconds(times: Times, name: str, phase: str, threads: int) -> list[float]:
@@ -84,27 +86,18 @@ def summary(results: dict[Setting, Times], threads: int) -> list[str]:
     return lines
 
 
-def scaling(results: dict[Setting, Times], threads: int) -> list[str]:
+def scaling_table(scaling: Scaling, threads: int) -> list[str]:
     """Return how many times faster several threads are than one: Zipf ids, D = 128, wall time."""
     lines = [f"| variant | phase | L | {threads} threads against 1 | quartiles |", "|---|---|---|---|---|"]
-    for setting, times in results.items():
-        if setting[1:3] != ("zipf", 128) or setting.threads != 1:
-            continue
-        others = results[setting._replace(threads=threads)]
-        for name, phase in times:
-            if name == BASELINE or name.startswith("codes"):
-                pairs = zip(times[name, phase], others[name, phase], strict=True)
-                speed = spread([one.wall / several.wall for one, several in pairs])
-                lines.append(f"| {name} | {phase} | {setting.length} | {speed} |")
-    return lines
+    return lines + [f"| {name} | {phase} | {length} | {spread(v)} |" for (name, phase, length), v in scaling.items()]
 
 
-def section(results: dict[Setting, Times], options: argparse.Namespace, threads: int) -> list[str]:
+def section(results: dict[Setting, Times], scaling: Scaling, options: argparse.Namespace, threads: int) -> list[str]:
     """Return the lines of one number of threads."""
     clock = "CPU time" if threads == 1 else "wall time"
     lines = [f"## {threads} thread{'s' * (threads > 1)}, {clock}", "", *summary(results, threads), ""]
-    if threads > 1 and 1 in options.threads:
-        lines += [*scaling(results, threads), ""]
+    if scaling and threads == max(options.threads):
+        lines += [*scaling_table(scaling, threads), ""]
     for phase in ("forward", "step"):
         table = table_of(results, phase, threads, options)
         lines += [f"Times as fast as {BASELINE}, {phase} (ns per look-up):", "", *table, ""]
