@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchrec_compress.ops import native
-from torchrec_compress.ops.dispatch import requested_backend
+from tests.made import Made
+from torchrec_compress.ops import codebook_bag, native, tiers
+from torchrec_compress.ops.dispatch import cpp_serves, requested_backend
 
 ROOT = Path(__file__).resolve().parents[2]
 # prints the outcome of a look-up in two tables, served twice
@@ -137,6 +138,40 @@ def test_an_unknown_backend_is_an_error(monkeypatch):
     monkeypatch.setenv("TORCHREC_COMPRESS_BACKEND", "gpu")
     with pytest.raises(ValueError, match="must be one of auto, cpp, fbgemm, cuda, triton, torch, got 'gpu'"):
         requested_backend()
+
+
+# what an operator is called when a backend serves a look-up
+OPERATORS = {"cpp": "codebook_bags_forward", "fbgemm": "virtual_table_bags", "torch": "_embedding_bag_forward_only"}
+
+
+@pytest.mark.parametrize("backend", OPERATORS)
+def test_an_argument_overrides_the_variable(backend, monkeypatch):
+    if backend == "cpp" and not cpp_serves("auto"):
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("TORCHREC_COMPRESS_BACKEND", "torch" if backend != "torch" else "fbgemm")
+    assert [tier.name for tier in tiers(backend=backend) if not tier.passed_over] == [backend]
+    others = [tier.passed_over for tier in tiers(backend=backend) if tier.name != backend]
+    assert any(reason.startswith((f"backend={backend}", f"slower than {backend}")) for reason in others), others
+    codes = torch.tensor([[0, 1], [1, 0], [1, 1]], dtype=torch.uint8)
+
+    def look_up(books):
+        return codebook_bag(codes, books, torch.tensor([0, 2, 3]), backend=backend)
+
+    books = torch.arange(8.0).view(4, 2)
+    with Made() as made:
+        assert f"{look_up(books).tolist()}\n" == RIGHT
+    names = " ".join(name for _, name in made.floats)
+    assert [name for name, operator in OPERATORS.items() if operator in names] == [backend], names
+    torch.compiler.reset()
+    assert f"{torch.compile(look_up, fullgraph=True, backend='aot_eager')(books).tolist()}\n" == RIGHT
+
+
+def test_an_unknown_argument_is_an_error():
+    codes = torch.zeros(1, 1, dtype=torch.uint8)
+    with pytest.raises(
+        ValueError, match=r"backend: must be one of auto, cpp, .* got 'gpu'; leave it out for what TORCH"
+    ):
+        codebook_bag(codes, torch.zeros(2, 2), None, backend="gpu")
 
 
 def test_importing_builds_nothing_and_imports_no_fbgemm(tmp_path):

@@ -86,6 +86,7 @@ def codebook_bags(
     codebooks: Sequence[Tensor],
     hot_rows: Sequence[Tensor | None],
     batch: IdBags,
+    backend: str | None = None,
 ) -> Tensor:
     """Pool the rows that codes stand for, all look-ups of a collection in one call.
 
@@ -106,6 +107,7 @@ def codebook_bags(
         hot_rows: of every table, (H, D) rows reached by escape codes (see `hot_row_codes`), or None. Floating point, or
             (H, bytes per row) uint8 as `quantize_rows` makes them: D + 4 bytes are int8, D / 2 + 4 are int4.
         batch: ids, bags and weights.
+        backend: what is to serve, see `requested_backend`.
 
     Returns:
         (B, sum of D), look-ups side by side; or flat, (sum of B D,), one (B, D) after another. The dtype of
@@ -114,7 +116,8 @@ def codebook_bags(
     Raises:
         ValueError: an id is out of range, offsets decrease or do not run from 0 to L (CPU); or, from the kernels, a
             code is out of range or shapes do not fit. On a GPU such values are device-side assertions.
-        RuntimeError: from FBGEMM, a code is out of range; from the reference, a code points behind the last codebook.
+        RuntimeError: from FBGEMM, a code is out of range; from the reference, one points behind the last codebook; or
+            `backend` cannot be had.
 
     Example:
         >>> table, books = torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8), torch.arange(4.0).view(4, 1)
@@ -126,16 +129,14 @@ def codebook_bags(
     dtypes = {books.dtype for books in codebooks}
     if len(dtypes) > 1:
         raise ValueError(f"codebook_bag: codebooks must be of one dtype, got {sorted(map(str, dtypes))}")
-    if _is_kernel_input(codes, codebooks, batch) and cpp_serves():
+    if _is_kernel_input(codes, codebooks, batch) and cpp_serves(backend):
         return _cpp_codebook_bags(lookups, spans, codes, codebooks, hot_rows, batch)
     lookups, spans, codes = _unpacked(lookups, spans, codes, batch.ids)
     hot_rows = _float_hot_rows(lookups, codes, codebooks, hot_rows)
-    if is_gpu_input(codes, codebooks, batch):
-        tier = gpu_tier()
-        if tier != "torch":
-            return pool_on_gpu(lookups, spans, codes, codebooks, hot_rows, batch, tier)
-    is_fbgemm_input = _is_on_cpu(codebooks) and codebooks[0].dtype in FLOATS
-    pool = fbgemm_codebook_bags if is_fbgemm_input and fbgemm_serves() else reference_codebook_bags
+    if is_gpu_input(codes, codebooks, batch) and (tier := gpu_tier(backend)) != "torch":
+        return pool_on_gpu(lookups, spans, codes, codebooks, hot_rows, batch, tier)
+    for_fbgemm = _is_on_cpu(codebooks) and codebooks[0].dtype in FLOATS and fbgemm_serves(backend)
+    pool = fbgemm_codebook_bags if for_fbgemm else reference_codebook_bags
     return pool(lookups, spans, codes, codebooks, hot_rows, batch)
 
 
@@ -266,6 +267,7 @@ def codebook_bag(
     ids: Tensor | None = None,
     where: str = "codebook_bag",
     num_packed: int = 0,
+    backend: str | None = None,
 ) -> Tensor:
     """Sum, bag by bag, the rows of one table; everything not named here is as in `codebook_bags`.
 
@@ -280,6 +282,7 @@ def codebook_bag(
         ids: (L,) int32 or int64 rows of the code table, or None.
         where: names the look-up in errors.
         num_packed: M, where a byte of `codes` holds two codes; see `BagLookup`.
+        backend: see `codebook_bags`.
 
     Returns:
         (B, D), dtype of `codebooks`; an empty bag is zeros. Differentiable in codebooks, float hot_rows and weights.
@@ -299,4 +302,4 @@ def codebook_bag(
         BagLookup(0, "", where, structure, num_packed=num_packed),
         Span(0, num_bags, 0, num_ids, is_gathered=ids is None),
     )
-    return codebook_bags([lookup], [span], [codes], [codebooks], [hot_rows], IdBags(ids, offsets, weights))
+    return codebook_bags([lookup], [span], [codes], [codebooks], [hot_rows], IdBags(ids, offsets, weights), backend)

@@ -48,20 +48,28 @@ class Tier:
     passed_over: str
 
 
-def requested_backend() -> str:
-    """Return what TORCHREC_COMPRESS_BACKEND asks for: "auto" (the default) or another of `BACKENDS`.
+def requested_backend(backend: str | None = None) -> str:
+    """Return what is asked for: by `backend`, else by TORCHREC_COMPRESS_BACKEND, else "auto".
+
+    Args:
+        backend: one of `BACKENDS`, or None.
 
     Raises:
         ValueError: it is anything else.
 
     Example:
-        >>> requested_backend() in BACKENDS
-        True
+        >>> requested_backend() in BACKENDS, requested_backend("torch")
+        (True, 'torch')
     """
-    wanted = os.environ.get(_VARIABLE, "auto")
+    wanted = os.environ.get(_VARIABLE, "auto") if backend is None else backend
     if wanted not in BACKENDS:
-        raise ValueError(f"{_VARIABLE}: must be one of {', '.join(BACKENDS)}, got {wanted!r}; unset it for auto")
+        remedy = "unset it for auto" if backend is None else f"leave it out for what {_VARIABLE} says"
+        raise ValueError(f"{_asked_by(backend)}: must be one of {', '.join(BACKENDS)}, got {wanted!r}; {remedy}")
     return wanted
+
+
+def _asked_by(backend: str | None) -> str:
+    return _VARIABLE if backend is None else "backend"
 
 
 def _load() -> tuple[str, str]:
@@ -107,23 +115,28 @@ def _warn(serving: str, reason: str, remedy: str) -> None:
 
 # torch.compile and torch.export ask once, while tracing, and keep the answer: the build is no part of the graph
 @torch.compiler.assume_constant_result
-def cpp_serves() -> bool:
+def cpp_serves(backend: str | None = None) -> bool:
     """Return whether the C++ kernels serve; the first call builds and loads them.
 
+    Args:
+        backend: see `requested_backend`.
+
     Raises:
-        ValueError: TORCHREC_COMPRESS_BACKEND is unknown.
+        ValueError: the backend is unknown.
         RuntimeError: it asks for the kernels and they cannot be had.
 
     Example:
         >>> cpp_serves() in (True, False)
         True
     """
-    wanted = requested_backend()
+    wanted = requested_backend(backend)
     if wanted in ("fbgemm", "torch"):
         return False
     reason = _load()[1]
     if reason and wanted == "cpp":
-        raise RuntimeError(f"{_VARIABLE}=cpp: the C++ kernels must be there, got none: {reason}; set it to auto")
+        raise RuntimeError(
+            f"{_asked_by(backend)}=cpp: the C++ kernels must be there, got none: {reason}; set it to auto"
+        )
     if reason:
         fbgemm_reason = _fbgemm_reason()
         reasons = f"cpp: {reason}; fbgemm: {fbgemm_reason}" if fbgemm_reason else reason
@@ -132,23 +145,28 @@ def cpp_serves() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def fbgemm_serves() -> bool:
+def fbgemm_serves(backend: str | None = None) -> bool:
     """Return whether FBGEMM serves what the C++ kernels do not; the first call imports it.
 
+    Args:
+        backend: see `requested_backend`.
+
     Raises:
-        ValueError: TORCHREC_COMPRESS_BACKEND is unknown.
+        ValueError: the backend is unknown.
         RuntimeError: it asks for FBGEMM, which cannot be had.
 
     Example:
         >>> fbgemm_serves() in (True, False)
         True
     """
-    wanted = requested_backend()
+    wanted = requested_backend(backend)
     if wanted == "torch":
         return False
     reason = _fbgemm_reason()
     if reason and wanted == "fbgemm":
-        raise RuntimeError(f"{_VARIABLE}=fbgemm: FBGEMM's kernels must be there, got none: {reason}; set it to auto")
+        raise RuntimeError(
+            f"{_asked_by(backend)}=fbgemm: FBGEMM's kernels must be there, got none: {reason}; set it to auto"
+        )
     return not reason
 
 
@@ -178,22 +196,22 @@ def _triton_reason() -> str:
     return ""
 
 
-def _gpu_passed_over() -> dict[str, str]:
+def _gpu_passed_over(backend: str | None) -> dict[str, str]:
     """Return why each implementation on a GPU is passed over, fastest first; "" for the one that serves, if any."""
-    return _choose({"cuda": _cuda_reason(), "triton": _triton_reason(), "torch": ""}, {})
+    return _choose({"cuda": _cuda_reason(), "triton": _triton_reason(), "torch": ""}, {}, backend)
 
 
-def _choose(reasons: dict[str, str], others: dict[str, str]) -> dict[str, str]:
+def _choose(reasons: dict[str, str], others: dict[str, str], backend: str | None) -> dict[str, str]:
     """Let one tier serve, and add to `reasons`, fastest first, why the rest of those that could do not.
 
     `others` says what a slower tier serves that the faster ones do not read.
     """
-    wanted, serving = requested_backend(), ""
+    wanted, serving = requested_backend(backend), ""
     for name, reason in reasons.items():
         if not reason and serving and name in others:
             reasons[name] = f"slower than {serving}; serves {others[name]}"
         elif not reason and wanted in reasons and name != wanted:
-            reasons[name] = f"{_VARIABLE}={wanted}"
+            reasons[name] = f"{_asked_by(backend)}={wanted}"
         elif not reason and serving:
             reasons[name] = f"slower than {serving}"
         elif not reason:
@@ -202,21 +220,24 @@ def _choose(reasons: dict[str, str], others: dict[str, str]) -> dict[str, str]:
 
 
 @torch.compiler.assume_constant_result
-def gpu_tier() -> str:
+def gpu_tier(backend: str | None = None) -> str:
     """Return what serves on a GPU: "cuda", "triton" or "torch".
 
+    Args:
+        backend: see `requested_backend`.
+
     Raises:
-        ValueError: TORCHREC_COMPRESS_BACKEND is unknown.
+        ValueError: the backend is unknown.
         RuntimeError: it asks for a tier that cannot be had.
 
     Example:
         >>> gpu_tier() in ("cuda", "triton", "torch")
         True
     """
-    reasons, wanted = _gpu_passed_over(), requested_backend()
+    reasons, wanted = _gpu_passed_over(backend), requested_backend(backend)
     if reasons.get(wanted):
         raise RuntimeError(
-            f"{_VARIABLE}={wanted}: its kernels must be there, got none: {reasons[wanted]}; set it to auto"
+            f"{_asked_by(backend)}={wanted}: its kernels must be there, got none: {reasons[wanted]}; set it to auto"
         )
     serves = next(name for name, reason in reasons.items() if not reason)
     if serves == "torch" and wanted != "torch":
@@ -224,34 +245,35 @@ def gpu_tier() -> str:
     return serves
 
 
-def tiers(device: str = "cpu") -> list[Tier]:
+def tiers(device: str = "cpu", backend: str | None = None) -> list[Tier]:
     """Return every implementation, fastest first, with the reason each other one is passed over.
 
     Args:
         device: "cpu" or "cuda"; without a GPU nothing serves on the latter.
+        backend: see `requested_backend`.
 
     Example:
         >>> sum(not tier.passed_over for tier in tiers())
         1
     """
-    return _cpu_tiers() if device == "cpu" else _gpu_tiers()
+    return _cpu_tiers(backend) if device == "cpu" else _gpu_tiers(backend)
 
 
-def _gpu_tiers() -> list[Tier]:
+def _gpu_tiers(backend: str | None) -> list[Tier]:
     details = {
         "cuda": "CUDA kernels, compiled by NVRTC when first used; unmeasured",
         "triton": "Triton kernels; unmeasured",
         "torch": "plain PyTorch",
     }
-    reasons = _gpu_passed_over() if torch.cuda.is_available() else dict.fromkeys(details, _NO_GPU)
+    reasons = _gpu_passed_over(backend) if torch.cuda.is_available() else dict.fromkeys(details, _NO_GPU)
     return [Tier(name, detail, reasons[name]) for name, detail in details.items()]
 
 
-def _cpu_tiers() -> list[Tier]:
-    wanted = requested_backend()  # "cuda" and "triton" are not about CPUs
+def _cpu_tiers(backend: str | None) -> list[Tier]:
+    wanted = requested_backend(backend)  # "cuda" and "triton" are not about CPUs
     # what is not asked for is neither built nor imported
     instructions, reason = _load() if wanted not in ("fbgemm", "torch") else ("", "")
     reasons = {"cpp": reason, "fbgemm": "" if wanted == "torch" else _fbgemm_reason(), "torch": ""}
-    _choose(reasons, {"fbgemm": "int64 codes", "torch": "float64 codebooks and other devices"})
+    _choose(reasons, {"fbgemm": "int64 codes", "torch": "float64 codebooks and other devices"}, backend)
     kernels = f"C++ kernels ({instructions}), {native.library_path()}" if instructions else "C++ kernels"
     return [Tier(name, {"cpp": kernels, **_NAMES}[name], reason) for name, reason in reasons.items()]

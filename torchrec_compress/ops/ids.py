@@ -151,7 +151,9 @@ def lookup_codes(codes: Tensor, is_set: Tensor, ids: Tensor, where: str) -> Tens
     return gather_rows(codes, ids)
 
 
-def code_gather(codes: Tensor, ids: Tensor, where: str, row_bytes: int | None = None) -> Tensor:
+def code_gather(
+    codes: Tensor, ids: Tensor, where: str, row_bytes: int | None = None, backend: str | None = None
+) -> Tensor:
     """Gather rows of codes as bytes, for the exchange between ranks; never waits for the device.
 
     Args:
@@ -159,6 +161,7 @@ def code_gather(codes: Tensor, ids: Tensor, where: str, row_bytes: int | None = 
         ids: (L,) int32 or int64 in [0, N).
         where: names the table in errors.
         row_bytes: of a row of the result, padded with zeros; None: those of the table.
+        backend: see `codebook_bags`.
 
     Returns:
         (L, row_bytes) uint8.
@@ -174,7 +177,7 @@ def code_gather(codes: Tensor, ids: Tensor, where: str, row_bytes: int | None = 
     wanted = own_bytes if row_bytes is None else row_bytes
     if wanted < own_bytes:
         raise ValueError(f"{where}: row_bytes must be at least {own_bytes}, the table's own, got {wanted}")
-    if codes.device.type == "cpu" and ids.dtype in (torch.int32, torch.int64) and cpp_serves():
+    if codes.device.type == "cpu" and ids.dtype in (torch.int32, torch.int64) and cpp_serves(backend):
         return torch.ops.torchrec_compress.code_gather(codes.contiguous(), ids.contiguous(), wanted, where)
     check_ids(ids, codes.shape[0], where)
     return F.pad(gather_rows(codes, ids).view(torch.uint8), (0, wanted - own_bytes))

@@ -36,13 +36,14 @@ class TableRows(NamedTuple):
 Rows = Tensor | TableRows
 
 
-def pool_table(rows: TableRows, offsets: Tensor, factors: Tensor | None = None) -> Tensor:
+def pool_table(rows: TableRows, offsets: Tensor, factors: Tensor | None = None, backend: str | None = None) -> Tensor:
     """Sum rows of a table into bags, without gathering them: by FBGEMM's dense embedding bags for float32 on a CPU.
 
     Args:
         rows: table and row numbers, (L,).
         offsets: (B + 1,) integer, from 0 up to L; bag b is the rows [offsets[b], offsets[b + 1]).
         factors: (L,) per-row factors, dtype of the table, or None.
+        backend: see `codebook_bags`.
 
     Returns:
         (B, D), dtype of the table; an empty bag is zeros. Differentiable in the table and `factors`.
@@ -55,7 +56,7 @@ def pool_table(rows: TableRows, offsets: Tensor, factors: Tensor | None = None) 
         [[1.0, 1.0], [0.0, 1.0]]
     """
     weight, numbers = rows
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and fbgemm_serves():
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and fbgemm_serves(backend):
         return virtual_table_bags(numbers.unsqueeze(0), weight, offsets, factors, False)
     check_offsets(offsets, numbers.shape[0])
     return F.embedding_bag(
