@@ -34,7 +34,7 @@ def test_packed_codes_are_pooled_as_unpacked_ones(tmp_path, monkeypatch, is_gath
     emulator = Emulator(tmp_path)
     monkeypatch.setattr(cuda_kernels, "driver_of", lambda index: emulator)
     monkeypatch.setattr(bags, "is_gpu_input", lambda *arguments: True)
-    monkeypatch.setattr(bags, "gpu_tier", lambda: "cuda")
+    monkeypatch.setattr(bags, "gpu_tier", lambda backend: "cuda")
     got = run()
     assert emulator.launched
     for ours, right in zip(got, expected, strict=True):

@@ -23,7 +23,7 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def tier(monkeypatch):
     """Have the CUDA kernels serve, and see that no GPU is touched."""
-    monkeypatch.setattr(bags, "gpu_tier", lambda: "cuda")
+    monkeypatch.setattr(bags, "gpu_tier", lambda backend: "cuda")
     before = torch.cuda.is_initialized()
     yield
     assert torch.cuda.is_initialized() == before
