@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 
 from tests.cases import NUM_ROWS, batch, counts, fit, fresh, rows, table
-from torchrec_compress import decompress
+from torchrec_compress import CompressedEmbeddingBagCollection, decompress
 from torchrec_compress.methods import HashConfig, MEmComConfig, TableData
 
 
@@ -30,6 +31,23 @@ def test_grouped_scalars_scale_a_quarter_each():
         stored["buckets"].fill_(1.0)
         stored["scalars"][3] = torch.tensor([1.0, 2, 3, 4])
     assert collection(batch([[3]])).values().tolist() == [[1, 1, 2, 2, 3, 3, 4, 4]]
+
+
+@pytest.mark.parametrize("scalars", ["packed", "grouped"])
+def test_weights_of_a_batch_may_be_of_any_float(scalars):
+    tables = [EmbeddingBagConfig(name="item", num_embeddings=50, embedding_dim=8, feature_names=["item"])]
+    config = MEmComConfig(num_buckets=5, scalars=scalars, bias=True)
+    collection = CompressedEmbeddingBagCollection(tables, is_weighted=True, compression=config)
+    with torch.no_grad():
+        native(collection)["biases"].normal_()
+    ids, lengths, weights = torch.tensor([3, 9, 40]), torch.tensor([2, 0, 1]), torch.tensor([0.5, -2.0, 3.0])
+    out = [
+        collection(KeyedJaggedTensor(["item"], ids, weights=weights.to(dtype), lengths=lengths)).values()
+        for dtype in (torch.float32, torch.float64, torch.float16)
+    ]
+    assert {values.dtype for values in out} == {torch.float32}
+    assert torch.equal(out[0], out[1])
+    assert torch.equal(out[0], out[2])
 
 
 @pytest.mark.parametrize("scalars", ["packed", "grouped"])

@@ -157,7 +157,10 @@ def _pool_in_place(ids: Tensor, offsets: Tensor, weights: Tensor | None, tables:
     """Pool shared rows that are never gathered: the scalars are their weights."""
     # packed scalars lie in the order of the ids; F.embedding's gradient of single values takes 15 times as long
     factors = tables[1].weight.view(-1).index_select(0, ids)
-    pooled = pool_table(tables[0], offsets, factors if weights is None else factors * weights)
+    if weights is not None:
+        weights = weights.to(factors.dtype)
+        factors = factors * weights
+    pooled = pool_table(tables[0], offsets, factors)
     if len(tables) == 2:
         return pooled
     return pooled + pool_table(TableRows(tables[2].weight.view(-1, 1), ids), offsets, weights)
