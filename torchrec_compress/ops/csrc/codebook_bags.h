@@ -1,5 +1,5 @@
-// What the operators (codebook_bags.cpp) and their kernels (kernels_{base,avx2}.cpp) share. No torch types here, so
-// that the kernels compile in seconds and know nothing of a torch version.
+// What the operators (codebook_bags.cpp) and their kernels (kernels_{base,avx2,avx512}.cpp) share. No torch types here,
+// so that the kernels compile in seconds and know nothing of a torch version.
 //
 // Letters: B bags, L ids of all features, M codes per id, K codewords per codebook, D columns of an output, H hot rows.
 #pragma once

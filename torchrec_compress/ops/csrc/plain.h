@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t PLAIN_SIZE = 256;   // codewords per codebook
 constexpr int64_t FETCH_AHEAD = 128;  // positions whose codes are on their way from memory
-constexpr int64_t BAGS_AHEAD = 16;     // bags whose gradients are
+constexpr int64_t BAGS_AHEAD = 16;    // bags whose gradients are
 constexpr int64_t AT_ONCE = 64;       // positions whose codes are walked over group by group
 const float ONE = 1.0f;
 
