@@ -61,6 +61,15 @@ def test_exactly_the_hot_rows_have_escape_codes(config):
     assert torch.equal(codes[hot], hot_row_codes(config.num_hot_rows, config.num_codes, config.codebook_size))
 
 
+@pytest.mark.parametrize("config", TIERED)
+def test_hot_rows_pull_no_codeword(config):
+    hot, moved = config.hot_ids(table(), TableData(rows(), counts())), rows()
+    moved[hot] += 100 * torch.randn(len(hot), 16)
+    one, other = (config.fit(table(), TableData(values, counts(), contexts())) for values in (rows(), moved))
+    assert torch.equal(one.codes, other.codes)
+    assert torch.equal(one.decoder["codebooks"], other.decoder["codebooks"])
+
+
 def test_tiers_without_counts_raise():
     with pytest.raises(ValueError, match="table 'item': num_hot_rows = 70 must come with counts, got none"):
         compress(dense_collection(), TIERED[0])

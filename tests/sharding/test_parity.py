@@ -9,11 +9,11 @@ from torchrec import EmbeddingConfig, PoolingType
 from torchrec.distributed.shard import shard_modules
 from torchrec.distributed.types import ShardedModule
 
-from tests.cases import CONFIGS, IDS, NUM_ROWS, fit
+from tests.cases import CONFIGS, IDS, NUM_ROWS, fit, table
 from tests.modules import batches
 from tests.sharding.models import RATE, Model, local_state, loss_of, make_plan, optimizer_of, shard, whole_state
-from torchrec_compress import CompressedEmbeddingCollection, get_default_sharders
-from torchrec_compress.methods import HashConfig, MEmComConfig, MethodConfig, PQConfig
+from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, get_default_sharders
+from torchrec_compress.methods import HashConfig, MECConfig, MEmComConfig, MethodConfig, PQConfig, RandomCodesConfig
 
 KINDS = ["row_wise", "table_wise", "data_parallel"]
 STEPS = 3
@@ -116,6 +116,31 @@ def test_unpooled_collections_train_as_unsharded(two_ranks, config, how):
     check(
         two_ranks.run(compare_with_unsharded, unpooled, (config,), how, "uneven", ["i", "u", "u2"], batches.ROWS, False)
     )
+
+
+START = [
+    RandomCodesConfig(num_codes=5, codebook_size=16, structure="residual"),  # packed
+    PQConfig(num_codes=2, codebook_size=300, num_hot_rows=40),
+    MECConfig(num_codes=4, codebook_size=32),
+]
+
+
+def from_meta(config: MethodConfig, how: str) -> dict:
+    """Return this rank's part of the state of a collection that was never held whole."""
+    meta = CompressedEmbeddingBagCollection([table()], device=torch.device("meta"), compression=config, seed=3)
+    return local_state(shard(Model(meta), how))
+
+
+@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("config", START)
+def test_shards_made_from_meta_start_with_the_codes_of_their_own_rows(two_ranks, config, how):
+    whole = CompressedEmbeddingBagCollection([table()], compression=config, seed=3).state_dict()
+    like = {f"embeddings.{name}": value for name, value in whole.items()}
+    by_rank = two_ranks.run(from_meta, config, how)
+    coded = [name for name in like if ".code_tables." in name]
+    got = whole_state([{name: state[name] for name in coded} for state in by_rank], like)
+    assert coded == [f"embeddings.code_tables.banks.item.{name}" for name in ("codes", "is_set")]
+    assert all(torch.equal(got[name], like[name]) for name in coded)
 
 
 def by_shard_modules(how: str) -> float:

@@ -8,10 +8,14 @@ import signal
 import pytest
 import torch
 
+from torchrec_compress import CompressedEmbeddingBagCollection
+from torchrec_compress.methods import DenseConfig, MEmComConfig, PQConfig
+from torchrec_compress.train import loop
 from torchrec_compress.train.checkpoint import Checkpoints, read
 from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig, override
 from torchrec_compress.train.data import ClickData, Split
 from torchrec_compress.train.loop import PREEMPTED, Preempted, Task, Trained, train
+from torchrec_compress.train.models import make_model, make_tables
 from torchrec_compress.train.parallel import Trainable, load_plain, local_shards, make_constraints
 from torchrec_compress.train.stages import full_model
 
@@ -126,6 +130,78 @@ def test_early_stopping_keeps_the_best_and_the_start_competes(config, data, tmp_
     if best["step"] == 0:
         after = _after(trained, config, data)
         assert all(torch.equal(after[k], v) for k, v in _before(config, data).items())
+
+
+def _watched(config, data, folder, monkeypatch, found: list[tuple[float, float]], **change) -> tuple[Trained, list]:
+    """Train with a validation after every step that finds these (logloss, auc) one after the other."""
+    values = iter(found)
+    monkeypatch.setattr(loop, "validate", lambda *_: dict(zip(("logloss", "auc"), next(values), strict=True)))
+    optim = OptimConfig(decay=change.pop("decay", "none"))
+    stage = dataclasses.replace(STAGE, epochs=len(found) / 13, evals_per_epoch=13, optim=optim, **change)
+    trained = train(full_model(config, data), Task(data, stage, 0, folder, position=None))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return trained, [line for line in lines if line["kind"] == "valid"]
+
+
+FOUND = [(0.5, 0.6), (0.3, 0.61), (0.3, 0.8), (0.4, 0.8), (0.5, 0.7), (0.2, 0.7), (0.2, 0.9)]
+
+
+@pytest.mark.parametrize(
+    ("monitor", "patience", "best", "steps"),
+    [("logloss", 0, 6, 7), ("auc", 0, 7, 7), ("logloss", 3, 2, 5), ("auc", 3, 3, 6), ("logloss", 1, 2, 3)],
+)
+def test_the_best_is_the_first_of_the_least_logloss_or_largest_auc(
+    config, data, tmp_path, monkeypatch, monitor, patience, best, steps
+):
+    trained, lines = _watched(config, data, tmp_path, monkeypatch, FOUND, monitor=monitor, patience=patience)
+    assert (trained.best_step, trained.steps, len(lines)) == (best, steps, steps)
+    assert trained.checkpoint.name == f"step{best:09d}"
+
+
+def test_rates_fall_tenfold_after_every_validation_that_is_no_better(config, data, tmp_path, monkeypatch):
+    factors, before = [], Trainable.set_rate
+    monkeypatch.setattr(Trainable, "set_rate", lambda self, factor: (factors.append(factor), before(self, factor))[1])
+    _, lines = _watched(config, data, tmp_path, monkeypatch, FOUND, decay="plateau")
+    assert factors == pytest.approx([1, 1, 1, 0.1, 0.01, 0.001, 0.001])
+    assert [line["scale"] for line in lines] == factors
+
+
+def test_rates_fall_linearly_to_a_fiftieth(config, data, tmp_path, monkeypatch):
+    factors = []
+    monkeypatch.setattr(Trainable, "set_rate", lambda self, factor: factors.append(factor))
+    _watched(config, data, tmp_path, monkeypatch, [(0.5, 0.5)] * 100, decay="linear")
+    assert factors == pytest.approx([max(0.02, 1 - step / 100) for step in range(100)])
+
+
+def test_every_part_has_its_own_rate_and_l2(config, data, ranks):
+    optim = OptimConfig(tables="adam", table_lr=0.2, table_l2=0.02, dense_lr=0.3, dense_l2=0.03, codebook_lr=0.5)
+    methods = {
+        "user": PQConfig(num_codes=2, codebook_size=16, num_hot_rows=3, hot_dtype="fp32"),
+        "item": MEmComConfig(num_buckets=20, bias=True),
+        "*": DenseConfig(),
+    }
+    collection = CompressedEmbeddingBagCollection(make_tables(config.model, data), compression=methods)
+    model = make_model(collection, data.num_dense, config.model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    trainable = Trainable(model, dataclasses.replace(STAGE, optim=optim), ranks, ParallelConfig())
+    found = {
+        names[parameter]: (group["lr"], group["weight_decay"])
+        for group in trainable.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert found.keys() == set(names.values())
+    for name, rates in found.items():
+        if name.endswith((".codebooks", ".hot_rows")):
+            assert rates == (0.5, 0.0), name
+        elif name.endswith("__scalars.weight"):
+            assert rates == (0.2, 0.0), name
+        else:
+            assert rates == ((0.2, 0.02) if name.startswith("embeddings.") else (0.3, 0.03)), name
+    assert {name.rpartition("item__")[2] for name in found if "item__" in name} == {
+        "buckets.weight",
+        "scalars.weight",
+        "biases.weight",
+    }
 
 
 def test_a_diverged_loss_names_step_ids_and_checkpoint(config, data, tmp_path):

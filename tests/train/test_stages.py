@@ -115,7 +115,22 @@ def test_a_folder_with_other_settings_is_refused_by_key(config, tmp_path):
     _run(config, tmp_path, "a", compression=PQ)
     with pytest.raises(ValueError, match=r"compression\.\*\.num_codes must be 2 .* got 4"):
         _run(config, tmp_path, "a", compression={"*": {**PQ["*"], "num_codes": 4}})
-    _run(config, tmp_path, "a", compression=PQ, num_threads=2, output="elsewhere")
+    others = {
+        "seed": 1,
+        "context": {"user": "item"},
+        "start": "scratch",
+        "data.tail_count": 3,
+        "data.generator.seed": 8,
+        "model.dropout": 0.5,
+        "pretrain.optim.table_lr": 0.01,
+        "retrain.patience": 3,
+    }
+    for key, value in others.items():
+        named = r"context\.user" if key == "context" else key.replace(".", r"\.")
+        with pytest.raises(ValueError, match=rf": {named} must be .* as when it was written"):
+            _run(config, tmp_path, "a", compression=PQ, **{key: value})
+    free = {"num_threads": 2, "output": "elsewhere", "tensorboard": True, "parallel.timeout": 60.0}
+    _run(config, tmp_path, "a", compression=PQ, **free, **{"pretrain.log_every": 1, "compare.num_workers": 1})
 
 
 def test_full_models_are_shared_by_what_they_depend_on(config):
