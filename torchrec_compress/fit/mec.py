@@ -37,7 +37,8 @@ class MECFit:
         commitment: factor of ||s - sg(z)||^2, which holds encoded rows near their codewords; 0 switches it off.
         usage: factor of sum_m (H(p_m) - log K)^2, p_m the share of the batch that each codeword of book m serves, with
             the gradient of softmax(-dist^2 / t); 0 switches it off.
-        usage_temperature: t as a multiple of the batch's mean squared distance to the nearest codeword.
+        usage_temperature: t as a multiple of the batch's mean squared distance to the nearest codeword, over the rows
+            of a weight above zero.
         contrast: factor of -log sigmoid((cos(s, z+) - cos(s, z-)) / temperature); 0 switches it off.
         contrast_temperature: 1 in the paper.
         restart_every: steps between restarts of codewords that no row chose since the last one; 0 switches it off.
@@ -179,12 +180,13 @@ def _usage_term(
     too, the entropy is raised most cheaply by making every assignment vague, and the real usage gets worse (measured).
     """
     total = slices.new_zeros(())
-    share = weights / weights.sum()
+    share, counts = weights / weights.sum(), weights > 0
     for m, size in enumerate(model.sizes):
         part, book = slices[:, m], model.codebooks[m, :size]
         # ||s||^2 is the same for all codewords of a row: softmax does not see it.
         scores = torch.addmm(-book.square().sum(dim=1), part, book.T, alpha=2)
-        scale = temperature * (part - positive[:, m]).square().sum(dim=1).mean().detach().clamp(min=1e-12)
+        gaps = (part - positive[:, m]).square().sum(dim=1).detach()
+        scale = temperature * gaps[counts].mean().clamp(min=1e-12)
         soft = share @ torch.softmax(scores / scale, dim=1)
         usage = soft + (torch.bincount(codes[:, m], share, minlength=size) - soft).detach()
         entropy = -(usage * (usage + USAGE_FLOOR).log()).sum()
@@ -255,7 +257,7 @@ def train_auto_encoder(
         torch.stack(list(terms.values())).sum().backward()
         optimizer.step()
         for m in range(len(model.sizes)):
-            used[m] += torch.bincount(codes[:, m], minlength=used.shape[1])
+            used[m] += torch.bincount(codes[batch_weights > 0, m], minlength=used.shape[1])
         # Not after the last steps: a moved codeword needs some time to settle.
         every = options.restart_every
         if every and (step + 1) % every == 0 and step + every < options.num_steps:
