@@ -112,7 +112,8 @@ def test_half_precision_tables_stay_half_and_dense():
     )
     compressed = compress(EmbeddingBagCollection([half]), DenseConfig())
     assert [parameter.dtype for parameter in compressed.parameters()] == [torch.float16]
-    assert compressed.footprint().total_bytes == 50 * 8 * 2
+    footprint = compressed.footprint()
+    assert footprint.total_bytes == footprint.dense_bytes == DenseConfig().stored_bytes(half) == 50 * 8 * 2
 
 
 def test_names_go_before_patterns_and_patterns_by_order():

@@ -4,10 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torchrec import EmbeddingBagCollection
 
 from tests.cases import CASES, NUM_ROWS, batch, contexts, counts, dense_collection, fit, fitted, fresh, rows, table
 from torchrec_compress import compress, decompress
-from torchrec_compress.fit.mec import MECFit
+from torchrec_compress.fit import (
+    MECFit,
+    fit_mec,
+    fit_product,
+    fit_residual,
+    popularity_weights,
+    quantile_codes,
+    refit_codebooks,
+)
 from torchrec_compress.methods import MECConfig, PQConfig, QuantileCodesConfig, RandomCodesConfig, TableData
 from torchrec_compress.ops import (
     dequantize_rows,
@@ -84,6 +93,68 @@ def test_popularity_without_counts_raises(popularity):
 def test_counts_of_the_wrong_shape_raise():
     with pytest.raises(ValueError, match=r"counts must have shape \(403,\), got \(7,\)"):
         compress(dense_collection(), PQConfig(num_codes=4, codebook_size=16), counts={"item": torch.ones(7)})
+
+
+def direct(config, seed: int, weights: torch.Tensor):
+    """Return what the fit itself makes of a method's settings."""
+    sizes = {"first_size": config.first_size, "weights": weights, "seed": seed}
+    if isinstance(config, MECConfig):
+        return fit_mec(rows(), config.num_codes, config.codebook_size, options=config.fit_options, **sizes)
+    product = fit_product if config.structure == "product" else fit_residual
+    return product(rows(), config.num_codes, config.codebook_size, **sizes)
+
+
+@pytest.mark.parametrize("popularity", ["count", "log2", "none"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        PQConfig(num_codes=4, codebook_size=17, num_hot_rows=9),
+        PQConfig(num_codes=3, codebook_size=17, structure="residual"),
+        MECConfig(num_codes=4, codebook_size=17, fit_options=MECFit(num_steps=9, batch_size=50, learning_rate=0.05)),
+        MECConfig(num_codes=4, codebook_size=17, num_hot_rows=9, fit_options=MECFit(num_steps=3, usage=1.0)),
+    ],
+)
+def test_a_fit_is_that_of_the_settings_popularity_and_seed(config, popularity):
+    config = replace(config, popularity=popularity)
+    made = []
+    for seed in (0, 7):
+        data = TableData(rows(), counts(), seed=seed)
+        weights, hot = popularity_weights(counts(), popularity, NUM_ROWS), config.hot_ids(table(), data)
+        weights[hot] = 0
+        expected, state = direct(config, seed, weights), config.fit(table(), data)
+        cold = torch.ones(NUM_ROWS, dtype=torch.bool).index_fill(0, hot, False)
+        assert torch.equal(state.codes[cold].long(), expected.codes[cold])
+        assert torch.equal(state.decoder["codebooks"], expected.codebooks)
+        made.append(state.codes)
+    assert not torch.equal(*made)
+
+
+def test_quantile_codes_are_those_of_the_seed_and_their_codebooks_weigh_look_ups():
+    config = QuantileCodesConfig(num_codes=4, codebook_size=17)
+    for seed in (0, 7):
+        codes = quantile_codes(*contexts(), NUM_ROWS, 4, 17, seed)
+        state = config.fit(table(), TableData(rows(), counts(), contexts(), seed))
+        books = refit_codebooks(
+            codes, rows(), popularity_weights(counts(), "count", NUM_ROWS), codebook_size=17, kind="product"
+        )
+        assert torch.equal(state.codes.long(), codes)
+        assert torch.equal(state.decoder["codebooks"], books)
+
+
+def test_hot_rows_of_equal_counts_are_the_first():
+    equal = torch.full((NUM_ROWS,), 3)
+    equal[400] = 5
+    config = PQConfig(num_codes=4, codebook_size=17, num_hot_rows=4)
+    assert config.hot_ids(table(), TableData(None, equal)).tolist() == [400, 0, 1, 2]
+
+
+@pytest.mark.parametrize("structure", ["product", "residual"])
+@pytest.mark.parametrize("num_codes", [1, 4])
+def test_an_untrained_row_has_the_spread_of_the_users_table(structure, num_codes):
+    config = RandomCodesConfig(num_codes=num_codes, codebook_size=64, structure=structure)
+    untrained = decompress(fresh(config, embedding_dim=64)).embedding_bags["item"].weight.std()
+    users = EmbeddingBagCollection([table(embedding_dim=64)]).embedding_bags["item"].weight.std()
+    torch.testing.assert_close(untrained, users, rtol=0.1, atol=0)
 
 
 def test_pq_is_exact_where_there_are_codewords_for_all_rows():

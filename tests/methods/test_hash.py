@@ -2,7 +2,7 @@ import torch
 
 from tests.cases import NUM_ROWS, counts, fit, fresh, rows, table
 from torchrec_compress import decompress
-from torchrec_compress.methods import HashConfig
+from torchrec_compress.methods import HashConfig, TableData
 from torchrec_compress.ops import hash_ids, stable_salt
 
 CONFIG = HashConfig(num_buckets=40)
@@ -25,6 +25,12 @@ def test_a_fitted_bucket_is_the_mean_look_up():
         mine = (bucket == BUCKETS).nonzero().flatten()
         mean = sum(data[i] * seen[i] for i in mine.tolist()) / sum(seen[i] for i in mine.tolist())
         torch.testing.assert_close(served[mine[0]].double(), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bucket_of_ids_that_nobody_looked_up_is_their_mean():
+    (stored,) = CONFIG.fit(table(), TableData(rows(), torch.zeros(NUM_ROWS))).native.values()
+    mine = (BUCKETS == 7).nonzero().flatten()
+    torch.testing.assert_close(stored[7], rows()[mine].mean(0))
 
 
 def test_another_seed_hashes_otherwise_and_fits_as_well():
