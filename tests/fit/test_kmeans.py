@@ -9,6 +9,7 @@ from sklearn.cluster import KMeans as SklearnKMeans
 
 from torchrec_compress.fit.codes import weighted_error
 from torchrec_compress.fit.kmeans import (
+    _lloyd,
     kmeans,
     nearest,
     nearest_with_distance,
@@ -112,6 +113,18 @@ def test_sample_is_unbiased_and_keeps_heavy_points() -> None:
     assert np.mean(sums) == pytest.approx(float((weights * values).sum()), rel=5e-3)
 
 
+def test_a_light_point_of_a_sample_weighs_the_largest_priority_left_out() -> None:
+    weights = torch.tensor([1.0, 1.0, 1.0, 100.0])
+    index, new = sample_points(weights, 2, torch.Generator().manual_seed(0))
+    uniform = 1 - torch.rand(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    left_out = (weights / uniform).sort(descending=True).values[2]
+    assert index.tolist()[1] == 3 and new.tolist() == [pytest.approx(float(left_out)), 100.0]
+
+
+def test_centroids_are_trained_on_256_points_each_but_on_65536_at_least() -> None:
+    assert [train_size(size, 256) for size in (1, 256, 257, 1000)] == [65536, 65536, 65792, 256000]
+
+
 def test_sample_takes_points_of_weight_zero_last() -> None:
     weights = torch.zeros(100)
     weights[[3, 50]] = 2.0
@@ -128,6 +141,15 @@ def test_same_seed_same_result_and_global_generator_untouched() -> None:
     assert torch.equal(first.assignment, again.assignment)
     assert not torch.equal(first.centroids, other.centroids)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_training_on_one_thread_leaves_the_callers_threads_as_they_were() -> None:
+    torch.set_num_threads(2)
+    try:
+        kmeans(clouds(100, 2, 4), 4)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_as_many_clusters_as_points() -> None:
@@ -156,6 +178,12 @@ def test_points_of_weight_zero_get_the_centroids_left_over() -> None:
 def test_no_cluster_stays_empty() -> None:
     points = clouds(3000, 4, 3)
     assert len(kmeans(points, 200).assignment.unique()) == 200
+
+
+@pytest.mark.parametrize(("weights", "served_worst"), [([1.0, 1.0, 1.0], 5.0), ([1.0, 30.0, 1.0], 1.0)])
+def test_a_centroid_that_serves_nothing_moves_to_the_point_that_is_served_worst(weights, served_worst) -> None:
+    points, start = torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([[0.0], [100.0]])
+    assert float(_lloyd(points, torch.tensor(weights), start, 1)[1]) == served_worst
 
 
 def test_start_centroids_are_distinct_points_and_better_than_random_ones() -> None:

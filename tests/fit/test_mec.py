@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from torchrec_compress.fit import mec
 from torchrec_compress.fit.mec import (
     MECAutoEncoder,
     MECFit,
@@ -174,9 +175,57 @@ def test_weights_matter() -> None:
     assert weighted.error(rows, heavy) < 0.9 * plain.error(rows, heavy)
 
 
-def test_scale_of_the_table_does_not_matter() -> None:
+def test_scale_of_the_table_and_of_the_weights_does_not_matter() -> None:
     rows, options = skewed_table(1000), MECFit(num_steps=20)
-    assert torch.equal(fit_mec(rows, 2, 16, options=options).codes, fit_mec(rows / 1024, 2, 16, options=options).codes)
+    weights = torch.rand(1000, generator=torch.Generator().manual_seed(1))
+    codes = fit_mec(rows, 2, 16, options=options, weights=weights).codes
+    assert torch.equal(codes, fit_mec(rows / 1024, 2, 16, options=options, weights=weights).codes)
+    assert torch.equal(codes, fit_mec(rows, 2, 16, options=options, weights=weights * 1024).codes)
+
+
+def test_every_epoch_has_an_order_of_its_own_and_the_rate_falls_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, rates = [], []
+    terms, step = mec.mec_terms, torch.optim.Adam.step
+
+    def noted_terms(model, rows, *others):
+        seen.append(rows[:, 0])
+        return terms(model, rows, *others)
+
+    def noted_step(self):
+        rates.append(self.param_groups[0]["lr"])
+        step(self)
+
+    monkeypatch.setattr(mec, "mec_terms", noted_terms)
+    monkeypatch.setattr(torch.optim.Adam, "step", noted_step)
+    rows = torch.arange(100.0)[:, None].repeat(1, 4)
+    options, generator = MECFit(num_steps=8, batch_size=25, learning_rate=0.5), torch.Generator().manual_seed(0)
+    model = MECAutoEncoder(torch.randn(2, 4, 2, generator=generator), first_size=4)
+    train_auto_encoder(model, rows, torch.ones(100), options, generator, progress=False)
+    first, second = torch.cat(seen[:4]), torch.cat(seen[4:])
+    assert torch.equal(first.sort().values, rows[:, 0]) and torch.equal(second.sort().values, rows[:, 0])
+    assert not torch.equal(first, second)
+    assert rates == [0.5 * (1 - number / 8) for number in range(8)]
+
+
+def test_choices_are_counted_anew_after_a_restart_and_none_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+    monkeypatch.setattr(mec, "restart_dead", lambda model, optimizer, used, *_: counted.append(int(used.sum())))
+    options = MECFit(num_steps=20, batch_size=50, restart_every=5)
+    model = MECAutoEncoder(torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0)), first_size=4)
+    generator = torch.Generator().manual_seed(0)
+    train_auto_encoder(model, skewed_table(200), torch.ones(200), options, generator, progress=False)
+    assert counted == [2 * 50 * 5] * 3
+
+
+def test_codewords_that_only_weightless_rows_choose_are_dead() -> None:
+    rows, weights = skewed_table(2000), torch.ones(2000)
+    rows[1000:] += 100.0
+    weights[1000:] = 0.0
+    start = torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(0))
+    start[:, 8:] += 100.0
+    model, options = MECAutoEncoder(start, first_size=16), MECFit(**FAST, usage=0.0, contrast=0.0, restart_every=25)
+    train_auto_encoder(model, rows, weights, options, torch.Generator().manual_seed(0), progress=False)
+    assert float(model.codebooks.detach().max()) < 50
 
 
 def test_codebooks_are_the_means_of_their_rows_and_first_size_is_kept() -> None:
