@@ -27,16 +27,19 @@ def launch(config: RunConfig, options: LaunchOptions, training: Sequence[str]) -
         Whether the job was submitted, or ended well where it was waited for.
 
     Raises:
-        ValueError: a bad option.
+        ValueError: a bad option, or settings of the training that cannot work.
         OSError: the scheduler does not answer, or refuses the job.
     """
     try:
         from .submit import build, prepare, runner
     except ImportError as error:
         raise ValueError(f"launch: needs TorchX, got {error}; pip install 'torchrec-compress[launch]'") from error
+    from torchrec_compress.train.check import check_config
+
     from .components import parse_shape
     from .preflight import Job, preflight, report
 
+    check_config(config)
     shape = parse_shape(options.j)
     app = build(options, training)  # bad options stop here, before anything is asked
     logs = Path(config.output) / "logs"

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
-from torchrec_compress.train.config import RunConfig, nearest
+from torchrec_compress.schema import nearest
+from torchrec_compress.train.config import RunConfig
 
 SCHEDULERS = ("local_cwd", "slurm", "kubernetes")
 _DESCRIPTION = """Check that a training will run where it is sent, then start it with TorchX.

@@ -13,7 +13,8 @@ from typing import Literal
 
 from torchx.specs import Resource
 
-from torchrec_compress.train.config import RunConfig, nearest
+from torchrec_compress.schema import nearest
+from torchrec_compress.train.config import RunConfig
 
 from . import slurm
 from .components import Shape
@@ -110,9 +111,18 @@ def check_plan(config: RunConfig, hbm: str, job: Job) -> Finding:
         job: to be placed.
     """
     from torchrec_compress.planner.text import size
+    from torchrec_compress.train.check import check_tables
     from torchrec_compress.train.plan import quiet_plan
-    from torchrec_compress.train.plan_config import PlanConfig, TableSpec, from_training
+    from torchrec_compress.train.plan_config import PlanConfig, TableSpec, from_training, known_rows
 
+    try:
+        rows = known_rows(config)
+    except ValueError as error:
+        return Finding("plan", "skip", f"not known before the data is read: {error}")
+    try:
+        check_tables(config, rows)
+    except ValueError as error:
+        return Finding("config", "FAIL", str(error), f"mend it in {job.path} or on the command line")
     try:
         keys = from_training(config)
     except ValueError as error:

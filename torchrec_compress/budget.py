@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from torchrec_compress.ops import dequantize_rows, quantize_rows
 # Hot heads that are tried, as shares of a table's rows, and the longest residual code: longer ones take minutes to fit.
 _HOT_SHARES = (0.01, 0.03, 0.07, 0.15, 0.25)
 _MAX_RESIDUAL_CODES = 4
+_USUAL = PQConfig(num_codes=1, popularity="count")
 # A larger table is measured on a sample of so many rows: enough to fit 256 codewords as well as all rows would.
 _MAX_MEASURED_ROWS = 65536
 
@@ -79,7 +81,7 @@ def for_budget(
         raise ValueError(
             f"for_budget: tables and counts must name the same tables, got only one of the two for {missing}"
         )
-    base = codes or PQConfig(num_codes=1, popularity="count")
+    base = codes or _USUAL
     candidates: dict[str, list[Candidate[MethodConfig]]] = {}
     with tqdm(tables.items(), desc="measuring candidates", unit="table", disable=not progress, leave=False) as bar:
         for name, rows in bar:
@@ -122,6 +124,24 @@ def measure_candidates(
                 error = float(((rows - served).square().sum(1).double() * weights).sum())
                 found.append(Candidate(choice.stored_bytes(table), error / share, choice))
     return found
+
+
+def smallest_bytes(tables: Sequence[EmbeddingBagConfig], codes: CodebookConfig | None, num_codes: Sequence[int]) -> int:
+    """Return the least bytes that `for_budget` can store tables in, from their sizes alone; arguments as there.
+
+    Example:
+        >>> smallest_bytes([EmbeddingBagConfig(name="day", num_embeddings=7, embedding_dim=4)], None, [1])
+        43
+    """
+    total = 0
+    for table in tables:
+        sizes = [DenseConfig().stored_bytes(table)]
+        for config in _configs(table, codes or _USUAL, num_codes):
+            with suppress(ValueError):  # this table cannot be stored this way
+                config.check(table)
+                sizes.append(config.stored_bytes(table))
+        total += min(sizes)
+    return total
 
 
 def _with_finer_heads(config: MethodConfig) -> list[MethodConfig]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-import jsonargparse
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from torchrec_compress.train.config import RunConfig
@@ -30,33 +29,24 @@ CONFIG is a YAML file such as configs/demo.yaml. Every key can be given on the c
   torchrec-compress train CONFIG --print_config    the resolved config
 """
 _COMMANDS = ("train", "compare", "report", "plan", "data", "launch", "info")
-# how jsonargparse words an unknown key on the command line, within a group of a file, and at a file's top
-_UNKNOWN = (
-    r"[Uu]nrecognized arguments: --([\w.]+)",
-    r"Group '([\w.]+)' does not accept option '([\w.]+)'",
-    r"Option '([\w.]+)' is not accepted",
-)
 
 
-class _Parser(jsonargparse.ArgumentParser):
-    """A parser whose errors are one line, with the nearest name for an unknown key."""
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        _fail(_explain(message, [action.dest for action in self._actions]))
+    def error(self, message: str) -> NoReturn:
+        _fail(message)
 
 
-def _explain(message: str, keys: list[str]) -> str:
-    """Return a parser's message in one line, with the nearest valid key where one is unknown."""
-    from torchrec_compress.train.config import nearest
+def _located(error: str, command: str, arguments: Sequence[str]) -> str:
+    """Return an error with the config file in front where it is about one of its keys."""
+    if command not in ("train", "compare", "plan", "launch"):
+        return error
+    from torchrec_compress.train.command_line import origin
+    from torchrec_compress.train.config import RunConfig
+    from torchrec_compress.train.plan_config import PlanConfig
 
-    text = " ".join(message.split())
-    groups = sorted({key.split(".")[0] for key in keys})
-    for pattern in _UNKNOWN:
-        found = re.search(pattern, text)
-        if found:
-            name = ".".join(found.groups())
-            return f"unknown key {name!r}{nearest(name, keys) or nearest(name.split('.')[0], groups)}"
-    return text
+    return origin(error, arguments, [field.name for kind in (RunConfig, PlanConfig) for field in fields(kind)])
 
 
 def _fail(message: str) -> NoReturn:
@@ -75,32 +65,17 @@ def parse_run(arguments: Sequence[str], command: str = "train") -> RunConfig:
         The resolved config.
 
     Raises:
-        SystemExit: a bad key or value (status 2, one line on stderr), or --help.
+        ValueError: a bad key or value; the error names it, and the file.
+        SystemExit: after --help and --print_config.
 
     Example:
         >>> parse_run(["--model.embedding_dim", "64"]).model.embedding_dim
         64
     """
+    from torchrec_compress.train.command_line import read
     from torchrec_compress.train.config import RunConfig
 
-    return _parse(RunConfig, arguments, command, {})
-
-
-def _parse(schema: type, arguments: Sequence[str], command: str, defaults: dict[str, Any]) -> Any:
-    """Return the dataclass that a config file and overrides describe, with defaults where both are silent."""
-    given = list(arguments)
-    if given and not given[0].startswith("-"):
-        if not Path(given[0]).is_file():
-            _fail(f"{given[0]}: no such config file")
-        given.insert(0, "--config")
-    usage = f"torchrec-compress {command} CONFIG [--key.sub VALUE ...]"
-    parser = _Parser(prog=f"torchrec-compress {command}", usage=usage, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file; later keys win")
-    parser.add_class_arguments(schema)
-    parser.set_defaults(defaults)
-    values: Any = parser.instantiate(parser.parse_args(given))
-    fields = {key: value for key, value in vars(values).items() if key != "config"}
-    return schema(**fields)
+    return read(RunConfig(), arguments, _usage(command))
 
 
 def parse_plan(arguments: Sequence[str]) -> PlanConfig:
@@ -113,36 +88,31 @@ def parse_plan(arguments: Sequence[str]) -> PlanConfig:
         The resolved config.
 
     Raises:
-        SystemExit: a bad key or value (status 2, one line on stderr), or --help.
-        ValueError: a training config whose sizes or methods depend on its data.
+        ValueError: a bad key or value, or a training config whose sizes or methods depend on its data.
+        SystemExit: after --help and --print_config.
 
     Example:
         >>> parse_plan(["--world-size", "64", "--hbm", "80GB"]).world_size
         64
     """
+    from torchrec_compress.schema import build
+    from torchrec_compress.train.command_line import read
     from torchrec_compress.train.plan_config import PlanConfig, from_training
 
-    given = [_underscored(argument) for argument in arguments]
-    if given and _is_training_config(given[0]):
-        return _parse(PlanConfig, given[1:], "plan", from_training(parse_run(given[:1], "plan")))
-    return _parse(PlanConfig, given, "plan", {})
+    if not arguments or not _is_training_config(arguments[0]):
+        return read(PlanConfig(), arguments, _usage("plan"))
+    start = build(PlanConfig, from_training(parse_run(arguments[:1], "plan")))
+    return read(start, arguments[1:], _usage("plan"))
 
 
-def _underscored(argument: str) -> str:
-    key, equals, value = argument.partition("=")
-    return "--" + key[2:].replace("-", "_") + equals + value if argument.startswith("--") else argument
+def _usage(command: str) -> str:
+    return f"torchrec-compress {command} CONFIG [--key.sub VALUE ...]"
 
 
 def _is_training_config(path: str) -> bool:
-    import yaml
+    from torchrec_compress.train.command_line import read_file
 
-    if not Path(path).is_file():
-        return False
-    try:
-        found = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError:
-        return False  # the parser will say what is wrong
-    return isinstance(found, dict) and bool({"data", "model", "pretrain", "retrain"} & set(found))
+    return Path(path).is_file() and bool({"data", "model", "pretrain", "retrain"} & set(read_file(Path(path))))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -153,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     command, rest = given[0], given[1:]
     if command not in _COMMANDS:
-        from torchrec_compress.train.config import nearest
+        from torchrec_compress.schema import nearest
 
         _fail(f"unknown command {command!r}{nearest(command, list(_COMMANDS))}; commands are {', '.join(_COMMANDS)}")
     try:
@@ -170,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             _run(command, parse_run(rest, command))
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        _fail(_located(str(error), command, rest))
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues")
 
@@ -235,12 +205,13 @@ def _data(arguments: Sequence[str]) -> None:
     parser.add_argument("source", help="a TSV file, or a folder with day_0 to day_23 or train.txt; .gz too")
     parser.add_argument("target", help="folder for *_dense.npy, *_sparse.npy and *_labels.npy; a finished day is kept")
     parser.add_argument(
+        "--frequency-threshold",
         "--frequency_threshold",
-        type=int | None,
-        default=None,
+        type=int,
+        metavar="N",
         help="make ids contiguous, those seen less often share one (MLPerf: 0); without it ids stay hashes",
     )
-    given = parser.parse_args([_underscored(argument) for argument in arguments])
+    given = parser.parse_args(list(arguments))
     from torchrec_compress.train.criteo_tsv import convert
 
     for path in convert(Path(given.source), Path(given.target), given.frequency_threshold):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias, get_type_hints
+from typing import Any, TypeAlias
 
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.budget import for_budget
 from torchrec_compress.methods import METHODS, DenseConfig, MethodConfig, dense_bytes
+from torchrec_compress.schema import build, nearest
 
 __all__ = ["Compression", "for_budget", "parse", "resolve"]
 
@@ -96,7 +95,7 @@ def parse(text: Mapping[str, Any]) -> Compression:
         >>> parse({"user": {"method": "pq", "num_codes": 4}, "*": {"method": "dense"}})["user"].num_codes
         4
     """
-    if "method" in text:
+    if "method" in text and not isinstance(text["method"], Mapping):  # which would be a table called "method"
         return _parse_method(text, "compression")
     if not text:
         raise ValueError(
@@ -110,48 +109,10 @@ def parse(text: Mapping[str, Any]) -> Compression:
 
 def _parse_method(text: Mapping[str, Any], where: str) -> MethodConfig:
     name = text["method"]
-    if name not in METHODS:
-        raise ValueError(
-            f"{where}.method: must be one of {sorted(METHODS)}, got {name!r}{_nearest(str(name), METHODS)}"
-        )
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"{where}.method: must be one of {sorted(METHODS)}, got {name!r}{nearest(str(name), METHODS)}")
     options = {key: value for key, value in text.items() if key != "method"}
-    return _build(METHODS[name], options, where)
-
-
-def _build(kind: type, options: Mapping[str, Any], where: str) -> Any:
-    """Build a (nested) config dataclass; errors name the key."""
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
-    hints = get_type_hints(kind)
-    values = {}
-    for key, value in options.items():
-        if key not in fields:
-            raise ValueError(
-                f"{where}: unknown option {key!r}; the options are {sorted(fields)}{_nearest(key, fields)}"
-            )
-        nested = dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping)
-        values[key] = (
-            _build(hints[key], value, f"{where}.{key}") if nested else _typed(value, hints[key], f"{where}.{key}")
-        )
-    required = [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in values]
-    if missing:
-        raise ValueError(f"{where}: must set {missing}, got {sorted(options)}")
-    return kind(**values)
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """Return the value where it has the plain type that is asked for; other hints are checked by the config itself."""
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint in (int, float, bool, str) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        raise ValueError(f"{where}: must be {hint.__name__}, got {value!r}")
-    return value
-
-
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    try:
+        return build(METHODS[name], options, where)
+    except ValueError as error:  # what a config checks itself names no key
+        raise error if str(error).startswith((where, "unknown key")) else ValueError(f"{where}: {error}") from error

@@ -132,7 +132,9 @@ def test_what_cannot_be_planned_is_one_clear_error(small, capsys, tmp_path):
     (tmp_path / "bad.yaml").write_text("tables: {user: {num_embeddings: 7, embedding_dim: 6}}")
     assert "tables.user: num_embeddings must be positive" in refused(capsys, str(tmp_path / "bad.yaml"))
     (tmp_path / "bad.yaml").write_text("tables: {user: {num_embeddings: 7, pooling_factor: -1}}")
-    assert "tables.user.pooling_factor: must not be negative" in refused(capsys, str(tmp_path / "bad.yaml"))
+    assert "bad.yaml: tables.user.pooling_factor: must be at least 0, got -1" in refused(
+        capsys, str(tmp_path / "bad.yaml")
+    )
     (tmp_path / "bad.yaml").write_text("tables: {user: {num_embeddings: 7, sharding_types: [rowwise]}}")
     assert "did you mean 'row_wise'?" in refused(capsys, str(tmp_path / "bad.yaml"))
     (tmp_path / "budget.yaml").write_text("model: {name: dlrm}\ncompression: {budget_ratio: 10}")

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from torchrec_compress.train import fitting, stages
+from torchrec_compress.train.check import check_variants
 from torchrec_compress.train.checkpoint import read
-from torchrec_compress.train.compare import compare, variants
+from torchrec_compress.train.compare import compare
 from torchrec_compress.train.config import RunConfig, override
 from torchrec_compress.train.report import collect, write_report
 
@@ -189,15 +190,18 @@ def test_compare_reports_resumes_and_survives_a_bad_variant(config, capfd):
 
 def test_variants_are_overrides_with_checked_keys(config):
     config = _comparison(config)
-    assert variants(config)["pq"].compression == PQ
+    assert check_variants(config)["pq"].compression == PQ
     for change, message in (
         ({"compare.only": ["pqq"]}, "did you mean 'pq'"),
-        ({"compare.variants": {"a": {"model.embeding_dim": 3}}}, "did you mean 'embedding_dim'"),
+        (
+            {"compare.variants": {"a": {"model.embeding_dim": 3}}},
+            "did you mean 'compare.variants.a.model.embedding_dim'",
+        ),
         ({"compare.variants": {}}, "must have variants"),
-        ({"compare.variants": {"a": {"model.embedding_dim": "x"}}}, "must be of type int"),
+        ({"compare.variants": {"a": {"model.embedding_dim": "x"}}}, "must be int at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            variants(override(config, change))
+            check_variants(override(config, change))
 
 
 def test_overrides_take_every_type_of_a_key():
@@ -205,7 +209,7 @@ def test_overrides_take_every_type_of_a_key():
     assert config.data.split is None and config.model.init_scale is None
     assert override(config, {"data.hash_size": 5}).data.hash_size == 5
     for key, value in (("data.label", 3), ("seed", None), ("data.hash_size", "x"), ("tensorboard", 1)):
-        with pytest.raises(ValueError, match=rf"{key}: must be of type"):
+        with pytest.raises(ValueError, match=rf"{key}: must be "):
             override(config, {key: value})
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -15,6 +16,7 @@ from torchrec_compress.compression import Compression, resolve
 from torchrec_compress.methods import MethodConfig, NativePart, Parts
 from torchrec_compress.methods.base import init_like
 from torchrec_compress.modules.tables import CodeTableConfig, RemappedFeature
+from torchrec_compress.names import check_feature_names, check_table_names
 
 TableConfig = TypeVar("TableConfig", EmbeddingBagConfig, EmbeddingConfig)
 
@@ -66,7 +68,7 @@ class CollectionPlan(Generic[TableConfig]):
         """Check the user's configs and plan their parts; the configs themselves are copied, never written to.
 
         Raises:
-            ValueError: a table name is missing, repeated or unfit for a module, or a method cannot store its table.
+            ValueError: a name is missing, repeated or unfit for a module, or a method cannot store its table.
         """
         copies = [copy.deepcopy(table) for table in tables]
         _check_names(copies)
@@ -79,6 +81,7 @@ class CollectionPlan(Generic[TableConfig]):
             for table, outputs in zip(copies, _output_names(copies), strict=True)
             for feature, output in zip(table.feature_names, outputs, strict=True)
         ]
+        _check_made_names(copies, parts, [lookup.key for lookup in lookups])
         return cls(copies, methods, parts, lookups, seed)
 
     def dense_tables(self) -> list[TableConfig]:
@@ -171,12 +174,24 @@ def _output_names(tables: Any) -> list[list[str]]:
 def _check_names(tables: Sequence[BaseEmbeddingConfig]) -> None:
     if not tables:
         raise ValueError("compressed collection: tables must not be empty, got none")
-    seen = set()
+    check_table_names([table.name for table in tables], "compressed collection: table")
     for table in tables:
-        if not table.name or "." in table.name:
+        check_feature_names(table.feature_names, f"compressed collection: table {table.name!r}: feature")
+
+
+def _check_made_names(tables: Sequence[BaseEmbeddingConfig], parts: Mapping[str, Parts], keys: Sequence[str]) -> None:
+    """Raise ValueError where a name that is made of the user's names is another one of them."""
+    names = {table.name for table in tables}
+    for table, stored in parts.items():
+        made = {physical_name(table, part) for part in ((stored.bag,) if stored.bag else ()) + stored.rows}
+        if made & names:
             raise ValueError(
-                f"compressed collection: a table name must be non-empty and without '.', got {table.name!r}"
+                f"compressed collection: table {table!r} is stored as {sorted(made)}, which must not be names of other "
+                f"tables, got {sorted(made & names)}; choose another name"
             )
-        if table.name in seen:
-            raise ValueError(f"compressed collection: table names must differ, got {table.name!r} twice")
-        seen.add(table.name)
+    twice = sorted(key for key, count in Counter(keys).items() if count > 1)
+    if twice:
+        raise ValueError(
+            f"compressed collection: a table must look a feature up once, and 'table:feature' must be one pair, got "
+            f"{twice} twice"
+        )

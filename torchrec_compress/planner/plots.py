@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
+from torchrec_compress.canvas import figure
 
 if TYPE_CHECKING:
     from torchrec_compress.planner.report import PlanReport
@@ -25,11 +25,10 @@ _LAYERS = {
 def draw(report: PlanReport, path: Path) -> None:
     """Draw the bytes of every rank by kind, and of every table dense beside stored, into a PNG file."""
     num_tables = min(_MOST_TABLES, len(report.tables))
-    figure = Figure(figsize=(14, 3.5 + 0.16 * num_tables), layout="constrained")
-    axes = figure.subplots(1, 2)
-    _draw_ranks(axes[0], report)
-    _draw_tables(axes[1], report)
-    figure.savefig(path, dpi=120)
+    with figure(path, 14, 3.5 + 0.16 * num_tables, dpi=120) as drawn:
+        left, right = drawn.subplots(1, 2)
+        _draw_ranks(left, report)
+        _draw_tables(right, report)
 
 
 def _draw_ranks(axes: Any, report: PlanReport) -> None:
@@ -54,7 +53,7 @@ def _draw_tables(axes: Any, report: PlanReport) -> None:
     axes.barh([p - 0.2 for p in positions], [table.dense_bytes / _GIB for table in tables], 0.4, label="dense")
     axes.barh([p + 0.2 for p in positions], [table.stored_bytes / _GIB for table in tables], 0.4, label="stored")
     labels = [f"{name} ({table.method}, {table.ratio:.0f}x)" for name, table in zip(names, tables, strict=True)]
-    axes.set_yticks(list(positions), labels, fontsize=7)
+    axes.set_yticks(list(positions), labels, fontsize=7, parse_math=False)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_title(f"all {len(report.tables)} tables: {report.ratio:.1f}x", fontsize=9)

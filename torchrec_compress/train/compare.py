@@ -16,27 +16,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from torchrec_compress.train.config import ParallelConfig, RunConfig, fingerprint, lasting, nearest, override
+from torchrec_compress.train.check import check_run, check_variants
+from torchrec_compress.train.config import ParallelConfig, RunConfig, fingerprint, lasting, needs_pretrained
+from torchrec_compress.train.data import open_data
 from torchrec_compress.train.journal import write_json
 
 Job = tuple[str, RunConfig, str, str]
-
-
-def variants(config: RunConfig) -> dict[str, RunConfig]:
-    """Return the config of every variant that is asked for.
-
-    Raises:
-        ValueError: no variants, an unknown key in one, or an unknown name in `only`.
-    """
-    chosen = config.compare
-    if not chosen.variants or not chosen.seeds:
-        raise ValueError("compare: must have variants and seeds, got none; see configs/demo.yaml")
-    for name in chosen.only:
-        if name not in chosen.variants:
-            raise ValueError(f"compare.only: no variant {name!r}{nearest(name, list(chosen.variants))}")
-    names = chosen.only or list(chosen.variants)
-    base = dataclasses.replace(config, compare=type(chosen)())
-    return {name: override(base, chosen.variants[name] or {}, f"compare.variants.{name}.") for name in names}
 
 
 def compare(config: RunConfig) -> Path:
@@ -52,22 +37,23 @@ def compare(config: RunConfig) -> Path:
         The folder of the report.
 
     Raises:
-        ValueError: bad settings, or all variants failed.
+        ValueError: bad settings, found before anything is trained, or all variants failed.
     """
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     jobs = _jobs(config, output)
+    left = [job for job in jobs if not _finished(Path(job[2]), job[1])]
+    _check_data(left)
     shared = output / "full"
     first: dict[str, Job] = {}
-    for _, run, _, _ in jobs:
-        from torchrec_compress.train.stages import needs_pretrained, pretrained_key
+    from torchrec_compress.train.stages import pretrained_key
 
+    for _, run, _, _ in jobs:
         key = pretrained_key(run)
         if needs_pretrained(run) and not (shared / key / "summary.json").is_file():
             first.setdefault(
                 key, (f"full model {run.model.name} d={run.model.embedding_dim} seed {run.seed}", run, "", str(shared))
             )
-    left = [job for job in jobs if not _finished(Path(job[2]), job[1])]
     if len(left) < len(jobs):
         tqdm.write(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already")
     workers = min(config.compare.num_workers, max(len(left), 1))
@@ -83,11 +69,29 @@ def compare(config: RunConfig) -> Path:
 
 def _jobs(config: RunConfig, output: Path) -> list[Job]:
     jobs = []
-    for name, run in variants(config).items():
+    for name, run in check_variants(config).items():
         for seed in config.compare.seeds:
             folder = output / "runs" / name / f"seed{seed}"
             jobs.append((f"{name} seed {seed}", dataclasses.replace(run, seed=seed), str(folder), str(output / "full")))
     return jobs
+
+
+def _check_data(jobs: list[Job]) -> None:
+    """Hold the runs that are left against their data, before hours are spent on the first of them.
+
+    Raises:
+        ValueError: data that cannot be read, or a run that would fail on it; the variant is named.
+    """
+    by_data: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_data.setdefault(fingerprint(job[1].data), []).append(job)
+    for same in by_data.values():
+        data = open_data(same[0][1].data)
+        for name, run, _, _ in same:
+            try:
+                check_run(run, data)
+            except ValueError as error:
+                raise ValueError(f"compare.variants.{name.rpartition(' seed ')[0]}: {error}") from error
 
 
 def _finished(folder: Path, config: RunConfig) -> bool:

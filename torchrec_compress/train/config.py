@@ -1,4 +1,4 @@
-"""The single schema of a run: frozen dataclasses, read from YAML and the command line by `cli`.
+"""The single schema of a run: frozen dataclasses, read from YAML and the command line by `command_line`.
 
 This file imports nothing heavy, so that `--help` is quick.
 """
@@ -6,12 +6,22 @@ This file imports nothing heavy, so that `--help` is quick.
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import fnmatch
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
+
+from torchrec_compress.schema import Natural, NonNegative, Positive, Range, Rate, Seed, build
+
+Config = TypeVar("Config")
+Value = TypeVar("Value")
+
+
+# ids are int32 in memory
+IdRows = Annotated[int, Range(1, 2**31)]
+TableRows = Annotated[int, Range(2, 2**31)]
 
 
 @dataclass(frozen=True)
@@ -30,13 +40,13 @@ class GeneratorConfig:
         multi_hot: with `criteo_rows`, whether rows have as many ids of a feature as in MLPerf's set, 214 in all.
     """
 
-    num_rows: int = 1_000_000
-    num_users: int = 120_000
-    num_items: int = 20_000
-    num_clusters: int = 16
-    zipf: float = 1.1
-    seed: int = 7
-    criteo_rows: int = 0
+    num_rows: Annotated[int, Range(20)] = 1_000_000
+    num_users: TableRows = 120_000
+    num_items: TableRows = 20_000
+    num_clusters: Annotated[int, Range(2)] = 16
+    zipf: NonNegative = 1.1
+    seed: Seed = 7
+    criteo_rows: Natural = 0
     multi_hot: bool = False
 
 
@@ -55,8 +65,9 @@ class DataConfig:
         num_workers: streaming only: threads that read ahead; 0 reads when rows are needed.
         label: the label column.
         positive_from: smallest value of the label column that counts as a click; null where the column is 0 or 1.
-        features: the id columns; empty means all that the schema metadata `vocab` names, less `drop`.
-        drop: columns to leave out of `features`.
+        features: Parquet only: the id columns. Empty means all that the schema metadata `vocab` names or, where there is
+            none, all columns that no other key names and that are not pandas' index; less `drop`.
+        drop: Parquet only: columns to leave out of those.
         row_filter: keeps rows, such as "rating != 3"; one comparison of a column with an int.
         dense: Parquet only: columns of dense values.
         pooling: the most ids that a row has of a feature, where that is over one; Parquet's columns of lists are read
@@ -83,28 +94,28 @@ class DataConfig:
     kind: Literal["generator", "parquet", "criteo"] = "generator"
     path: str | None = None
     streaming: bool = False
-    lanes: int = 8
-    chunk_rows: int = 16384
-    window: int = 4
-    num_workers: int = 2
+    lanes: Positive = 8
+    chunk_rows: Positive = 16384
+    window: Positive = 4
+    num_workers: Natural = 2
     label: str = "label"
-    positive_from: int | None = None
+    positive_from: Annotated[int, Range()] | None = None
     features: list[str] = field(default_factory=list)
     drop: list[str] = field(default_factory=list)
     row_filter: str | None = None
     dense: list[str] = field(default_factory=list)
-    pooling: dict[str, int] = field(default_factory=dict)
+    pooling: dict[str, Positive] = field(default_factory=dict)
     split: str | None = "split"
     split_by: Literal["drawn", "order", "last_file"] = "drawn"
-    fractions: list[float] = field(default_factory=lambda: [0.8, 0.1])
-    split_seed: int = 0
-    subsample: float = 1.0
+    fractions: list[Annotated[float, Range(0, 1, above=True, below=True)]] = field(default_factory=lambda: [0.8, 0.1])
+    split_seed: Seed = 0
+    subsample: Annotated[float, Range(0, 1, above=True)] = 1.0
     subsample_by: str | None = None
     kind_column: str | None = None
     tail_tables: list[str] = field(default_factory=list)
-    tail_count: int = 10
-    vocab: dict[str, int] = field(default_factory=dict)
-    hash_size: int | dict[str, int] | None = None
+    tail_count: Natural = 10
+    vocab: dict[str, IdRows] = field(default_factory=dict)
+    hash_size: IdRows | dict[str, IdRows] | None = None
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
 
@@ -131,16 +142,16 @@ class ModelConfig:
     """
 
     name: Literal["dlrm", "deepfm", "dcnv2", "dlrm_dcnv2"] = "deepfm"
-    embedding_dim: int = 32
-    widths: dict[str, int] = field(default_factory=dict)
-    init_scale: float | None = 0.01
-    hidden: list[int] = field(default_factory=lambda: [256, 128])
-    bottom: list[int] = field(default_factory=list)
-    dropout: float = 0.0
-    embedding_dropout: float = 0.0
+    embedding_dim: Positive = 32
+    widths: dict[str, Positive] = field(default_factory=dict)
+    init_scale: NonNegative | None = 0.01
+    hidden: list[Positive] = field(default_factory=lambda: [256, 128])
+    bottom: list[Positive] = field(default_factory=list)
+    dropout: Rate = 0.0
+    embedding_dropout: Rate = 0.0
     batch_norm: bool = False
-    num_cross_layers: int = 3
-    cross_rank: int | None = None
+    num_cross_layers: Natural = 3
+    cross_rank: Positive | None = None
     bfloat16: bool = False
 
 
@@ -163,13 +174,13 @@ class OptimConfig:
     """
 
     tables: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
-    table_lr: float = 0.05
-    table_l2: float = 0.0
-    lookup_l2: float = 0.0
+    table_lr: NonNegative = 0.05
+    table_l2: NonNegative = 0.0
+    lookup_l2: NonNegative = 0.0
     dense: Literal["adam", "adagrad"] = "adam"
-    dense_lr: float = 1e-3
-    dense_l2: float = 0.0
-    codebook_lr: float = 1e-3
+    dense_lr: NonNegative = 1e-3
+    dense_l2: NonNegative = 0.0
+    codebook_lr: NonNegative = 1e-3
     decay: Literal["none", "linear", "plateau"] = "linear"
 
 
@@ -178,7 +189,7 @@ class StageConfig:
     """One stage of training.
 
     Args:
-        epochs: at most so many passes, which may be a fraction; 0 trains nothing.
+        epochs: at most so many passes, which may be a fraction; 0 trains nothing, which only `retrain` may after a fit.
         batch_size: rows per step, over all ranks together.
         evals_per_epoch: validations per epoch.
         patience: stop after so many validations without a better one; 0 never stops early.
@@ -196,20 +207,20 @@ class StageConfig:
         optim: the optimizers.
     """
 
-    epochs: float = 2.0
-    batch_size: int = 4096
-    evals_per_epoch: int = 1
-    patience: int = 2
+    epochs: NonNegative = 2.0
+    batch_size: Positive = 4096
+    evals_per_epoch: Positive = 1
+    patience: Natural = 2
     monitor: Literal["logloss", "auc"] = "logloss"
     train_dense: bool = True
     train_tables: bool = True
     train_codebooks: bool = True
-    distill_weight: float = 0.0
-    start_l2: float = 0.0
-    checkpoint_every: int = 0
-    keep_checkpoints: int = 2
-    log_every: int = 0
-    skip_bad_batches: int = 0
+    distill_weight: Annotated[float, Range(0, 1)] = 0.0
+    start_l2: NonNegative = 0.0
+    checkpoint_every: Natural = 0
+    keep_checkpoints: Positive = 2
+    log_every: Natural = 0
+    skip_bad_batches: Natural = 0
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
@@ -220,8 +231,8 @@ class ParallelConfig:
     Args:
         device: where the model trains; "auto" is a GPU where there is one.
         timeout: seconds that a rank waits for the others before the job ends with an error.
-        sharding_types: allowed sharding types, such as ["row_wise"], by table name or pattern; a table that no pattern
-            fits may be sharded in any way but "data_parallel".
+        sharding_types: allowed sharding types, such as ["row_wise"], by table name, else by the last pattern that fits;
+            a table that none fits may be sharded in any way but "data_parallel".
         init: "host" makes every rank start from the same whole model in its host's memory, so that any number of ranks
             starts with the same weights; "shards" makes each rank draw its own shards on its device, for tables that
             no host can hold.
@@ -230,10 +241,10 @@ class ParallelConfig:
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    timeout: float = 600.0
+    timeout: Annotated[float, Range(0, 1e9, above=True)] = 600.0
     sharding_types: dict[str, list[str]] = field(default_factory=dict)
     init: Literal["host", "shards"] = "host"
-    profile_steps: int = 0
+    profile_steps: Natural = 0
 
 
 @dataclass(frozen=True)
@@ -247,10 +258,10 @@ class CompareConfig:
         num_workers: processes that run at a time.
     """
 
-    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=lambda: [0])
+    variants: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    seeds: list[Seed] = field(default_factory=lambda: [0])
     only: list[str] = field(default_factory=list)
-    num_workers: int = 2
+    num_workers: Positive = 2
 
 
 @dataclass(frozen=True)
@@ -276,8 +287,8 @@ class RunConfig:
     """
 
     output: str = "runs/default"
-    seed: int = 0
-    num_threads: int = 1
+    seed: Seed = 0
+    num_threads: Positive = 1
     tensorboard: bool = True
     start: Literal["pretrained", "scratch"] = "pretrained"
     compression: dict[str, Any] = field(default_factory=dict)
@@ -290,46 +301,38 @@ class RunConfig:
     compare: CompareConfig = field(default_factory=CompareConfig)
 
 
-def override(config: Any, changes: Mapping[str, Any], where: str = "") -> Any:
+def of_pattern(values: Mapping[str, Value], table: str) -> Value | None:
+    """Return the value of a table by its own name, or by the last pattern that fits, or None.
+
+    Example:
+        >>> of_pattern({"[a]": 1, "*": 2}, "[a]"), of_pattern({"a*": 1, "*": 2}, "ab"), of_pattern({}, "a")
+        (1, 2, None)
+    """
+    fitting = [value for pattern, value in values.items() if fnmatch.fnmatchcase(table, pattern)]
+    return values.get(table, fitting[-1] if fitting else None)
+
+
+def needs_pretrained(config: RunConfig) -> bool:
+    """Return whether the full model is trained first."""
+    return config.start == "pretrained" or not config.compression
+
+
+def override(config: Config, changes: Mapping[str, Any], where: str = "") -> Config:
     """Return a copy of a config dataclass with some keys changed.
 
     Args:
         config: any of the dataclasses above.
         changes: values by key; keys may be dotted and values of nested configs may be mappings.
-        where: prefix of keys in errors.
+        where: the key that holds the changes, for errors.
 
     Raises:
-        ValueError: an unknown key; the nearest valid one is named.
+        ValueError: an unknown key (the nearest valid one is named), or a value of the wrong type or size.
 
     Example:
         >>> override(RunConfig(), {"model.embedding_dim": 64, "retrain": {"epochs": 1.0}}).model.embedding_dim
         64
     """
-    types = {f.name: str(f.type) for f in dataclasses.fields(config)}
-    names = list(types)
-    for key, value in changes.items():
-        first, _, rest = key.partition(".")
-        if first not in names:
-            raise ValueError(f"{where}{key}: no such key{nearest(first, names)}; the keys are {names}")
-        old = getattr(config, first)
-        if rest:
-            if isinstance(old, dict):
-                new: Any = {**old, rest: value}
-            elif dataclasses.is_dataclass(old):
-                new = override(old, {rest: value}, f"{where}{first}.")
-            else:
-                raise ValueError(f"{where}{key}: {first!r} has no keys of its own, got {rest!r}")
-        elif dataclasses.is_dataclass(old) and isinstance(value, Mapping):
-            new = override(old, value, f"{where}{first}.")
-        else:
-            new = float(value) if isinstance(old, float) and isinstance(value, int) else value
-            # "str | None": one of the types that the annotation names will do
-            others = [part.strip().partition("[")[0] for part in types[first].split("|")]
-            fits = isinstance(new, type(old)) or type(new).__name__.removesuffix("Type") in others
-            if isinstance(old, bool | int | float | str | list | dict) and not fits:
-                raise ValueError(f"{where}{key}: must be of type {type(old).__name__}, got {value!r}")
-        config = dataclasses.replace(config, **{first: new})
-    return config
+    return build(type(config), changes, where, config)
 
 
 # how a training is watched and kept, which may change when it resumes
@@ -349,17 +352,6 @@ def lasting(config: Any) -> dict[str, Any]:
         for key, value in plain.items()
         if key not in _FREE
     }
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """Return "; did you mean 'x'?" for a misspelt name, or nothing.
-
-    Example:
-        >>> nearest("epoch", ["epochs", "batch_size"])
-        "; did you mean 'epochs'?"
-    """
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def fingerprint(*parts: Any) -> str:

@@ -232,11 +232,7 @@ def open_data(config: DataConfig, pin_memory: bool = False) -> ClickSource:
     """
     if not config.streaming:
         return replace(load_data(config), pin_memory=pin_memory)
-    if config.path is None or config.kind == "generator":
-        raise ValueError(
-            f"data.streaming: must be false with data.kind = 'generator', and needs data.path, got {config.kind!r} and "
-            f"{config.path!r}"
-        )
+    check_source(config)
     if config.kind == "criteo":
         from torchrec_compress.train.criteo import stream_criteo
 
@@ -244,6 +240,17 @@ def open_data(config: DataConfig, pin_memory: bool = False) -> ClickSource:
     from torchrec_compress.train.parquet_stream import stream_parquet
 
     return stream_parquet(config, pin_memory)
+
+
+def check_source(config: DataConfig) -> None:
+    """Raise ValueError where a config names no files, or wants clicks streamed that are generated in memory."""
+    if config.kind == "generator":
+        if config.streaming:
+            raise ValueError("data.streaming: must be false with data.kind = 'generator', got true")
+    elif not config.path:
+        raise ValueError(
+            f"data.path: must be set with data.kind = {config.kind!r}, got {config.path!r}; pass --data.path FILE"
+        )
 
 
 def load_data(config: DataConfig) -> ClickData:
@@ -264,8 +271,7 @@ def load_data(config: DataConfig) -> ClickData:
         from torchrec_compress.train.generator import generate
 
         return generate(config.generator)
-    if config.path is None:
-        raise ValueError(f"data.path: must be set with data.kind = {config.kind!r}, got null; pass --data.path FILE")
+    check_source(config)
     if config.kind == "criteo":
         from torchrec_compress.train.criteo import read_criteo
 

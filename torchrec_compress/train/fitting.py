@@ -13,7 +13,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_compress import CompressedEmbeddingBagCollection, compress_into
 from torchrec_compress.budget import for_budget
-from torchrec_compress.compression import parse
+from torchrec_compress.train.byte_budget import budget_of
+from torchrec_compress.train.check import base_of
 from torchrec_compress.train.checkpoint import read
 from torchrec_compress.train.config import RunConfig
 from torchrec_compress.train.data import ClickSource
@@ -85,22 +86,26 @@ def choose(
     Rank 0 alone calls it; arguments as for `fit`, and the folder of the run.
 
     Raises:
-        ValueError: two budgets, or one without a full model.
+        ValueError: a budget without a full model.
     """
-    wanted = dict(config.compression)
-    ratio, size, codes = (wanted.pop(key, None) for key in ("budget_ratio", "budget_bytes", "codes"))
-    if ratio is None and size is None:
+    wanted = budget_of(config.compression)
+    if wanted is None:
         return config.compression
-    if source is None or (ratio is not None and size is not None):
-        raise ValueError("compression: must have one of budget_ratio and budget_bytes, and start = 'pretrained'")
+    if source is None:
+        raise ValueError("start: must be 'pretrained' with a budget in compression, got no full model")
     kept = folder / "compression.json"
     if not kept.is_file():
         tables = make_tables(config.model, data)
         rows = dict(_Tables(best_checkpoint(source), tables))
         dense = sum(4 * table.num_embeddings * table.embedding_dim for table in tables)
-        budget = int(dense / float(ratio or 1)) if size is None else int(size)
-        method = {} if codes is None else {"codes": parse(codes)}
-        chosen = for_budget(rows, counts, budget, seed=config.seed, **method, **wanted)
+        chosen = for_budget(
+            rows,
+            counts,
+            wanted.num_bytes(dense),
+            num_codes=wanted.num_codes,
+            codes=base_of(wanted),
+            seed=config.seed,
+        )
         write_json(kept, {name: choice.to_dict() for name, choice in chosen.items()})
     return json.loads(kept.read_text())
 

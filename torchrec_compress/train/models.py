@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -32,15 +33,24 @@ class Prediction(NamedTuple):
 
 
 def make_tables(config: ModelConfig, data: ClickSource) -> list[EmbeddingBagConfig]:
-    """Return one table per feature.
+    """Return one table per feature; see `tables_of`."""
+    return tables_of(config, dict(zip(data.features, data.vocab, strict=True)))
+
+
+def tables_of(config: ModelConfig, rows: Mapping[str, int]) -> list[EmbeddingBagConfig]:
+    """Return a table per feature.
+
+    Args:
+        config: of the model.
+        rows: by feature.
 
     Raises:
         ValueError: a width that FBGEMM or the model does not allow, or a width for an unknown table.
     """
-    unknown = sorted(set(config.widths) - set(data.features))
+    unknown = sorted(set(config.widths) - set(rows))
     if unknown:
-        raise ValueError(f"model.widths: must name tables of {data.features}, got {unknown}")
-    widths = {name: config.widths.get(name, config.embedding_dim) for name in data.features}
+        raise ValueError(f"model.widths: must name tables of {list(rows)}, got {unknown}")
+    widths = {name: config.widths.get(name, config.embedding_dim) for name in rows}
     if any(width < 4 or width % 4 for width in widths.values()):
         raise ValueError(f"model.embedding_dim: must be a multiple of 4 (FBGEMM), got {widths}")
     if len(set(widths.values())) > 1 and config.name != "dcnv2":
@@ -56,7 +66,7 @@ def make_tables(config: ModelConfig, data: ClickSource) -> list[EmbeddingBagConf
             feature_names=[name],
             init_fn=None if scale is None else _Uniform(scale),
         )
-        for name, size in zip(data.features, data.vocab, strict=True)
+        for name, size in rows.items()
     ]
 
 

@@ -27,8 +27,9 @@ from torchrec_compress.modules import native_parameters, optimizer_bytes
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.sharding import get_default_sharders
 from torchrec_compress.train.batch import Batch
+from torchrec_compress.train.check import check_optim
 from torchrec_compress.train.checkpoint import Checkpoints, Saved, read
-from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig
+from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig, of_pattern
 from torchrec_compress.train.models import ClickModel
 from torchrec_compress.train.objective import Loss, TrainStep
 from torchrec_compress.train.ranks import Ranks
@@ -67,7 +68,7 @@ class Trainable:
         pooling: Mapping[str, int] | None = None,
     ) -> None:
         config = stage.optim
-        _check(config)
+        check_optim(config, "optim")
         self.ranks = ranks
         is_meta = any(parameter.is_meta for parameter in model.parameters())
         before = {} if is_meta else {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -205,14 +206,6 @@ def _part(name: str) -> str:
     return "codebooks" if ".decoder." in name else "tables"
 
 
-def _check(config: OptimConfig) -> None:
-    if config.table_l2 and config.tables != "adam":
-        raise ValueError(
-            f"optim.table_l2: must be 0 with optim.tables = {config.tables!r} (FBGEMM's CPU kernels ignore it), "
-            f"got {config.table_l2}; use optim.tables='adam', or optim.lookup_l2"
-        )
-
-
 def _wrap(
     step: TrainStep, shard: bool, stage: StageConfig, ranks: Ranks, constraints: dict[str, ParameterConstraints]
 ) -> DistributedModelParallel:
@@ -266,7 +259,7 @@ def make_constraints(
     configs = {table.name: table for table in model.embeddings.embedding_bag_configs()}
     tables = {name: table.num_embeddings for name, table in configs.items()}
     for pattern in parallel.sharding_types:
-        if not fnmatch.filter(tables, pattern):
+        if pattern not in tables and not fnmatch.filter(tables, pattern):
             raise ValueError(f"parallel.sharding_types: {pattern!r} must fit a table of {sorted(tables)}, got none")
     native = {
         name.split(".")[-2]: value.shape[0] for name, value in model.named_parameters() if _part(name) == "tables"
@@ -274,8 +267,8 @@ def make_constraints(
     constraints = {}
     for table, rows in tables.items():
         parts = {name: size for name, size in native.items() if name == table or name.startswith(f"{table}__")}
-        wanted = [types for pattern, types in parallel.sharding_types.items() if fnmatch.fnmatch(table, pattern)]
-        kinds = wanted[-1] if wanted else [kind.value for kind in ShardingType if kind.value != "data_parallel"]
+        wanted = of_pattern(parallel.sharding_types, table)
+        kinds = wanted or [kind.value for kind in ShardingType if kind.value != "data_parallel"]
         if parts and "data_parallel" in kinds:
             raise ValueError(
                 f"parallel.sharding_types: table {table!r} is trained in the backward and must not be data_parallel, "

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from torchrec_compress.train.config import DataConfig, nearest
+from torchrec_compress.schema import nearest
+from torchrec_compress.train.config import DataConfig
 from torchrec_compress.train.data import SPLITS, ClickData, Split
 from torchrec_compress.train.splits import draw_split
 

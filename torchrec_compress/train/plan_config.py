@@ -5,15 +5,17 @@ This file imports nothing heavy, so that `--help` is quick.
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from torchrec_compress.train.config import RunConfig
+from torchrec_compress.schema import NonNegative, Positive, Range, Rate
+from torchrec_compress.train.byte_budget import budget_of
+from torchrec_compress.train.config import RunConfig, of_pattern
 from torchrec_compress.train.mlperf import FEATURES, MULTI_HOT_SIZES, TABLE_ROWS
 
 # tables that train in the backward are never data-parallel
 _TRAINED_TYPES = ("table_wise", "column_wise", "row_wise", "table_row_wise", "table_column_wise", "grid_shard")
+Width = Annotated[int, Range(4)]
 _UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 
 
@@ -31,10 +33,10 @@ class TableSpec:
         compute_kernels: allowed kernels, such as "fused"; empty allows all.
     """
 
-    num_embeddings: int
-    embedding_dim: int | None = None
+    num_embeddings: Positive
+    embedding_dim: Width | None = None
     feature_names: list[str] = field(default_factory=list)
-    pooling_factor: float = 1.0
+    pooling_factor: NonNegative = 1.0
     pooling: Literal["sum", "mean"] = "sum"
     sharding_types: list[str] = field(default_factory=list)
     compute_kernels: list[str] = field(default_factory=list)
@@ -65,18 +67,18 @@ class PlanConfig:
     """
 
     tables: dict[str, TableSpec] = field(default_factory=dict)
-    embedding_dim: int = 128
+    embedding_dim: Width = 128
     unpooled: bool = False
     compression: dict[str, Any] = field(default_factory=dict)
-    world_size: int = 8
-    local_world_size: int | None = None
+    world_size: Positive = 8
+    local_world_size: Positive | None = None
     device: Literal["cuda", "cpu"] = "cuda"
     hbm: str = "80GB"
     ddr: str = "128GB"
-    reserved: float = 0.15
+    reserved: Rate = 0.15
     dense_net: str = "0GB"
-    batch_size: int | None = None
-    global_batch_size: int | None = None
+    batch_size: Positive | None = None
+    global_batch_size: Positive | None = None
     optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
     dense_optimizer: Literal["adam", "adamw", "adagrad", "rmsprop", "momentum", "sgd"] = "adam"
     output: str | None = None
@@ -136,12 +138,15 @@ def from_training(run: RunConfig) -> dict[str, Any]:
     Raises:
         ValueError: they are not, or the methods depend on the data.
     """
-    if {"budget_bytes", "budget_ratio"} & set(run.compression):
+    from torchrec_compress.train.check import check_tables  # needs torch
+
+    if budget_of(run.compression) is not None:
         raise ValueError(
             "compression: must name the methods to be planned, got a budget, which is shared out by the data; give "
             "methods by table"
         )
-    sizes = _sizes(run)
+    sizes = known_rows(run)
+    check_tables(run, sizes)
     pooling = _pooling(run)
     stage = run.retrain if run.compression else run.pretrain
     return {
@@ -163,9 +168,8 @@ def from_training(run: RunConfig) -> dict[str, Any]:
 
 
 def _sharding_types(run: RunConfig, name: str) -> list[str]:
-    """Return the sharding types that training allows for a table: those of the last pattern that fits."""
-    fitting = [kinds for pattern, kinds in run.parallel.sharding_types.items() if fnmatch.fnmatch(name, pattern)]
-    return list(fitting[-1]) if fitting else list(_TRAINED_TYPES)
+    """Return the sharding types that training allows for a table."""
+    return list(of_pattern(run.parallel.sharding_types, name) or _TRAINED_TYPES)
 
 
 def _pooling(run: RunConfig) -> dict[str, int]:
@@ -175,8 +179,12 @@ def _pooling(run: RunConfig) -> dict[str, int]:
     return run.data.pooling
 
 
-def _sizes(run: RunConfig) -> dict[str, int]:
-    """Return rows by table name."""
+def known_rows(run: RunConfig) -> dict[str, int]:
+    """Return rows by table name.
+
+    Raises:
+        ValueError: the config leaves some to its data.
+    """
     data = run.data
     if data.kind == "generator" and data.generator.criteo_rows:
         return {name: min(size, data.generator.criteo_rows) for name, size in TABLE_ROWS.items()}

@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from torchrec_compress.canvas import figure
 
 _METRICS = {"auc": "test AUC", "logloss": "test logloss"}
 
@@ -25,20 +22,16 @@ def draw(report: dict[str, Any], folder: Path) -> list[str]:
     """
     names = []
     for metric, title in _METRICS.items():
-        figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-        _quality(axes, report, metric, title)
         names.append(f"{metric}_against_bytes.png")
-        figure.savefig(folder / names[-1], dpi=130)
-        pyplot.close(figure)
+        with figure(folder / names[-1], 8, 5, dpi=130) as drawn:
+            _quality(drawn.subplots(), report, metric, title)
     bars = [
         (f"{name}: {table}", use) for name, row in report["variants"].items() for table, use in row["usage"].items()
     ]
     if bars:
-        figure, axes = pyplot.subplots(figsize=(8, 1 + 0.32 * len(bars)), layout="constrained")
-        _usage(axes, bars)
         names.append("code_usage.png")
-        figure.savefig(folder / names[-1], dpi=130)
-        pyplot.close(figure)
+        with figure(folder / names[-1], 8, 1 + 0.32 * len(bars), dpi=130) as drawn:
+            _usage(drawn.subplots(), bars)
     return names
 
 
@@ -47,7 +40,8 @@ def _quality(axes: Any, report: dict[str, Any], metric: str, title: str) -> None
         value = row["test"][metric]
         colour, marker = f"C{number % 10}", "osD^vPX*"[number // 10 % 8]
         axes.errorbar(row["bytes"], value["mean"], value["spread"], fmt=marker, color=colour, capsize=3)
-        axes.annotate(name, (row["bytes"], value["mean"]), textcoords="offset points", xytext=(5, 4), fontsize=7)
+        place = {"textcoords": "offset points", "xytext": (5, 4), "fontsize": 7, "parse_math": False}
+        axes.annotate(name, (row["bytes"], value["mean"]), **place)
     if report["bayes"]:
         best = report["bayes"][f"bayes_{metric}"]
         axes.axhline(best, color="grey", linestyle=":", linewidth=1)
@@ -63,7 +57,7 @@ def _usage(axes: Any, bars: list[tuple[str, dict[str, float]]]) -> None:
     shares = [[use[key] / use["codebook_size"] for _, use in bars] for key in ("by_rows", "by_lookups")]
     axes.barh([p - 0.2 for p in positions], shares[0], 0.4, label="over rows")
     axes.barh([p + 0.2 for p in positions], shares[1], 0.4, label="over look-ups")
-    axes.set_yticks(list(positions), [name for name, _ in bars], fontsize=7)
+    axes.set_yticks(list(positions), [name for name, _ in bars], fontsize=7, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("perplexity of codes / codewords")

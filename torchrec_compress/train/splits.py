@@ -52,8 +52,13 @@ def draw_split(config: DataConfig, file_sizes: list[int], chunk_sizes: list[int]
     return np.searchsorted(shares, np.random.default_rng(config.split_seed).random(len(first)), side="right")
 
 
-def _fractions(config: DataConfig) -> tuple[float, float]:
+def check_fractions(config: DataConfig) -> None:
+    """Raise ValueError unless `fractions` are shares of train and valid that leave some for the test."""
     shares = config.fractions
     if len(shares) != 2 or min(shares) <= 0 or sum(shares) >= 1:
         raise ValueError(f"data.fractions: must be the shares of train and valid, below 1 in all, got {shares}")
-    return shares[0], shares[1]
+
+
+def _fractions(config: DataConfig) -> tuple[float, float]:
+    check_fractions(config)
+    return config.fractions[0], config.fractions[1]

@@ -17,8 +17,17 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.compression import parse, resolve
 from torchrec_compress.methods import CodebookConfig
+from torchrec_compress.train.byte_budget import budget_of
+from torchrec_compress.train.check import check_config, check_run
 from torchrec_compress.train.checkpoint import check_same, read
-from torchrec_compress.train.config import DataConfig, RunConfig, fingerprint, lasting, override
+from torchrec_compress.train.config import (
+    DataConfig,
+    RunConfig,
+    fingerprint,
+    lasting,
+    needs_pretrained,
+    override,
+)
 from torchrec_compress.train.data import ClickData, ClickSource, open_data
 from torchrec_compress.train.fitting import best_checkpoint, choose, fit, save_tensors
 from torchrec_compress.train.journal import versions, write_atomically, write_json
@@ -45,11 +54,6 @@ def get_data(config: DataConfig, ranks: Ranks) -> ClickSource:
 def pretrained_key(config: RunConfig) -> str:
     """Return the name under which the full model of a config is shared."""
     return fingerprint(lasting(config.data), config.model, lasting(config.pretrain), config.seed)
-
-
-def needs_pretrained(config: RunConfig) -> bool:
-    """Return whether the full model is trained first."""
-    return config.start == "pretrained" or not config.compression
 
 
 def pretrain(config: RunConfig, shared: Path, position: int | None = 0) -> Path:
@@ -109,9 +113,11 @@ def run(config: RunConfig, folder: Path, shared: Path, position: int | None = 0)
         OSError: something could not be written.
         Preempted: SIGTERM came while a model was trained; everything is saved.
     """
+    check_config(config)
     ranks = start(config.parallel)
     on_first(lambda: (_check_unchanged(config, folder), record(config, folder))[0], ranks)
     data = get_data(config.data, ranks)
+    check_run(config, data, ranks.world)
     if not config.compression:
         summary = _run_full(config, data, folder, shared, position)
     else:
@@ -147,8 +153,6 @@ def _run_compressed(
     """Fit the compressed tables and train on with them."""
     ranks = start(config.parallel)
     source = pretrain(config, shared, position) if needs_pretrained(config) else None
-    if source is None and config.retrain.epochs <= 0:
-        raise ValueError("retrain.epochs: must be over 0 with start = 'scratch', got 0; nothing would be trained")
     started = time.perf_counter()
     counts = _counts(config, data, source, ranks)
     model = _compressed(config, data, source, folder, counts)
@@ -176,7 +180,7 @@ def _run_compressed(
 
 def _counts(config: RunConfig, data: ClickSource, source: Path | None, ranks: Ranks) -> dict[str, Tensor]:
     """Return look-ups per id in train, or nothing where no table is fitted or coded: streamed, they cost a pass."""
-    if source is None and not {"budget_ratio", "budget_bytes"} & set(config.compression):
+    if source is None and budget_of(config.compression) is None:
         methods = resolve(make_tables(config.model, data), parse(config.compression)).values()
         if all(method.needs == "nothing" and not isinstance(method, CodebookConfig) for method in methods):
             return {}
@@ -237,9 +241,6 @@ def _compressed(
     torch.manual_seed(config.seed)
     model = make_model(collection, data.num_dense, config.model)
     if in_shards:
-        unfit = sorted(name for name, method in collection.methods().items() if method.needs != "nothing")
-        if unfit:
-            raise ValueError(f"parallel.init: must be 'host' for tables that are fitted, got 'shards' and {unfit}")
         return model
     on_first(lambda: fit(config, data, source, kept, model, counts), ranks)
     model.load_state_dict(torch.load(kept, weights_only=True))
@@ -252,10 +253,7 @@ def _retrain(
     """Train the compressed model on; it is wrapped in place."""
     teacher = None
     if config.retrain.distill_weight:
-        if source is None:
-            raise ValueError(
-                "retrain.distill_weight: must be 0 with start = 'scratch', there is no full model to imitate"
-            )
+        assert source is not None
         teacher = _teacher(config, data, source)
     task = _task(config, data, folder, "retrain", position)
     return train(model, dataclasses.replace(task, keep_start=source is not None, teacher=teacher))

@@ -1,0 +1,254 @@
+"""What would go wrong after hours, found first: from the config alone, from the sizes of the tables, from the data."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torchrec.distributed.types import ShardingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from torchrec_compress.budget import smallest_bytes
+from torchrec_compress.compression import parse, resolve
+from torchrec_compress.methods import CodebookConfig, MethodConfig
+from torchrec_compress.names import check_feature_names, check_folder_names, check_table_names
+from torchrec_compress.schema import nearest
+from torchrec_compress.train.batch import Share
+from torchrec_compress.train.byte_budget import Budget, budget_of
+from torchrec_compress.train.config import (
+    DataConfig,
+    OptimConfig,
+    RunConfig,
+    StageConfig,
+    needs_pretrained,
+    override,
+)
+from torchrec_compress.train.data import ClickSource, check_source
+from torchrec_compress.train.models import make_model, tables_of
+from torchrec_compress.train.splits import check_fractions
+
+# what a kind of data has no use for; a value there would be lost without a word
+_UNUSED = {
+    "generator": ("features", "drop", "row_filter", "dense", "positive_from", "pooling", "vocab", "hash_size"),
+    "criteo": ("features", "drop", "row_filter", "dense", "positive_from", "subsample_by", "kind_column"),
+    "parquet": ("hash_size",),
+}
+
+
+def check_config(config: RunConfig) -> None:
+    """Raise ValueError for settings that cannot work, whatever the data.
+
+    Args:
+        config: of a run; its variants are left to `check_variants`.
+    """
+    methods_of(config)
+    for name, stage in used_stages(config).items():
+        _check_stage(name, stage)
+    _check_data(config.data)
+    known = [kind.value for kind in ShardingType]
+    for pattern, kinds in config.parallel.sharding_types.items():
+        for kind in kinds:
+            if kind not in known:
+                raise ValueError(
+                    f"parallel.sharding_types.{pattern}: must be of {known}, got {kind!r}{nearest(kind, known)}"
+                )
+
+
+def check_variants(config: RunConfig) -> dict[str, RunConfig]:
+    """Return the config of every variant that is asked for, each checked.
+
+    Raises:
+        ValueError: no variants, names that cannot be folders, an unknown name in `only`, an unknown key in a variant, or
+            settings that cannot work.
+    """
+    chosen = config.compare
+    if not chosen.variants or not chosen.seeds:
+        raise ValueError("compare: must have variants and seeds, got none; see configs/demo.yaml")
+    check_folder_names(list(chosen.variants), "compare.variants")
+    for key in ("seeds", "only"):
+        twice = [value for value, count in Counter(getattr(chosen, key)).items() if count > 1]
+        if twice:
+            raise ValueError(f"compare.{key}: must differ, got {twice[0]!r} twice")
+    for name in chosen.only:
+        if name not in chosen.variants:
+            raise ValueError(f"compare.only: no variant {name!r}{nearest(name, list(chosen.variants))}")
+    found, base = {}, replace(config, compare=type(chosen)())
+    for name in chosen.only or chosen.variants:
+        found[name] = override(base, chosen.variants[name] or {}, f"compare.variants.{name}")
+        try:
+            check_config(found[name])
+        except ValueError as error:
+            raise ValueError(f"compare.variants.{name}: {error}") from error
+    return found
+
+
+def check_tables(config: RunConfig, rows: Mapping[str, int]) -> list[EmbeddingBagConfig]:
+    """Return the full model's tables, having checked what names or stores them.
+
+    Args:
+        config: of a run.
+        rows: rows by table name.
+
+    Raises:
+        ValueError: a name that a table cannot have or that no table has, a width or a method that cannot store a table,
+            or a budget that is too small for all.
+    """
+    check_table_names(list(rows), "data: column")
+    check_feature_names(rows, "data: column")
+    tables = tables_of(config.model, rows)
+    for key, given in (("data.tail_tables", config.data.tail_tables), ("context", config.context)):
+        unknown = [name for name in given if name not in rows]
+        if unknown:
+            raise ValueError(f"{key}: must name tables of {list(rows)}, got {unknown}{nearest(unknown[0], list(rows))}")
+    for name, other in config.context.items():
+        if other not in rows or other == name:
+            raise ValueError(f"context.{name}: must be another table of {list(rows)}, got {other!r}")
+    for pattern in config.parallel.sharding_types:
+        if pattern not in rows and not fnmatch.filter(rows, pattern):
+            raise ValueError(f"parallel.sharding_types: {pattern!r} must fit a table of {sorted(rows)}, got none")
+    wanted = methods_of(config)
+    try:
+        if isinstance(wanted, Budget):
+            _check_budget(wanted, tables)
+        elif wanted is not None:
+            chosen = resolve(tables, wanted)
+            unfit = sorted(name for name, method in chosen.items() if method.needs != "nothing")
+            if unfit and config.start == "scratch" and config.parallel.init == "shards":
+                raise ValueError(f"parallel.init: must be 'host' for tables that are fitted, got 'shards' and {unfit}")
+            unfit = sorted(name for name, method in chosen.items() if method.needs == "rows")
+            if unfit and config.start == "scratch":
+                raise ValueError(
+                    f"start: must be 'pretrained' for tables that are fitted to trained ones, got 'scratch' and {unfit}"
+                )
+    except ValueError as error:
+        named = str(error).startswith(("compression", "parallel", "start"))
+        raise error if named else ValueError(f"compression: {error}") from error
+    return tables
+
+
+def check_run(config: RunConfig, data: ClickSource, world: int = 1) -> None:
+    """Raise ValueError where a run would fail on its data later than now.
+
+    Args:
+        config: of the run.
+        data: opened; no row is read.
+        world: number of ranks.
+    """
+    tables = check_tables(config, dict(zip(data.features, data.vocab, strict=True)))
+    with torch.device("meta"):  # the nets' widths are checked where they are built
+        make_model(EmbeddingBagCollection(tables=tables), data.num_dense, config.model)
+    for name, stage in used_stages(config).items():
+        steps = len(data.batches("train", stage.batch_size, config.seed, Share(0, world)))
+        if round(stage.epochs * steps) < 1:
+            raise ValueError(f"{name}.epochs: must make a step, got {stage.epochs} of the {steps} steps of an epoch")
+
+
+def methods_of(config: RunConfig) -> Budget | MethodConfig | Mapping[str, MethodConfig] | None:
+    """Return what `compression` asks for: methods, a budget, or None where nothing is compressed.
+
+    Raises:
+        ValueError: it is not one of them, or a budget that nothing can be chosen by.
+    """
+    if not config.compression:
+        return None
+    budget = budget_of(config.compression)
+    if budget is None:
+        return parse(config.compression)
+    if config.start != "pretrained":
+        raise ValueError(f"start: must be 'pretrained' with a budget in compression, got {config.start!r}")
+    base_of(budget)
+    return budget
+
+
+def base_of(budget: Budget) -> CodebookConfig | None:
+    """Return the method that a budget's candidates are made of, or None for the usual one.
+
+    Raises:
+        ValueError: it is not a method of codes.
+    """
+    if not budget.codes:
+        return None
+    try:
+        found = parse(budget.codes)
+    except ValueError as error:
+        raise ValueError(str(error).replace("compression", "compression.codes", 1)) from error
+    if not isinstance(found, CodebookConfig):
+        raise ValueError(f"compression.codes: must be one method of codes, got {budget.codes}")
+    return found
+
+
+def used_stages(config: RunConfig) -> dict[str, StageConfig]:
+    """Return the stages that a run trains, by name.
+
+    Raises:
+        ValueError: a stage that must train has no epochs, or one imitates a model that is not there.
+    """
+    stages = {}
+    if needs_pretrained(config):
+        if config.pretrain.epochs <= 0:
+            raise ValueError(
+                "pretrain.epochs: must be over 0 where the full model is trained first (start = 'pretrained', or no "
+                "compression), got 0; start = 'scratch' trains compressed tables alone"
+            )
+        if config.pretrain.distill_weight:
+            raise ValueError("pretrain.distill_weight: must be 0, there is no full model to imitate before it")
+        stages["pretrain"] = config.pretrain
+    if not config.compression:
+        return stages
+    if config.start == "scratch":
+        if config.retrain.epochs <= 0:
+            raise ValueError("retrain.epochs: must be over 0 with start = 'scratch', got 0; nothing would be trained")
+        if config.retrain.distill_weight:
+            raise ValueError(
+                "retrain.distill_weight: must be 0 with start = 'scratch', there is no full model to imitate"
+            )
+    return {**stages, "retrain": config.retrain} if config.retrain.epochs > 0 else stages
+
+
+def check_optim(config: OptimConfig, where: str) -> None:
+    """Raise ValueError for an l2 that the optimizer of tables would ignore."""
+    if config.table_l2 and config.tables != "adam":
+        raise ValueError(
+            f"{where}.table_l2: must be 0 with {where}.tables = {config.tables!r} (FBGEMM's CPU kernels ignore it), "
+            f"got {config.table_l2}; use 'adam', or lookup_l2"
+        )
+
+
+def _check_stage(name: str, stage: StageConfig) -> None:
+    check_optim(stage.optim, f"{name}.optim")
+    if not (stage.train_dense or stage.train_tables or stage.train_codebooks):
+        raise ValueError(f"{name}: must train something, got train_dense, train_tables and train_codebooks all false")
+
+
+def _check_data(config: DataConfig) -> None:
+    check_source(config)
+    default = DataConfig()
+    for key in _UNUSED[config.kind]:
+        if getattr(config, key) != getattr(default, key):
+            raise ValueError(
+                f"data.{key}: has no meaning with data.kind = {config.kind!r}, got {getattr(config, key)!r}"
+            )
+    if config.generator.multi_hot and not config.generator.criteo_rows:
+        raise ValueError("data.generator.multi_hot: must be false without data.generator.criteo_rows, got true")
+    check_fractions(config)
+    for key, names in _lists(config):
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ValueError(f"data.{key}: names must differ, got {twice[0]!r} twice")
+
+
+def _lists(config: DataConfig) -> Iterator[tuple[str, list[str]]]:
+    for key in ("features", "drop", "dense", "tail_tables"):
+        yield key, getattr(config, key)
+
+
+def _check_budget(budget: Budget, tables: list[EmbeddingBagConfig]) -> None:
+    dense = sum(4 * table.num_embeddings * table.embedding_dim for table in tables)
+    wanted = budget.num_bytes(dense)
+    least = smallest_bytes(tables, base_of(budget), budget.num_codes)
+    if wanted < least:
+        raise ValueError(f"compression: the budget must be at least {least:,} bytes for these tables, got {wanted:,}")
