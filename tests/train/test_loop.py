@@ -11,7 +11,8 @@ import torch
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.methods import DenseConfig, MEmComConfig, PQConfig
 from torchrec_compress.train import loop
-from torchrec_compress.train.checkpoint import Checkpoints, read
+from torchrec_compress.train.checkpoint import Checkpoints
+from torchrec_compress.train.checkpoint_reader import read
 from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig, override
 from torchrec_compress.train.data import ClickData, Split
 from torchrec_compress.train.loop import PREEMPTED, Preempted, Task, Trained, train

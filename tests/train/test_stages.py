@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchrec_compress.train import fitting, stages
+from torchrec_compress.train import sealed, stages
 from torchrec_compress.train.check import check_variants
-from torchrec_compress.train.checkpoint import read
+from torchrec_compress.train.checkpoint_reader import read
 from torchrec_compress.train.compare import compare
 from torchrec_compress.train.config import RunConfig, override
 from torchrec_compress.train.report import collect, write_report
+from torchrec_compress.train.sealed import write_json
 
 PQ = {"*": {"method": "pq", "num_codes": 2, "codebook_size": 16}}
 
@@ -225,7 +226,7 @@ def test_spread_is_over_seeds(tmp_path):
         metrics = {"auc": value, "logloss": 0.5}
         size = {"total_bytes": 10, "dense_bytes": 20, "ratio": 2.0, "compressed_ratio": 2.0}
         summary = {"seed": seed, "metrics": {"test": metrics, "valid": metrics}, "footprint": size, "bayes": {}}
-        (folder / "summary.json").write_text(json.dumps(summary))
+        write_json(folder / "summary.json", summary)
     found = collect(Path(tmp_path))["variants"]["a"]
     assert found["test"]["auc"]["mean"] == pytest.approx(0.75)
     assert found["test"]["auc"]["spread"] == pytest.approx(0.0707106, abs=1e-6)
@@ -240,7 +241,7 @@ def test_a_full_disk_while_a_model_is_written_leaves_nothing_half(config, tmp_pa
     def full(*_):
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
-    monkeypatch.setattr(fitting.torch, "save", full)
+    monkeypatch.setattr(sealed.torch, "save", full)
     with pytest.raises(OSError, match=r"could not be written"):
-        fitting.save_tensors(tmp_path / "model.pt", {"a": torch.ones(2)})
+        sealed.save_tensors(tmp_path / "model.pt", {"a": torch.ones(2)})
     assert not list(tmp_path.iterdir())

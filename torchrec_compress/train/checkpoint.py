@@ -4,7 +4,6 @@ that are written aside, made durable, then renamed."""
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -21,10 +20,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 from torchrec_compress.sharding.seams import copy_to_host
-from torchrec_compress.train.ranks import Ranks, gather, on_first
-
-LATEST = "LATEST"
-FORMAT = 2
+from torchrec_compress.train.checkpoint_reader import FORMAT, META, damage, read, read_meta, reason
+from torchrec_compress.train.ranks import Ranks, on_first
+from torchrec_compress.train.sealed import digest, listed, to_json, write_sums
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class Checkpoints:
         self._writer.join()
         self._writer = None
         if self._failure is not None:
-            old = _pointed(self._folder)
+            old = _newest(self._folder)
             left = f"{old} is still good" if old else "there is no older one"
             raise OSError(f"checkpoint {self._folder}: {self._failure}; {left}")
 
@@ -127,18 +125,18 @@ class Checkpoints:
             )
             torch.save(generator, random)
             _sync(random)
-            files = {path.name: _digest(path) for path in self._mine(random.parent)}
+            files = {path.name: digest(path) for path in self._mine(random.parent)}
         except (OSError, RuntimeError, CheckpointException) as caught:
-            error = _reason(caught)
+            error = reason(caught)
         found = self._gather_files((error, files))
         errors = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(found) if text is not None]
         if not errors and self._ranks.is_first:
             whole = {name: digest for _, part in found for name, digest in part.items()}
-            meta = {"format": FORMAT, "step": step, "identity": self._identity, "notes": notes, "files": whole}
+            meta = {"format": FORMAT, "step": step, "identity": self._identity, "notes": notes}
             try:
-                self._publish(random.parent, step, meta, protected)
-            except OSError as caught:
-                errors = [f"rank 0: {_reason(caught)}"]
+                self._publish(random.parent, step, meta, whole, protected)
+            except (OSError, ValueError) as caught:
+                errors = [f"rank 0: {reason(caught)}"]
         told = [errors[0] if errors else None]
         if self._ranks.world > 1:
             dist.broadcast_object_list(told, src=0, group=self._ranks.saving)
@@ -158,15 +156,17 @@ class Checkpoints:
         own = [*folder.glob(f"__{self._ranks.rank}_*.distcp"), folder / f"random_{self._ranks.rank}.pt"]
         return [*own, folder / ".metadata"] if self._ranks.is_first else own
 
-    def _publish(self, partial: Path, step: int, meta: dict[str, Any], protected: int | None) -> None:
+    def _publish(
+        self, partial: Path, step: int, meta: dict[str, Any], sums: dict[str, str], protected: int | None
+    ) -> None:
         """Make a checkpoint visible, and delete those that are too old."""
         final = self._folder / f"step{step:09d}"
-        _write(partial / "meta.json", json.dumps(meta))
+        (partial / META).write_text(to_json(final / META, meta))
+        _sync(partial / META)
+        write_sums(partial, {**sums, META: digest(partial / META)})
         _sync(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _write(self._folder / ".latest", final.name)
-        (self._folder / ".latest").replace(self._folder / LATEST)
         _sync(self._folder)
         kept = {*_all(self._folder)[-self._keep :]}
         if protected is not None:
@@ -182,10 +182,10 @@ class Checkpoints:
         Raises:
             ValueError: all are damaged, or the identity differs; the message names the key.
         """
-        candidates = on_first(lambda: _candidates(self._folder), self._ranks)
+        candidates = on_first(lambda: _all(self._folder)[::-1], self._ranks)
         problems = []
         for path in candidates:
-            problem = self._problem(path)
+            problem = damage(path, self._ranks)
             if problem is None:
                 if problems and self._ranks.is_first:
                     tqdm.write(f"checkpoint {'; '.join(problems)}; resuming from the older {path.name}")
@@ -196,15 +196,13 @@ class Checkpoints:
         return None
 
     def at(self, step: int | Path) -> Saved:
-        """Return a checkpoint by its step or folder, not verified.
+        """Return a checkpoint by its step or folder; its tensors are verified when they are loaded.
 
         Raises:
-            ValueError: its identity differs.
-            OSError: there is none.
+            ValueError: it is damaged or missing, or its identity differs.
         """
         path = step if isinstance(step, Path) else self._folder / f"step{step:09d}"
-        meta = json.loads((path / "meta.json").read_text())
-        check_same(path, meta["identity"], self._identity)
+        meta = check_identity(path, self._identity)
         return Saved(path, meta["step"], meta["notes"])
 
     def load(self, saved: Saved, state: dict[str, Any], random: bool = False) -> None:
@@ -228,11 +226,6 @@ class Checkpoints:
         else:
             torch.manual_seed(saved.step * 65_537 + self._ranks.rank)
 
-    def _problem(self, path: Path) -> str | None:
-        """Return what is wrong with a checkpoint, the same on all ranks; each rank reads its share of the files."""
-        found = gather(_damage(path, self._ranks), self._ranks)
-        return next((text for text in found if text is not None), None)
-
 
 def _copied(value: Any) -> Any:
     """Return a copy of a state, in the host's memory."""
@@ -247,37 +240,20 @@ def _copied(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
-def read(path: Path, state: dict[str, Any], ranks: Ranks | None = None) -> None:
-    """Fill a state in place from a checkpoint's folder: all ranks together, or this process alone.
-
-    Args:
-        path: of the checkpoint.
-        state: see `Checkpoints.load`.
-        ranks: None is this process alone, whatever the others do.
+def check_identity(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the plain data of a checkpoint, which must be of the same settings and data files.
 
     Raises:
-        ValueError: a tensor is missing or has another shape.
+        ValueError: it is damaged or missing, or its identity differs; the message names the key.
     """
-    is_alone = ranks is None or ranks.world == 1
-    group = None if ranks is None else ranks.waiting
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path), process_group=group, no_dist=is_alone)
-    except CheckpointException as error:
-        raise ValueError(f"{path}: must fit the model and its optimizers, got {_reason(error)}") from error
-
-
-def _damage(path: Path, ranks: Ranks) -> str | None:
-    """Return what is wrong with this rank's share of a checkpoint's files, or None."""
-    try:
-        meta = json.loads((path / "meta.json").read_text())
-        if meta.get("format") != FORMAT:
-            return f"must be of format {FORMAT}, got {meta.get('format')}"
-        for number, (name, digest) in enumerate(sorted(meta["files"].items())):
-            if number % ranks.world == ranks.rank and _digest(path / name) != digest:
-                return f"{name} is truncated or changed (its checksum differs)"
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        return f"damaged ({error})"
-    return None
+        meta = read_meta(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}; delete {path.parent} to train that stage anew") from error
+    if listed(path) is None:  # of format 2, whose identity had fewer parts
+        identity = {key: value for key, value in identity.items() if key in meta["identity"]}
+    check_same(path, meta["identity"], identity)
+    return meta
 
 
 def check_same(path: Path, old: Any, new: Any, where: str = "") -> None:
@@ -296,26 +272,14 @@ def check_same(path: Path, old: Any, new: Any, where: str = "") -> None:
         )
 
 
-def _reason(error: BaseException) -> str:
-    """Return the innermost cause in one line; torch wraps each rank's error in a long report."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        old = _pointed(folder.parent)
+        old = _newest(folder.parent)
         left = f"; {old} is still good" if old else ""
         raise OSError(f"checkpoint {folder.parent}: must be writable, got {error}{left}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-    _sync(path)
 
 
 def _sync(path: Path) -> None:
@@ -327,28 +291,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _candidates(folder: Path) -> list[Path]:
-    """Return all checkpoints, that which LATEST names first, then the newest."""
-    first = _pointed(folder)
-    rest = [path for path in reversed(_all(folder)) if path != first]
-    return rest if first is None else [first, *rest]
-
-
-def _pointed(folder: Path) -> Path | None:
-    """Return the checkpoint that LATEST names, or else the newest, or None."""
-    pointer = folder / LATEST
-    if pointer.is_file() and (folder / pointer.read_text().strip()).is_dir():
-        return folder / pointer.read_text().strip()
-    whole = _all(folder)
-    return whole[-1] if whole else None
+def _newest(folder: Path) -> Path | None:
+    return next(reversed(_all(folder)), None)
 
 
 def _all(folder: Path) -> list[Path]:

@@ -19,7 +19,9 @@ from tqdm import tqdm
 from torchrec_compress.train.check import check_run, check_variants
 from torchrec_compress.train.config import ParallelConfig, RunConfig, fingerprint, lasting, needs_pretrained
 from torchrec_compress.train.data import open_data
-from torchrec_compress.train.journal import write_json
+from torchrec_compress.train.inputs import identify
+from torchrec_compress.train.journal import write_atomically
+from torchrec_compress.train.sealed import is_done, read_text, to_json, write_text
 
 Job = tuple[str, RunConfig, str, str]
 
@@ -42,7 +44,10 @@ def compare(config: RunConfig) -> Path:
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     jobs = _jobs(config, output)
-    left = [job for job in jobs if not _finished(Path(job[2]), job[1])]
+    # the report has the others too
+    others = [job for job in _jobs(_with_all_variants(config), output) if Path(job[2]).is_dir()]
+    finished = {job[2] for job in [*jobs, *others] if _finished(Path(job[2]), job[1])}
+    left = [job for job in jobs if job[2] not in finished]
     _check_data(left)
     shared = output / "full"
     first: dict[str, Job] = {}
@@ -50,7 +55,7 @@ def compare(config: RunConfig) -> Path:
 
     for _, run, _, _ in jobs:
         key = pretrained_key(run)
-        if needs_pretrained(run) and not (shared / key / "summary.json").is_file():
+        if needs_pretrained(run) and not is_done(shared / key / "summary.json"):
             first.setdefault(
                 key, (f"full model {run.model.name} d={run.model.embedding_dim} seed {run.seed}", run, "", str(shared))
             )
@@ -65,6 +70,10 @@ def compare(config: RunConfig) -> Path:
 
     write_report(output, list(config.compare.variants))
     return output
+
+
+def _with_all_variants(config: RunConfig) -> RunConfig:
+    return dataclasses.replace(config, compare=dataclasses.replace(config.compare, only=[]))
 
 
 def _jobs(config: RunConfig, output: Path) -> list[Job]:
@@ -98,15 +107,21 @@ def _finished(folder: Path, config: RunConfig) -> bool:
     """Return whether a run is done, with these very settings.
 
     Raises:
-        ValueError: it was done or begun with others.
+        ValueError: it was done or begun with others or with other data files, or a file of it is damaged.
     """
-    stamp = folder / "fingerprint"
-    mine = _stamp(config)
-    if stamp.is_file() and stamp.read_text() != mine:
+    from torchrec_compress.train.stages import check_unchanged
+
+    stamp, summary = folder / "fingerprint", folder / "summary.json"
+    is_stamped = is_done(stamp)
+    if stamp.is_file() and (read_text(stamp) if is_stamped else stamp.read_text()) != _stamp(config):
         raise ValueError(
             f"{folder}: was run with other settings (see its config.yaml); delete it, or choose another output folder"
         )
-    return (folder / "summary.json").is_file()
+    if not is_stamped or not is_done(summary):
+        return False
+    read_text(summary)
+    check_unchanged(config, folder, identify(config.data))
+    return True
 
 
 def _stamp(config: RunConfig) -> str:
@@ -173,7 +188,7 @@ def _run_job(job: Job) -> tuple[str, str, str]:
             return name, f"trained, {source}", ""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        (path / "fingerprint").write_text(_stamp(config))
+        write_text(path / "fingerprint", _stamp(config))
         summary = stages.run(config, path, Path(shared), _position)
         test, size = summary["metrics"]["test"], summary["footprint"]
         text = f"test AUC {test['auc']:.4f} logloss {test['logloss']:.4f}"
@@ -181,5 +196,6 @@ def _run_job(job: Job) -> tuple[str, str, str]:
     except Exception as error:  # noqa: BLE001 (one failed variant must not stop the others)
         where = Path(folder or shared)
         where.mkdir(parents=True, exist_ok=True)
-        write_json(where / f"error-{os.getpid()}.json", {"job": name, "traceback": traceback.format_exc()})
+        path = where / f"error-{os.getpid()}.json"
+        write_atomically(path, to_json(path, {"job": name, "traceback": traceback.format_exc()}))
         return name, "", f"failed: {type(error).__name__}: {error}"

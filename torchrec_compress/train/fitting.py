@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,29 @@ from torchrec_compress import CompressedEmbeddingBagCollection, compress_into
 from torchrec_compress.budget import for_budget
 from torchrec_compress.train.byte_budget import budget_of
 from torchrec_compress.train.check import base_of
-from torchrec_compress.train.checkpoint import read
+from torchrec_compress.train.checkpoint import check_identity
+from torchrec_compress.train.checkpoint_reader import read
 from torchrec_compress.train.config import RunConfig
 from torchrec_compress.train.data import ClickSource
-from torchrec_compress.train.journal import write_json
 from torchrec_compress.train.models import ClickModel, make_tables
+from torchrec_compress.train.sealed import is_done, read_json, save_tensors, write_json
 
 _MAX_PAIRS = 2_000_000
 _READ_ROWS = 65_536
 
 
 def best_checkpoint(source: Path) -> Path:
-    """Return the checkpoint of the best validation of the full model whose folder this is."""
-    return source / json.loads((source / "summary.json").read_text())["checkpoint"]
+    """Return the checkpoint of the best validation of the full model whose folder this is.
+
+    Raises:
+        ValueError: the folder's summary or the checkpoint is damaged, or that is of another training.
+    """
+    summary = read_json(source / "summary.json")
+    if not re.fullmatch(r"pretrain/checkpoints/step\d{9,}", summary["checkpoint"]):
+        raise ValueError(f"{source}/summary.json: must name a checkpoint beside it, got {summary['checkpoint']!r}")
+    path = source / summary["checkpoint"]
+    check_identity(path, summary["identity"])
+    return path
 
 
 class _Tables(Mapping[str, Tensor]):
@@ -63,7 +73,7 @@ def fit(
         model: with unfitted tables; filled in place.
         counts: look-ups per id in train, (rows,) int64 by table.
     """
-    if kept.is_file():
+    if is_done(kept):
         return
     collection = model.embeddings
     assert isinstance(collection, CompressedEmbeddingBagCollection)
@@ -94,7 +104,7 @@ def choose(
     if source is None:
         raise ValueError("start: must be 'pretrained' with a budget in compression, got no full model")
     kept = folder / "compression.json"
-    if not kept.is_file():
+    if not is_done(kept):
         tables = make_tables(config.model, data)
         rows = dict(_Tables(best_checkpoint(source), tables))
         dense = sum(4 * table.num_embeddings * table.embedding_dim for table in tables)
@@ -107,7 +117,7 @@ def choose(
             seed=config.seed,
         )
         write_json(kept, {name: choice.to_dict() for name, choice in chosen.items()})
-    return json.loads(kept.read_text())
+    return read_json(kept)
 
 
 def _contexts(config: RunConfig, data: ClickSource, methods: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -138,18 +148,3 @@ def _pairs(data: ClickSource, others: Mapping[str, str]) -> dict[str, tuple[Tens
         if left <= 0:
             break
     return {name: (torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])) for name, parts in found.items()}
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by name, whole or not at all.
-
-    Raises:
-        OSError: they could not be written.
-    """
-    part = path.with_name(f".{path.name}")
-    try:
-        torch.save({name: value.detach() for name, value in tensors.items()}, part)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        part.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be written ({error}); free some space, the same command continues") from error
-    part.replace(path)

@@ -6,9 +6,11 @@ import json
 import os
 import platform
 import subprocess
+import zlib
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+from torchrec_compress.train.sealed import to_json
 
 
 class Journal:
@@ -23,8 +25,8 @@ class Journal:
     def __init__(self, folder: Path, tensorboard: bool, keep_until: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
-        lines = self._path.read_text().splitlines() if self._path.is_file() else []
-        kept = [line for line in lines if _step(line) <= keep_until]
+        lines = self._path.read_text(errors="replace").splitlines() if self._path.is_file() else []
+        kept = [line for number, line in enumerate(lines, 1) if self._step(line, number, len(lines)) <= keep_until]
         write_atomically(self._path, "".join(f"{line}\n" for line in kept))
         self._writer = None
         if tensorboard:
@@ -33,9 +35,14 @@ class Journal:
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until + 1)
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """Append one line of numbers."""
+        """Append one line of numbers, with its CRC-32.
+
+        Raises:
+            ValueError: a number that is not finite.
+        """
+        line = to_json(self._path, {"step": step, "kind": kind, **values})
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            file.write(f'{line[:-1]}, "crc32": {zlib.crc32(line.encode())}}}\n')
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(f"{kind}/{name}", value, step)
@@ -45,24 +52,24 @@ class Journal:
         if self._writer is not None:
             self._writer.close()
 
-
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")  # the last line of a killed run may be cut
+    def _step(self, line: str, number: int, last: int) -> float:
+        """Return the step of a line; older ones have no checksum."""
+        content, has_checksum, checksum = line.rpartition(', "crc32": ')
+        try:
+            found = json.loads(line)
+            if not has_checksum or checksum == f"{zlib.crc32(f'{content}}}'.encode())}}}":
+                return found["step"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            if number == last:  # a killed run may have cut it
+                return float("inf")
+        raise ValueError(f"{self._path}: line {number} is damaged (its checksum differs); delete the line or the file")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content at once."""
+    """Replace at once the content of a file that nothing but people read."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text)
     part.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write plain data, whole or not at all."""
-    write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -88,6 +88,15 @@ class Progress:
     loss_steps: int = 0
     skipped: int = 0
 
+    @staticmethod
+    def of(notes: dict[str, Any]) -> Progress:
+        """Return what `notes` returned."""
+        return Progress(**{**notes, "best": math.inf if notes["best"] is None else notes["best"]})
+
+    def notes(self) -> dict[str, Any]:
+        """Return plain data that JSON has: no best yet is None."""
+        return {**vars(self), "best": self.best if math.isfinite(self.best) else None}
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -151,7 +160,7 @@ class _Stage:
         self._every = max(1, math.ceil(len(self._batches) / task.stage.evals_per_epoch))
         saved = store.newest()
         self._is_new = saved is None
-        self._progress = Progress() if saved is None else Progress(**saved.notes)
+        self._progress = Progress() if saved is None else Progress.of(saved.notes)
         if saved is not None:
             trainable.load(store, saved)
         self._journal = Journal(task.folder, task.tensorboard, self._progress.step) if self._ranks.is_first else None
@@ -278,7 +287,7 @@ class _Stage:
 
     def _save(self) -> None:
         progress = self._progress
-        self._store.save(progress.step, self._trainable.state(), dict(vars(progress)), protected=progress.best_step)
+        self._store.save(progress.step, self._trainable.state(), progress.notes(), protected=progress.best_step)
 
 
 def _steps(batches: Batches, step: int, stop: int) -> Iterator[Batch]:

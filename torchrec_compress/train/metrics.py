@@ -54,23 +54,44 @@ def evaluate(labels: NDArray, logits: NDArray, tail: NDArray | None, kinds: NDAr
         kinds: (N,) kind of negative, 0 the positive, or None.
 
     Returns:
-        auc, logloss; tail_auc, tail_logloss, tail_share; kind<k>_auc of the positives against one kind of negative.
+        auc, logloss; tail_auc, tail_logloss, tail_share; kind<k>_auc of the positives against one kind of negative. One
+        that is not defined, since all of its rows have the same label, is left out; see `undefined`.
 
     Raises:
-        ValueError: logits that are not finite.
+        ValueError: logits that are not finite, or all labels are the same.
     """
     if not np.isfinite(logits).all():
         raise ValueError("evaluate: logits must be finite, got NaN or infinity; the training diverged, lower the rates")
     result = {"auc": auc(labels, logits), "logloss": logloss(labels, logits)}
-    if tail is not None and tail.any():
-        result["tail_auc"] = auc(labels[tail], logits[tail])
-        result["tail_logloss"] = logloss(labels[tail], logits[tail])
-        result["tail_share"] = float(tail.mean())
+    if np.isnan(result["auc"]):
+        raise ValueError(f"evaluate: must have clicks and others for an AUC, got {len(labels)} rows of one label")
+    for name, rows in _parts(tail, kinds).items():
+        result[f"{name}_auc"] = auc(labels[rows], logits[rows])
+        if name == "tail":
+            result["tail_logloss"] = logloss(labels[rows], logits[rows])
+            result["tail_share"] = float(rows.mean())
+    return {name: value for name, value in result.items() if not np.isnan(value)}
+
+
+def undefined(labels: NDArray, tail: NDArray | None, kinds: NDArray | None) -> dict[str, str]:
+    """Return why metrics are left out, by their names; arguments as for `evaluate`.
+
+    Example:
+        >>> undefined(np.array([1, 1, 0]), np.array([True, True, False]), None)
+        {'tail_auc': 'all 2 rows have the label 1'}
+    """
+    parts = {name: labels[rows] for name, rows in _parts(tail, kinds).items()}
+    same = {name: part for name, part in parts.items() if part.min() == part.max()}
+    return {f"{name}_auc": f"all {len(part)} rows have the label {int(part[0])}" for name, part in same.items()}
+
+
+def _parts(tail: NDArray | None, kinds: NDArray | None) -> dict[str, NDArray]:
+    """Return which rows count for the metrics of a part: (N,) bool, with a row each."""
+    parts = {} if tail is None else {"tail": tail}
     if kinds is not None:
         for kind in sorted(set(np.unique(kinds).tolist()) - {0}):
-            rows = (kinds == 0) | (kinds == kind)
-            result[f"kind{kind}_auc"] = auc(labels[rows], logits[rows])
-    return result
+            parts[f"kind{kind}"] = (kinds == 0) | (kinds == kind)
+    return {name: rows for name, rows in parts.items() if rows.any()}
 
 
 def bayes_metrics(split: Split) -> dict[str, float]:

@@ -28,7 +28,8 @@ from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.sharding import get_default_sharders
 from torchrec_compress.train.batch import Batch
 from torchrec_compress.train.check import check_optim
-from torchrec_compress.train.checkpoint import Checkpoints, Saved, read
+from torchrec_compress.train.checkpoint import Checkpoints, Saved
+from torchrec_compress.train.checkpoint_reader import read
 from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig, of_pattern
 from torchrec_compress.train.models import ClickModel
 from torchrec_compress.train.objective import Loss, TrainStep

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchrec_compress.train.journal import write_atomically, write_json
+from torchrec_compress.train.journal import write_atomically
+from torchrec_compress.train.sealed import is_done, read_json, write_json
 
 _COLUMNS = {
     "auc": "test AUC",
@@ -43,7 +43,7 @@ def collect(output: Path, order: Sequence[str] = ()) -> dict[str, Any]:
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(output.glob("runs/*/seed*/summary.json")):
-        found.setdefault(path.parent.parent.name, []).append(json.loads(path.read_text()))
+        found.setdefault(path.parent.parent.name, []).append(read_json(path, "run the same compare again"))
     if not found:
         raise ValueError(f"{output}: must hold finished runs (runs/*/seed*/summary.json), got none; run compare first")
     names = [name for name in order if name in found] + sorted(set(found) - set(order))
@@ -108,8 +108,8 @@ def write_report(output: Path, order: Sequence[str] = ()) -> Path:
     Raises:
         ValueError: the folder holds no finished run.
     """
-    if not order and (output / "report.json").is_file():
-        order = list(json.loads((output / "report.json").read_text())["variants"])
+    if not order and is_done(output / "report.json"):
+        order = list(read_json(output / "report.json")["variants"])
     report = collect(output, order)
     write_json(output / "report.json", report)
     from torchrec_compress.train.plots import draw

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from torchrec_compress.train.batch import Batch, Share
 from torchrec_compress.train.config import DataConfig
 from torchrec_compress.train.data import ClickSource
-from torchrec_compress.train.metrics import auc, evaluate, logloss
+from torchrec_compress.train.metrics import evaluate, undefined
 from torchrec_compress.train.ranks import Ranks, on_first
 
 _BATCH = 16384  # rows of a rank
@@ -131,25 +132,52 @@ def total_counts(data: ClickSource, ranks: Ranks) -> dict[str, Tensor]:
     return counts
 
 
+def check_labels(data: ClickSource) -> None:
+    """Refuse data on which no AUC is defined, before anything is trained; reads no further than it must.
+
+    Raises:
+        ValueError: valid or test has no click, or nothing but clicks.
+    """
+    for split in ("valid", "test"):
+        seen: set[bool] = set()
+        for batch in data.batches(split, _BATCH, None).epoch(0):
+            seen |= set((batch.labels > 0.5)[batch.weights > 0].tolist())
+            if len(seen) == 2:
+                break
+        else:
+            raise ValueError(
+                f"data: the {split} split must have clicks and others, since its AUC is not defined else, got "
+                f"{data.num_rows(split)} rows with the label {int(seen.pop())}; see data.split and data.split_by"
+            )
+
+
+Metrics = dict[str, dict[str, float]]
+
+
 def score(
     logits: Callable[[Batch], Tensor], data: ClickSource, config: DataConfig, ranks: Ranks
-) -> dict[str, dict[str, float]]:
-    """Return all metrics of valid and test, on every rank.
+) -> tuple[Metrics, dict[str, str]]:
+    """Return all metrics of valid and test, and why some are left out, on every rank; rank 0 says the latter.
 
     Raises:
         ValueError: logits that are not finite.
     """
     rare = rare_ids(data, config, ranks)
-    result = {}
+    result: Metrics = {}
+    left_out: dict[str, str] = {}
     for split in ("valid", "test"):
         scored = predict(logits, data, split, ranks, rare)
-        result[split] = on_first(lambda found=scored: _metrics(found), ranks)
-    return result
+        result[split], reasons = on_first(lambda found=scored: _metrics(found), ranks)
+        left_out |= {f"{split} {name}": reason for name, reason in reasons.items()}
+    for name, reason in left_out.items() if ranks.is_first else ():
+        tqdm.write(f"{name} is not defined and left out: {reason}")
+    return result, left_out
 
 
-def _metrics(scored: Scored | None) -> dict[str, float]:
+def _metrics(scored: Scored | None) -> tuple[dict[str, float], dict[str, str]]:
     assert scored is not None
-    return evaluate(scored.labels, scored.logits, scored.tail, scored.kinds)
+    found = evaluate(scored.labels, scored.logits, scored.tail, scored.kinds)
+    return found, undefined(scored.labels, scored.tail, scored.kinds)
 
 
 def validate(logits: Callable[[Batch], Tensor], data: ClickSource, ranks: Ranks) -> dict[str, float]:
@@ -164,6 +192,6 @@ def validate(logits: Callable[[Batch], Tensor], data: ClickSource, ranks: Ranks)
         assert scored is not None
         if not np.isfinite(scored.logits).all():
             raise ValueError("validation logits must be finite, got NaN or infinity; lower the learning rates")
-        return {"auc": auc(scored.labels, scored.logits), "logloss": logloss(scored.labels, scored.logits)}
+        return evaluate(scored.labels, scored.logits, None, None)
 
     return on_first(measure, ranks)

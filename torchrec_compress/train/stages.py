@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +13,15 @@ import torch
 import yaml
 from torch import Tensor
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from tqdm import tqdm
 
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.compression import parse, resolve
 from torchrec_compress.methods import CodebookConfig
 from torchrec_compress.train.byte_budget import budget_of
 from torchrec_compress.train.check import check_config, check_run
-from torchrec_compress.train.checkpoint import check_same, read
+from torchrec_compress.train.checkpoint import check_same
+from torchrec_compress.train.checkpoint_reader import read
 from torchrec_compress.train.config import (
     DataConfig,
     RunConfig,
@@ -29,14 +31,26 @@ from torchrec_compress.train.config import (
     override,
 )
 from torchrec_compress.train.data import ClickData, ClickSource, open_data
-from torchrec_compress.train.fitting import best_checkpoint, choose, fit, save_tensors
-from torchrec_compress.train.journal import versions, write_atomically, write_json
+from torchrec_compress.train.fitting import best_checkpoint, choose, fit
+from torchrec_compress.train.inputs import identify
+from torchrec_compress.train.journal import versions
 from torchrec_compress.train.loop import Task, Trained, train
 from torchrec_compress.train.metrics import bayes_metrics
 from torchrec_compress.train.models import ClickModel, make_model, make_tables
 from torchrec_compress.train.parallel import Trainable
 from torchrec_compress.train.ranks import Ranks, agree, on_first, start
-from torchrec_compress.train.scoring import predict, score, total_counts
+from torchrec_compress.train.scoring import check_labels, predict, score, total_counts
+from torchrec_compress.train.sealed import (
+    is_done,
+    listed,
+    load_tensors,
+    publish,
+    read_json,
+    read_text,
+    save_tensors,
+    write_json,
+    write_text,
+)
 from torchrec_compress.train.usage import code_usage
 
 _loaded: dict[str, ClickSource] = {}
@@ -47,7 +61,9 @@ def get_data(config: DataConfig, ranks: Ranks) -> ClickSource:
     key = fingerprint(config)
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = agree(lambda: open_data(config, ranks.device.type == "cuda"), ranks)
+        data = agree(lambda: open_data(config, ranks.device.type == "cuda"), ranks)
+        on_first(lambda: check_labels(data), ranks)
+        _loaded[key] = data
     return _loaded[key]
 
 
@@ -66,16 +82,23 @@ def pretrain(config: RunConfig, shared: Path, position: int | None = 0) -> Path:
 
     Returns:
         The folder with `summary.json`, which names the checkpoint of the best validation.
+
+    Raises:
+        ValueError: what is there is damaged, or was trained with other settings or data files.
     """
     ranks = start(config.parallel)
-    folder = shared / pretrained_key(config)
-    if on_first((folder / "summary.json").is_file, ranks):
+    folder, files = shared / pretrained_key(config), _files(config, ranks)
+    identity = _identity(config, "pretrain", files)
+    if on_first(lambda: _is_pretrained(folder, identity), ranks):
         return folder
-    on_first(lambda: record(config, folder), ranks)
+    on_first(lambda: record(config, folder, files), ranks)
     data = get_data(config.data, ranks)
     trained = train(full_model(config, data), _task(config, data, folder, "pretrain", position))
+    metrics, undefined = score(trained.trainable.logits, data, config.data, ranks)
     summary = {
-        "metrics": score(trained.trainable.logits, data, config.data, ranks),
+        "identity": identity,
+        "metrics": metrics,
+        "undefined": undefined,
         "training": _training(trained),
         "bayes": _bayes(data),
         "dense_bytes": sum(4 * t.num_embeddings * t.embedding_dim for t in make_tables(config.model, data)),
@@ -83,6 +106,21 @@ def pretrain(config: RunConfig, shared: Path, position: int | None = 0) -> Path:
     }
     on_first(lambda: write_json(folder / "summary.json", summary), ranks)
     return folder
+
+
+def _is_pretrained(folder: Path, identity: dict[str, Any]) -> bool:
+    """Return whether a full model is there, with these very settings and data files.
+
+    Raises:
+        ValueError: a file is damaged, or the settings or data files are others.
+    """
+    path = folder / "summary.json"
+    if not is_done(path):
+        return False
+    for name in listed(folder) or {}:
+        read_text(folder / name)
+    check_same(path, read_json(path)["identity"], identity)
+    return True
 
 
 def full_model(config: RunConfig, data: ClickSource) -> ClickModel:
@@ -115,7 +153,8 @@ def run(config: RunConfig, folder: Path, shared: Path, position: int | None = 0)
     """
     check_config(config)
     ranks = start(config.parallel)
-    on_first(lambda: (_check_unchanged(config, folder), record(config, folder))[0], ranks)
+    files = _files(config, ranks)
+    on_first(lambda: (check_unchanged(config, folder, files), record(config, folder, files))[0], ranks)
     data = get_data(config.data, ranks)
     check_run(config, data, ranks.world)
     if not config.compression:
@@ -130,7 +169,7 @@ def run(config: RunConfig, folder: Path, shared: Path, position: int | None = 0)
 def _run_full(config: RunConfig, data: ClickSource, folder: Path, shared: Path, position: int | None) -> dict[str, Any]:
     """Train the full model alone."""
     source = pretrain(config, shared, position)
-    full = json.loads((source / "summary.json").read_text())
+    full = read_json(source / "summary.json")
     size = full["dense_bytes"]
     if config.parallel.init == "host":
         on_first(
@@ -142,6 +181,7 @@ def _run_full(config: RunConfig, data: ClickSource, folder: Path, shared: Path, 
         "footprint": {"dense_bytes": size, "total_bytes": size, "ratio": 1.0, "compressed_ratio": 1.0},
         "fitted": full["metrics"],
         "metrics": full["metrics"],
+        "undefined": full["undefined"],
         "optimizer_bytes": full["training"]["optimizer_bytes"],
         "training": full["training"],
     }
@@ -165,13 +205,14 @@ def _run_compressed(
         summary["usage"] = code_usage(collection, counts)
     if source is not None:
         model.eval()
-        summary["fitted"] = score(lambda batch: model(batch.features, batch.dense).logits, data, config.data, ranks)
+        found = score(lambda batch: model(batch.features, batch.dense).logits, data, config.data, ranks)
+        summary["fitted"], summary["undefined"] = found
         summary["metrics"] = summary["fitted"]
     if config.retrain.epochs > 0:
         trained = _retrain(config, data, model, source, folder, position)
         summary["training"] = _training(trained)
         summary["optimizer_bytes"] = trained.optimizer_bytes
-        summary["metrics"] = score(trained.trainable.logits, data, config.data, ranks)
+        summary["metrics"], summary["undefined"] = score(trained.trainable.logits, data, config.data, ranks)
         path = trained.checkpoint
     if config.parallel.init == "host":
         on_first(lambda: _save_compressed(config, data, methods, path, folder), ranks)
@@ -194,23 +235,53 @@ def _save_compressed(
     tables = make_tables(config.model, data)
     collection = CompressedEmbeddingBagCollection(tables, compression=dict(methods), seed=config.seed)
     model = make_model(collection, data.num_dense, config.model)
-    model.load_state_dict(torch.load(folder / "fitted.pt", weights_only=True))
+    model.load_state_dict(load_tensors(folder / "fitted.pt"))
     if trained is not None:
         _read_model(trained, model)
     save_tensors(folder / "model.pt", dict(model.state_dict()))
 
 
-def _check_unchanged(config: RunConfig, folder: Path) -> None:
-    """Raise ValueError where a folder holds what other settings led to."""
-    if not any((folder / name).is_file() for name in ("fitted.pt", "compression.json", "summary.json")):
+# what the full model depends on; `compression` may be mended after hours of training
+_OF_FULL = ("data", "model", "pretrain", "seed", "start")
+_FREE = ("output", "num_threads", "tensorboard", "parallel", "compare")
+
+
+def check_unchanged(config: RunConfig, folder: Path, files: dict[str, Any] | None = None) -> None:
+    """Refuse a folder that holds what other settings or data files led to.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        files: as `identify` tells them; None leaves them out.
+
+    Raises:
+        ValueError: what is there depends on another value; the message names the key.
+    """
+    ends = ("fitted.pt", "compression.json", "summary.json", "model.pt", "retrain/checkpoints/step*")
+    is_late = any(next(folder.glob(end), None) for end in ends)
+    if not is_late and next(folder.glob("full/*/pretrain/checkpoints/step*"), None) is None:
         return
-    free = ("output", "num_threads", "tensorboard", "parallel", "compare")
-    old = lasting(override(RunConfig(), yaml.safe_load((folder / "config.yaml").read_text())))
-    new = lasting(config)
-    for key in free:
-        old.pop(key, None)
-        new.pop(key, None)
+    path, put_back = folder / "config.yaml", "put it back, or choose another output folder"
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing, and the folder holds results; {put_back}")
+    # older ones have no checksum
+    is_sealed = path.name in (listed(folder) or {})
+    text = read_text(path, put_back) if is_sealed else path.read_text()
+    old, new = lasting(override(RunConfig(), yaml.safe_load(text))), lasting(config)
+    for key in [key for key in new if key in _FREE or not (is_late or key in _OF_FULL)]:
+        old.pop(key)
+        new.pop(key)
     check_same(folder, old, new)
+    if files is None:
+        return
+    if is_done(folder / "inputs.json"):
+        check_same(folder / "inputs.json", read_json(folder / "inputs.json", put_back), files)
+    elif files:
+        tqdm.write(f"{folder}: does not tell which data files it was begun with; whether they changed is not checked")
+
+
+def _files(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    return on_first(lambda: identify(config.data), ranks)
 
 
 def _full(config: RunConfig, data: ClickSource, source: Path) -> ClickModel:
@@ -243,7 +314,7 @@ def _compressed(
     if in_shards:
         return model
     on_first(lambda: fit(config, data, source, kept, model, counts), ranks)
-    model.load_state_dict(torch.load(kept, weights_only=True))
+    model.load_state_dict(load_tensors(kept))
     return model
 
 
@@ -261,26 +332,48 @@ def _retrain(
 
 def _teacher(config: RunConfig, data: ClickSource, source: Path) -> Tensor:
     """Return the full model's logits of all train rows, computed once, each rank its share."""
-    ranks, path = start(config.parallel), source / "train_logits.pt"
-    if not on_first(path.is_file, ranks):
+    ranks, folder = start(config.parallel), source / "teacher"
+    path, best = folder / "train_logits.pt", on_first(lambda: best_checkpoint(source), ranks)
+    told = on_first(lambda: {**read_json(source / "summary.json")["identity"], "checkpoint": best.name}, ranks)
+    if not on_first(lambda: is_done(path), ranks):
         full = Trainable(full_model(config, data), config.pretrain, ranks, config.parallel)
-        full.load_model(best_checkpoint(source))
+        full.load_model(best)
         scored = predict(full.logits, data, "train", ranks)
 
-        def keep() -> None:
+        def write(part: Path) -> None:
             assert scored is not None
-            save_tensors(path, {"logits": torch.from_numpy(scored.logits)})
+            write_json(part / "identity.json", told)
+            save_tensors(part / path.name, {"logits": torch.from_numpy(scored.logits)})
+
+        def keep() -> None:
+            if folder.is_dir() and not is_done(path):
+                shutil.rmtree(folder)
+            publish(folder, write)
 
         on_first(keep, ranks)
-    return torch.load(path, weights_only=True)["logits"]
+    check_same(folder, read_json(folder / "identity.json"), told)
+    return load_tensors(path)["logits"]
+
+
+def _identity(config: RunConfig, stage: str, files: dict[str, Any]) -> dict[str, Any]:
+    """Return what the outcome of a stage depends on."""
+    of_retrain = {
+        "compression": config.compression,
+        "context": config.context,
+        "start": config.start,
+        "pretrain": lasting(config.pretrain) if needs_pretrained(config) else None,
+    }
+    return {
+        "stage": lasting(getattr(config, stage)),
+        "seed": config.seed,
+        "data": lasting(config.data),
+        "files": files,
+        "model": dataclasses.asdict(config.model),
+        **(of_retrain if stage == "retrain" else {}),
+    }
 
 
 def _task(config: RunConfig, data: ClickSource, folder: Path, stage: str, position: int | None) -> Task:
-    identity = {
-        "data": lasting(config.data),
-        "model": dataclasses.asdict(config.model),
-        **({"compression": config.compression, "start": config.start} if stage == "retrain" else {}),
-    }
     return Task(
         data=data,
         stage=getattr(config, stage),
@@ -289,7 +382,7 @@ def _task(config: RunConfig, data: ClickSource, folder: Path, stage: str, positi
         label=f"{stage} {folder.parent.name if stage == 'retrain' else 'full'} seed {config.seed}",
         tensorboard=config.tensorboard,
         position=position,
-        identity=identity,
+        identity=_identity(config, stage, _files(config, start(config.parallel))),
         parallel=config.parallel,
     )
 
@@ -298,11 +391,12 @@ def _bayes(data: ClickSource) -> dict[str, float]:
     return bayes_metrics(data.test) if isinstance(data, ClickData) else {}
 
 
-def record(config: RunConfig, folder: Path) -> None:
-    """Write the resolved config and the versions beside a run."""
+def record(config: RunConfig, folder: Path, files: dict[str, Any]) -> None:
+    """Write the resolved config, the versions and what tells the data files beside a run."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    write_text(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
     write_json(folder / "versions.json", versions())
+    write_json(folder / "inputs.json", files)
 
 
 def _training(trained: Trained) -> dict[str, float]:
