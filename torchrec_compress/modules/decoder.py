@@ -75,10 +75,10 @@ class Decoder(nn.Module):
         self.register_buffer("format_version", torch.full((1,), FORMAT_VERSION, device=device))
         self._layout = [self._fingerprints(table, plan.parts[table.name].codes) for table in plan.tables]
         self.register_buffer("layout", torch.tensor(self._layout, dtype=torch.int64, device=device))
-        self._lookups = [lookup for lookup in plan.lookups if lookup.table.name in self.banks]
-        self._is_coded = [isinstance(self.banks[lookup.table.name], CodebookDecoder) for lookup in self._lookups]
-        coded = [lookup for lookup, mine in zip(self._lookups, self._is_coded, strict=True) if mine]
-        self._others = [lookup for lookup, mine in zip(self._lookups, self._is_coded, strict=True) if not mine]
+        self._decoded = [lookup for lookup in plan.lookups if lookup.table.name in self.banks]
+        self._is_coded = [isinstance(self.banks[lookup.table.name], CodebookDecoder) for lookup in self._decoded]
+        coded = [lookup for lookup, mine in zip(self._decoded, self._is_coded, strict=True) if mine]
+        self._others = [lookup for lookup, mine in zip(self._decoded, self._is_coded, strict=True) if not mine]
         self._coded_keys = [lookup.key for lookup in coded]
         self._coded_tables = list(dict.fromkeys(lookup.table.name for lookup in coded))
         self._bag_lookups = [
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
     @property
     def lookups(self) -> list[Lookup]:
         """The look-ups that this module decodes, in the order of its outputs."""
-        return self._lookups
+        return self._decoded
 
     def reset_parameters(self) -> None:
         """Initialise every table's decoder; call it after materialising from the meta device."""
@@ -216,7 +216,7 @@ class Decoder(nn.Module):
         decoded = process_pooled_embeddings(pooled_embeddings=pooled, inverse_indices=inverse)
         if coded is None:
             return decoded
-        widths = [lookup.table.embedding_dim for lookup in self._lookups]
+        widths = [lookup.table.embedding_dim for lookup in self._decoded]
         return interleave_columns(coded, decoded, self._is_coded, widths)
 
     def unpooled(
@@ -230,7 +230,7 @@ class Decoder(nn.Module):
             coded[next(numbers)]
             if mine
             else self._decode(lookup, jagged[lookup.feature].values(), None, None, codes, rows)
-            for lookup, mine in zip(self._lookups, self._is_coded, strict=True)
+            for lookup, mine in zip(self._decoded, self._is_coded, strict=True)
         ]
 
     def _coded(self, codes: dict[str, Codes] | None) -> tuple[list[Codes], list[Tensor], list[Tensor | None]]:

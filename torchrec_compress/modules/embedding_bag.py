@@ -19,7 +19,7 @@ from torchrec_compress.methods import MECConfig, MEmComConfig, PQConfig, RandomC
 from torchrec_compress.modules.features import check_batch_weights, check_features
 from torchrec_compress.modules.parts import CompressedParts
 from torchrec_compress.modules.plan import CollectionPlan
-from torchrec_compress.modules.tables import RemappedEmbeddingBagCollection
+from torchrec_compress.modules.tables import RemappedBagRows, RemappedEmbeddingBagCollection
 
 torch.fx.wrap("check_batch_weights")
 torch.fx.wrap("check_features")
@@ -53,6 +53,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
     """
 
     default_compression: ClassVar[Compression | None] = None
+    _rows_kind = RemappedBagRows
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class CompressedParts(nn.Module):
     """
 
     _plan: CollectionPlan
+    _rows_kind: ClassVar[type[RemappedEmbeddingCollection]] = RemappedEmbeddingCollection
 
     def _build_shared(
         self, plan: CollectionPlan, is_weighted: bool, device: torch.device | None, will_fit: bool
@@ -40,9 +41,7 @@ class CompressedParts(nn.Module):
         self._plan, self._device = plan, torch.device("cpu") if device is None else torch.device(device)
         code_tables = plan.code_tables()
         self.code_tables = CodeTableCollection(code_tables, device) if code_tables else None
-        self.rows = nn.ModuleDict(
-            {group: RemappedEmbeddingCollection(*members, device) for group, members in plan.rows().items()}
-        )
+        self.rows = nn.ModuleDict({group: self._rows_kind(*members, device) for group, members in plan.rows().items()})
         self.decoder = Decoder(plan, is_weighted, device)
         unfitted = [name for name, method in plan.methods.items() if isinstance(method, MECConfig)]
         if unfitted and not will_fit:

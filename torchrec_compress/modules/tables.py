@@ -252,8 +252,8 @@ class _Remapped(nn.Module):
     def __init__(self, plan: Sequence[RemappedFeature]) -> None:
         super().__init__()
         self.plan = tuple(plan)
-        self._is_warned = False
-        self.register_forward_pre_hook(_warn_once)
+        self._is_checked = False
+        self.register_forward_pre_hook(_check_sharding_once)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Remapped:
         # the last call before DistributedDataParallel wraps tables that no sharder, TorchRec's neither, has taken
@@ -262,10 +262,20 @@ class _Remapped(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[return-value]
 
 
-def _warn_once(module: _Remapped, _: Any) -> None:
-    if not module._is_warned and not torch.compiler.is_compiling():
-        module._is_warned = True
-        effect = "ids are rewritten outside of TorchRec's input exchange, so that no pipeline runs ahead of it"
+def _check_sharding_once(module: _Remapped, _: Any) -> None:
+    """Before the first batch, or its trace: refuse what TorchRec's own sharders would get wrong, warn of the rest.
+
+    Here rather than in the forward, which stays a straight line that the train pipelines can trace.
+    """
+    if not module._is_checked and not torch.compiler.is_compiling():
+        if isinstance(module, RemappedEmbeddingCollection):
+            _refuse_pooled_rows(module.native)
+        module._is_checked = True
+        names = sorted({entry.native_table for entry in module.plan})
+        effect = (
+            "ids are rewritten outside of TorchRec's input exchange, so that no pipeline runs ahead of it, and "
+            f"constraints must name the native tables {names}"
+        )
         _warn_of_missing_sharders([entry.table for entry in module.plan], effect)
 
 
@@ -314,8 +324,11 @@ class RemappedEmbeddingCollection(_Remapped):
         if type(self.native) is EmbeddingCollection:
             numbers, tables = remapped_ids(features, self.plan), self.native.embeddings
             return {e.key: TableRows(tables[e.native_table].weight, numbers[e.key]) for e in self.plan}  # type: ignore[arg-type]
-        _refuse_pooled_rows(self.native, features)
         return self.native(remap_features(features, self.plan))
+
+
+class RemappedBagRows(RemappedEmbeddingCollection):
+    """Unpooled native tables of a pooled collection, whose sharder takes the settings of the user's bags."""
 
 
 def found_rows(found: FoundRows) -> Rows:
@@ -328,14 +341,16 @@ def gathered_rows(found: FoundRows) -> Tensor:
     return found.gather() if isinstance(found, TableRows) else found.values()
 
 
-def _refuse_pooled_rows(native: nn.Module, features: KeyedJaggedTensor) -> None:
+def _refuse_pooled_rows(native: nn.Module) -> None:
     """Raise where TorchRec's sharded collection would sum the rows of a bag: data-parallel on a CPU (TorchRec 1.8)."""
     sharding = getattr(native, "module_sharding_plan", None)
-    if sharding is None or features.device().type != "cpu":
+    is_on_cpu = all(weight.device.type == "cpu" for weight in native.parameters())
+    if sharding is None or not is_on_cpu:
         return
     wrong = sorted(name for name, how in sharding.items() if how.sharding_type == "data_parallel")
     if wrong:
         raise ValueError(
             f"tables {wrong}: must not be sharded data-parallel on a CPU, where TorchRec pools their rows; give the "
-            "planner ParameterConstraints with other sharding_types for them"
+            "planner ParameterConstraints with other sharding_types for them, or pass "
+            "sharders=torchrec_compress.get_default_sharders()"
         )

@@ -189,7 +189,7 @@ def _topology_of_the_process_group() -> Topology:
 def _warn_of_missing_sharders(module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> None:
     """Warn where parts of compressed tables would be replicated for want of a sharder."""
     given = {sharder.module_type for sharder in sharders}
-    wanted = {sharder.module_type for sharder in compressed_sharders()}
+    wanted = {sharder.module_type for sharder in compressed_sharders(fused_params={})}
     parts = {type(part) for child in module.modules() if isinstance(child, CompressedParts) for part in child.modules()}
     missing = sorted(kind.__name__ for kind in parts & wanted - given)
     if missing:

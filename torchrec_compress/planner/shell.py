@@ -38,7 +38,11 @@ class Shell:
 
     def __init__(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> None:
         given = {sharder.module_type for sharder in sharders}
-        self.sharders = [*sharders, *(sharder for sharder in compressed_sharders() if sharder.module_type not in given)]
+        settings = [
+            sharder for sharder in sharders if sharder.module_type in (EmbeddingBagCollection, EmbeddingCollection)
+        ]
+        ours = compressed_sharders(settings) if settings else compressed_sharders(fused_params={})
+        self.sharders = [*sharders, *(sharder for sharder in ours if sharder.module_type not in given)]
         self.tables: dict[str, Any] = {}
         self.methods: dict[str, MethodConfig] = {}
         self._collections = [part for part in module.modules() if isinstance(part, CompressedParts)]

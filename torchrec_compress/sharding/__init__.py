@@ -1,17 +1,18 @@
 """Compressed collections over many ranks: their parts sharded, each by its own sharder."""
 
+from torchrec_compress.sharding.settings import compressed_sharders, get_default_sharders
 from torchrec_compress.sharding.sharders import (
     CodeTableCollectionSharder,
     DecoderSharder,
+    RemappedBagRowsSharder,
     RemappedEmbeddingBagCollectionSharder,
     RemappedEmbeddingCollectionSharder,
-    compressed_sharders,
-    get_default_sharders,
 )
 
 __all__ = [
     "CodeTableCollectionSharder",
     "DecoderSharder",
+    "RemappedBagRowsSharder",
     "RemappedEmbeddingBagCollectionSharder",
     "RemappedEmbeddingCollectionSharder",
     "compressed_sharders",

@@ -153,7 +153,7 @@ class ShardedRemappedEmbeddingCollection(ShardedEmbeddingModule[Any, Any, dict[s
         sharder: EmbeddingCollectionSharder,
     ) -> None:
         super().__init__()
-        self._remaps, self._env, self._device = module.plan, env, device
+        self._remaps, self._env, self._device, self._kind = module.plan, env, device, type(module)
         self._also_checked = module.also_checked
         configs = module.native.embedding_configs()
         sharded = [config for config in configs if plan[config.name].sharding_type != _DATA_PARALLEL]
@@ -223,7 +223,7 @@ class ShardedRemappedEmbeddingCollection(ShardedEmbeddingModule[Any, Any, dict[s
     @property
     def unsharded_module_type(self) -> type[nn.Module]:
         """The module that this one replaces."""
-        return RemappedEmbeddingCollection
+        return self._kind
 
 
 @torch.no_grad()

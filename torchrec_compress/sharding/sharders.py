@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -9,13 +11,21 @@ from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.model_parallel import get_default_sharders as get_stock_sharders
-from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv, ShardingEnv2D, ShardingType
+from torchrec.distributed.types import (
+    CommOp,
+    ParameterSharding,
+    QuantizedCommCodecs,
+    ShardingEnv,
+    ShardingEnv2D,
+    ShardingType,
+)
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.modules.backward import strip_in_backward_optimizers
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.tables import (
     CodeTableCollection,
+    RemappedBagRows,
     RemappedEmbeddingBagCollection,
     RemappedEmbeddingCollection,
 )
@@ -24,6 +34,8 @@ from torchrec_compress.sharding.remapped import (
     ShardedRemappedEmbeddingBagCollection,
     ShardedRemappedEmbeddingCollection,
 )
+
+logger = logging.getLogger(__name__)
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -122,14 +134,23 @@ class _RemappedSharder(BaseEmbeddingSharder[Module]):
         return self._stock.compute_kernels(sharding_type, compute_device_type)
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Return TorchRec's sharding types, and row-wise on a CPU too, where it works but is not offered."""
+        """Return TorchRec's sharding types, and row-wise on a CPU too, where it works but is not offered.
+
+        A subclass of the user's that says itself what it offers is taken at its word.
+        """
         types = self._stock.sharding_types(compute_device_type)
-        return types if ShardingType.ROW_WISE.value in types else [*types, ShardingType.ROW_WISE.value]
+        is_stock = type(self._stock).sharding_types is BaseEmbeddingSharder.sharding_types
+        return [*types, ShardingType.ROW_WISE.value] if is_stock and ShardingType.ROW_WISE.value not in types else types
 
     @property
     def fused_params(self) -> dict[str, Any] | None:
         """Parameters of the fused kernels, which the planner reads as well."""
         return self._stock.fused_params
+
+    @property
+    def qcomm_codecs_registry(self) -> dict[str, QuantizedCommCodecs] | None:
+        """Codecs of what the native tables send, which the planner reads as well."""
+        return self._stock.qcomm_codecs_registry
 
 
 class RemappedEmbeddingBagCollectionSharder(_RemappedSharder[RemappedEmbeddingBagCollection]):
@@ -192,8 +213,52 @@ class RemappedEmbeddingCollectionSharder(_RemappedSharder[RemappedEmbeddingColle
         return RemappedEmbeddingCollection
 
 
+class RemappedBagRowsSharder(RemappedEmbeddingCollectionSharder):
+    """Shard unpooled native tables of pooled collections: rows travel, but the settings are those of the user's bags.
+
+    Args:
+        bags: the sharder of the user's `EmbeddingBagCollection`, whose fused parameters and codecs are taken.
+    """
+
+    def __init__(self, bags: BaseEmbeddingSharder[EmbeddingBagCollection] | None = None) -> None:
+        bags = EmbeddingBagCollectionSharder() if bags is None else bags
+        super().__init__(EmbeddingCollectionSharder(bags.fused_params, bags.qcomm_codecs_registry))
+
+    def shard(
+        self,
+        module: RemappedEmbeddingCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedRemappedEmbeddingCollection:
+        """Return the sharded collection."""
+        registry, needed = self.qcomm_codecs_registry, CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name
+        if registry and needed not in registry:
+            logger.warning(
+                "tables %s: rows travel unpooled and as they are, since qcomm_codecs_registry has no %s, got %s",
+                sorted(params),
+                needed,
+                sorted(registry),
+            )
+        return super().shard(module, params, env, device, module_fqn)
+
+    @property
+    def module_type(self) -> type[RemappedBagRows]:
+        """The module that is sharded."""
+        return RemappedBagRows
+
+
 class DecoderSharder(BaseEmbeddingSharder[Decoder]):
-    """Show the replicated decoder to the planner; DistributedModelParallel's own DistributedDataParallel trains it."""
+    """Show the replicated decoder to the planner; DistributedModelParallel's own DistributedDataParallel trains it.
+
+    Args:
+        ignored: fused parameters of the native tables, which a decoder's do not take: the log says so.
+    """
+
+    def __init__(self, ignored: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self._ignored = dict(ignored or {})
 
     def shard(
         self,
@@ -206,6 +271,13 @@ class DecoderSharder(BaseEmbeddingSharder[Decoder]):
         """Return the decoder itself, with optimizers for the backward pass taken off its parameters."""
         _check_env(env, "decoder")
         strip_in_backward_optimizers(module)
+        trained = sorted({name.partition(".")[0] for name, _ in module.banks.named_parameters()})
+        if self._ignored and trained:
+            logger.warning(
+                "tables %s: fused_params %s are for native tables; the dense optimizer trains codebooks and the like",
+                trained,
+                sorted(self._ignored),
+            )
         return module
 
     def shardable_parameters(self, module: Decoder) -> dict[str, nn.Parameter]:
@@ -224,23 +296,3 @@ class DecoderSharder(BaseEmbeddingSharder[Decoder]):
     def module_type(self) -> type[Decoder]:
         """The module that is replicated."""
         return Decoder
-
-
-def compressed_sharders() -> list[ModuleSharder[nn.Module]]:
-    """Return the sharders of the parts of compressed collections."""
-    return [
-        CodeTableCollectionSharder(),
-        RemappedEmbeddingBagCollectionSharder(),
-        RemappedEmbeddingCollectionSharder(),
-        DecoderSharder(),
-    ]  # type: ignore[list-item]
-
-
-def get_default_sharders() -> list[ModuleSharder[nn.Module]]:
-    """Return TorchRec's default sharders and those of compressed collections.
-
-    Example:
-        >>> [type(sharder).__name__ for sharder in get_default_sharders()][-1]
-        'DecoderSharder'
-    """
-    return [*get_stock_sharders(), *compressed_sharders()]

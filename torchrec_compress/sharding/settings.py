@@ -1,0 +1,121 @@
+"""The sharders of a model with compressed tables, with the settings that the user gave to TorchRec's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import BaseQuantEmbeddingSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import get_default_sharders as get_stock_sharders
+from torchrec.distributed.types import ModuleSharder, QuantizedCommCodecs
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+from torchrec_compress.sharding.sharders import (
+    CodeTableCollectionSharder,
+    DecoderSharder,
+    RemappedBagRowsSharder,
+    RemappedEmbeddingBagCollectionSharder,
+    RemappedEmbeddingCollectionSharder,
+)
+
+Sharders = list[ModuleSharder[nn.Module]]
+Registry = dict[str, QuantizedCommCodecs]
+
+
+def compressed_sharders(
+    stock: Iterable[ModuleSharder[Any]] | None = None,
+    *,
+    fused_params: dict[str, Any] | None = None,
+    qcomm_codecs_registry: Registry | None = None,
+) -> Sharders:
+    """Return the sharders of the parts of compressed collections, to be put beside the user's own.
+
+    TorchRec shows a sharder none of its neighbours, so native tables can only take settings that are handed over here.
+    Native tables of a pooled collection take those of the sharder of `EmbeddingBagCollection`, of an unpooled one
+    those of `EmbeddingCollection`, and where the list lacks one of them, those of the other.
+
+    Args:
+        stock: the user's own sharders, subclasses too; of several for one class the last counts, as in TorchRec.
+        fused_params: of native tables, instead of `stock`; an empty dict for FBGEMM's defaults.
+        qcomm_codecs_registry: of native tables, instead of `stock`. Codes always travel as they are.
+
+    Raises:
+        ValueError: neither or both are given, or the list has no sharder to take settings from.
+
+    Example:
+        >>> mine = [EmbeddingBagCollectionSharder(fused_params={"learning_rate": 0.1})]
+        >>> [sharder.fused_params for sharder in compressed_sharders(mine)][1]
+        {'learning_rate': 0.1}
+    """
+    is_stated = fused_params is not None or qcomm_codecs_registry is not None
+    if (stock is None) != is_stated:
+        raise ValueError(
+            "compressed_sharders: the settings of native tables must be given once, as the list of the sharders beside "
+            f"these or as fused_params and qcomm_codecs_registry, got {'both' if is_stated else 'neither'}; pass "
+            "sharders=[*mine, *compressed_sharders(mine)], or sharders=get_default_sharders(fused_params=...)"
+        )
+    if stock is None:
+        stock = [
+            EmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry),
+            EmbeddingCollectionSharder(fused_params, qcomm_codecs_registry),
+        ]
+    by_type: dict[type[nn.Module], Any] = {sharder.module_type: sharder for sharder in stock}
+    bags, rows = by_type.get(EmbeddingBagCollection), by_type.get(EmbeddingCollection)
+    either = bags or rows
+    if either is None:
+        raise ValueError(
+            "compressed_sharders: the list must have a sharder of EmbeddingBagCollection or EmbeddingCollection, whose "
+            f"settings native tables take, got {sorted(type(sharder).__name__ for sharder in by_type.values())}; pass "
+            "fused_params= instead, {} for the defaults"
+        )
+    if bags is None:
+        bags = EmbeddingBagCollectionSharder(either.fused_params, either.qcomm_codecs_registry)
+    if rows is None:
+        rows = EmbeddingCollectionSharder(either.fused_params, either.qcomm_codecs_registry)
+    return [
+        CodeTableCollectionSharder(),
+        RemappedEmbeddingBagCollectionSharder(bags),
+        RemappedEmbeddingCollectionSharder(rows),
+        RemappedBagRowsSharder(bags),
+        DecoderSharder({**(rows.fused_params or {}), **(bags.fused_params or {})}),
+    ]  # type: ignore[list-item]
+
+
+def get_default_sharders(
+    fused_params: dict[str, Any] | None = None,
+    qcomm_codecs_registry: Registry | None = None,
+    use_index_dedup: bool = False,
+) -> Sharders:
+    """Return TorchRec's default sharders and those of compressed collections, all with the same settings.
+
+    Args:
+        fused_params: of every trained table: optimizer, learning rate, cache and the like, as in TorchRec. Parameters
+            that `apply_optimizer_in_backward` marked keep what it was given.
+        qcomm_codecs_registry: codecs of what native tables send. Codes always travel as they are.
+        use_index_dedup: of the sharders of `EmbeddingCollection`.
+
+    Example:
+        >>> [type(sharder).__name__ for sharder in get_default_sharders()][-1]
+        'DecoderSharder'
+    """
+    settings: dict[str, Any] = {"fused_params": fused_params, "qcomm_codecs_registry": qcomm_codecs_registry}
+    rows = {**settings, "use_index_dedup": use_index_dedup}
+    settings |= {
+        **rows,
+        "ebc_sharder": EmbeddingBagCollectionSharder(**settings),
+        "ec_sharder": EmbeddingCollectionSharder(**rows),
+    }
+    stock = [_made_anew(sharder, settings) for sharder in get_stock_sharders()]
+    return [*stock, *compressed_sharders(stock)]
+
+
+def _made_anew(sharder: ModuleSharder[nn.Module], settings: dict[str, Any]) -> ModuleSharder[nn.Module]:
+    """Return one of TorchRec's default sharders with the settings that it takes; those of inference take none."""
+    if isinstance(sharder, BaseQuantEmbeddingSharder):
+        return sharder
+    takes = inspect.signature(type(sharder)).parameters
+    return type(sharder)(**{name: value for name, value in settings.items() if name in takes})
