@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ def figure(path: Path, width: float, height: float, dpi: int) -> Iterator[Figure
         if asked is not None:
             os.environ["MPLBACKEND"] = asked
     # a user's matplotlibrc may want LaTeX, which is slow or missing
-    usual = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
+    usual: Any = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
     with matplotlib.rc_context(usual):
         drawn = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(drawn)

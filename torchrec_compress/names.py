@@ -70,8 +70,8 @@ def check_folder_names(names: Sequence[str], where: str) -> None:
         _check_text(name, where)
         if set(name) & set(_NOT_IN_FILES) or name[0] in " .-" or name[-1] in " .":
             raise ValueError(
-                f"{where} {name!r}: must be a folder's name, without any of {' '.join(_NOT_IN_FILES)}, a space or '.' at "
-                "an end and a leading '-'"
+                f"{where} {name!r}: must be a folder's name, without any of {' '.join(_NOT_IN_FILES)}, a space or '.' "
+                "at an end and a leading '-'"
             )
         if len(name.encode()) > _LONGEST_FILE:
             raise ValueError(

@@ -88,8 +88,8 @@ def build(kind: type[Config], values: Mapping[str, Any], where: str = "", base: 
     """Return a config dataclass made of plain data.
 
     Args:
-        kind: the dataclass; its fields may be numbers (`Range`), text, `Literal`, lists, mappings, dataclasses, and `Any`
-            for plain data of any shape.
+        kind: the dataclass; its fields may be numbers (`Range`), text, `Literal`, lists, mappings, dataclasses, and
+            `Any` for plain data of any shape.
         values: by key; keys may be dotted, and a mapping changes only those keys of a nested dataclass that it has.
         where: the key that holds them, for errors.
         base: where `values` is silent; the defaults without it.

@@ -62,8 +62,8 @@ def check_variants(config: RunConfig) -> dict[str, RunConfig]:
     """Return the config of every variant that is asked for, each checked.
 
     Raises:
-        ValueError: no variants, names that cannot be folders, an unknown name in `only`, an unknown key in a variant, or
-            settings that cannot work.
+        ValueError: no variants, names that cannot be folders, an unknown name in `only`, or an unknown key or settings
+            that cannot work in a variant.
     """
     chosen = config.compare
     if not chosen.variants or not chosen.seeds:
@@ -97,8 +97,8 @@ def check_tables(config: RunConfig, rows: Mapping[str, int]) -> list[EmbeddingBa
         ValueError: a name that a table cannot have or that no table has, a width or a method that cannot store a table,
             or a budget that is too small for all.
     """
-    check_table_names(list(rows), "data: column")
-    check_feature_names(rows, "data: column")
+    check_table_names(list(rows), "table")
+    check_feature_names(rows, "table")
     tables = tables_of(config.model, rows)
     for key, given in (("data.tail_tables", config.data.tail_tables), ("context", config.context)):
         unknown = [name for name in given if name not in rows]
@@ -235,6 +235,10 @@ def _check_data(config: DataConfig) -> None:
     if config.generator.multi_hot and not config.generator.criteo_rows:
         raise ValueError("data.generator.multi_hot: must be false without data.generator.criteo_rows, got true")
     check_fractions(config)
+    if config.row_filter:
+        from torchrec_compress.train.parquet_schema import parse_filter  # needs pyarrow
+
+        parse_filter(config.row_filter)
     for key, names in _lists(config):
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:

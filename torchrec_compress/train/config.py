@@ -65,8 +65,8 @@ class DataConfig:
         num_workers: streaming only: threads that read ahead; 0 reads when rows are needed.
         label: the label column.
         positive_from: smallest value of the label column that counts as a click; null where the column is 0 or 1.
-        features: Parquet only: the id columns. Empty means all that the schema metadata `vocab` names or, where there is
-            none, all columns that no other key names and that are not pandas' index; less `drop`.
+        features: Parquet only: the id columns. Empty means all that the schema metadata `vocab` names or, where there
+            is none, all columns that no other key names and that are not pandas' index; less `drop`.
         drop: Parquet only: columns to leave out of those.
         row_filter: keeps rows, such as "rating != 3"; one comparison of a column with an int.
         dense: Parquet only: columns of dense values.

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import ast
 import operator
-import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from torchrec_compress.schema import nearest
 from torchrec_compress.train.config import DataConfig
 from torchrec_compress.train.data import SPLITS, ClickData, Split
+from torchrec_compress.train.parquet_schema import (
+    Schema,
+    check_columns,
+    is_list,
+    open_parquet,
+    parquet_files,
+    parse_filter,
+    read_schema,
+    warn_of_row_numbers,
+)
 from torchrec_compress.train.splits import draw_split
 
 _COMPARE = {
@@ -26,33 +31,6 @@ _COMPARE = {
     ">": operator.gt,
     "<": operator.lt,
 }
-
-
-@dataclass(frozen=True)
-class Schema:
-    """Which columns of Parquet files are what.
-
-    Args:
-        features: id columns, of ints or of lists of ints.
-        dense: columns of dense values.
-        label: the label column.
-        kind: the column with the kind of negative, or None.
-        others: columns that decide which rows are kept and where they go.
-        stated: rows per table that the schema metadata `vocab` states.
-    """
-
-    features: list[str]
-    dense: list[str]
-    label: str
-    kind: str | None
-    others: list[str]
-    stated: dict[str, int]
-
-    @property
-    def columns(self) -> list[str]:
-        """Return all columns that are read."""
-        special = [self.label, *([self.kind] if self.kind else []), *self.others]
-        return list(dict.fromkeys([*self.features, *self.dense, *special]))
 
 
 def read_parquet(config: DataConfig) -> ClickData:
@@ -103,91 +81,6 @@ def read_parquet(config: DataConfig) -> ClickData:
     return ClickData(schema.features, vocab, len(schema.dense), *splits, widths=tuple(widths), ragged=ragged)
 
 
-def parquet_files(path: Path) -> list[Path]:
-    """Return a file, or the Parquet files of a folder by name.
-
-    Raises:
-        ValueError: there are none.
-    """
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        state = "which has none" if path.is_dir() else "which does not exist"
-        raise ValueError(f"data.path: must be a Parquet file or a folder of *.parquet, got {str(path)!r}, {state}")
-    return files
-
-
-def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
-    """Open a Parquet file.
-
-    Raises:
-        ValueError: it is none, or has no rows.
-    """
-    try:
-        file = pq.ParquetFile(path, metadata=metadata)
-    except (pa.ArrowInvalid, OSError) as error:
-        size = path.stat().st_size if path.is_file() else 0
-        raise ValueError(f"{path}: must be a Parquet file, got {size} bytes that are not ({error})") from error
-    if file.metadata.num_rows == 0:
-        raise ValueError(f"{path}: must have rows, got none")
-    return file
-
-
-def read_schema(file: pq.ParquetFile, path: Path, config: DataConfig) -> Schema:
-    """Return which columns are what.
-
-    Raises:
-        ValueError: a column that the config names is missing, or there is no id column.
-    """
-    names = file.schema_arrow.names
-    text = (file.schema_arrow.metadata or {}).get(b"vocab")
-    stated = {str(key): int(value) for key, value in _mapping(path, text).items()} if text else {}
-    filtered = [_parse_filter(config.row_filter)[0]] if config.row_filter else []
-    others = [name for name in (config.split, config.subsample_by, *filtered) if name]
-    special = {config.label, config.kind_column, *config.drop, *config.dense, *(set(others) - set(stated))}
-    features = list(config.features) or [name for name in (stated or names) if name not in special]
-    schema = Schema(features, list(config.dense), config.label, config.kind_column, others, stated)
-    check_columns(file, path, schema)
-    if not features:
-        raise ValueError(f"{path}: must have id columns besides {sorted(map(str, special))}, got {names}")
-    for key, given in (("vocab", config.vocab), ("pooling", config.pooling)):
-        unknown = sorted(set(given) - set(features))
-        if unknown:
-            raise ValueError(f"data.{key}: must name features of {features}, got {unknown}")
-    return schema
-
-
-def check_columns(file: pq.ParquetFile, path: Path, schema: Schema) -> None:
-    """Raise ValueError where a file lacks a column, or has one of another type than its use asks for."""
-    fields = file.schema_arrow
-    for name in schema.columns:
-        if name not in fields.names:
-            raise ValueError(f"{path}: must have the column {name!r}, got {fields.names}{nearest(name, fields.names)}")
-        kind = fields.field(name).type
-        if _is_list(kind) and name in schema.features and name not in (schema.label, schema.kind, *schema.others):
-            kind = kind.value_type
-        number = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
-        if name in schema.dense and not number and not pa.types.is_floating(kind):
-            raise ValueError(f"{path}: column {name!r} must be of numbers, got {kind}")
-        if name not in schema.dense and not number:
-            raise ValueError(f"{path}: column {name!r} must be of an int type, got {kind}")
-
-
-def list_columns(file: pq.ParquetFile, schema: Schema) -> list[str]:
-    """Return the features of which a row may have several ids."""
-    return [name for name in schema.features if _is_list(file.schema_arrow.field(name).type)]
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
-
-
-def _mapping(path: Path, text: bytes) -> dict[str, int]:
-    try:
-        return dict(ast.literal_eval(text.decode()))  # reads JSON of numbers as well
-    except (ValueError, SyntaxError) as error:
-        raise ValueError(f"{path}: the schema metadata 'vocab' must be a mapping, got {text[:60]!r}") from error
-
-
 def _read_file(path: Path, schema: Schema) -> pa.Table:
     file = open_parquet(path)
     check_columns(file, path, schema)
@@ -218,7 +111,7 @@ def column_values(
         raise ValueError(
             f"{path}: column {name!r} must have no missing values, got {array.null_count}, first in row {row}"
         )
-    if _is_list(array.type):
+    if is_list(array.type):
         return _list_values(path, name, array, width, first)
     values = array.to_numpy(zero_copy_only=False)
     if not dense:
@@ -289,7 +182,7 @@ def _kept(config: DataConfig, columns: dict[str, np.ndarray], num_rows: int) -> 
     """Return which rows pass the filter and the subsample: (num_rows,) bool."""
     kept = np.ones(num_rows, dtype=bool)
     if config.row_filter:
-        name, compare, value = _parse_filter(config.row_filter)
+        name, compare, value = parse_filter(config.row_filter)
         kept &= _COMPARE[compare](columns[name], value)
     if not 0 < config.subsample <= 1:
         raise ValueError(f"data.subsample: must be in (0, 1], got {config.subsample}")
@@ -301,13 +194,6 @@ def _kept(config: DataConfig, columns: dict[str, np.ndarray], num_rows: int) -> 
         else:
             kept &= rng.random(num_rows) < config.subsample
     return kept
-
-
-def _parse_filter(text: str) -> tuple[str, str, int]:
-    match = re.fullmatch(r"\s*(\w+)\s*(!=|==|>=|<=|>|<)\s*(-?\d+)\s*", text)
-    if not match:
-        raise ValueError(f"data.row_filter: must be like 'rating != 3', got {text!r}")
-    return match[1], match[2], int(match[3])
 
 
 def _ids(
@@ -322,6 +208,8 @@ def _ids(
             raise ValueError(f"data.pooling: must be at least the ids of a row, got {width} for {name!r}")
         size = config.vocab.get(name, schema.stated.get(name, int(values.max()) + 1))
         check_ids(path, name, values, size)
+        if values.ndim == 1 and size >= len(values) > 1 and len(np.unique(values)) == len(values):
+            warn_of_row_numbers(path, name)
         vocab.append(size)
         blocks.append(values if values.ndim == 2 else values[:, None])
     widths = [block.shape[1] for block in blocks]

@@ -14,16 +14,15 @@ import torch
 from torchrec_compress.train.batch import Layout
 from torchrec_compress.train.config import DataConfig
 from torchrec_compress.train.data import SPLITS, Split
-from torchrec_compress.train.parquet import (
+from torchrec_compress.train.parquet import check_ids, column_values, to_labels
+from torchrec_compress.train.parquet_schema import (
     Schema,
     check_columns,
-    check_ids,
-    column_values,
     list_columns,
     open_parquet,
     parquet_files,
     read_schema,
-    to_labels,
+    warn_of_row_numbers,
 )
 from torchrec_compress.train.splits import draw_split
 from torchrec_compress.train.streamed import Chunks, StreamedData
@@ -117,18 +116,20 @@ def stream_parquet(config: DataConfig, pin_memory: bool = False) -> StreamedData
     by_folder = any(folder.is_dir() for folder in folders)
     files = [parquet_files(folder) for folder in folders] if by_folder else [parquet_files(path)]
     every = [file for part in files for file in part]
+    start = open_parquet(every[0])
     if by_folder:
-        config = replace(config, split=None, drop=[*config.drop, *([config.split] if config.split else [])])
+        has_split = config.split in start.schema_arrow.names
+        config = replace(config, split=None, drop=[*config.drop, *([str(config.split)] if has_split else [])])
     metadata = {}
-    schema = read_schema(open_parquet(every[0]), every[0], config)
+    schema = read_schema(start, every[0], config)
     for file in every:
         opened = open_parquet(file)
         check_columns(opened, file, schema)
         metadata[file] = opened.metadata
         own = list_columns(opened, schema)
-        if own != list_columns(open_parquet(every[0]), schema):
+        if own != list_columns(start, schema):
             raise ValueError(f"{file}: must have lists in the same columns as {every[0]}, got them in {own}")
-    lists = list_columns(open_parquet(every[0]), schema)
+    lists = list_columns(start, schema)
     missing = [name for name in lists if name not in config.pooling]
     if missing:
         raise ValueError(f"data.pooling: must state the most ids per row of columns of lists, got none for {missing}")
@@ -182,7 +183,8 @@ def _split_of(column: str, group: _Group, metadata: pq.FileMetaData) -> int:
 def _statistics(metadata: pq.FileMetaData, group: int, column: str) -> Any:
     """Return the statistics of a column in a row group, or None."""
     for number in range(metadata.num_columns):
-        if metadata.schema.column(number).path.split(".")[0] == column:
+        path = metadata.schema.column(number).path  # "ids.list.element" of a column of lists
+        if path == column or path.startswith(f"{column}.list."):
             return metadata.row_group(group).column(number).statistics
     return None
 
@@ -198,4 +200,6 @@ def _table_rows(config: DataConfig, schema: Schema, name: str, metadata: dict[Pa
                 raise ValueError(f"data.vocab: must give the rows of {name!r}, of which {path} has no statistics")
             if statistics.num_values:  # none where all lists are empty
                 largest = max(largest, int(statistics.max))
+    if largest + 1 >= sum(found.num_rows for found in metadata.values()) > 1:  # how many there are is not known
+        warn_of_row_numbers(Path(str(config.path)), name)
     return largest + 1

@@ -207,7 +207,12 @@ def _usage_lines(rows: Mapping[str, Any]) -> list[str]:
     lines = ["", "## Code usage (perplexity per codebook, first seed)", ""]
     lines += ["| variant | table | over rows | over look-ups | codewords |", "|---|---|---|---|---|"]
     lines += [
-        f"| {name} | {table.replace('|', chr(92) + '|')} | {use['by_rows']:.1f} | {use['by_lookups']:.1f} | {use['codebook_size']:.0f} |"
+        f"| {name} | {_cell(table)} | {use['by_rows']:.1f} | {use['by_lookups']:.1f} | {use['codebook_size']:.0f} |"
         for name, table, use in used
     ]
     return lines
+
+
+def _cell(name: str) -> str:
+    """Return a table's name so that it stays in its cell."""
+    return name.replace("|", "\\|")
