@@ -48,7 +48,7 @@ def resolve(tables: Sequence[BaseEmbeddingConfig], compression: Compression) -> 
     unused = set(by_key)
     chosen = {}
     for table in tables:
-        keys = [key for key in by_key if fnmatchcase(table.name, key)]
+        keys = [key for key in by_key if key == table.name or fnmatchcase(table.name, key)]
         unused -= set(keys)
         if not keys:
             raise ValueError(

@@ -111,7 +111,7 @@ def build(kind: type[Config], values: Mapping[str, Any], where: str = "", base: 
         raise ValueError(f"{where or 'config'}: must be a mapping of keys, got {_short(values)}")
     hints = get_type_hints(kind, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
-    found = {} if base is None else {name: getattr(base, name) for name in fields}
+    found = {name: getattr(base, name) for name in fields} if base is not None else _defaults(fields)
     for key, value in values.items():
         first, _, rest = _name(key, where).partition(".")
         if first not in fields:
@@ -121,7 +121,7 @@ def build(kind: type[Config], values: Mapping[str, Any], where: str = "", base: 
             found[first] = _changed(found.get(first), rest, value, hints[first], path)
         else:
             found[first] = _typed(value, hints[first], path, found.get(first))
-    missing = [name for name, field in fields.items() if name not in found and not _has_default(field)]
+    missing = [name for name in fields if name not in found]
     if missing:
         raise ValueError(f"{where or 'config'}: must set {missing}, got {sorted(values)}")
     return kind(**found)
@@ -210,13 +210,11 @@ def words(hint: Any) -> str:
 def _unknown(kind: type, where: str, key: str) -> str:
     first, dot, rest = key.partition(".")
     names = [field.name for field in dataclasses.fields(kind)]
-    close = difflib.get_close_matches(first, names, n=1, cutoff=0.5)
-    if close:
-        said = f"; did you mean {_join(where, close[0]) + dot + rest!r}?"
-    else:  # the right key in the wrong place, such as embedding_dim for model.embedding_dim
-        same = [path for path, _, _ in leaves(kind, where) if path.endswith("." + key)]
-        said = f"; did you mean {same[0]!r}?" if same else ""
-    return f"unknown key {_join(where, key)!r}{said}{'' if said.endswith('?') else ';'} the keys are {names}"
+    # the right key in the wrong place, such as embedding_dim for model.embedding_dim, else a misspelt one
+    known = [path for path, _, _ in leaves(kind, where) if path.endswith("." + key)]
+    known += [_join(where, name) + dot + rest for name in difflib.get_close_matches(first, names, n=1, cutoff=0.5)]
+    said = f"; did you mean {known[0]!r}?" if known else ";"
+    return f"unknown key {_join(where, key)!r}{said} the keys are {names}"
 
 
 def _changed(old: Any, keys: str, value: Any, hint: Any, where: str) -> Any:
@@ -313,5 +311,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _has_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+def _defaults(fields: Mapping[str, dataclasses.Field[Any]]) -> dict[str, Any]:
+    found = {}
+    for name, field in fields.items():
+        if field.default_factory is not dataclasses.MISSING:
+            found[name] = field.default_factory()
+        elif field.default is not dataclasses.MISSING:
+            found[name] = field.default
+    return found
