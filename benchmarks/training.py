@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torchrec import EmbeddingBagCollection
 
-from torchrec_compress import CompressedEmbeddingBagCollection
+from torchrec_compress import CompressedEmbeddingBagCollection, optimizer_bytes
 from torchrec_compress.compression import parse
 from torchrec_compress.train.batch import Batch, Share
 from torchrec_compress.train.checkpoint import Checkpoints
@@ -98,7 +98,7 @@ def work(arguments: argparse.Namespace) -> None:
     result = {}
     for name, (trainable, planning) in made.items():
         result[name] = {"times": times[name], "plan": planning, **_checkpoint(trainable, ranks)}
-        result[name]["optimizer_bytes"] = sum(gather(trainable.optimizer_bytes(), ranks))
+        result[name]["optimizer_bytes"] = sum(gather(optimizer_bytes(trainable.optimizer), ranks))
     if ranks.is_first:
         arguments.result.write_text(json.dumps(result))
     stop()

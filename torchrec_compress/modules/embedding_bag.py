@@ -6,10 +6,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollection,
     EmbeddingBagCollectionInterface,
+    EmbeddingCollection,
     get_embedding_names_by_table,
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
@@ -19,7 +21,18 @@ from torchrec_compress.methods import MECConfig, MEmComConfig, PQConfig, RandomC
 from torchrec_compress.modules.features import check_batch_weights, check_features
 from torchrec_compress.modules.parts import CompressedParts
 from torchrec_compress.modules.plan import CollectionPlan
-from torchrec_compress.modules.tables import RemappedBagRows, RemappedEmbeddingBagCollection
+from torchrec_compress.modules.tables import (
+    RemappedEmbeddingBagCollection,
+    RemappedEmbeddingBagRows,
+    RemappedEmbeddingCollection,
+)
+
+_NATIVE = (
+    EmbeddingBagCollection,
+    EmbeddingCollection,
+    RemappedEmbeddingBagCollection,
+    RemappedEmbeddingCollection,
+)
 
 torch.fx.wrap("check_batch_weights")
 torch.fx.wrap("check_features")
@@ -53,7 +66,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
     """
 
     default_compression: ClassVar[Compression | None] = None
-    _rows_kind = RemappedBagRows
+    _rows_kind = RemappedEmbeddingBagRows
 
     def __init__(
         self,
@@ -189,13 +202,24 @@ def native_parameters(module: nn.Module) -> list[nn.Parameter]:
 
     Codebooks and other replicated parameters are not among them; they belong to the dense optimizer.
 
+    Raises:
+        ValueError: the model is sharded already, so that a fused optimizer comes too late.
+
     Example:
         >>> from torchrec_compress.methods import PQConfig
         >>> table = EmbeddingBagConfig(name="user", num_embeddings=10_000, embedding_dim=64, feature_names=["user"])
         >>> native_parameters(CompressedEmbeddingBagCollection([table], compression=PQConfig(num_codes=4)))
         []
     """
-    from torchrec.modules.embedding_modules import EmbeddingCollection
-
+    late = sorted(
+        path
+        for path, child in module.named_modules()
+        if isinstance(child, ShardedModule) and issubclass(child.unsharded_module_type, _NATIVE)
+    )
+    if late:
+        raise ValueError(
+            f"native_parameters: the model must not be sharded yet, got sharded tables at {late}; call it, and "
+            "apply_optimizer_in_backward, before DistributedModelParallel"
+        )
     stock = [child for child in module.modules() if isinstance(child, EmbeddingBagCollection | EmbeddingCollection)]
     return [parameter for child in stock for parameter in child.parameters()]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torchrec.optim.keyed import KeyedOptimizer
+
+from torchrec_compress.methods import dense_bytes
+from torchrec_compress.modules.plan import CollectionPlan
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,57 @@ class Footprint:
         return "\n".join(lines)
 
 
+def count(state: Mapping[str, Any], plan: CollectionPlan) -> Footprint:
+    """Return the bytes of a collection from its state dict, whose names and whole shapes no sharding changes.
+
+    Args:
+        state: of the collection; tensors, `ShardedTensor` or `DTensor`, on any device.
+        plan: that it was built from.
+
+    Raises:
+        ValueError: the state dict lacks a part of a table.
+    """
+    owners = {physical: name for name in plan.methods for physical in plan.native_names(name).values()}
+    sizes: Counter[tuple[str, str]] = Counter()
+    missing = {("code", name) for name in plan.methods if plan.parts[name].codes is not None}
+    missing |= {("native", physical) for physical in owners}
+    missing |= {("dense", table.name) for table in plan.dense_tables()}
+    for key, value in state.items():
+        stored = _stored(key)
+        if stored is not None:
+            missing.discard(stored)
+            kind, name = stored
+            name = owners[name] if kind == "native" else name
+            sizes[kind, name] += math.prod(value.size()) * value.dtype.itemsize
+    if missing:
+        raise ValueError(
+            f"footprint: every part of a table must be in the state dict, got none for {sorted(missing)}; count the "
+            "collection before its parts are replaced by modules that store them otherwise"
+        )
+    return Footprint(
+        {
+            table.name: TableFootprint(
+                method=plan.methods[table.name].method,
+                dense_bytes=dense_bytes(table),
+                code_bytes=sizes["code", table.name],
+                decoder_bytes=sizes["decoder", table.name],
+                native_bytes=sizes["native", table.name] + sizes["dense", table.name],
+            )
+            for table in plan.tables
+        }
+    )
+
+
+def _stored(key: str) -> tuple[str, str] | None:
+    """Return the kind of a tensor and the name of its stored table, by its own name; None where it is of no table."""
+    path = key.split(".")
+    if path[0] in ("code_tables", "decoder") and "banks" in path:
+        return path[0].removesuffix("_tables"), path[path.index("banks") + 1]
+    if len(path) > 2 and path[-3] in ("embedding_bags", "embeddings"):
+        return "dense" if path[0] == "dense" else "native", path[-2]
+    return None
+
+
 def optimizer_bytes(optimizer: KeyedOptimizer | torch.optim.Optimizer) -> int:
     """Return the bytes of an optimizer's state tensors on this rank, counted apart from the tables.
 
@@ -113,10 +170,14 @@ def optimizer_bytes(optimizer: KeyedOptimizer | torch.optim.Optimizer) -> int:
 
 
 def _state_bytes(value: object) -> int:
-    if hasattr(value, "local_shards"):  # a ShardedTensor, which is a Tensor too: this rank's part
-        return sum(_state_bytes(shard.tensor) for shard in value.local_shards())  # type: ignore[attr-defined]
+    if hasattr(value, "to_local"):  # a DTensor: this rank's part
+        return _state_bytes(value.to_local())  # type: ignore[attr-defined]
+    if hasattr(value, "local_shards"):  # a ShardedTensor, or what TorchRec puts into a DTensor; Tensors too
+        return sum(_state_bytes(getattr(shard, "tensor", shard)) for shard in value.local_shards())  # type: ignore[attr-defined]
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, dict):
         return sum(_state_bytes(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(_state_bytes(item) for item in value)
     return 0

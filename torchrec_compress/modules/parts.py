@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from torchrec_compress.methods import MECConfig, MethodConfig, TableState, dense_bytes
+from torchrec_compress.methods import MECConfig, MethodConfig, TableState
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.features import IdRange
-from torchrec_compress.modules.footprint import Footprint, TableFootprint
+from torchrec_compress.modules.footprint import Footprint, count
 from torchrec_compress.modules.plan import CollectionPlan
 from torchrec_compress.modules.tables import CodeTableCollection, RemappedEmbeddingCollection
 from torchrec_compress.ops import lookup_codes
@@ -148,23 +148,14 @@ class CompressedParts(nn.Module):
         return self.decoder.banks[name](ids, None, None, codes, rows)
 
     def footprint(self) -> Footprint:
-        """Return the bytes of all tables, counted over the real tensors (on the meta device too)."""
-        return Footprint({table.name: self._table_footprint(table) for table in self._plan.tables})
+        """Return the bytes of all tables, counted over the real tensors (on the meta device too).
 
-    def _table_footprint(self, table: BaseEmbeddingConfig) -> TableFootprint:
-        name = table.name
-        codes = self.code_tables.banks[name].buffers() if self._plan.parts[name].codes is not None else ()  # type: ignore[union-attr]
-        decoder: list[Tensor] = []
-        if name in self.decoder.banks:
-            bank = self.decoder.banks[name]
-            decoder = [*bank.parameters(), *bank.buffers()]
-        return TableFootprint(
-            method=self._plan.methods[name].method,
-            dense_bytes=dense_bytes(table),
-            code_bytes=_num_bytes(codes),
-            decoder_bytes=_num_bytes(decoder),
-            native_bytes=_num_bytes(weight for _, weight in self._native_weights(name)),
-        )
+        Sharded, it is the same on every rank: one copy of every table, whichever ranks hold its rows. No rank waits.
+
+        Raises:
+            ValueError: a part of a table was replaced by a module that stores it under other names.
+        """
+        return count(self.state_dict(), self._plan)
 
     def _native_weights(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """Yield (part name, weight) of a table's native parts; the dense table's part is ""."""
@@ -181,7 +172,3 @@ def _reset(weight: Any, config: BaseEmbeddingConfig) -> None:
     if weight.device.type != "meta":
         assert config.init_fn is not None  # set by TorchRec's own config where the user gave none
         config.init_fn(weight)
-
-
-def _num_bytes(tensors: Iterator[Tensor] | list[Tensor] | tuple[Tensor, ...]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -327,7 +327,7 @@ class RemappedEmbeddingCollection(_Remapped):
         return self.native(remap_features(features, self.plan))
 
 
-class RemappedBagRows(RemappedEmbeddingCollection):
+class RemappedEmbeddingBagRows(RemappedEmbeddingCollection):
     """Unpooled native tables of a pooled collection, whose sharder takes the settings of the user's bags."""
 
 

@@ -18,8 +18,8 @@ from torchrec.distributed.types import ModuleSharder, ShardingType
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.tables import (
     CodeTableCollection,
-    RemappedBagRows,
     RemappedEmbeddingBagCollection,
+    RemappedEmbeddingBagRows,
     RemappedEmbeddingCollection,
 )
 from torchrec_compress.sharding import get_default_sharders
@@ -30,7 +30,7 @@ _PARTS: dict[type[nn.Module], str] = {
     CodeTableCollection: "code table",
     RemappedEmbeddingBagCollection: "native table of pooled rows",
     RemappedEmbeddingCollection: "native table of unpooled rows",
-    RemappedBagRows: "native table of unpooled rows",
+    RemappedEmbeddingBagRows: "native table of unpooled rows",
     Decoder: "replicated decoder",
 }
 # what to do instead, nearest first: what a sharding type is wished for is how it spreads bytes and traffic

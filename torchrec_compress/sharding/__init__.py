@@ -4,16 +4,16 @@ from torchrec_compress.sharding.settings import compressed_sharders, get_default
 from torchrec_compress.sharding.sharders import (
     CodeTableCollectionSharder,
     DecoderSharder,
-    RemappedBagRowsSharder,
     RemappedEmbeddingBagCollectionSharder,
+    RemappedEmbeddingBagRowsSharder,
     RemappedEmbeddingCollectionSharder,
 )
 
 __all__ = [
     "CodeTableCollectionSharder",
     "DecoderSharder",
-    "RemappedBagRowsSharder",
     "RemappedEmbeddingBagCollectionSharder",
+    "RemappedEmbeddingBagRowsSharder",
     "RemappedEmbeddingCollectionSharder",
     "compressed_sharders",
     "get_default_sharders",

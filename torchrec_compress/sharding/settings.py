@@ -17,8 +17,8 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec_compress.sharding.sharders import (
     CodeTableCollectionSharder,
     DecoderSharder,
-    RemappedBagRowsSharder,
     RemappedEmbeddingBagCollectionSharder,
+    RemappedEmbeddingBagRowsSharder,
     RemappedEmbeddingCollectionSharder,
 )
 
@@ -80,7 +80,7 @@ def compressed_sharders(
         CodeTableCollectionSharder(),
         RemappedEmbeddingBagCollectionSharder(bags),
         RemappedEmbeddingCollectionSharder(rows),
-        RemappedBagRowsSharder(bags),
+        RemappedEmbeddingBagRowsSharder(bags),
         DecoderSharder({**(rows.fused_params or {}), **(bags.fused_params or {})}),
     ]  # type: ignore[list-item]
 

@@ -25,8 +25,8 @@ from torchrec_compress.modules.backward import strip_in_backward_optimizers
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.tables import (
     CodeTableCollection,
-    RemappedBagRows,
     RemappedEmbeddingBagCollection,
+    RemappedEmbeddingBagRows,
     RemappedEmbeddingCollection,
 )
 from torchrec_compress.sharding.code_tables import ShardedCodeTableCollection
@@ -213,7 +213,7 @@ class RemappedEmbeddingCollectionSharder(_RemappedSharder[RemappedEmbeddingColle
         return RemappedEmbeddingCollection
 
 
-class RemappedBagRowsSharder(RemappedEmbeddingCollectionSharder):
+class RemappedEmbeddingBagRowsSharder(RemappedEmbeddingCollectionSharder):
     """Shard unpooled native tables of pooled collections: rows travel, but the settings are those of the user's bags.
 
     Args:
@@ -244,9 +244,9 @@ class RemappedBagRowsSharder(RemappedEmbeddingCollectionSharder):
         return super().shard(module, params, env, device, module_fqn)
 
     @property
-    def module_type(self) -> type[RemappedBagRows]:
+    def module_type(self) -> type[RemappedEmbeddingBagRows]:
         """The module that is sharded."""
-        return RemappedBagRows
+        return RemappedEmbeddingBagRows
 
 
 class DecoderSharder(BaseEmbeddingSharder[Decoder]):

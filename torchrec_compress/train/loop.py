@@ -110,7 +110,7 @@ class Trained:
         rows_per_second: of training over all ranks, validation left out.
         seconds: of training, over all interrupted runs.
         skipped: batches that were left out for a loss that was not finite.
-        optimizer_bytes: of all optimizer state of this rank.
+        optimizer_bytes: of all optimizer state, one copy over all ranks.
     """
 
     trainable: Trainable

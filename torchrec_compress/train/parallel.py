@@ -33,7 +33,7 @@ from torchrec_compress.train.checkpoint_reader import read
 from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig, of_pattern
 from torchrec_compress.train.models import ClickModel
 from torchrec_compress.train.objective import Loss, TrainStep
-from torchrec_compress.train.ranks import Ranks
+from torchrec_compress.train.ranks import Ranks, gather
 
 _FUSED = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
 _RESERVED = 0.15  # of the memory, for activations and buffers
@@ -142,8 +142,10 @@ class Trainable:
         return self._loss.was_skipped
 
     def optimizer_bytes(self) -> int:
-        """Return the bytes of this rank's optimizer state."""
-        return optimizer_bytes(self.optimizer)
+        """Return the bytes of one copy of the optimizers' state over all ranks; every rank calls it."""
+        sizes = {name: optimizer_bytes(each) for name, each in self.optimizer.optimizers}
+        sharded = sizes.pop("fused", 0)
+        return sum(gather(sharded, self.ranks)) + sum(sizes.values())
 
     def state(self) -> dict[str, Any]:
         """Return the model's and the optimizers' state for a checkpoint; tensors are the live ones."""
