@@ -120,7 +120,6 @@ def test_a_folder_with_other_settings_is_refused_by_key(config, tmp_path):
     others = {
         "seed": 1,
         "context": {"user": "item"},
-        "start": "scratch",
         "data.tail_count": 3,
         "data.generator.seed": 8,
         "model.dropout": 0.5,

@@ -1,5 +1,7 @@
-"""Read a checkpoint of torch.distributed.checkpoint, which someone else may have written: no byte of it is parsed before
-its checksum is verified, and none is ever executed."""
+"""Read a checkpoint of torch.distributed.checkpoint, which someone else may have written.
+
+No byte of it is parsed before its checksum is verified, and none is ever executed.
+"""
 
 from __future__ import annotations
 
