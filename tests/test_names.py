@@ -81,8 +81,16 @@ def test_features_that_torchrec_would_cut_are_refused():
 
 @pytest.mark.parametrize(
     "names",
-    [["pq/4"], [".."], ["."], ["/etc"], ["a\\b"], ["C:"], ["-a"], [".a"], ["a "], ["a."], ["*"], ["a|b"], ["x" * 129]]
-    + [["a", "A"], ["ß", "SS"], ["é", "e\u0301"], ["表" * 50], [""]],
+    [
+        *(
+            [name]
+            for name in ("pq/4", "..", ".", "/etc", "a\\b", "C:", "-a", ".a", "a ", "a.", "*", "a|b", "x" * 129, "")
+        ),
+        ["表" * 50],
+        ["a", "A"],
+        ["ß", "SS"],
+        ["é", "e\u0301"],
+    ],
 )
 def test_folders_have_names_that_every_file_system_takes(names):
     with pytest.raises(ValueError, match="variants '"):

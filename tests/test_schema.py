@@ -95,7 +95,7 @@ def test_aliases_cannot_make_a_value_that_does_not_fit():
     endless: list[Any] = []
     endless.append(endless)
     for value in (bomb, endless):
-        with pytest.raises(ValueError, match="key.*: must hold at most"):
+        with pytest.raises(ValueError, match=r"key.*: must hold at most"):
             plain(value, "key")
         with pytest.raises(ValueError, match="text: must be str or null, got a list of"):
             build(Outer, {"text": value})

@@ -13,11 +13,12 @@ import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
 
-_MOST_VALUES = 1_000_000  # aliases let a few lines of YAML stand for billions of values
+_MOST_VALUES = 100_000  # aliases let a few lines of YAML stand for billions of values
 _MOST_LEVELS = 64
 _LARGEST = 2**63 - 1
 _KINDS: dict[Any, str] = {
@@ -109,7 +110,7 @@ def build(kind: type[Config], values: Mapping[str, Any], where: str = "", base: 
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where or 'config'}: must be a mapping of keys, got {_short(values)}")
-    hints = get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
     found = {name: getattr(base, name) for name in fields} if base is not None else _defaults(fields)
     for key, value in values.items():
@@ -167,7 +168,7 @@ def leaves(kind: type, where: str = "") -> Iterator[tuple[str, Any, Any]]:
         >>> list(leaves(Range))[:2]
         [('low', <class 'float'>, -inf), ('high', <class 'float'>, inf)]
     """
-    hints = get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     for field in dataclasses.fields(kind):
         path, hint = _join(where, field.name), hints[field.name]
         if dataclasses.is_dataclass(hint):
@@ -225,7 +226,9 @@ def _changed(old: Any, keys: str, value: Any, hint: Any, where: str) -> Any:
             return build(option, {keys: value}, where, base)  # type: ignore[arg-type]
         if option is Any or get_origin(option) is dict:
             inner = Any if option is Any else get_args(option)[1]
-            nests = any(part is Any or dataclasses.is_dataclass(part) for part in _options(inner))
+            nests = any(
+                part is Any or get_origin(part) is dict or dataclasses.is_dataclass(part) for part in _options(inner)
+            )
             key, _, rest = keys.partition(".") if nests else (keys, "", "")
             held = dict(old) if isinstance(old, Mapping) else {}
             path = _join(where, _name(key, where))
@@ -309,6 +312,11 @@ def _short(value: Any) -> str:
         return f"an int of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def _defaults(fields: Mapping[str, dataclasses.Field[Any]]) -> dict[str, Any]:

@@ -131,11 +131,11 @@ def origin(error: str, arguments: Sequence[str], keys: Collection[str]) -> str:
         >>> origin("data.path: must be set", ["a.yaml", "--seed", "3"], ["data", "seed"])
         'a.yaml: data.path: must be set'
     """
-    found = re.match(r"(\w+)[\w.]*(?=:)", error)
-    if found is None or found[1] not in keys or not arguments:
+    found = re.match(r"(?:unknown key ')?((\w+)(?:\.[^:']*)?)[:']", error)
+    if found is None or found[2] not in keys or not arguments:
         return error
     given = [word[2:].partition("=")[0] for word in arguments if word.startswith("--")]
-    if any(f"{found[0]}.".startswith(f"{key}.") for key in given):
+    if any(f"{found[1]}.".startswith(f"{key}.") for key in given):
         return f"command line: {error}"
     return error if arguments[0].startswith("-") else f"{arguments[0]}: {error}"
 
