@@ -87,7 +87,7 @@ def work(arguments: argparse.Namespace) -> None:
         },
     )
     ranks = start(config.parallel)
-    data = get_data(config.data, ranks)
+    data = get_data(config.data, {}, ranks)
     made = {name: _make(config, data, compression, ranks) for name, compression in _VARIANTS.items()}
     times: dict[str, list[float]] = {name: [] for name in made}
     for turn in range(arguments.rounds + 1):

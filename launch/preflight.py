@@ -149,13 +149,18 @@ def check_plan(config: RunConfig, hbm: str, job: Job) -> Finding:
 
 
 def check_output(config: RunConfig) -> Finding:
-    """Make the run's folder, where checkpoints go."""
+    """Make the run's folder, where checkpoints go; one that was begun must have been so with these settings."""
+    from torchrec_compress.train.identity import check_unchanged
+
     folder = Path(config.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".preflight"
         probe.write_text("")
         probe.unlink()
+        check_unchanged(config, folder)
+    except ValueError as error:
+        return Finding("output", "FAIL", str(error), "give a new folder: --output DIR")
     except OSError as error:
         return Finding(
             "output", "FAIL", f"{folder}: {error.strerror}", "give a folder that can be written: --output DIR"

@@ -249,7 +249,9 @@ def test_a_killed_conversion_continues_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(criteo_tsv, "_take_logarithms", killed)
     with pytest.raises(KeyboardInterrupt):
         convert(source, target, 2)
-    assert [path.name for path in sorted(target.glob("day_*"))] == ["day_0_dense.npy", "day_0_labels.npy"]
+    assert not list(target.glob("*.npy")) and not (target / "hashes").exists()
+    with pytest.raises(ValueError, match=r"out/\.unfinished: is of a conversion that broke off"):
+        load_data(_config(target))
     again = [np.load(path) for path in convert(source, target, 2)]
     assert len(calls) == 4  # day 0 was not done again
     assert all(np.array_equal(one, other) for one, other in zip(whole, again, strict=True))

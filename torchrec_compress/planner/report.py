@@ -219,7 +219,7 @@ class PlanReport:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / name for name in ("plan.json", "plan.md", "plan.png")]
-        paths[0].write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        paths[0].write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
         paths[1].write_text(f"# Plan\n\n```\n{self}\n```\n\n![bytes per rank and table](plan.png)\n")
         from torchrec_compress.planner.plots import draw
 

@@ -8,7 +8,7 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from torchrec.datasets.criteo import CAT_FEATURE_COUNT, DEFAULT_CAT_NAMES, INT_F
 
 from torchrec_compress.train.batch import Layout
 from torchrec_compress.train.config import DataConfig
+from torchrec_compress.train.conversion import CheckedFile, read_manifest
 from torchrec_compress.train.data import SPLITS, ClickData, Split
+from torchrec_compress.train.inputs import MANIFEST, VOCAB_FILE
+from torchrec_compress.train.sealed import read_json
 from torchrec_compress.train.splits import draw_split, split_ends
 from torchrec_compress.train.streamed import Chunks, StreamedData
 
-VOCAB_FILE = "vocab.json"
 _PROBE = 65536  # rows that are looked at to tell raw counts from their logarithms
 
 
@@ -32,6 +34,12 @@ class _Day:
     dense: np.ndarray
     blocks: list[np.ndarray]
     labels: np.ndarray
+    checked: list[tuple[CheckedFile, np.memmap]]
+
+    def verify(self, first: int, last: int) -> None:
+        """Raise ValueError where the rows [first, last) are not those that a conversion wrote."""
+        for file, array in self.checked:
+            file.check(array.offset + first * array.strides[0], array.offset + last * array.strides[0])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,24 +67,37 @@ class CriteoFiles:
     def __init__(self, config: DataConfig) -> None:
         path = Path(str(config.path))
         self.folder = path if path.is_dir() else _convert(path)
-        multi_hot = bool(config.pooling) or not any(self.folder.glob("*_sparse.npy"))
+        self._manifest = read_manifest(self.folder)
+        multi_hot = bool(config.pooling) or not self._files("_sparse.npy")
         ends = ("_dense.npy", "_sparse_multi_hot.npz" if multi_hot else "_sparse.npy", "_labels.npy")
-        found = [sorted(self.folder.glob(f"*{end}"), key=_natural) for end in ends]
+        found = [self._files(end) for end in ends]
         names = [[file.name.removesuffix(end) for file in files] for files, end in zip(found, ends, strict=True)]
         if not names[0] or any(name != names[0] for name in names):
             raise ValueError(
                 f"{self.folder}: must hold as many *_dense.npy, *_sparse.npy (or *_sparse_multi_hot.npz) and "
                 f"*_labels.npy files of the same names, got {[len(files) for files in found]}"
             )
-        self._days = [_open_day(*files) for files in zip(*found, strict=True)]
+        sums = {} if self._manifest is None else self._manifest["files"]
+        self._days = [_open_day(dense, sparse, labels, sums) for dense, sparse, labels in zip(*found, strict=True)]
         self.sizes = [len(day) for day in self._days]
         widths = [block.shape[1] for block in self._days[0].blocks] if multi_hot else [1] * CAT_FEATURE_COUNT
         self._check(config, widths, multi_hot)
         self.layout = Layout(list(DEFAULT_CAT_NAMES), tuple(widths))
         self._hashes = _hash_sizes(config)
+        self._days[0].verify(0, min(_PROBE, self.sizes[0]))
         probe = self._days[0].dense[:_PROBE]
         # raw counts, of which the Kaggle set has some at -3
         self._raw = bool(np.min(probe) >= -3 and np.max(probe) > 50)
+
+    def _files(self, end: str) -> list[Path]:
+        """Return the files whose names end so, by number; where a conversion made the folder, what it lists."""
+        found = [path for path in self.folder.glob(f"*{end}") if not path.name.startswith(".")]
+        other = [path for path in found if self._manifest is not None and path.name not in self._manifest["files"]]
+        if other:
+            raise ValueError(
+                f"{other[0]}: must be listed in {MANIFEST} beside it, got a file of another origin; move it"
+            )
+        return sorted(found, key=_natural)
 
     def _check(self, config: DataConfig, widths: list[int], multi_hot: bool) -> None:
         for day in self._days:
@@ -99,12 +120,19 @@ class CriteoFiles:
         """
         if self._hashes is not None:
             return self._hashes
-        file = self.folder / VOCAB_FILE
-        stated = {**(json.loads(file.read_text()) if file.is_file() else {}), **config.vocab}
+        stated = {**self._stated(), **config.vocab}
         missing = [name for name in DEFAULT_CAT_NAMES if name not in stated]
         if stated and missing:
             raise ValueError(f"data.vocab: must give the rows of every table or of none, got none for {missing}")
         return [stated[name] for name in DEFAULT_CAT_NAMES] if stated else None
+
+    def _stated(self) -> dict[str, int]:
+        """Return the rows per table that vocab.json states; a conversion to contiguous ids wrote one."""
+        file = self.folder / VOCAB_FILE
+        if self._manifest is None:
+            return json.loads(file.read_text()) if file.is_file() else {}
+        is_contiguous = self._manifest["settings"]["frequency_threshold"] is not None
+        return read_json(file, "delete its folder and convert again") if is_contiguous else {}
 
     def read(self, number: int, first: int, last: int, vocab: list[int] | None) -> Split:
         """Return the rows [first, last) of a day, checked.
@@ -119,6 +147,7 @@ class CriteoFiles:
             ValueError: dense values that are not finite, ids outside their table, labels other than 0 and 1.
         """
         day = self._days[number]
+        day.verify(first, last)
         dense = np.asarray(day.dense[first:last], dtype=np.float32)
         if self._raw:
             with np.errstate(divide="ignore", invalid="ignore"):  # what has no logarithm is refused below
@@ -253,12 +282,12 @@ def stream_criteo(config: DataConfig, pin_memory: bool = False) -> StreamedData:
 
 def _convert(path: Path) -> Path:
     """Convert a TSV and return the folder of the NumPy files."""
-    from torchrec_compress.train.criteo_tsv import convert_file
+    from torchrec_compress.train.criteo_tsv import convert
 
     if not path.is_file() or path.stat().st_size == 0:
         raise ValueError(f"data.path: must be a folder of NumPy files or a TSV with rows, got {str(path)!r}")
     folder = path.with_name(path.name + ".npy")
-    convert_file(path, folder, "rows")
+    convert(path, folder)
     return folder
 
 
@@ -280,7 +309,10 @@ def _hash_sizes(config: DataConfig) -> list[int] | None:
     return sizes
 
 
-def _open_day(dense: Path, sparse: Path, labels: Path) -> _Day:
+def _open_day(dense: Path, sparse: Path, labels: Path, sums: dict[str, Any]) -> _Day:
+    files = {path: CheckedFile(path, sums[path.name]) for path in (dense, sparse, labels) if path.name in sums}
+    for file in files.values():
+        file.check(0, 1)  # headers are parsed next
     arrays = _load(dense), _load(labels)
     blocks = [_load(sparse)] if sparse.suffix == ".npy" else _load_members(sparse)
     columns = CAT_FEATURE_COUNT if sparse.suffix == ".npy" else None
@@ -293,12 +325,13 @@ def _open_day(dense: Path, sparse: Path, labels: Path) -> _Day:
     lengths = {len(arrays[0]), len(arrays[1]), *(len(block) for block in blocks)}
     if len(lengths) != 1 or arrays[1].size != len(arrays[1]):
         raise ValueError(f"{dense.parent}: files of {dense.name} must have equally many rows, got {sorted(lengths)}")
-    return _Day(dense, arrays[0], blocks, arrays[1])
+    mapped = {dense: arrays[0], sparse: blocks[0], labels: arrays[1]}
+    return _Day(dense, arrays[0], blocks, arrays[1], [(file, mapped[path]) for path, file in files.items()])
 
 
-def _load(path: Path) -> np.ndarray:
+def _load(path: Path) -> Any:
     try:
-        return np.load(path, mmap_mode="r")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(
             f"{path}: must be a whole NumPy file, got {path.stat().st_size} bytes that are not ({error})"

@@ -1,8 +1,7 @@
-"""Criteo's TSV files to NumPy files, in chunks of bounded memory; a killed conversion continues where it stopped."""
+"""Criteo's TSV files to NumPy files, in chunks of bounded memory; a killed one continues at the file it was at."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,9 @@ import pyarrow.csv as pcsv
 from torchrec.datasets.criteo import CAT_FEATURE_COUNT, DEFAULT_CAT_NAMES, DEFAULT_INT_NAMES, DEFAULT_LABEL_NAME
 from tqdm import tqdm
 
-from torchrec_compress.train.criteo import VOCAB_FILE
+from torchrec_compress.train.conversion import begin, finish, sums_of
+from torchrec_compress.train.inputs import VOCAB_FILE, identify_source
+from torchrec_compress.train.sealed import is_done, read_json, write_json
 
 _BLOCK = 1 << 24  # bytes of TSV that are parsed at once
 _ROWS = 1 << 18  # rows of NumPy files that are read at once
@@ -41,7 +42,8 @@ def convert(source: Path, target: Path, frequency_threshold: int | None = None) 
         The files of ids.
 
     Raises:
-        ValueError: no such files, or one that is malformed; the error names its row.
+        ValueError: no such files, or one that is malformed, where the error names its row; a folder of results of
+            another threshold, of other files (by name, size and time of change), or of no finished conversion.
 
     Example:
         >>> import tempfile
@@ -54,22 +56,44 @@ def convert(source: Path, target: Path, frequency_threshold: int | None = None) 
     """
     files = _sources(source)
     names = [re.split(r"\.(?:tsv|txt|gz)", file.name)[0] for file in files]
-    raw = target / "hashes" if frequency_threshold is not None else target
-    for file, name in zip(files, names, strict=True):
-        convert_file(file, target, name, raw)
-    found = [raw / f"{name}_sparse.npy" for name in names]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{source}: must have one file of each name, got {[file.name for file in files]}")
+    told = {
+        "settings": {"frequency_threshold": frequency_threshold},
+        "sources": {file.name: identify_source(file) for file in files},
+    }
+    with begin(target, told) as folder:
+        if folder is not None:
+            made = folder / "made.json"  # all is there, but for its place
+            if not is_done(made):
+                write_json(made, _convert_all(dict(zip(names, files, strict=True)), folder, frequency_threshold))
+            sums = read_json(made)
+            sizes = sums.pop(VOCAB_FILE, None)
+            if sizes is not None:
+                write_json(target / VOCAB_FILE, sizes)
+            finish(target, told, sums)
+    return [target / f"{name}_sparse.npy" for name in names]
+
+
+def _convert_all(files: dict[str, Path], folder: Path, frequency_threshold: int | None) -> dict[str, Any]:
+    """Return the checksums of what was made, by path in the folder, and rows per table under the vocabulary's name."""
+    raw = folder / "hashes" if frequency_threshold is not None else folder
+    sums: dict[str, Any] = {}
+    for name, file in files.items():
+        done = folder / f"{name}.json"
+        if not is_done(done):
+            made = convert_file(file, folder, name, raw)
+            write_json(done, {str(path.relative_to(folder)): sums_of(path) for path in made})
+        sums |= read_json(done)
     if frequency_threshold is None:
-        return found
-    results = [target / path.name for path in found]
-    if not (target / VOCAB_FILE).is_file():
-        maps = number_ids(found, frequency_threshold)
-        for path, result in zip(found, results, strict=True):
-            _renumber(path, result, maps)
-        sizes = {name: int(new.max()) + 1 for name, (_, new) in zip(DEFAULT_CAT_NAMES, maps, strict=True)}
-        part = target / f".{VOCAB_FILE}"
-        part.write_text(json.dumps(sizes, indent=1) + "\n")
-        part.replace(target / VOCAB_FILE)  # last: it says that all is done
-    return results
+        return sums
+    maps = number_ids([raw / f"{name}_sparse.npy" for name in files], frequency_threshold)
+    for name in files:
+        result = folder / f"{name}_sparse.npy"
+        _renumber(raw / result.name, result, maps)
+        sums[result.name] = sums_of(result)
+    sizes = {name: int(new.max()) + 1 for name, (_, new) in zip(DEFAULT_CAT_NAMES, maps, strict=True)}
+    return {**sums, VOCAB_FILE: sizes}
 
 
 def _sources(source: Path) -> list[Path]:
@@ -83,8 +107,8 @@ def _sources(source: Path) -> list[Path]:
     return files
 
 
-def convert_file(source: Path, folder: Path, name: str, sparse_folder: Path | None = None) -> None:
-    """Convert one TSV, unless that was done; the results appear when they are whole.
+def convert_file(source: Path, folder: Path, name: str, sparse_folder: Path | None = None) -> list[Path]:
+    """Convert one TSV.
 
     The numbers are those of TorchRec's `BinaryCriteoUtils.tsv_to_npys`: missing values are 0, ids are read as
     hexadecimals, dense values become log(x - smallest of the file + 2).
@@ -95,16 +119,16 @@ def convert_file(source: Path, folder: Path, name: str, sparse_folder: Path | No
         name: in front of _dense.npy, _sparse.npy and _labels.npy.
         sparse_folder: of the ids, where that is another.
 
+    Returns:
+        The files.
+
     Raises:
-        ValueError: a row that is malformed.
+        ValueError: a row that is malformed, or no rows.
     """
     folders = {"dense": folder, "sparse": sparse_folder or folder, "labels": folder}
-    final = {kind: folders[kind] / f"{name}_{kind}.npy" for kind in _KINDS}
-    if all(file.is_file() for file in final.values()):
-        return
+    parts = {kind: folders[kind] / f"{name}_{kind}.npy" for kind in _KINDS}
     for kind in _KINDS:
         folders[kind].mkdir(parents=True, exist_ok=True)
-    parts = {kind: file.with_name(f".{file.name}") for kind, file in final.items()}
     writers = {
         "dense": _Writer(parts["dense"], 13, np.dtype(np.int32), np.dtype(np.float32)),
         "sparse": _Writer(parts["sparse"], CAT_FEATURE_COUNT, np.dtype(np.int64)),
@@ -127,8 +151,7 @@ def convert_file(source: Path, folder: Path, name: str, sparse_folder: Path | No
     if not writers["labels"].rows:
         raise ValueError(f"{source}: must have rows, got none")
     _take_logarithms(parts["dense"], smallest)
-    for kind in _KINDS:
-        parts[kind].replace(final[kind])
+    return [*parts.values()]
 
 
 def _batches(source: Path) -> Iterator[pa.RecordBatch]:
@@ -201,7 +224,7 @@ class _Writer:
 
 def _take_logarithms(path: Path, smallest: int) -> None:
     """Replace int32 counts by float32 logarithms in place, both four bytes."""
-    dense: Any = np.load(path, mmap_mode="r+")
+    dense: Any = np.load(path, mmap_mode="r+", allow_pickle=False)
     for start in range(0, len(dense), _ROWS):
         counts = dense[start : start + _ROWS].view(np.int32)
         dense[start : start + _ROWS] = np.log(counts - (smallest - 2), dtype=np.float32)
@@ -221,7 +244,7 @@ def number_ids(files: list[Path], frequency_threshold: int) -> list[Numbering]:
     seen = [_Seen() for _ in range(CAT_FEATURE_COUNT)]
     offset = 0
     for path in files:
-        ids = np.load(path, mmap_mode="r")
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
         for start in tqdm(range(0, len(ids), _ROWS), desc=f"counting {path.name}", disable=None):
             chunk = np.ascontiguousarray(ids[start : start + _ROWS].T)
             for column, values in zip(seen, chunk, strict=True):
@@ -263,9 +286,8 @@ def _merge(one: tuple[np.ndarray, ...], other: tuple[np.ndarray, ...]) -> tuple[
 
 
 def _renumber(source: Path, target: Path, maps: list[Numbering]) -> None:
-    ids = np.load(source, mmap_mode="r")
-    part = target.with_name(f".{target.name}")
-    writer = _Writer(part, CAT_FEATURE_COUNT, np.dtype(np.int32))
+    ids = np.load(source, mmap_mode="r", allow_pickle=False)
+    writer = _Writer(target, CAT_FEATURE_COUNT, np.dtype(np.int32))
     try:
         for start in tqdm(range(0, len(ids), _ROWS), desc=f"numbering {source.name}", disable=None):
             chunk = ids[start : start + _ROWS]
@@ -273,4 +295,3 @@ def _renumber(source: Path, target: Path, maps: list[Numbering]) -> None:
             writer.write(np.stack(columns, axis=1))
     finally:
         writer.close()
-    part.replace(target)

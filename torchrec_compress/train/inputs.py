@@ -9,7 +9,8 @@ from torchrec_compress.train.config import DataConfig
 from torchrec_compress.train.sealed import digest
 
 MANIFEST = "conversion.json"  # of a folder that `data criteo` wrote
-_PATTERNS = {"parquet": ("**/*.parquet",), "criteo": (MANIFEST, "*.npy", "*.npz", "vocab.json")}
+VOCAB_FILE = "vocab.json"  # rows per table of contiguous ids
+_PATTERNS = {"parquet": ("**/*.parquet",), "criteo": (MANIFEST, "*.npy", "*.npz", VOCAB_FILE)}
 
 
 def identify(config: DataConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 SUMS = "SHA256SUMS"
 _BLOCK = 1 << 20
 _SETTLED = 2_000_000_000  # nanoseconds; clocks of file systems are coarse
-_LINE = re.compile(r"([0-9a-f]{64})  ([^/\0]+)")
+_LINE = re.compile(r"([0-9a-f]{64})  ([^/\x00-\x1f]+)\n")
 _AGAIN = "delete it, the same command makes it again"
 # files that this process has read whole, by path: their checksum at the time of a size and a change
 _digests: dict[Path, tuple[tuple[int, ...], str]] = {}
@@ -163,12 +163,15 @@ def listed(folder: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     problem = check_regular(path)
-    lines = path.read_text(errors="replace").splitlines() if problem is None else []
-    found = [_LINE.fullmatch(line) for line in lines]
-    names = [match[2] for match in found if match]
-    if problem is not None or len(names) != len(lines) or len(set(names)) != len(names) or {".", ".."} & set(names):
-        raise ValueError(f"{path}: must be lines of a SHA-256 and a name, as sha256sum writes; delete {folder}")
-    return {match[2]: match[1] for match in found if match}
+    text = path.read_bytes().decode(errors="replace") if problem is None else ""
+    found = {match[2]: match[1] for match in _LINE.finditer(text)}
+    is_whole = "".join(f"{digest}  {name}\n" for name, digest in found.items()) == text
+    if problem is not None or not is_whole or {".", ".."} & set(found):
+        raise ValueError(
+            f"{path}: must be lines of a SHA-256 and a name, as sha256sum writes, {problem or 'got others'}; delete "
+            "it, and what it listed is made again"
+        )
+    return found
 
 
 def digest(path: Path) -> str:

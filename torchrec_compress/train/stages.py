@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from tqdm import tqdm
 
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.compression import parse, resolve
@@ -32,8 +30,8 @@ from torchrec_compress.train.config import (
 )
 from torchrec_compress.train.data import ClickData, ClickSource, open_data
 from torchrec_compress.train.fitting import best_checkpoint, choose, fit
+from torchrec_compress.train.identity import check_unchanged, identity_of, record
 from torchrec_compress.train.inputs import identify
-from torchrec_compress.train.journal import versions
 from torchrec_compress.train.loop import Task, Trained, train
 from torchrec_compress.train.metrics import bayes_metrics
 from torchrec_compress.train.models import ClickModel, make_model, make_tables
@@ -49,16 +47,15 @@ from torchrec_compress.train.sealed import (
     read_text,
     save_tensors,
     write_json,
-    write_text,
 )
 from torchrec_compress.train.usage import code_usage
 
 _loaded: dict[str, ClickSource] = {}
 
 
-def get_data(config: DataConfig, ranks: Ranks) -> ClickSource:
-    """Load data, or return what this process loaded last for the same config; an error of one rank reaches all."""
-    key = fingerprint(config)
+def get_data(config: DataConfig, files: dict[str, Any], ranks: Ranks) -> ClickSource:
+    """Load data, or return what this process loaded last for the same config and files; an error reaches all ranks."""
+    key = fingerprint(config, files)
     if key not in _loaded:
         _loaded.clear()
         data = agree(lambda: open_data(config, ranks.device.type == "cuda"), ranks)
@@ -87,12 +84,12 @@ def pretrain(config: RunConfig, shared: Path, position: int | None = 0) -> Path:
         ValueError: what is there is damaged, or was trained with other settings or data files.
     """
     ranks = start(config.parallel)
-    folder, files = shared / pretrained_key(config), _files(config, ranks)
-    identity = _identity(config, "pretrain", files)
+    folder, files = shared / pretrained_key(config), on_first(lambda: identify(config.data), ranks)
+    identity = identity_of(config, "pretrain", files)
     if on_first(lambda: _is_pretrained(folder, identity), ranks):
         return folder
     on_first(lambda: record(config, folder, files), ranks)
-    data = get_data(config.data, ranks)
+    data = get_data(config.data, files, ranks)
     trained = train(full_model(config, data), _task(config, data, folder, "pretrain", position))
     metrics, undefined = score(trained.trainable.logits, data, config.data, ranks)
     summary = {
@@ -153,9 +150,9 @@ def run(config: RunConfig, folder: Path, shared: Path, position: int | None = 0)
     """
     check_config(config)
     ranks = start(config.parallel)
-    files = _files(config, ranks)
+    files = on_first(lambda: identify(config.data), ranks)
     on_first(lambda: (check_unchanged(config, folder, files), record(config, folder, files))[0], ranks)
-    data = get_data(config.data, ranks)
+    data = get_data(config.data, files, ranks)
     check_run(config, data, ranks.world)
     if not config.compression:
         summary = _run_full(config, data, folder, shared, position)
@@ -241,49 +238,6 @@ def _save_compressed(
     save_tensors(folder / "model.pt", dict(model.state_dict()))
 
 
-# what the full model depends on; `compression` may be mended after hours of training
-_OF_FULL = ("data", "model", "pretrain", "seed", "start")
-_FREE = ("output", "num_threads", "tensorboard", "parallel", "compare")
-
-
-def check_unchanged(config: RunConfig, folder: Path, files: dict[str, Any] | None = None) -> None:
-    """Refuse a folder that holds what other settings or data files led to.
-
-    Args:
-        config: of the run.
-        folder: of the run.
-        files: as `identify` tells them; None leaves them out.
-
-    Raises:
-        ValueError: what is there depends on another value; the message names the key.
-    """
-    ends = ("fitted.pt", "compression.json", "summary.json", "model.pt", "retrain/checkpoints/step*")
-    is_late = any(next(folder.glob(end), None) for end in ends)
-    if not is_late and next(folder.glob("full/*/pretrain/checkpoints/step*"), None) is None:
-        return
-    path, put_back = folder / "config.yaml", "put it back, or choose another output folder"
-    if not path.is_file():
-        raise ValueError(f"{path}: is missing, and the folder holds results; {put_back}")
-    # older ones have no checksum
-    is_sealed = path.name in (listed(folder) or {})
-    text = read_text(path, put_back) if is_sealed else path.read_text()
-    old, new = lasting(override(RunConfig(), yaml.safe_load(text))), lasting(config)
-    for key in [key for key in new if key in _FREE or not (is_late or key in _OF_FULL)]:
-        old.pop(key)
-        new.pop(key)
-    check_same(folder, old, new)
-    if files is None:
-        return
-    if is_done(folder / "inputs.json"):
-        check_same(folder / "inputs.json", read_json(folder / "inputs.json", put_back), files)
-    elif files:
-        tqdm.write(f"{folder}: does not tell which data files it was begun with; whether they changed is not checked")
-
-
-def _files(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
-    return on_first(lambda: identify(config.data), ranks)
-
-
 def _full(config: RunConfig, data: ClickSource, source: Path) -> ClickModel:
     """Return the trained full model in this process's memory."""
     model = full_model(override(config, {"parallel.init": "host"}), data)
@@ -351,26 +305,9 @@ def _teacher(config: RunConfig, data: ClickSource, source: Path) -> Tensor:
             publish(folder, write)
 
         on_first(keep, ranks)
-    check_same(folder, read_json(folder / "identity.json"), told)
-    return load_tensors(path)["logits"]
-
-
-def _identity(config: RunConfig, stage: str, files: dict[str, Any]) -> dict[str, Any]:
-    """Return what the outcome of a stage depends on."""
-    of_retrain = {
-        "compression": config.compression,
-        "context": config.context,
-        "start": config.start,
-        "pretrain": lasting(config.pretrain) if needs_pretrained(config) else None,
-    }
-    return {
-        "stage": lasting(getattr(config, stage)),
-        "seed": config.seed,
-        "data": lasting(config.data),
-        "files": files,
-        "model": dataclasses.asdict(config.model),
-        **(of_retrain if stage == "retrain" else {}),
-    }
+    remedy = f"delete {folder}, the same command makes it again"
+    check_same(folder, read_json(folder / "identity.json", remedy), told)
+    return load_tensors(path, remedy)["logits"]
 
 
 def _task(config: RunConfig, data: ClickSource, folder: Path, stage: str, position: int | None) -> Task:
@@ -382,21 +319,13 @@ def _task(config: RunConfig, data: ClickSource, folder: Path, stage: str, positi
         label=f"{stage} {folder.parent.name if stage == 'retrain' else 'full'} seed {config.seed}",
         tensorboard=config.tensorboard,
         position=position,
-        identity=_identity(config, stage, _files(config, start(config.parallel))),
+        identity=identity_of(config, stage, on_first(lambda: identify(config.data), start(config.parallel))),
         parallel=config.parallel,
     )
 
 
 def _bayes(data: ClickSource) -> dict[str, float]:
     return bayes_metrics(data.test) if isinstance(data, ClickData) else {}
-
-
-def record(config: RunConfig, folder: Path, files: dict[str, Any]) -> None:
-    """Write the resolved config, the versions and what tells the data files beside a run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-    write_json(folder / "versions.json", versions())
-    write_json(folder / "inputs.json", files)
 
 
 def _training(trained: Trained) -> dict[str, float]:

@@ -1,0 +1,86 @@
+"""What a run depends on, and whether a folder was begun with just that."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from torchrec_compress.train.checkpoint import check_same
+from torchrec_compress.train.config import RunConfig, lasting, needs_pretrained, override
+from torchrec_compress.train.journal import versions
+from torchrec_compress.train.sealed import is_done, listed, read_json, read_text, write_json, write_text
+
+
+def identity_of(config: RunConfig, stage: str, files: dict[str, Any]) -> dict[str, Any]:
+    """Return what the outcome of a stage depends on, plain data.
+
+    Args:
+        config: of the run.
+        stage: "pretrain" or "retrain".
+        files: the data files, as `identify` tells them.
+    """
+    of_retrain = {
+        "compression": config.compression,
+        "context": config.context,
+        "start": config.start,
+        "pretrain": lasting(config.pretrain) if needs_pretrained(config) else None,
+    }
+    return {
+        "stage": lasting(getattr(config, stage)),
+        "seed": config.seed,
+        "data": lasting(config.data),
+        "files": files,
+        "model": dataclasses.asdict(config.model),
+        **(of_retrain if stage == "retrain" else {}),
+    }
+
+
+# what the full model depends on; `compression` may be mended after hours of training
+_OF_FULL = ("data", "model", "pretrain", "seed", "start")
+_FREE = ("output", "num_threads", "tensorboard", "parallel", "compare")
+
+
+def check_unchanged(config: RunConfig, folder: Path, files: dict[str, Any] | None = None) -> None:
+    """Refuse a folder that holds what other settings or data files led to.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        files: as `identify` tells them; None leaves them out.
+
+    Raises:
+        ValueError: what is there depends on another value; the message names the key.
+    """
+    ends = ("fitted.pt", "compression.json", "summary.json", "model.pt", "retrain/checkpoints/step*")
+    is_late = any(next(folder.glob(end), None) for end in ends)
+    if not is_late and next(folder.glob("full/*/pretrain/checkpoints/step*"), None) is None:
+        return
+    path, put_back = folder / "config.yaml", "put it back, or choose another output folder"
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing, and the folder holds results; {put_back}")
+    # older ones have no checksum
+    is_sealed = path.name in (listed(folder) or {})
+    text = read_text(path, put_back) if is_sealed else path.read_text()
+    old, new = lasting(override(RunConfig(), yaml.safe_load(text))), lasting(config)
+    for key in [key for key in new if key in _FREE or not (is_late or key in _OF_FULL)]:
+        old.pop(key)
+        new.pop(key)
+    check_same(folder, old, new)
+    if files is None:
+        return
+    if is_done(folder / "inputs.json"):
+        check_same(folder / "inputs.json", read_json(folder / "inputs.json", put_back), files)
+    elif files:
+        tqdm.write(f"{folder}: does not tell which data files it was begun with; whether they changed is not checked")
+
+
+def record(config: RunConfig, folder: Path, files: dict[str, Any]) -> None:
+    """Write the resolved config, the versions and what tells the data files beside a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    write_json(folder / "versions.json", versions())
+    write_json(folder / "inputs.json", files)
