@@ -62,7 +62,7 @@ def test_bad_input_says_what_to_do() -> None:
     with pytest.raises(ValueError, match="only one of the two for \\['user'\\]"):
         for_budget(rows, {}, 1000)
     with pytest.raises(ValueError, match="budget"):
-        for_budget(rows, {"user": torch.ones(500)}, 10)
+        for_budget(rows, {"user": torch.ones(500)}, 10, num_codes=(1,), codes=PQConfig(num_codes=1, codebook_size=16))
 
 
 def test_heads_are_tried_in_int4_and_in_int8():

@@ -1,12 +1,17 @@
 """The README's Python examples run as they stand."""
 
+import dataclasses
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.planner import Topology
+
+from torchrec_compress.fit import fit_mec
+from torchrec_compress.methods import mec
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -25,7 +30,11 @@ def test_the_swap_runs_and_compresses() -> None:
     assert footprint.tables["weekday"].method == "dense"
 
 
-def test_a_trained_collection_is_compressed() -> None:
+def test_a_trained_collection_is_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def quick(*rows, options, **given):
+        return fit_mec(*rows, options=dataclasses.replace(options, num_steps=5), **given)
+
+    monkeypatch.setattr(mec, "fit_mec", quick)  # a thousand steps take half a minute and show nothing more
     table = EmbeddingBagConfig(name="user", num_embeddings=20_000, embedding_dim=16, feature_names=["user"])
     names: dict = {
         "trained_collection": EmbeddingBagCollection([table]),

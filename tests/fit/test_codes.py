@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from torchrec_compress.fit import codes as codes_module
+from torchrec_compress.fit import residual
 from torchrec_compress.fit.codes import FittedCodes, decode, refit_codebooks, weighted_error
+from torchrec_compress.fit.kmeans import kmeans
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.fit.product import fit_product
 from torchrec_compress.fit.residual import fit_residual, greedy_codes, recode
@@ -119,6 +121,36 @@ def test_residual_refits_help_and_recode_never_hurts() -> None:
     after = (rows - decode(better, greedy.codebooks, "residual")).square().sum(dim=1)
     assert (after <= before * (1 + 1e-4) + 1e-5).all()
     assert after.sum() < before.sum()
+
+
+def test_greedy_codes_are_nearest_to_what_is_left() -> None:
+    books = torch.tensor([[0.0], [10.0], [0.0], [1.0]])
+    assert greedy_codes(torch.tensor([[10.1], [10.9], [0.2]]), books, [2, 2]).tolist() == [[1, 0], [1, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_residual_codebooks_solve_least_squares_for_the_codes_of_all_rows(sampled, monkeypatch) -> None:
+    swept = []
+    if sampled:
+        monkeypatch.setattr(residual, "train_size", lambda *_: 160)
+    monkeypatch.setattr(
+        residual, "recode", lambda codes, rows, *books: (swept.append(len(rows)), recode(codes, rows, *books))[1]
+    )
+    rows, weights = table(700), zipf(700)
+    fitted = fit_residual(rows, 3, 16, weights=weights, num_refits=4)
+    again = refit_codebooks(fitted.codes, rows, weights, codebook_size=16, kind="residual", start=fitted.codebooks)
+    best = weighted_error(rows, decode(fitted.codes, again, "residual"), weights)
+    assert fitted.error(rows, weights) == pytest.approx(best, rel=1e-5)
+    assert swept == ([160] * 4 + [700] * 2 if sampled else [700] * 4)
+
+
+def test_every_slice_is_clustered_by_a_seed_of_its_own() -> None:
+    rows = table(400)
+    fitted = fit_product(rows, 4, 16, seed=5)
+    for m, part in enumerate(rows.split(4, dim=1)):
+        alone = kmeans(part.contiguous(), 16, seed=5 + m)
+        assert torch.equal(fitted.codes[:, m], alone.assignment)
+        assert torch.equal(fitted.codebooks[16 * m : 16 * (m + 1)], alone.centroids)
 
 
 def test_product_error_is_the_mean_of_its_slices_and_falls_with_codes() -> None:

@@ -26,6 +26,7 @@ def test_usage_is_uniform(codebook_size: int) -> None:
         usage = torch.bincount(column, minlength=codebook_size)
         assert len(usage) == codebook_size
         assert int(usage.max() - usage.min()) <= 1
+        assert int(usage[0]) == -(-600 // codebook_size)  # of unequal bins the first is a large one
 
 
 def test_ids_of_one_group_share_codes_more_often() -> None:

@@ -1,17 +1,14 @@
 """Process groups of two and four ranks for the tests that measure."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.sharding.ranks import Ranks
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
-def ranks(request) -> Iterator[Ranks]:
-    group = Ranks(request.param)
-    yield group
-    group.stop()
+@pytest.fixture(params=["two_ranks", "four_ranks"])
+def ranks(request) -> Ranks:
+    """Return one of the process groups of all tests."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(autouse=True)

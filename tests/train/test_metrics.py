@@ -28,6 +28,7 @@ def test_evaluate_splits_tail_and_kinds():
     kinds, tail = np.array([0, 1, 2, 0, 1, 2]), np.array([True, True, True, False, False, False])
     found = evaluate(labels, logits, tail, kinds)
     assert found["tail_auc"] == 1.0 and found["tail_share"] == 0.5
+    assert found["tail_logloss"] == logloss(labels[:3], logits[:3]) != found["logloss"]
     assert found["kind1_auc"] == 0.75 and found["kind2_auc"] == 0.5
 
 

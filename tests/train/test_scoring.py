@@ -31,6 +31,14 @@ def test_tail_is_counted_in_train_only(data, ranks):
         rare_ids(data, DataConfig(tail_tables=["usr"]), ranks)
 
 
+@pytest.mark.parametrize(
+    ("vocab", "tables"), [([300, 80], ["user"]), ([1001, 1000], ["user"]), ([1001, 1001], ["user", "item"])]
+)
+def test_the_tail_is_of_all_tables_over_a_thousand_rows_or_of_the_largest(data, ranks, vocab, tables):
+    known = dataclasses.replace(data, vocab=[*vocab, *data.vocab[2:]])
+    assert list(rare_ids(known, DataConfig(), ranks)) == tables
+
+
 def test_nothing_is_counted_where_no_tail_is_asked_for(data, ranks, monkeypatch):
     monkeypatch.setattr(type(data), "counts", None)
     assert rare_ids(data, DataConfig(tail_count=0), ranks) == {}

@@ -105,15 +105,18 @@ def test_a_rank_reads_its_own_part_once_and_a_resumed_one_skips_the_rest():
     assert len(data.chunks("train").read_rows) == 2 * 20
 
 
-def test_epochs_and_seeds_differ_and_the_order_is_mixed():
-    data = _data([10] * 16)
+@pytest.mark.parametrize("change", [{}, {"sizes": [160], "window": 1}])
+def test_epochs_and_seeds_differ_and_the_order_is_mixed(change):
+    """Of chunks, and within the only chunk of a lane."""
+    data = _data(**{"sizes": [10] * 16, **change})
     rows = [
         torch.cat([batch.rows for batch in data.batches("train", 8, seed).epoch(epoch)])
         for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
     ]
     assert torch.equal(rows[0], rows[3]) and not torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
-    lane = rows[0].view(-1, 4, 2)[:, 0].reshape(-1)
-    assert float((lane[1:] == lane[:-1] + 1).float().mean()) < 0.2
+    lanes = [rows[0].view(-1, 4, 2)[:, lane].reshape(-1) for lane in range(4)]
+    assert float((lanes[0][1:] == lanes[0][:-1] + 1).float().mean()) < 0.2
+    assert not torch.equal(lanes[0] - lanes[0].min(), lanes[1] - lanes[1].min())
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
