@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
 import yaml
@@ -99,3 +102,64 @@ def test_criteo_is_converted(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'npy' / 'train_sparse.npy'}\n"
     assert "choose from" in _error(capsys, "data", "avazu", "a", "b")
     assert "must be a TSV" in _error(capsys, "data", "criteo", str(tmp_path / "npy"), str(tmp_path))
+
+
+def test_the_file_of_a_wrong_key_is_named(tmp_path, capsys):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        f"output: {tmp_path / 'out'}\nmodel: {{}}\ncompression: {{user: {{method: mec, num_codewords: 32}}}}\n"
+    )
+    for command in ("train", "plan", "launch"):
+        options = ["--scheduler", "kubernetes", "--dryrun"] if command == "launch" else []
+        text = _error(capsys, command, str(path), *options)
+        assert f"{path}: unknown key 'compression.user.num_codewords'" in text, command
+    assert not (tmp_path / "out" / "full").exists()
+    path.write_text(f"output: {tmp_path / 'out'}\n")
+    wrong = ["--compression", "{user: {method: mec, num_codewords: 32}}"]
+    assert "command line: unknown key 'compression.user.num_codewords'" in _error(capsys, "train", str(path), *wrong)
+    assert "command line: pretrain.epochs: must be over 0" in _error(
+        capsys, "train", str(path), "--pretrain.epochs", "0"
+    )
+    assert "command line: seed: must be int" in _error(capsys, "train", str(path), "--seed", "x")
+    path.write_text(f"output: {tmp_path / 'out'}\npretrain: {{epochs: 0}}\n")
+    assert f"{path}: pretrain.epochs: must be over 0" in _error(
+        capsys, "train", str(path), "--pretrain.batch_size", "9"
+    )
+    path.write_text("compare: {variants: {ok: {}, pq/4: {}}}")
+    assert f"{path}: compare.variants 'pq/4': must be a folder's name" in _error(capsys, "compare", str(path))
+    path.write_text("compare: {variants: {ok: {}, bad one: {compression: {user: {method: pqq}}}}}")
+    said = f"{path}: compare.variants.bad one: compression.user.method: must be one of"
+    assert said in _error(capsys, "compare", str(path))
+
+
+def test_a_config_runs_no_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(
+        "model: {}\ncompression: {user: {class_path: subprocess.Popen, init_args: {args: touch X, shell: true}}}"
+    )
+    for command in ("train", "plan", "launch"):
+        options = ["--scheduler", "kubernetes", "--dryrun"] if command == "launch" else []
+        assert "compression.user: must be a mapping with the key 'method'" in _error(
+            capsys, command, "a.yaml", *options
+        )
+    with pytest.raises(SystemExit):
+        main(["train", "a.yaml", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["compression"]["user"]["class_path"] == "subprocess.Popen"
+    assert not Path("X").exists()
+
+
+def test_a_training_on_a_column_that_is_no_table_ends_at_once(tmp_path, capsys):
+    numbers = np.arange(300)
+    columns = {"user": numbers % 40, "label": numbers % 2, "split": np.repeat([0, 1, 2], [200, 50, 50])}
+    pq.write_table(pa.table({**columns, "type": numbers % 5}), tmp_path / "eight.parquet", row_group_size=50)
+    options = [
+        "--data.kind",
+        "parquet",
+        "--data.path",
+        str(tmp_path / "eight.parquet"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert "eight.parquet: column 'type': must not be an attribute of torch.nn.ModuleDict" in _error(
+        capsys, "train", *options
+    )

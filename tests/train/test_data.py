@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -85,6 +86,113 @@ def test_bad_parquet_is_refused(tmp_path, change, message):
     config = _write(tmp_path / "a.parquet", columns, {"user": 100, "item": 5})
     with pytest.raises(ValueError, match=message):
         load_data(config)
+
+
+def _frame(path, streamed: bool = False, metadata=None, change=None, **more) -> DataConfig:
+    """Write what pandas would, with a column for its index, and return a config that names no features."""
+    columns = {**_columns(), "split": np.sort(_columns()["split"]), **more}
+    table = pa.table(columns)
+    if metadata is not None:
+        table = table.replace_schema_metadata(metadata)
+    splits = columns["split"]
+    with pq.ParquetWriter(path, table.schema) as writer:
+        for split in range(3):
+            writer.write_table(table.filter(splits == split))
+    start = {"kind": "parquet", "path": str(path), "drop": ["rating"], "streaming": streamed, "lanes": 1}
+    return DataConfig(**{**start, **(change or {})})
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "noted"),
+    [
+        ("__index_level_0__", None),
+        ("__index_level_12__", []),
+        ("row", ["row"]),
+        ("row", ["row", {"kind": "range", "name": None, "start": 0, "stop": 90, "step": 1}]),
+    ],
+)
+def test_an_index_of_pandas_is_no_feature(tmp_path, caplog, streamed, name, noted):
+    metadata = None if noted is None else {"pandas": json.dumps({"index_columns": noted, "columns": []})}
+    index = np.arange(90) + 1000
+    config = _frame(tmp_path / "a.parquet", streamed, metadata, **{name: index})
+    assert open_data(config).features == ["user", "item"]
+    [said] = caplog.messages
+    assert f"['{name}'] is an index that pandas wrote" in said
+    asked = replace(config, features=["user", name])
+    assert open_data(asked).features == ["user", name], "what is asked for by name is read"
+    assert f"column '{name}' has an id of its own in every row" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_range_of_pandas_hides_no_column(tmp_path, caplog, streamed):
+    noted = {"index_columns": [{"kind": "range", "name": None, "start": 0, "stop": 90, "step": 1}], "columns": []}
+    config = _frame(tmp_path / "a.parquet", streamed, {"pandas": json.dumps(noted)})
+    assert open_data(config).features == ["user", "item"] and not caplog.messages
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_columns_that_number_the_rows_are_warned_of(tmp_path, caplog, streamed):
+    numbers = np.random.default_rng(0).permutation(90)
+    config = _frame(tmp_path / "a.parquet", streamed, impression=numbers)
+    assert open_data(config).features == ["user", "item", "impression"]
+    [said] = caplog.messages
+    assert "column 'impression' has an id of its own in every row" in said and "data.drop" in said
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_metadata_names_the_features_where_it_is_there(tmp_path, caplog, streamed):
+    metadata = {"vocab": json.dumps({"item": 5, "user": 9}), "pandas": json.dumps({"index_columns": ["user"]})}
+    config = _frame(tmp_path / "a.parquet", streamed, metadata, impression=np.arange(90))
+    assert open_data(config).features == ["item", "user"] and not caplog.messages
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("name", ["type", "keys", "pop", "a.b", "", "a@b", "a\nb"])
+def test_columns_that_cannot_be_tables_are_named(tmp_path, streamed, name):
+    config = _frame(tmp_path / "a.parquet", streamed, **{name: np.arange(90) % 5})
+    with pytest.raises(ValueError, match=rf"a\.parquet: column {re.escape(repr(name))}: must"):
+        open_data(config)
+    assert open_data(replace(config, drop=["rating", name])).features == ["user", "item"]
+    assert open_data(replace(config, features=["user"])).features == ["user"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_odd_columns_are_read_as_plain_ones(tmp_path, streamed):
+    odd = ["a b", "a/b", "*", "größe", "-a", "1", "user.list", "x.user"]
+    config = _frame(tmp_path / "a.parquet", streamed, **{name: np.arange(90) % 5 for name in odd})
+    names = [name for name in odd if "." not in name]
+    config = replace(config, features=["user", *names], drop=[])
+    assert open_data(config).features == ["user", *names] and open_data(config).vocab == [9, *[5] * len(names)]
+    assert len(next(open_data(config).batches("train", 4, None).epoch(0)).labels) == 4
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("change", "metadata", "message"),
+    [
+        ({"drop": ["ratng"]}, None, r"data\.drop: must name columns of .*did you mean 'rating'"),
+        ({"features": ["user", "label"]}, None, r"data\.features: must not hold the column 'label'"),
+        ({}, {"vocab": "{'user': '9'}"}, r"the schema metadata 'vocab' must map columns to sizes, got {'user': '9'}"),
+        ({}, {"vocab": "{'user': 0}"}, "must map columns to sizes"),
+        ({}, {"vocab": "[1, 2]"}, "must map columns to sizes, got"),
+        ({}, {"vocab": "__import__('os')"}, "'vocab' must be a mapping"),
+        ({}, {"vocab": "{[]: 1}"}, "'vocab' must be a mapping"),
+        ({}, {"pandas": "{"}, "'pandas' must be a JSON mapping"),
+        ({}, {"pandas": "[1]"}, "'pandas' must be a JSON mapping"),
+    ],
+)
+def test_bad_metadata_and_keys_of_columns_are_refused(tmp_path, streamed, change, metadata, message):
+    with pytest.raises(ValueError, match=message):
+        open_data(_frame(tmp_path / "a.parquet", streamed, metadata, change))
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    columns = _columns()
+    table = pa.Table.from_arrays([pa.array(value) for value in columns.values()] * 2, [*columns, *columns])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="columns must have different names, got 'label' twice"):
+        load_data(DataConfig(kind="parquet", path=str(tmp_path / "a.parquet")))
 
 
 def test_files_that_are_no_parquet_are_refused(tmp_path):

@@ -1,0 +1,197 @@
+"""Mistakes are found before anything is trained."""
+
+from __future__ import annotations
+
+import pytest
+
+from torchrec_compress.train import compare as comparing
+from torchrec_compress.train import stages
+from torchrec_compress.train.check import check_config, check_run, check_tables, check_variants
+from torchrec_compress.train.config import RunConfig, override
+
+INT8 = {"method": "int8"}
+HASH = {"method": "hash", "num_buckets": 20}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"compression": {"user": {"method": "mec", "num_codewords": 32}}},
+            "unknown key 'compression.user.num_codewords'",
+        ),
+        ({"compression": {"user": {"method": "mec"}}}, r"compression.user: must set \['num_codes'\]"),
+        (
+            {"compression": {"user": {"method": "pq", "num_codes": 2, "structure": "x"}}},
+            "compression.user.structure: must be",
+        ),
+        ({"compression": {"method": {"num_codes": 2}}}, "compression.method: must be a mapping with the key 'method'"),
+        ({"compression": {"method": ["pq"]}}, "compression.method: must be one of"),
+        (
+            {"compression": {"u": {"method": "mec", "num_codes": 2, "fit_options": {"batch_size": 0}}}},
+            "compression.u: .*batch_",
+        ),
+        (
+            {"compression": {"budget_ratio": 9, "num_code": [1]}},
+            "unknown key 'compression.num_code'; did you mean 'compression.num_codes'",
+        ),
+        (
+            {"compression": {"budget_ratio": 9, "codes": {"method": "pq", "num_cods": 1}}},
+            "unknown key 'compression.codes.num_c",
+        ),
+        ({"compression": {"budget_ratio": 9, "codes": INT8}}, "compression.codes: must be one method of codes"),
+        ({"compression": {"budget_ratio": 9}, "start": "scratch"}, "start: must be 'pretrained' with a budget"),
+        ({"pretrain.epochs": 0}, "pretrain.epochs: must be over 0 where the full model is trained first"),
+        ({"pretrain.epochs": 0, "compression": INT8}, "pretrain.epochs: must be over 0 where"),
+        ({"retrain.epochs": 0, "start": "scratch", "compression": HASH}, "retrain.epochs: must be over 0 with start"),
+        ({"pretrain.distill_weight": 0.5}, "pretrain.distill_weight: must be 0"),
+        (
+            {"retrain": {"epochs": 1, "distill_weight": 0.5}, "start": "scratch", "compression": HASH},
+            "retrain.distill_weight: must be 0 with start = 'scratch'",
+        ),
+        (
+            {"pretrain.optim.table_l2": 0.1},
+            "pretrain.optim.table_l2: must be 0 with pretrain.optim.tables = 'rowwise_adagrad'",
+        ),
+        (
+            {"retrain": {"epochs": 1, "optim": {"tables": "sgd", "table_l2": 1}}, "compression": INT8},
+            "retrain.optim.table_l2: must be 0",
+        ),
+        (
+            {"pretrain": {"train_dense": False, "train_tables": False, "train_codebooks": False}},
+            "pretrain: must train something",
+        ),
+        ({"parallel.sharding_types": {"user": ["rowwise"]}}, "parallel.sharding_types.user: .*did you mean 'row_wise'"),
+        ({"data.kind": "parquet"}, "data.path: must be set"),
+        ({"data.kind": "parquet", "data.path": ""}, "data.path: must be set"),
+        ({"data.streaming": True}, "data.streaming: must be false with data.kind = 'generator'"),
+        ({"data.fractions": [0.9, 0.2]}, "data.fractions: must be the shares"),
+        ({"data.generator.multi_hot": True}, "data.generator.multi_hot: must be false"),
+        ({"data.features": ["user"]}, "data.features: has no meaning with data.kind = 'generator'"),
+        ({"data": {"kind": "parquet", "path": "x", "hash_size": 9}}, "data.hash_size: has no meaning"),
+        ({"data": {"kind": "criteo", "path": "x", "drop": ["cat_1"]}}, "data.drop: has no meaning"),
+        (
+            {"data": {"kind": "parquet", "path": "x", "features": ["a", "b", "a"]}},
+            "data.features: names must differ, got 'a'",
+        ),
+        ({"data": {"kind": "parquet", "path": "x", "row_filter": "a ~ 3"}}, "data.row_filter: must be like"),
+    ],
+)
+def test_settings_that_cannot_work(changes, message):
+    config = override(RunConfig(), changes)
+    with pytest.raises(ValueError, match=message):
+        check_config(config)
+    variant = {**{"compare.variants": {"ok": {}, "bad": changes}}}
+    with pytest.raises(ValueError, match=r"^compare\.variants\.bad: " + message):
+        check_variants(override(RunConfig(), variant))
+
+
+def test_settings_of_a_stage_that_is_not_used_may_be_anything():
+    check_config(
+        override(RunConfig(), {"pretrain.epochs": 0, "start": "scratch", "compression": HASH, "retrain.epochs": 1})
+    )
+    check_config(override(RunConfig(), {"retrain.optim.table_l2": 0.5, "retrain.distill_weight": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"compression": {"usr": INT8, "*": INT8}}, r"^compression: every key must fit a table, got \['usr'\]"),
+        ({"compression": {"user": INT8}}, "^compression: table 'item' must fit a key"),
+        (
+            {"compression": {"method": "pq", "num_codes": 3, "codebook_size": 9}},
+            "^compression: table 'user': embedding_dim must",
+        ),
+        (
+            {"compression": INT8, "start": "scratch", "retrain.epochs": 1},
+            "^start: must be 'pretrained' for tables that are fit",
+        ),
+        (
+            {"compression": {"method": "quantile", "num_codes": 2, "codebook_size": 9}, "start": "scratch"}
+            | {"retrain.epochs": 1, "parallel.init": "shards"},
+            "^parallel.init: must be 'host' for tables that are fitted, got 'shards'",
+        ),
+        (
+            {"compression": {"budget_bytes": 10}},
+            "^compression: the budget must be at least [0-9,]+ bytes for these tables, got 10",
+        ),
+        ({"compression": {"budget_ratio": 1e6}}, "^compression: the budget must be at least"),
+        ({"model.embedding_dim": 6}, "^model.embedding_dim: must be a multiple of 4"),
+        ({"model.widths": {"usr": 8}}, "^model.widths: must name tables"),
+        ({"model.widths": {"user": 16}}, "^model.widths: must all be equal"),
+        ({"data.tail_tables": ["usr"]}, "^data.tail_tables: must name tables .*did you mean 'user'"),
+        ({"context": {"usr": "item"}}, "^context: must name tables .*did you mean 'user'"),
+        ({"context": {"user": "itm"}}, "^context.user: must be another table"),
+        ({"context": {"user": "user"}}, "^context.user: must be another table"),
+        ({"parallel.sharding_types": {"usr*": ["row_wise"]}}, "^parallel.sharding_types: 'usr\\*' must fit a table"),
+    ],
+)
+def test_settings_that_fit_no_table(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_tables(override(config, changes), {"user": 400, "item": 300})
+
+
+def test_names_that_are_no_tables():
+    for name, said in (
+        ("type", "attribute"),
+        ("a.b", "must not hold '.'"),
+        ("a@b", "must not hold '@'"),
+        ("", "printable"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_tables(RunConfig(), {"user": 400, name: 300})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"name": "dlrm", "bottom": [8]}}, r"model\.bottom: must be empty without dense columns"),
+        ({"model.hidden": []}, r"model\.hidden: must hold at least one"),
+        ({"pretrain.epochs": 1e-6}, r"pretrain\.epochs: must make a step, got 1e-06 of the \d+ steps"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data(config, data, changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_run(override(config, changes), data)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"compression": {"user": {"method": "mec", "num_codewords": 32}}},
+        {"compression": {"usr": INT8}},
+        {"compression": {"method": "pq", "num_codes": 3, "codebook_size": 16}},
+        {"pretrain.epochs": 0},
+        {"data.tail_tables": ["usr"]},
+    ],
+)
+def test_nothing_is_trained_and_no_variant_begins_before_all_are_checked(config, tmp_path, monkeypatch, changes):
+    def trained(*_, **__):
+        raise AssertionError("training began")
+
+    for module, name in ((stages, "train"), (stages, "pretrain"), (comparing, "_run_all")):
+        monkeypatch.setattr(module, name, trained)
+    with pytest.raises(ValueError, match=r"compression|pretrain\.epochs|data\.tail_tables"):
+        stages.run(override(config, changes), tmp_path / "a", tmp_path / "full")
+    chosen = {"compare.variants": {"ok": {}, "bad": changes}}
+    with pytest.raises(ValueError, match=r"^compare\.variants\.bad: "):
+        comparing.compare(override(config, chosen))
+
+
+def test_comparisons_have_names_and_seeds(config):
+    for changes, message in (
+        ({"variants": {"ok": {}, "pq/4": {}}}, "compare.variants 'pq/4': must be a folder's name"),
+        ({"variants": {"a": {}, "A": {}}}, "compare.variants 'a': names must differ"),
+        ({"variants": {"a": {}}, "only": ["b"]}, "compare.only: no variant 'b'"),
+        ({"variants": {"a": {}}, "only": ["a", "a"]}, "compare.only: must differ, got 'a' twice"),
+        ({"variants": {"a": {}}, "seeds": [1, 1]}, "compare.seeds: must differ, got 1 twice"),
+        ({"variants": {"a": {}}, "seeds": []}, "must have variants and seeds"),
+        ({"variants": {"a": {"data.kind": "parqet"}}}, "compare.variants.a.data.kind: .*did you mean 'parquet'"),
+        (
+            {"variants": {"a": {"pretrain.optim.tables": "none"}}},
+            "compare.variants.a.pretrain.optim.tables: must be one of",
+        ),
+        ({"variants": {"a": {"model.hidden": ["x"]}}}, r"compare.variants.a.model.hidden\[0\]: must be int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_variants(override(config, {"compare": changes}))
