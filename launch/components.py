@@ -93,7 +93,7 @@ def dlrm(
         name: of the job
     """
     shape = parse_shape(j)
-    _check(list(args), output, max_restarts, max_retries, rdzv_port)
+    _check(list(args), output, name, max_restarts, max_retries, rdzv_port)
     resource = specs.resource(
         cpu=cpu or shape.processes, gpu=gpu, memMB=memMB or _MB_PER_PROCESS * shape.processes, h=h
     )
@@ -127,13 +127,16 @@ def _torchrun(shape: Shape, max_restarts: int, rdzv_port: int) -> str:
     )
 
 
-def _check(args: List[str], output: str, max_restarts: int, max_retries: int, rdzv_port: int) -> None:
+def _check(args: List[str], output: str, name: str, max_restarts: int, max_retries: int, rdzv_port: int) -> None:
     if not args or args[0].startswith("-"):
         raise ValueError(f"dlrm: the first argument must be a training config, got {args[0] if args else 'none'}")
     if output and any(arg.partition("=")[0] == "--output" for arg in args):
         raise ValueError(
             "dlrm: the output folder must be given once, got it as an option of the job and of the training"
         )
+    # it becomes a folder's name, a word of sbatch's line and a name in Kubernetes
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", name):
+        raise ValueError(f"name: must be up to 40 letters, digits, '_' and '-', a letter or digit first, got {name!r}")
     if not 0 < rdzv_port < 2**16:
         raise ValueError(f"rdzv_port: must be in [1, 65535], got {rdzv_port}")
     for option, value in (("max_restarts", max_restarts), ("max_retries", max_retries)):

@@ -55,6 +55,13 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["tiny.yaml", "--scheduler", "slurm", "--env", "A"], "--env: must be KEY=VALUE, got 'A'"),
         (["tiny.yaml", "--scheduler", "slurm", "--gpu", "many"], "invalid int value: 'many'"),
         (["tiny.yaml", "--scheduler", "slurm", "--rdzv-port", "0"], "rdzv_port: must be in"),
+        (["tiny.yaml", "--scheduler", "local_cwd", "--name", "../x"], "name: must be up to 40 letters"),
+        (["tiny.yaml", "--scheduler", "slurm", "--name", "a\n#SBATCH --uid=0"], "name: must be up to 40 letters"),
+        (
+            ["tiny.yaml", "--scheduler", "slurm", "--pretrain.epochs", "0"],
+            "command line: pretrain.epochs: must be over 0",
+        ),
+        (["tiny.yaml", "--scheduler", "slurm", "--compression", "{method: pqq}"], "compression.method: must be one of"),
         (["tiny.yaml", "--scheduler", "kubernetes", "--dryrun", "--partition", "x"], "must go with --scheduler slurm"),
         (
             ["tiny.yaml", "--scheduler", "kubernetes", "--dryrun", "--cfg", "quue=x"],
@@ -107,6 +114,24 @@ def test_a_model_that_does_not_fit_is_not_submitted(config, capsys):
     status, out, errors = run(capsys, config, *arguments, "--gpu", "1", "-j", "1x1", "--hbm", "1GB", "--memory", "2000")
     assert status == 1 and "apiVersion" not in out
     assert "FAIL plan       on 1 ranks: " in out and "->" in out
+    assert errors == "torchrec-compress: error: launch: a check failed; nothing was submitted\n"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            ["--compression", "{usr: {method: int8}, '*': {method: int8}}"],
+            "compression: every key must fit a table, got ['usr']",
+        ),
+        (["--compression", "{method: pq, num_codes: 3}"], "embedding_dim must be a multiple of num_codes = 3"),
+        (["--data.tail_tables", "[usr]"], "data.tail_tables: must name tables"),
+        (["--model.embedding_dim", "6"], "model.embedding_dim: must be a multiple of 4"),
+    ],
+)
+def test_settings_that_fit_no_table_are_not_submitted(config, capsys, wrong, said):
+    status, out, errors = run(capsys, config, "--scheduler", "kubernetes", "--dryrun", *wrong)
+    assert status == 1 and "FAIL config" in out and said in out and "apiVersion" not in out
     assert errors == "torchrec-compress: error: launch: a check failed; nothing was submitted\n"
 
 
