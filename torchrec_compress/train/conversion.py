@@ -37,11 +37,12 @@ def begin(target: Path, told: dict[str, Any]) -> Iterator[Path | None]:
 
     Args:
         target: folder of the results.
-        told: settings and inputs, plain data.
+        told: "settings" and "sources", plain data.
 
     Raises:
         ValueError: the folder has what other settings or inputs led to, or what no manifest tells of.
     """
+    _refuse_others(target)
     target.mkdir(parents=True, exist_ok=True)
     with (target / _LOCK).open("w") as lock:
         _lock(lock.fileno(), target)
@@ -54,17 +55,13 @@ def begin(target: Path, told: dict[str, Any]) -> Iterator[Path | None]:
             yield None
             return
         unfinished = target / _UNFINISHED
+        begun = {"format": FORMAT, "settings": told["settings"]}  # a source may be mended before it goes on
         if is_done(unfinished / _BEGUN):
-            check_same(unfinished / _BEGUN, read_json(unfinished / _BEGUN, _REMEDY), told)
-        elif (found := _leftover(target)) is not None:
-            raise ValueError(
-                f"{found}: is of a conversion that is not finished or that has no {MANIFEST}; delete {target}, or "
-                "choose another folder"
-            )
+            check_same(unfinished / _BEGUN, read_json(unfinished / _BEGUN, _REMEDY), begun)
         else:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
-            write_json(unfinished / _BEGUN, told)
+            write_json(unfinished / _BEGUN, begun)
         yield unfinished
 
 
@@ -161,9 +158,15 @@ class CheckedFile:
             self._left.discard(block)
 
 
-def _leftover(target: Path) -> Path | None:
-    """Return a result or a part of one that no conversion of this version tells of."""
-    return next(iter([*target.glob("*.npy"), *target.glob("hashes/*.npy")]), None)
+def _refuse_others(target: Path) -> None:
+    """Raise ValueError where a folder has files that no conversion of this version tells of, and leave it as it is."""
+    known = (target / MANIFEST).exists() or (target / _UNFINISHED).is_dir()
+    found = [] if known else [*target.glob("*.npy"), *target.glob("hashes/*.npy")]
+    if found:
+        raise ValueError(
+            f"{found[0]}: is of a conversion that is not finished or that has no {MANIFEST}; delete {target}, or choose "
+            "another folder"
+        )
 
 
 def _parts(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ import pyarrow.csv as pcsv
 from torchrec.datasets.criteo import CAT_FEATURE_COUNT, DEFAULT_CAT_NAMES, DEFAULT_INT_NAMES, DEFAULT_LABEL_NAME
 from tqdm import tqdm
 
+from torchrec_compress.train.checkpoint import check_same
 from torchrec_compress.train.conversion import begin, finish, sums_of
 from torchrec_compress.train.inputs import VOCAB_FILE, identify_source
 from torchrec_compress.train.sealed import is_done, read_json, write_json
@@ -66,34 +67,38 @@ def convert(source: Path, target: Path, frequency_threshold: int | None = None) 
         if folder is not None:
             made = folder / "made.json"  # all is there, but for its place
             if not is_done(made):
-                write_json(made, _convert_all(dict(zip(names, files, strict=True)), folder, frequency_threshold))
-            sums = read_json(made)
-            sizes = sums.pop(VOCAB_FILE, None)
-            if sizes is not None:
-                write_json(target / VOCAB_FILE, sizes)
-            finish(target, told, sums)
+                found, sizes = _convert_all(dict(zip(names, files, strict=True)), folder, frequency_threshold)
+                write_json(made, {"sources": told["sources"], "files": found, "sizes": sizes})
+            whole = read_json(made)
+            check_same(made, whole["sources"], told["sources"])
+            if whole["sizes"]:
+                write_json(target / VOCAB_FILE, whole["sizes"])
+            finish(target, told, whole["files"])
     return [target / f"{name}_sparse.npy" for name in names]
 
 
-def _convert_all(files: dict[str, Path], folder: Path, frequency_threshold: int | None) -> dict[str, Any]:
-    """Return the checksums of what was made, by path in the folder, and rows per table under the vocabulary's name."""
+def _convert_all(
+    files: dict[str, Path], folder: Path, frequency_threshold: int | None
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the checksums of what was made, by path in the folder, and rows per table where ids are contiguous."""
     raw = folder / "hashes" if frequency_threshold is not None else folder
     sums: dict[str, Any] = {}
     for name, file in files.items():
-        done = folder / f"{name}.json"
-        if not is_done(done):
+        done, source = folder / f"{name}.json", identify_source(file)
+        if not is_done(done) or read_json(done)["source"] != source:
             made = convert_file(file, folder, name, raw)
-            write_json(done, {str(path.relative_to(folder)): sums_of(path) for path in made})
-        sums |= read_json(done)
+            write_json(
+                done, {"source": source, "files": {str(path.relative_to(folder)): sums_of(path) for path in made}}
+            )
+        sums |= read_json(done)["files"]
     if frequency_threshold is None:
-        return sums
+        return sums, {}
     maps = number_ids([raw / f"{name}_sparse.npy" for name in files], frequency_threshold)
     for name in files:
         result = folder / f"{name}_sparse.npy"
         _renumber(raw / result.name, result, maps)
         sums[result.name] = sums_of(result)
-    sizes = {name: int(new.max()) + 1 for name, (_, new) in zip(DEFAULT_CAT_NAMES, maps, strict=True)}
-    return {**sums, VOCAB_FILE: sizes}
+    return sums, {name: int(new.max()) + 1 for name, (_, new) in zip(DEFAULT_CAT_NAMES, maps, strict=True)}
 
 
 def _sources(source: Path) -> list[Path]:
