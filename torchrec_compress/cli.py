@@ -203,7 +203,9 @@ def _data(arguments: Sequence[str]) -> None:
     parser = _Parser(prog="torchrec-compress data", allow_abbrev=False)
     parser.add_argument("kind", choices=["criteo"], help="which data set")
     parser.add_argument("source", help="a TSV file, or a folder with day_0 to day_23 or train.txt; .gz too")
-    parser.add_argument("target", help="folder for *_dense.npy, *_sparse.npy and *_labels.npy; a finished day is kept")
+    parser.add_argument(
+        "target", help="folder for *_dense.npy, *_sparse.npy and *_labels.npy; a killed conversion goes on"
+    )
     parser.add_argument(
         "--frequency-threshold",
         "--frequency_threshold",

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from torchrec_compress.train.metrics import auc, bayes_metrics, evaluate, logloss
+from torchrec_compress.train.metrics import auc, bayes_metrics, evaluate, logloss, undefined
 
 
 @pytest.mark.parametrize("decimals", [0, 1, 9])  # few decimals make many ties
@@ -30,6 +30,15 @@ def test_evaluate_splits_tail_and_kinds():
     assert found["tail_auc"] == 1.0 and found["tail_share"] == 0.5
     assert found["tail_logloss"] == logloss(labels[:3], logits[:3]) != found["logloss"]
     assert found["kind1_auc"] == 0.75 and found["kind2_auc"] == 0.5
+
+
+def test_what_is_not_defined_is_left_out_with_a_reason():
+    labels, logits, tail = np.array([1, 0, 0]), np.array([1.0, 0, 0]), np.array([False, True, True])
+    assert set(evaluate(labels, logits, tail, None)) == {"auc", "logloss", "tail_logloss", "tail_share"}
+    assert undefined(labels, tail, None) == {"tail_auc": "all 2 rows have the label 0"}
+    assert undefined(labels, tail, np.array([0, 1, 1])) == undefined(labels, tail, None)
+    with pytest.raises(ValueError, match="must have clicks and others for an AUC, got 2 rows of one label"):
+        evaluate(labels[1:], logits[1:], None, None)
 
 
 def test_logits_that_are_not_finite_are_refused():

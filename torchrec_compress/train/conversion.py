@@ -164,8 +164,8 @@ def _refuse_others(target: Path) -> None:
     found = [] if known else [*target.glob("*.npy"), *target.glob("hashes/*.npy")]
     if found:
         raise ValueError(
-            f"{found[0]}: is of a conversion that is not finished or that has no {MANIFEST}; delete {target}, or choose "
-            "another folder"
+            f"{found[0]}: is of a conversion that is not finished or that has no {MANIFEST}; delete {target}, or "
+            "choose another folder"
         )
 
 

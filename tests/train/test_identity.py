@@ -1,0 +1,169 @@
+"""Done means done with these settings and data files, for every stage and for a comparison."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from torchrec_compress.launch.preflight import check_output
+from torchrec_compress.train import sealed, stages
+from torchrec_compress.train.compare import _finished, _stamp
+from torchrec_compress.train.config import RunConfig, override
+from torchrec_compress.train.data import ClickData
+from torchrec_compress.train.identity import check_unchanged
+from torchrec_compress.train.inputs import identify
+from torchrec_compress.train.loop import train
+from torchrec_compress.train.scoring import check_labels
+
+CHANGES = [
+    {"seed": 1},
+    {"pretrain.batch_size": 120},
+    {"model.embedding_dim": 8},
+    {"data.tail_count": 4},
+    {"retrain.epochs": 2.0},
+    {"compression": {"*": {"method": "pq", "num_codes": 1, "codebook_size": 4}}},
+    {"context": {"user": "item"}},
+]
+
+
+def _copy(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished.folder, tmp_path / "run"))
+
+
+def _run(config, folder):
+    return stages.run(config, folder, folder / "full", None)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
+@pytest.mark.parametrize("left", ["all", "retrain", "pretrain"])
+def test_a_folder_with_other_settings_is_refused(finished, tmp_path, change, left):
+    """Finished, or begun: with the checkpoints of a stage alone."""
+    folder, key = _copy(finished, tmp_path), next(iter(change))
+    if left != "all":
+        for name in ("fitted.pt", "model.pt", "summary.json"):
+            (folder / name).unlink()
+    if left == "pretrain":
+        shutil.rmtree(folder / "retrain")
+    config = override(finished.config, change)
+    if left == "pretrain" and key in ("retrain.epochs", "compression", "context"):
+        check_unchanged(config, folder)  # what comes after the full model may be mended
+        return
+    with pytest.raises(ValueError, match=rf"{key}.* must be .* as when it was written, got"):
+        _run(config, folder)
+    assert check_output(override(config, {"output": str(folder)})).outcome == "FAIL"
+
+
+def test_settings_that_change_no_number_may_change(finished, tmp_path):
+    free = {"num_threads": 2, "output": "x", "retrain.log_every": 1, "parallel.timeout": 3.0, "compare.seeds": [1]}
+    check_unchanged(override(finished.config, free), finished.folder, identify(finished.config.data))
+    assert check_output(override(finished.config, {"output": str(finished.folder)})).outcome == "ok"
+
+
+def test_a_checkpoint_of_another_seed_is_refused_by_the_loop(finished, tmp_path):
+    """Whatever the folder's config.yaml says."""
+    folder = _copy(finished, tmp_path)
+    config = override(finished.config, {"seed": 1})
+    data = stages.get_data(config.data, {}, stages.start(config.parallel))
+    for stage in ("pretrain", "retrain"):
+        where = next(folder.glob("full/*")) if stage == "pretrain" else folder
+        with pytest.raises(ValueError, match="seed must be 0 as when it was written, got 1"):
+            train(stages.full_model(config, data), stages._task(config, data, where, stage, None))
+
+
+def _with_data(finished, tmp_path) -> tuple[RunConfig, Path]:
+    """Return a run whose data file may be changed."""
+    path = Path(shutil.copy(finished.config.data.path, tmp_path / "rows.parquet"))
+    config = override(finished.config, {"data.path": str(path), "compression": {}})
+    _run(config, tmp_path / "run")
+    return config, path
+
+
+def _change_a_label(path: Path) -> None:
+    table = pq.read_table(path)
+    labels = table["label"].to_numpy().copy()
+    labels[0] = 1 - labels[0]
+    changed = table.set_column(table.column_names.index("label"), "label", pa.array(labels))
+    pq.write_table(changed, path, row_group_size=50)
+
+
+@pytest.mark.parametrize("left", ["all", "full", "checkpoints"])
+def test_another_data_file_under_the_same_name_is_noticed(finished, tmp_path, left):
+    config, path = _with_data(finished, tmp_path)
+    folder = tmp_path / "run"
+    if left != "all":
+        for file in [file for file in folder.iterdir() if file.is_file()]:
+            file.unlink()
+    if left == "checkpoints":
+        next(folder.glob("full/*/summary.json")).unlink()
+    os.utime(path)
+    found = folder if left == "all" else tmp_path / "run2"
+    if left != "all":
+        shutil.copytree(folder / "full", found / "full")
+        stages.pretrain(config, found / "full", None)  # the same content, whatever its time
+    _change_a_label(path)
+    with pytest.raises(ValueError, match=r"rows\.parquet\.sha256 must be"):
+        _run(config, found) if left == "all" else stages.pretrain(config, found / "full", None)
+
+
+def test_streamed_files_are_told_by_size_and_time(finished, tmp_path):
+    config, path = _with_data(finished, tmp_path)
+    told = identify(override(config.data, {"streaming": True}))
+    assert told == {"rows.parquet": {"bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}}
+    for name in ("train", "valid"):
+        (tmp_path / "parts" / name).mkdir(parents=True)
+        shutil.copy(path, tmp_path / "parts" / name / "a.parquet")
+    (tmp_path / "parts" / ".hidden.parquet").write_text("")
+    parts = identify(override(config.data, {"path": str(tmp_path / "parts")}))
+    assert list(parts) == ["train/a.parquet", "valid/a.parquet"]
+    assert identify(RunConfig().data) == {}
+
+
+def test_a_comparison_takes_no_run_of_other_settings_or_data(finished, tmp_path):
+    config, path = _with_data(finished, tmp_path)
+    folder = tmp_path / "run"
+    assert not _finished(folder, config)  # without a stamp it is not known to be this variant's
+    sealed.write_text(folder / "fingerprint", _stamp(config))
+    assert _finished(folder, config)
+    for change in ({"seed": 1}, {"retrain.epochs": 3.0}, {"data.tail_count": 9}):
+        with pytest.raises(ValueError, match="was run with other settings"):
+            _finished(folder, override(config, change))
+    kept = (folder / "fingerprint").read_text()
+    (folder / "fingerprint").write_text(kept[::-1])
+    with pytest.raises(ValueError, match="fingerprint: is truncated or changed"):
+        _finished(folder, config)
+    (folder / "fingerprint").write_text(kept)
+    _change_a_label(path)
+    with pytest.raises(ValueError, match=r"rows\.parquet\.sha256 must be"):
+        _finished(folder, config)
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_a_split_of_one_label_is_refused_before_anything_is_trained(data, split, label):
+    rows = data.split(split)
+    changed = ClickData(**{**vars(data), split: type(rows)(rows.ids, rows.labels * 0 + label)})
+    check_labels(data)
+    with pytest.raises(ValueError, match=rf"the {split} split must have clicks and others, .* the label {int(label)}"):
+        check_labels(changed)
+
+
+def test_a_tail_of_one_label_is_left_out_and_said_so(finished, tmp_path, capsys):
+    """JSON has no NaN, and a report no number that is none."""
+    path = Path(shutil.copy(finished.config.data.path, tmp_path / "rows.parquet"))
+    table = pq.read_table(path)
+    users, labels = table["user"].to_numpy().copy(), table["label"].to_numpy()
+    rare = np.flatnonzero(labels == 0)
+    users[labels == 1], users[rare] = 0, 1 + np.arange(len(rare)) % 250
+    table = table.set_column(table.column_names.index("user"), "user", pa.array(users))
+    pq.write_table(table, path, row_group_size=50)
+    change = {"data.path": str(path), "data.tail_tables": ["user"], "compression": {}}
+    summary = _run(override(finished.config, change), tmp_path / "run")
+    assert "tail_logloss" in summary["metrics"]["test"] and "tail_auc" not in summary["metrics"]["test"]
+    assert summary["undefined"]["test tail_auc"].endswith("rows have the label 0")
+    assert "test tail_auc is not defined and left out: all" in capsys.readouterr().out
