@@ -45,7 +45,9 @@ class Ranks:
         self._pipes: list[Connection] = []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        # forked from one process that has imported everything, and started no thread
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torchrec.distributed.model_parallel", "torchrec_compress.planner"])
         rendezvous = tempfile.mktemp(prefix="ranks-")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
