@@ -9,22 +9,28 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
+_READ_BY_SHARDERS = ("_optimizer_classes", "_optimizer_kwargs")
+
 
 def strip_in_backward_optimizers(module: nn.Module) -> list[str]:
     """Replace parameters that carry an optimizer for the backward pass by fresh ones without, and return their names.
 
     A replicated parameter may only step after the ranks have reduced its gradient, so the dense optimizer trains it.
-    TorchRec's own data-parallel tables drop such optimizers as well.
+    TorchRec's own data-parallel tables drop such optimizers as well. What TorchRec's sharders read stays: a parameter
+    that is moved to its device first and sharded then has the optimizer that the user chose.
     """
     stripped = []
     for path, owner in module.named_modules():
         for name, parameter in list(owner._parameters.items()):
             if parameter is not None and hasattr(parameter, "_in_backward_optimizers"):
-                owner._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                fresh = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                fresh.__dict__.update({k: v for k, v in parameter.__dict__.items() if k in _READ_BY_SHARDERS})
+                owner._parameters[name] = fresh
                 stripped.append(f"{path}.{name}" if path else name)
     if stripped:
         logger.warning(
-            "replicated parameters %s do not step in the backward; the dense optimizer trains them", stripped
+            "parameters %s do not step in the backward where every rank holds a copy; the dense optimizer trains them",
+            stripped,
         )
     return stripped
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_compress.methods import MECConfig, MethodConfig, TableState
+from torchrec_compress.modules.backward import strip_where_replicated
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.features import IdRange
 from torchrec_compress.modules.footprint import Footprint, count
@@ -32,6 +33,7 @@ class CompressedParts(nn.Module):
     """
 
     _plan: CollectionPlan
+    dense: Any  # a stock collection, what DistributedModelParallel puts in its place, or None
     _rows_kind: ClassVar[type[RemappedEmbeddingCollection]] = RemappedEmbeddingCollection
 
     def _build_shared(
@@ -52,6 +54,12 @@ class CompressedParts(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         self.decoder.check_format(state_dict, prefix + "decoder.")  # before any part takes its tensors
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedParts:
+        # the last call before DistributedDataParallel wraps tables that no sharder has taken
+        if type(self.dense) in (EmbeddingBagCollection, EmbeddingCollection):
+            strip_where_replicated(self.dense)
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
 
     def _guard_dense_tables(self, parts: Iterable[Any]) -> None:
         """Have the first part that exists check the ids of dense tables too; sharded, TorchRec would only warn."""
