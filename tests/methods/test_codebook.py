@@ -166,10 +166,16 @@ def test_pq_is_exact_where_there_are_codewords_for_all_rows():
     torch.testing.assert_close(got, stock.embedding_bags["item"].weight, rtol=1e-5, atol=1e-5)
 
 
+def set_codes(collection, first, codes):
+    bank = collection.code_tables.banks["item"]
+    changed = bank.codes.clone()
+    changed[first : first + len(codes)] = pack_codes(torch.tensor(codes))
+    bank.load(changed)
+
+
 def test_a_row_is_its_codewords_side_by_side():
     collection = fresh(PQConfig(num_codes=2, codebook_size=4))
-    bank = collection.code_tables.banks["item"]
-    bank.codes[5:7] = pack_codes(torch.tensor([[3, 0], [1, 1]]))
+    set_codes(collection, 5, [[3, 0], [1, 1]])
     with torch.no_grad():
         collection.decoder.banks["item"].codebooks.copy_(torch.arange(8.0).unsqueeze(1).expand(8, 8))
     assert collection(batch([[5], [5, 6]])).values().tolist() == [[3] * 8 + [4] * 8, [4] * 8 + [9] * 8]
@@ -177,7 +183,7 @@ def test_a_row_is_its_codewords_side_by_side():
 
 def test_a_residual_row_is_the_sum_of_its_codewords():
     collection = fresh(PQConfig(num_codes=2, codebook_size=4, structure="residual"))
-    collection.code_tables.banks["item"].codes[5:6] = pack_codes(torch.tensor([[3, 0]]))
+    set_codes(collection, 5, [[3, 0]])
     with torch.no_grad():
         collection.decoder.banks["item"].codebooks.copy_(torch.arange(8.0).unsqueeze(1).expand(8, 16))
     assert collection(batch([[5]])).values().tolist() == [[7] * 16]
@@ -239,15 +245,9 @@ def test_a_fit_that_meets_bad_rows_says_so():
 
 def test_bytes():
     pq = PQConfig(num_codes=4, codebook_size=16)
-    assert pq.stored_bytes(table()) == NUM_ROWS * 2 + 1 + 16 * 16 * 4  # two codes in a byte
-    assert replace(pq, codebook_size=17).stored_bytes(table()) == NUM_ROWS * 4 + 1 + 17 * 16 * 4
-    assert replace(pq, codebook_size=300).stored_bytes(table()) == NUM_ROWS * 8 + 1 + 300 * 16 * 4
-    assert replace(pq, structure="residual").stored_bytes(table()) == NUM_ROWS * 2 + 1 + 4 * 16 * 16 * 4
+    assert pq.stored_bytes(table()) == NUM_ROWS * 2 + 4 + 16 * 16 * 4  # two codes in a byte
+    assert replace(pq, codebook_size=17).stored_bytes(table()) == NUM_ROWS * 4 + 4 + 17 * 16 * 4
+    assert replace(pq, codebook_size=300).stored_bytes(table()) == NUM_ROWS * 8 + 4 + 300 * 16 * 4
+    assert replace(pq, structure="residual").stored_bytes(table()) == NUM_ROWS * 2 + 4 + 4 * 16 * 16 * 4
     assert replace(pq, num_hot_rows=10).stored_bytes(table()) == pq.stored_bytes(table()) + 10 * 20
     assert replace(pq, num_hot_rows=10, hot_dtype="fp32").stored_bytes(table()) == pq.stored_bytes(table()) + 10 * 64
-
-
-def test_mec_that_was_never_fitted_says_so(caplog):
-    with caplog.at_level("INFO"):
-        fresh(CASES["mec"][0])
-    assert "MEC tables ['item'] start from hashed codes" in caplog.text

@@ -1,10 +1,14 @@
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
+from torchrec import EmbeddingBagCollection
 from torchrec.modules.embedding_configs import DataType
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
 
-from tests.cases import NUM_ROWS, batch, dense_collection, fitted, fresh, table
-from torchrec_compress import decompress
+from tests.cases import NUM_ROWS, batch, dense_collection, fitted, fresh, rows, table
+from torchrec_compress import CompressedEmbeddingBagCollection, compress_into, decompress
 from torchrec_compress.methods import Int4Config, Int8Config, TableData
 
 
@@ -33,11 +37,28 @@ def test_it_serves_the_bits_of_torchrecs_quantised_tables(config, dtype, data_ty
 
 
 @pytest.mark.parametrize("config", [Int8Config(), Int4Config()])
-def test_an_unfitted_collection_raises(config):
+@pytest.mark.parametrize("init", [None, nn.init.ones_, partial(nn.init.normal_, mean=3.0, std=0.5)])
+def test_an_unfitted_collection_serves_the_rows_that_its_table_would_start_from(config, init):
+    served = decompress(fresh(config, init_fn=init, num_embeddings=3000)).embedding_bags["item"].weight
+    if init is nn.init.ones_:
+        assert (served == 1).all()
+        return
+    torch.manual_seed(0)
+    stock = EmbeddingBagCollection([table(init_fn=init, num_embeddings=3000)]).embedding_bags["item"].weight
+    assert torch.allclose(served.mean(), stock.mean(), atol=0.02)
+    assert torch.allclose(served.std(), stock.std(), rtol=0.05)
+    assert len(served.unique(dim=0)) == 3000
+
+
+def test_an_init_fn_that_wants_the_whole_table_is_refused_until_a_fit():
+    whole = table(init_fn=lambda weight: weight.copy_(torch.ones(NUM_ROWS, 16)))
+    with pytest.raises(ValueError, match=r"table 'item': init_fn must fill any number of rows .*will_fit=True"):
+        CompressedEmbeddingBagCollection([whole], compression=Int8Config())
+    made = CompressedEmbeddingBagCollection([whole], compression=Int8Config(), will_fit=True)
     with pytest.raises(RuntimeError, match=r"table 'item'.*must be filled .* call compress\(\)"):
-        fresh(config)(batch([[0]]))
-    with pytest.raises(RuntimeError, match="must be filled"):
-        decompress(fresh(config))
+        made(batch([[0]]))
+    compress_into(made, {"item": rows()})
+    assert torch.equal(made(batch([[0]])).values(), fitted(Int8Config())(batch([[0]])).values())
 
 
 @pytest.mark.parametrize("config", [Int8Config(), Int4Config()])
@@ -51,5 +72,5 @@ def test_fit_without_rows_raises():
 
 
 def test_bytes():
-    assert Int8Config().stored_bytes(table()) == NUM_ROWS * 20 + 1
-    assert Int4Config().stored_bytes(table()) == NUM_ROWS * 12 + 1
+    assert Int8Config().stored_bytes(table()) == NUM_ROWS * 20 + 4
+    assert Int4Config().stored_bytes(table()) == NUM_ROWS * 12 + 4

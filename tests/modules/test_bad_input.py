@@ -176,8 +176,14 @@ def test_load_table_checks_names_and_shapes():
     collection = fresh(PQ)
     with pytest.raises(ValueError, match=r"load_table: must name one of \['item'\], got 'itm'"):
         collection.load_table("itm", TableState())
-    with pytest.raises(ValueError, match=r"code table 'item': codes must have shape \(403, 2\), got \(403, 4\)"):
-        collection.load_table("item", TableState(codes=torch.zeros(NUM_ROWS, 4)))
+    with pytest.raises(
+        ValueError, match=r"table 'item': codes must have shape \(403, 2\) and be integers, got \(403, 4\)"
+    ):
+        collection.load_table("item", TableState(codes=torch.zeros(NUM_ROWS, 4, dtype=torch.uint8)))
+    with pytest.raises(ValueError, match=r"codes must have shape .* and be integers, got \(403, 2\) of torch.float32"):
+        collection.load_table("item", TableState(codes=torch.zeros(NUM_ROWS, 2)))
+    with pytest.raises(ValueError, match=r"codes must be integers in the range of torch.uint8, got 300"):
+        collection.load_table("item", TableState(codes=torch.full((NUM_ROWS, 2), 300)))
     with pytest.raises(ValueError, match=r"table 'item': stored tensors are .*got 'codebooks' of shape"):
         collection.load_table("item", TableState(decoder={"codebooks": torch.zeros(3, 3)}))
 

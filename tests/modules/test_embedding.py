@@ -114,17 +114,14 @@ def test_every_method_serves_unpooled_rows(config):
     item = EmbeddingConfig(name="item", num_embeddings=403, embedding_dim=16, feature_names=["item"])
     ours = CompressedEmbeddingCollection([item], compression=config)
     features = one_feature([[1, 2], [], [402, 1]])
-    if config.method in ("int8", "int4"):
-        with pytest.raises(RuntimeError, match="must be filled"):
-            ours(features)
-        return
     got = ours(features)["item"]
     torch.testing.assert_close(got.values(), ours.table_rows("item", features.values()))
     assert got.lengths().tolist() == [2, 0, 2]
     assert ours.footprint().total_bytes == config.stored_bytes(item)
     assert torch.equal(torch.fx.symbolic_trace(ours)(features)["item"].values(), got.values())
     assert torch.equal(copy.deepcopy(ours)(features)["item"].values(), got.values())
-    got.values().square().sum().backward()
+    if [*ours.parameters()]:
+        got.values().square().sum().backward()
     assert all(parameter.grad is not None for parameter in ours.parameters())
 
 

@@ -12,7 +12,7 @@ def test_totals_are_sums_and_codes_are_counted():
     assert footprint.dense_bytes == sum(table.num_embeddings * table.embedding_dim * 4 for table in tables())
     assert footprint.total_bytes == sum(table.total_bytes for table in footprint.tables.values())
     user = footprint.tables["user"]
-    assert user.code_bytes == 400 * 2 + 1  # four codes of 16 codewords in two bytes
+    assert user.code_bytes == 400 * 2 + 4  # four codes of 16 codewords in two bytes; the mark
     assert user.decoder_bytes == 16 * 16 * 4 + 20 * (16 + 4)
     assert user.native_bytes == 0
     assert footprint.tables["item"].native_bytes == 30 * 8 * 4

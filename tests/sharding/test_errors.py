@@ -46,9 +46,11 @@ def test_an_id_out_of_range_is_an_error_on_every_rank(two_ranks, how, key, wrong
 
 
 def never_filled(how: str) -> str:
-    """Return the error of a table that needs a fit and was materialised from the meta device."""
+    """Return the error of a table that waits for its fit and was materialised from the meta device."""
     table = EmbeddingBagConfig(name="t", num_embeddings=100, embedding_dim=8, feature_names=["f"])
-    meta = CompressedEmbeddingBagCollection([table], device=torch.device("meta"), compression=Int8Config())
+    meta = CompressedEmbeddingBagCollection(
+        [table], device=torch.device("meta"), compression=Int8Config(), will_fit=True
+    )
     sharded = shard(Model(meta), how)
     try:
         sharded(KeyedJaggedTensor.from_lengths_sync(["f"], torch.tensor([1]), torch.tensor([1])))

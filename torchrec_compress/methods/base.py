@@ -16,6 +16,7 @@ from torchrec_compress.ops import Rows, hash_ids
 
 Config = TypeVar("Config", bound="MethodConfig")
 
+MARK_BYTES = 4  # the flag of a code table, which holds the mark of its integers
 METHODS: dict[str, type[MethodConfig]] = {}
 
 
@@ -62,12 +63,15 @@ class CodePart:
         dtype: of the table.
         start: row numbers (L,) int64 -> start codes (L, row_size), or None where only fitting or a checkpoint fills it.
         num_packed: codes per row where an integer holds two of them (see `ops.pack_codes`), else 0.
+        unfitted: what start codes serve until a fit replaces them, said once when they are looked up; "" where they
+            need no fit.
     """
 
     row_size: int
     dtype: torch.dtype
     start: Callable[[Tensor], Tensor] | None = None
     num_packed: int = 0
+    unfitted: str = ""
 
 
 @dataclass(frozen=True)
@@ -225,12 +229,12 @@ class MethodConfig(ABC):
     def stored_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return all bytes that storing the table takes, from its config alone.
 
-        Codes, native rows, codebooks and hot rows; the one-byte flag that marks a filled code table too.
+        Codes, native rows, codebooks and hot rows; the four-byte mark of a code table's integers too.
         """
         parts = self.parts(table, seed=0)
         total = self.decoder_bytes(table)
         if parts.codes is not None:
-            total += table.num_embeddings * parts.codes.row_size * parts.codes.dtype.itemsize + 1
+            total += table.num_embeddings * parts.codes.row_size * parts.codes.dtype.itemsize + MARK_BYTES
         for native in parts.rows if parts.bag is None else (parts.bag, *parts.rows):
             total += native.num_embeddings * native.embedding_dim * 4
         return total + (dense_bytes(table) if parts.dense else 0)

@@ -117,9 +117,11 @@ class CodebookConfig(MethodConfig):
             salt=stable_salt(seed, table.name),
             first_size=self.first_size,
         )
+        width, dtype = self.num_codes, code_dtype(self.codebook_size)
         if self.num_packed:
-            return Parts(codes=CodePart(packed_width(self.num_packed), torch.uint8, start, self.num_packed))
-        return Parts(codes=CodePart(self.num_codes, code_dtype(self.codebook_size), start))
+            width, dtype = packed_width(self.num_packed), torch.uint8
+        unfitted = "" if self.needs == "nothing" else "codes that are hashes of the ids"
+        return Parts(codes=CodePart(width, dtype, start, self.num_packed, unfitted))
 
     def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> CodebookDecoder:
         """Return the codebooks."""
@@ -223,7 +225,10 @@ class CodebookDecoder(TableDecoder):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise codebooks (and float hot rows) so that a row has the spread of the user's table."""
+        """Initialise codebooks (and float hot rows) so that a row has the spread of the user's table.
+
+        Low-bit hot rows, which no start code reaches, become zeros.
+        """
         if self.codebooks.device.type == "meta":
             return
         with torch.no_grad():
@@ -232,6 +237,8 @@ class CodebookDecoder(TableDecoder):
                 self.codebooks /= self._config.num_codes**0.5
             if isinstance(self.hot_rows, nn.Parameter):
                 init_like(self._table, self.hot_rows)
+            elif self.hot_rows is not None:
+                self.hot_rows.zero_()
 
     def forward(
         self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Rows]

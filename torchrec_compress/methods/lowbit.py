@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -17,12 +18,15 @@ from torchrec_compress.methods.base import (
     TableDecoder,
     TableState,
     check_low_bit_width,
+    init_like,
     register,
 )
-from torchrec_compress.ops import Rows, low_bit_bag, quantize_rows, quantized_row_bytes
+from torchrec_compress.ops import Rows, hash_ids, low_bit_bag, quantize_rows, quantized_row_bytes, stable_salt
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("low_bit_bag")
+
+_BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +34,12 @@ class LowBitConfig(MethodConfig):
     """Store quantised rows; they are fitted to a pre-trained table and then frozen.
 
     The bytes of a row are a row of the code table, in FBGEMM's own format (`torchrec.quant` serves the same bytes), so
-    low-bit rows are sharded and sent like codes. A collection that was never fitted raises at its first forward.
+    low-bit rows are sharded and sent like codes. A collection that was never fitted serves the quantised rows that its
+    tables would start from, a pure function of (seed, table name, id): they do not train, and that is logged.
     """
 
     dtype: ClassVar[Literal["int8", "int4"]]
-    new_ids: ClassVar[str] = "its untrained row"
+    new_ids: ClassVar[str] = "its untrained row until the next fit"
 
     def check(self, table: BaseEmbeddingConfig) -> None:
         """Raise ValueError for a row that does not end on FBGEMM's two-byte boundary."""
@@ -43,7 +48,9 @@ class LowBitConfig(MethodConfig):
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the code table of quantised rows."""
-        return Parts(codes=CodePart(quantized_row_bytes(table.embedding_dim, self.dtype), torch.uint8))
+        start = partial(_start_rows, table=table, dtype=self.dtype, salt=stable_salt(seed, table.name))
+        width = quantized_row_bytes(table.embedding_dim, self.dtype)
+        return Parts(codes=CodePart(width, torch.uint8, start, unfitted="untrained rows, which do not train"))
 
     def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> LowBitDecoder:
         """Return the dequantiser."""
@@ -52,6 +59,34 @@ class LowBitConfig(MethodConfig):
     def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
         """Quantise the pre-trained rows."""
         return TableState(codes=quantize_rows(data.trained_rows(table), self.dtype))
+
+
+def _start_rows(ids: Tensor, table: BaseEmbeddingConfig, dtype: Literal["int8", "int4"], salt: int) -> Tensor:
+    """Return the quantised untrained rows of ids: (L,) int64 -> (L, bytes per row) uint8.
+
+    Rows are drawn in fixed blocks, each from its own seed, so that any shard draws the same ones.
+
+    Raises:
+        ValueError: the table's init_fn does not fill a block of rows.
+    """
+    ordered, order = ids.cpu().sort()
+    numbers, counts = torch.unique_consecutive(ordered // _BLOCK_ROWS, return_counts=True)
+    rows = torch.empty(len(ids), quantized_row_bytes(table.embedding_dim, dtype), dtype=torch.uint8)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        for number, mine, places in zip(
+            numbers.tolist(), ordered.split(counts.tolist()), order.split(counts.tolist()), strict=True
+        ):
+            torch.manual_seed(int(hash_ids(torch.tensor([number]), 2**62, salt)))
+            block = torch.empty(_BLOCK_ROWS, table.embedding_dim)
+            try:
+                init_like(table, block)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"table {table.name!r}: init_fn must fill any number of rows for {dtype} rows that were never "
+                    f"fitted, got {error} for {_BLOCK_ROWS}; give the collection will_fit=True and fit it, or mend it"
+                ) from error
+            rows[places] = quantize_rows(block, dtype)[mine - number * _BLOCK_ROWS]
+    return rows.to(ids.device)
 
 
 @register

@@ -20,7 +20,7 @@ from torchrec_compress.modules.codes import Codes, pool_codes, pool_low_bit, row
 from torchrec_compress.modules.features import split_features
 from torchrec_compress.modules.plan import CollectionPlan, Lookup
 from torchrec_compress.modules.tables import FoundRows, found_rows
-from torchrec_compress.ops import SCALE_BYTES, BagLookup
+from torchrec_compress.ops import SCALE_BYTES, BagLookup, keep_integers
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("process_pooled_embeddings")
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
         # the last call before DistributedDataParallel wraps a decoder that no sharder of ours has seen
         strip_where_replicated(self)
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        return super()._apply(keep_integers(fn, "decoder"), recurse)  # type: ignore[return-value]
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         self._write_constants()

@@ -24,7 +24,8 @@ torch.fx.wrap("split_features")
 
 def jagged_rows(rows: Tensor, bags: JaggedTensor, need_indices: bool) -> JaggedTensor:
     """Return rows, (L, D), in the bags of `bags`; with its ids as weights where they are asked for."""
-    return JaggedTensor(values=rows, lengths=bags.lengths(), weights=bags.values() if need_indices else None)
+    # float32 whatever the parameters are cast to, as TorchRec's own are
+    return JaggedTensor(values=rows.float(), lengths=bags.lengths(), weights=bags.values() if need_indices else None)
 
 
 class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterface):
@@ -36,9 +37,9 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         need_indices: whether outputs carry their ids as weights.
         compression: a method for all tables, or methods by table name or pattern, see `compression.resolve`.
         seed: of start codes and hashes.
-        will_fit: whether the caller fits the tables next; else MEC tables log that they start from hashed codes.
+        will_fit: whether the caller fits the tables next: those that need a fit stay empty until it comes.
 
-    Shapes: for every feature a `JaggedTensor` of (L, D) float32 rows.
+    Shapes: for every feature a `JaggedTensor` of (L, D) rows, float32 whatever the parameters are cast to.
 
     Raises:
         ValueError: bad tables or compression at construction; at forward a missing feature or an id out of range.
@@ -108,8 +109,8 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         return dict(zip(keys, names, strict=True))
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
-        """Return the user's configs (copies, with feature names filled in)."""
-        return self._plan.tables
+        """Return the user's own configs; where one names no features, a copy that names them."""
+        return self._plan.given
 
     def need_indices(self) -> bool:
         """Return whether outputs carry their ids."""

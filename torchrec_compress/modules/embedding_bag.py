@@ -48,9 +48,10 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         compression: a method for all tables, or methods by table name or pattern, see `compression.resolve`. A table
             that its method would not shrink stays dense.
         seed: of start codes and hashes, which are a pure function of (seed, table name, id).
-        will_fit: whether the caller fits the tables next; else MEC tables log that they start from hashed codes.
+        will_fit: whether the caller fits the tables next: those that need a fit stay empty until it comes.
 
-    Shapes: the input has F features of B bags; the output is (B, sum of widths), float32, with TorchRec's keys.
+    Shapes: the input has F features of B bags; the output is (B, sum of widths) with TorchRec's keys,
+        and as TorchRec's it is float32 whatever the parameters are cast to.
 
     Raises:
         ValueError: bad tables or compression at construction; at forward a missing feature, missing weights, an id out
@@ -136,8 +137,8 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         return [found[lookup.key] for lookup in self._plan.lookups]
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """Return the user's configs (copies, with feature names filled in)."""
-        return self._plan.tables
+        """Return the user's own configs; where one names no features, a copy that names them."""
+        return self._plan.given
 
     def is_weighted(self) -> bool:
         """Return whether batches carry weights."""
@@ -164,6 +165,8 @@ def assemble(
     Returns:
         (B, sum of widths).
     """
+    if decoded is not None:
+        decoded = decoded.float()  # whatever the parameters are cast to, as TorchRec's own do
     if decoded is not None and not pooled:  # all of it, and in this order
         return KeyedTensor(keys=keys, length_per_key=widths, values=decoded)
     by_key = [piece.to_dict() for piece in pooled]

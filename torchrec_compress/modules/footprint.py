@@ -22,7 +22,7 @@ class TableFootprint:
     Args:
         method: how it is stored.
         dense_bytes: what the user's own table would take.
-        code_bytes: code table (and its one-byte flag).
+        code_bytes: code table (and the four-byte mark of its integers).
         decoder_bytes: codebooks and hot rows.
         native_bytes: rows of native tables.
     """

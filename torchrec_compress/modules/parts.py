@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from torchrec_compress.methods import MECConfig, MethodConfig, TableState
+from torchrec_compress.methods import MethodConfig, TableState
 from torchrec_compress.modules.backward import strip_where_replicated
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.features import IdRange
 from torchrec_compress.modules.footprint import Footprint, count
 from torchrec_compress.modules.plan import CollectionPlan
 from torchrec_compress.modules.tables import CodeTableCollection, RemappedEmbeddingCollection
-from torchrec_compress.ops import lookup_codes
+from torchrec_compress.ops import NOT_SUMMED, lookup_codes
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +41,22 @@ class CompressedParts(nn.Module):
     ) -> None:
         """Make the code tables, the unpooled native tables and the decoder."""
         self._plan, self._device = plan, torch.device("cpu") if device is None else torch.device(device)
-        code_tables = plan.code_tables()
+        code_tables = plan.code_tables(will_fit)
         self.code_tables = CodeTableCollection(code_tables, device) if code_tables else None
         self.rows = nn.ModuleDict({group: self._rows_kind(*members, device) for group, members in plan.rows().items()})
         self.decoder = Decoder(plan, is_weighted, device)
-        unfitted = [name for name, method in plan.methods.items() if isinstance(method, MECConfig)]
-        if unfitted and not will_fit:
-            logger.warning(
-                "MEC tables %s start from hashed codes; compress() fits codes to a pre-trained table", unfitted
-            )
+        for name, bank in self._code_banks().items():
+            if name in self.decoder.banks:
+                bank.stand_beside(self.decoder.banks[name])
+        self.register_load_state_dict_post_hook(_check_loaded)
+
+    def _code_banks(self) -> dict[str, Any]:
+        """Return the code tables of this rank, whole or not, by table name."""
+        return dict(self.code_tables.banks.items()) if self.code_tables is not None else {}
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        self.decoder.check_format(state_dict, prefix + "decoder.")  # before any part takes its tensors
+        self._refuse_blends(state_dict, prefix)  # before any part takes its tensors
+        self.decoder.check_format(state_dict, prefix + "decoder.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedParts:
@@ -60,6 +64,26 @@ class CompressedParts(nn.Module):
         if type(self.dense) in (EmbeddingBagCollection, EmbeddingCollection):
             strip_where_replicated(self.dense)
         return super()._apply(fn, recurse)  # type: ignore[return-value]
+
+    def _refuse_blends(self, state_dict: dict, prefix: str) -> None:
+        """Raise ValueError for floating-point numbers in place of integers; say which codes carry no mark."""
+        for name, buffer in self.named_buffers():
+            found = state_dict.get(prefix + name)
+            if found is not None and found.dtype.is_floating_point and not buffer.dtype.is_floating_point:
+                raise ValueError(
+                    f"{prefix}{name}: must be integers, got {found.dtype}, as a blend or an average of state dicts "
+                    "holds; blend floating-point tensors alone, and take integers from one of them as they are"
+                )
+        unmarked = []
+        for name in self._code_banks():
+            flag = state_dict.get(f"{prefix}code_tables.banks.{name}.is_set")
+            if flag is not None and not flag.is_meta and int(flag) == NOT_SUMMED:
+                unmarked.append(name)
+        if unmarked:
+            logger.warning(
+                "tables %s: the state dict, of an earlier version, has no checksum of their codes; taken unchecked",
+                unmarked,
+            )
 
     def _guard_dense_tables(self, parts: Iterable[Any]) -> None:
         """Have the first part that exists check the ids of dense tables too; sharded, TorchRec would only warn."""
@@ -84,8 +108,8 @@ class CompressedParts(nn.Module):
         return self._plan.seed
 
     def table_configs(self) -> list[Any]:
-        """Return the user's configs, pooled or not (copies, with feature names filled in)."""
-        return self._plan.tables
+        """Return the user's own configs, pooled or not; where one names no features, a copy that names them."""
+        return self._plan.given
 
     def methods(self) -> dict[str, MethodConfig]:
         """Return the method of every table; those that compression would not shrink are dense."""
@@ -96,6 +120,9 @@ class CompressedParts(nn.Module):
         if self.code_tables is not None:
             self.code_tables.reset_parameters()
         self.decoder.reset_parameters()
+        for bank in self._code_banks().values():
+            if bank.is_filled:
+                bank.seal()  # over low-bit rows too, which the decoder has just reset
         for module in self.modules():
             if isinstance(module, EmbeddingBagCollection):
                 for config in module.embedding_bag_configs():
@@ -117,20 +144,30 @@ class CompressedParts(nn.Module):
         """
         if name not in self._plan.methods:
             raise ValueError(f"load_table: must name one of {sorted(self._plan.methods)}, got {name!r}")
-        if state.codes is not None:
-            assert self.code_tables is not None
-            self.code_tables.banks[name].load(state.codes)  # type: ignore[operator]
+        bank = self._code_banks().get(name)
         targets = dict(self._native_weights(name))
         if name in self.decoder.banks:
-            bank = self.decoder.banks[name]
-            targets |= dict(bank.named_parameters()) | dict(bank.named_buffers())
-        for key, value in {**state.decoder, **state.native}.items():
+            decoder = self.decoder.banks[name]
+            targets |= dict(decoder.named_parameters()) | dict(decoder.named_buffers())
+        tensors = {**state.decoder, **state.native}
+        for key, value in tensors.items():
             if key not in targets or targets[key].shape != value.shape:
                 have = {part: tuple(tensor.shape) for part, tensor in targets.items()}
                 raise ValueError(
                     f"table {name!r}: stored tensors are {have}, got {key!r} of shape {tuple(value.shape)}"
                 )
+        if state.codes is not None:
+            if bank is None:
+                raise ValueError(
+                    f"table {name!r}: must be stored as codes to be given some, got {self.methods()[name]}"
+                )
+            bank.load(state.codes)
+        elif bank is not None:
+            bank.check()  # what stays is marked anew below
+        for key, value in tensors.items():
             targets[key].copy_(value)
+        if bank is not None and bank.is_filled:
+            bank.seal()
 
     def table_rows(self, name: str, ids: Tensor) -> Tensor:
         """Return the rows that one table serves for ids, without a batch around them.
@@ -151,6 +188,7 @@ class CompressedParts(nn.Module):
         if parts.codes is not None:
             assert self.code_tables is not None
             bank = self.code_tables.banks[name]
+            bank.check()
             codes = lookup_codes(bank.codes, bank.is_set, ids, f"table {name!r}")  # type: ignore[arg-type]
         rows = [weights[part.name][part.remap(ids)] for part in parts.rows]
         return self.decoder.banks[name](ids, None, None, codes, rows)
@@ -174,6 +212,17 @@ class CompressedParts(nn.Module):
                     yield part, module.embedding_bags[table].weight  # type: ignore[misc]
                 elif isinstance(module, EmbeddingCollection) and table in module.embeddings:
                     yield part, module.embeddings[table].weight  # type: ignore[misc]
+
+
+def _check_loaded(module: CompressedParts, incompatible: Any) -> None:
+    """After a whole collection is loaded: raise where its integers are not those that were saved.
+
+    Sharded, ranks must sum them up together, which they do before the next look-up.
+    """
+    is_whole = isinstance(module.code_tables, CodeTableCollection)
+    if is_whole and not any("code_tables." in name or "decoder." in name for name in incompatible.missing_keys):
+        for bank in module._code_banks().values():
+            bank.check()
 
 
 def _reset(weight: Any, config: BaseEmbeddingConfig) -> None:

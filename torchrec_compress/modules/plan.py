@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -15,7 +15,8 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec_compress.compression import Compression, resolve
 from torchrec_compress.methods import MethodConfig, NativePart, Parts
 from torchrec_compress.methods.base import init_like
-from torchrec_compress.modules.tables import CodeTableConfig, RemappedFeature
+from torchrec_compress.modules.code_bank import CodeTableConfig
+from torchrec_compress.modules.tables import RemappedFeature
 from torchrec_compress.names import check_feature_names, check_table_names
 
 TableConfig = TypeVar("TableConfig", EmbeddingBagConfig, EmbeddingConfig)
@@ -43,13 +44,15 @@ class CollectionPlan(Generic[TableConfig]):
     """Everything that a compressed collection is built from.
 
     Args:
-        tables: copies of the user's configs, with their feature names filled in.
+        given: the user's configs, never written to; where one names no features, a copy that names them.
+        tables: copies of them.
         methods: the method by table name.
         parts: what each table is stored as, by table name.
         lookups: every output of the collection, in order.
         seed: of start codes and hashes.
     """
 
+    given: list[TableConfig]
     tables: list[TableConfig]
     methods: dict[str, MethodConfig]
     parts: dict[str, Parts]
@@ -65,15 +68,14 @@ class CollectionPlan(Generic[TableConfig]):
 
     @classmethod
     def of(cls, tables: Sequence[TableConfig], compression: Compression, seed: int) -> CollectionPlan[TableConfig]:
-        """Check the user's configs and plan their parts; the configs themselves are copied, never written to.
+        """Check the user's configs and plan their parts.
 
         Raises:
             ValueError: a name is missing, repeated or unfit for a module, or a method cannot store its table.
         """
-        copies = [copy.deepcopy(table) for table in tables]
-        _check_names(copies)
-        for table in copies:
-            table.feature_names = list(table.feature_names) or [table.name]
+        _check_names(tables)
+        given = [table if table.feature_names else _with_features(table) for table in tables]
+        copies = [_with_features(table) for table in given]
         methods = resolve(copies, compression)
         parts = {table.name: methods[table.name].parts(table, seed) for table in copies}
         lookups = [
@@ -82,18 +84,24 @@ class CollectionPlan(Generic[TableConfig]):
             for feature, output in zip(table.feature_names, outputs, strict=True)
         ]
         _check_made_names(copies, parts, [lookup.key for lookup in lookups])
-        return cls(copies, methods, parts, lookups, seed)
+        return cls(given, copies, methods, parts, lookups, seed)
 
     def dense_tables(self) -> list[TableConfig]:
         """Return the tables that stay as they are."""
         return [table for table in self.tables if self.parts[table.name].dense]
 
-    def code_tables(self) -> list[CodeTableConfig]:
-        """Return the code tables; their outputs are named by look-up key."""
+    def code_tables(self, will_fit: bool = False) -> list[CodeTableConfig]:
+        """Return the code tables; their outputs are named by look-up key.
+
+        Args:
+            will_fit: whether tables whose method needs a fit stay empty until it comes.
+        """
         configs = []
         for table in self.tables:
             part = self.parts[table.name].codes
             if part is not None:
+                if will_fit and self.methods[table.name].needs != "nothing":
+                    part = replace(part, start=None)
                 names = tuple(table.feature_names)
                 keys = tuple(lookup.key for lookup in self.by_table[table.name])
                 configs.append(CodeTableConfig(table.name, table.num_embeddings, part, names, keys))
@@ -145,6 +153,13 @@ class CollectionPlan(Generic[TableConfig]):
             RemappedFeature(lookup.feature, lookup.key, table.num_embeddings, part.remap, table.name, native)
             for lookup in self.by_table[table.name]
         ]
+
+
+def _with_features(table: TableConfig) -> TableConfig:
+    """Return a copy that is equal, its init_fn too, but for names of features where there are none."""
+    table = copy.copy(table)
+    table.feature_names = list(table.feature_names) or [table.name]
+    return table
 
 
 def physical_name(table: str, part: NativePart) -> str:

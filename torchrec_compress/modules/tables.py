@@ -13,14 +13,16 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from torchrec_compress.methods.base import CodePart, Remap
+from torchrec_compress.methods.base import Remap
 from torchrec_compress.modules.backward import strip_where_replicated
+from torchrec_compress.modules.code_bank import CodeBank, CodeTableConfig
 from torchrec_compress.modules.features import IdRange, split_features
-from torchrec_compress.ops import Rows, TableRows, check_ids
+from torchrec_compress.ops import Rows, TableRows, check_ids, check_intact
 
 logger = logging.getLogger(__name__)
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
+torch.fx.wrap("intact_table")
 torch.fx.wrap("remap_features")
 torch.fx.wrap("remapped_ids")
 torch.fx.wrap("split_features")
@@ -29,81 +31,22 @@ torch.fx.wrap("split_features")
 FoundRows = JaggedTensor | TableRows
 
 
-@dataclass(frozen=True)
-class CodeTableConfig:
-    """One code table.
-
-    Args:
-        name: of the user's table.
-        num_embeddings: rows, N.
-        part: width, dtype and start codes.
-        feature_names: features that look it up.
-        output_names: the key of each feature's codes in the output.
-    """
-
-    name: str
-    num_embeddings: int
-    part: CodePart
-    feature_names: tuple[str, ...]
-    output_names: tuple[str, ...]
-
-
-class CodeBank(nn.Module):
-    """One code table's tensors.
-
-    Attributes:
-        codes: buffer, (N, row_size) integer.
-        is_set: buffer, (1,) uint8; zero until start codes, a fit or a checkpoint has filled the table.
-    """
-
-    def __init__(self, config: CodeTableConfig, device: torch.device | None) -> None:
-        super().__init__()
-        self._config = config
-        part = config.part
-        shape = (config.num_embeddings, part.row_size)
-        self.register_buffer("codes", torch.zeros(shape, dtype=part.dtype, device=device))
-        self.register_buffer("is_set", torch.zeros(1, dtype=torch.uint8, device=device))
-        self.codes: Tensor
-        self.is_set: Tensor
-        self.awaits_reset = False
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Fill the table with its start codes, where the method has any."""
-        start = self._config.part.start
-        codes, is_set = self._buffers["codes"], self._buffers["is_set"]  # past the attributes that fx records
-        assert codes is not None and is_set is not None
-        if start is None or codes.is_meta:
-            return
-        codes.copy_(start(torch.arange(self._config.num_embeddings, device=codes.device)))
-        is_set.fill_(1)
-        self.awaits_reset = False
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeBank:
-        was_meta = self.codes.is_meta
-        super()._apply(fn, recurse)
-        if was_meta and not self.codes.is_meta:
-            self.is_set.zero_()  # to_empty() leaves garbage, which might read as "filled"
-            self.awaits_reset = True  # and leaves it in the codebooks too, so that start codes alone would not do
-        return self
-
-    @torch.no_grad()
-    def load(self, codes: Tensor) -> None:
-        """Replace the codes: (N, row_size) integer, values as the method made them."""
-        if codes.shape != self.codes.shape:
-            raise ValueError(
-                f"code table {self._config.name!r}: codes must have shape {tuple(self.codes.shape)}, "
-                f"got {tuple(codes.shape)}"
-            )
-        self.codes.copy_(codes)
-        self.is_set.fill_(1)
-
-
 class CodeTable(NamedTuple):
     """A whole code table, where nobody has gathered the codes of a batch: its decoder does, while it decodes."""
 
     codes: Tensor
     is_set: Tensor
+
+
+def intact_table(
+    _: KeyedJaggedTensor, codes: Tensor, is_set: Tensor, low_bit_rows: list[Tensor], table: str, is_sampled: bool
+) -> CodeTable:
+    """Return a whole code table; arguments and errors as in `ops.check_intact`.
+
+    It is given the batch because fx records only calls that depend on the input, and traced modules shall check too.
+    """
+    check_intact([codes, *low_bit_rows], is_set, table, is_sampled)
+    return CodeTable(codes, is_set)
 
 
 class CodeTableCollection(nn.Module):
@@ -126,6 +69,7 @@ class CodeTableCollection(nn.Module):
         # Any: a ModuleDict forgets the type of its values
         self.banks: Any = nn.ModuleDict({table.name: CodeBank(table, device) for table in tables})
         self._is_checked = False
+        self._turn = 0
         self.register_forward_pre_hook(_check_once)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeTableCollection:
@@ -142,10 +86,17 @@ class CodeTableCollection(nn.Module):
             bank.reset_parameters()
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, CodeTable]:
-        """Return the code table of every feature by output name; (L, row_size) codes of its ids, once sharded."""
+        """Return the code table of every feature by output name; (L, row_size) codes of its ids, once sharded.
+
+        Raises:
+            ValueError: something other than a fit or a checkpoint has changed codes or low-bit rows.
+        """
+        if not torch.compiler.is_compiling():  # one table in turn, as looking at values takes longer than the rest
+            self._turn = (self._turn + 1) % len(self._configs)
         found = {}
-        for config, bank in zip(self._configs, self.banks.values(), strict=True):
-            table = CodeTable(bank.codes, bank.is_set)
+        for number, (config, bank) in enumerate(zip(self._configs, self.banks.values(), strict=True)):
+            rows, is_sampled = bank.low_bit_rows(), number == self._turn
+            table = intact_table(features, bank.codes, bank.is_set, rows, config.name, is_sampled)
             found |= dict.fromkeys(config.output_names, table)
         return found
 
@@ -162,7 +113,25 @@ def _check_once(module: CodeTableCollection, _: Any) -> None:
         is_set = bank._buffers["is_set"]
         if not is_set.is_meta and not bank.awaits_reset and not bool(is_set):
             bank.reset_parameters()
+    warn_of_start_codes(module.configs(), module.banks)
     _warn_of_missing_sharders([config.name for config in module.configs()], "code tables are whole on every rank")
+
+
+def warn_of_start_codes(configs: Sequence[CodeTableConfig], banks: Any) -> None:
+    """Log, once for all ranks, which tables serve start codes that a fit should have replaced.
+
+    Args:
+        configs: of the code tables.
+        banks: `CodeRows` by table name.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return
+    by_start: dict[str, list[str]] = {}
+    for config in configs:
+        if config.part.unfitted and banks[config.name].is_start:
+            by_start.setdefault(config.part.unfitted, []).append(config.name)
+    for what, tables in by_start.items():
+        logger.warning("tables %s were never fitted: they serve %s; fit them by compress()", tables, what)
 
 
 def _warn_of_missing_sharders(tables: list[str], effect: str) -> None:

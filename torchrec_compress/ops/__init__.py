@@ -20,32 +20,55 @@ from torchrec_compress.ops.ids import (
     lookup_codes,
     stable_salt,
 )
+from torchrec_compress.ops.integers import (
+    NOT_FILLED,
+    NOT_SUMMED,
+    can_check,
+    changed,
+    check_intact,
+    checksum,
+    flag_of,
+    keep_integers,
+    known,
+    mark_of,
+    total_of,
+)
 from torchrec_compress.ops.lowbit import SCALE_BYTES, dequantize_rows, quantize_rows, quantized_row_bytes
 from torchrec_compress.ops.lowbit_bags import low_bit_bag
 from torchrec_compress.ops.pooling import check_weights, pool_rows
 from torchrec_compress.ops.table_bags import Rows, TableRows, pool_table
 
 __all__ = [
+    "NOT_FILLED",
+    "NOT_SUMMED",
     "SCALE_BYTES",
     "BagLookup",
     "IdBags",
     "Rows",
     "Span",
     "TableRows",
+    "can_check",
+    "changed",
     "check_filled",
     "check_ids",
+    "check_intact",
     "check_weights",
+    "checksum",
     "code_dtype",
     "code_gather",
     "codebook_bag",
     "codebook_bags",
     "dequantize_rows",
+    "flag_of",
     "hash_codes",
     "hash_ids",
     "hot_row_codes",
     "is_packed",
+    "keep_integers",
+    "known",
     "lookup_codes",
     "low_bit_bag",
+    "mark_of",
     "num_escape_codes",
     "pack_codes",
     "packed_width",
@@ -56,5 +79,6 @@ __all__ = [
     "requested_backend",
     "stable_salt",
     "tiers",
+    "total_of",
     "unpack_codes",
 ]

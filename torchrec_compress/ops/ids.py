@@ -26,7 +26,7 @@ def stable_salt(seed: int, name: str) -> int:
     return zlib.crc32(f"{seed}:{name}".encode())
 
 
-def _mix(ids: Tensor, salt: int) -> Tensor:
+def mix(ids: Tensor, salt: int) -> Tensor:
     """Return 62 well-mixed non-negative bits of every id: (L,) int64 -> (L,) int64."""
     x = ids.long() * _GOLDEN + (salt + 1) * 0x2545F491
     x = (x ^ (x >> 30)) * _MIX_1
@@ -49,7 +49,7 @@ def hash_ids(ids: Tensor, num_buckets: int, salt: int = 0) -> Tensor:
         >>> hash_ids(torch.arange(1000), 10).bincount(minlength=10).min() > 70
         tensor(True)
     """
-    return _mix(ids, salt) % num_buckets
+    return mix(ids, salt) % num_buckets
 
 
 def hash_codes(ids: Tensor, num_codes: int, codebook_size: int, salt: int = 0, first_size: int | None = None) -> Tensor:

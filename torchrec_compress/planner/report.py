@@ -14,6 +14,7 @@ from torchrec.distributed.planner.types import Shard, ShardingOption, Storage, T
 from torchrec.distributed.types import ModuleSharder
 
 from torchrec_compress.methods import dense_bytes
+from torchrec_compress.methods.base import MARK_BYTES
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.parts import CompressedParts
 from torchrec_compress.modules.tables import CodeTableCollection
@@ -322,8 +323,8 @@ class _Counter:
             found = self._shard(option, shard)
             totals = [total + value for total, value in zip(totals, found, strict=True)]
             self._charge(kind, shard, found)
-        # the flag of a filled code table, as in `footprint()`
-        stored = option.tensor.numel() * option.tensor.element_size() + (kind == "codes")
+        # the mark of a code table's integers, as in `footprint()`
+        stored = option.tensor.numel() * option.tensor.element_size() + MARK_BYTES * (kind == "codes")
         ranks = tuple(sorted({int(shard.rank or 0) for shard in option.shards if shard.size[0]}))
         return PartPlan(kind, option.fqn, option.sharding_type, option.compute_kernel, ranks, stored, *totals)
 

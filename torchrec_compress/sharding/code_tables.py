@@ -7,9 +7,10 @@ codes is then a part of their decoding, as without sharding.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding_types import ShardedEmbeddingModule
@@ -17,11 +18,25 @@ from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterShardi
 from torchrec.distributed.utils import append_prefix
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_compress.modules.code_bank import CodeBank, CodeRows, CodeTableConfig
 from torchrec_compress.modules.codes import Codes
 from torchrec_compress.modules.features import check_ranges, split_features
-from torchrec_compress.modules.tables import CodeTable, CodeTableCollection, CodeTableConfig
-from torchrec_compress.ops import check_ids, code_gather
-from torchrec_compress.sharding.agree import run_together
+from torchrec_compress.modules.tables import CodeTable, CodeTableCollection, warn_of_start_codes
+from torchrec_compress.ops import (
+    NOT_FILLED,
+    NOT_SUMMED,
+    can_check,
+    changed,
+    check_ids,
+    check_intact,
+    checksum,
+    code_gather,
+    flag_of,
+    known,
+    mark_of,
+    total_of,
+)
+from torchrec_compress.sharding.agree import Recount, run_together
 from torchrec_compress.sharding.seams import (
     EmbeddingCollectionContext,
     KJTList,
@@ -102,15 +117,31 @@ class CodesAwaitable(LazyAwaitable[dict[str, Codes]]):
         return codes
 
 
-class CodeShard(nn.Module):
-    """The rows of one code table that this rank holds; attributes as in `CodeBank`."""
+class CodeShard(CodeRows):
+    """The rows of one code table that this rank holds, from `first_row` on; attributes as in `CodeRows`."""
 
-    def __init__(self, codes: Tensor, is_set: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("codes", codes)
-        self.register_buffer("is_set", is_set)
-        self.codes: Tensor
-        self.is_set: Tensor
+    def __init__(self, config: CodeTableConfig, codes: Tensor, is_set: Tensor, first_row: int) -> None:
+        super().__init__(config.name, codes, is_set)
+        self.first_row = first_row
+
+    def checksum(self) -> int:
+        """Return the checksum of these rows; those of all ranks add up to the table's."""
+        return known(self.codes, lambda codes: checksum(codes, self.first_row))
+
+
+class _Found(NamedTuple):
+    """The checksums of this rank's codes and low-bit rows, and the table's flag."""
+
+    codes: int
+    low_bit_rows: int
+    flag: int
+
+
+class _Summed(NamedTuple):
+    """What this rank held when all ranks last summed up, and the mark of all of it."""
+
+    found: _Found
+    mark: int
 
 
 class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], dict[str, Codes], CodeContext]):
@@ -141,11 +172,13 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
         self._env, self._device, self._plan, self._deduplicate = env, device, plan, deduplicate
         self._configs = {config.name: config for config in module.configs()}
         self._also_checked = module.also_checked
+        self._summed: dict[str, _Summed] = {}
+        self._is_checked = False
         self.banks: Any = nn.ModuleDict()
         groups: dict[tuple[str, int], list[RowTable]] = {}  # one exchange moves rows of one width
         for config in module.configs():
             bank, sharding = module.banks[config.name], plan[config.name]
-            self.banks[config.name] = self._shard_of(config, bank.codes, bank.is_set)
+            self.banks[config.name] = self._shard_of(config, bank)
             if self._is_whole(config.name):
                 continue
             table = RowTable(config.name, config.num_embeddings, row_words(config), bank.codes, sharding)
@@ -162,18 +195,23 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
         self._register_state_dict_hook(_share_codes)
         self._register_load_state_dict_pre_hook(_take_codes, with_module=True)
 
-    def _shard_of(self, config: CodeTableConfig, codes: Tensor, is_set: Tensor) -> CodeShard:
+    def _shard_of(self, config: CodeTableConfig, bank: CodeBank) -> CodeShard:
         first, last = shard_bounds(config.name, config.num_embeddings, self._plan[config.name], self._env)
-        if not codes.is_meta:
-            return CodeShard(codes[first:last].to(self._device, copy=True), is_set.to(self._device, copy=True))
-        start = config.part.start
-        shape = (last - first, config.part.row_size)
-        local = torch.zeros(shape, dtype=config.part.dtype, device=self._device)
-        flag = torch.zeros(1, dtype=torch.uint8, device=self._device)
-        if start is not None:
-            local.copy_(start(torch.arange(first, last, device=self._device)))
-            flag.fill_(1)
-        return CodeShard(local, flag)
+        if bank.codes.is_meta:
+            shape = (last - first, config.part.row_size)
+            local = torch.zeros(shape, dtype=config.part.dtype, device=self._device)
+            flag = torch.full((1,), NOT_FILLED, dtype=torch.int32, device=self._device)
+            if config.part.start is not None:
+                local.copy_(config.part.start(torch.arange(first, last, device=self._device)))
+                flag.fill_(NOT_SUMMED)
+            shard = CodeShard(config, local, flag, first)
+            shard.start_flag = None if config.part.start is None else NOT_SUMMED
+        else:
+            local = bank.codes[first:last].to(self._device, copy=True)
+            shard = CodeShard(config, local, bank.is_set.to(self._device, copy=True), first)
+            shard.start_flag = bank.start_flag
+        shard.stand_beside(*bank.decoders)
+        return shard
 
     def create_context(self) -> CodeContext:
         """Return an empty context for one batch."""
@@ -187,12 +225,15 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
         if self._has_uninitialized_input_dist:
             self._input_dists = [exchange.create_input_dist() for exchange in self._exchanges]
             self._has_uninitialized_input_dist = False
-        sent = run_together(lambda: self._distinct_ids(ctx, features), self._env, self._device)
+        if not self._is_checked:
+            self._is_checked = True
+            warn_of_start_codes(list(self._configs.values()), self.banks)
+        sent = run_together(lambda: self._distinct_ids(ctx, features), self._env, self._device, self._sum_up)
         awaitables = []
-        for dist, tables, ids in zip(self._input_dists, self._tables, sent, strict=True):
+        for exchange, tables, ids in zip(self._input_dists, self._tables, sent, strict=True):
             flat = self._flat([config.name for config in tables], ids)
-            awaitables.append(dist(flat))
-            ctx.sharding_contexts.append(sequence_context(flat, dist))
+            awaitables.append(exchange(flat))
+            ctx.sharding_contexts.append(sequence_context(flat, exchange))
         return KJTListSplitsAwaitable(awaitables, ctx)
 
     def _is_whole(self, name: str) -> bool:
@@ -214,10 +255,42 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
                 f"table {config.name!r}: the code table must be filled before it is used, got one that never was; "
                 "load a checkpoint, or shard a collection that compress() made"
             )
+        self._check_intact(config)
         return [
             check_ids(jagged[feature].values(), config.num_embeddings, f"table {config.name!r}, feature {feature!r}")
             for feature in config.feature_names
         ]
+
+    def _check_intact(self, config: CodeTableConfig) -> None:
+        """Raise where this rank's integers, or those of all, are others than a fit or a checkpoint gave the table."""
+        bank, name = self.banks[config.name], config.name
+        if not can_check(bank.is_set) or flag_of(bank.is_set) == NOT_FILLED:
+            return
+        if self._is_whole(name):
+            check_intact([bank.codes, *bank.low_bit_rows()], bank.is_set, name)
+            return
+        summed = self._summed.get(name)
+        if summed is None or summed.found != self._find(bank):
+            raise Recount
+        if summed.mark != summed.found.flag:
+            raise ValueError(changed(name))
+
+    def _find(self, bank: CodeShard) -> _Found:
+        return _Found(bank.checksum(), total_of(bank.low_bit_rows()), flag_of(bank.is_set))
+
+    def _sum_up(self) -> None:
+        """Sum the checksums of all spread tables over the ranks, and note the marks that are missing."""
+        spread = [config.name for config in self.shared_names().values() if not self._is_whole(config.name)]
+        parts = [self.banks[name].checksum() for name in spread]
+        halves = [[part % 2**32, part // 2**32] for part in parts]  # whose sums do not overflow
+        sums = torch.tensor(halves, device=self._device)
+        dist.all_reduce(sums, group=self._env.process_group)
+        for name, (low, high) in zip(spread, sums.tolist(), strict=True):
+            bank = self.banks[name]
+            mark = mark_of((low + (high << 32) + total_of(bank.low_bit_rows())) % 2**64)
+            if flag_of(bank.is_set) == NOT_SUMMED:
+                bank.is_set.fill_(mark)
+            self._summed[name] = _Summed(self._find(bank), mark)
 
     def _ids_of(self, ctx: CodeContext, config: CodeTableConfig, jagged: dict[str, Any]) -> Tensor:
         """Return the ids that are asked of one table's owners, and note in the context how to undo it."""
@@ -259,8 +332,8 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
     def output_dist(self, ctx: CodeContext, output: list[Tensor]) -> LazyAwaitable[dict[str, Codes]]:
         """Send the codes back to the ranks that asked: by output name, (L, row_size) integer or a whole table."""
         rows = [
-            dist(words, sent)
-            for dist, words, sent in zip(self._output_dists, output, ctx.sharding_contexts, strict=True)
+            exchange(words, sent)
+            for exchange, words, sent in zip(self._output_dists, output, ctx.sharding_contexts, strict=True)
         ]
         banks = [(config.output_names, self.banks[config.name]) for config in self._whole]
         whole = {name: CodeTable(bank.codes, bank.is_set) for names, bank in banks for name in names}
