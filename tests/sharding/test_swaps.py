@@ -15,7 +15,7 @@ def wrong(ranks, methods: list[str], pooled: bool, plans: tuple[str, ...]) -> di
 
 @POOLED
 def test_every_method_in_every_script(two_ranks, pooled):
-    """All methods side by side: sharders of TorchRec's, fewer, or ours; plain or pipelined; built on the CPU or meta."""
+    """All methods side by side: TorchRec's sharders, fewer, or ours; plain or pipelined; built on the CPU or meta."""
     assert wrong(two_ranks, list(METHODS), pooled, PLANS) == {}
 
 

@@ -24,7 +24,9 @@ def strip_in_backward_optimizers(module: nn.Module) -> list[str]:
         for name, parameter in list(owner._parameters.items()):
             if parameter is not None and hasattr(parameter, "_in_backward_optimizers"):
                 fresh = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-                fresh.__dict__.update({k: v for k, v in parameter.__dict__.items() if k in _READ_BY_SHARDERS})
+                for mark in _READ_BY_SHARDERS:
+                    if hasattr(parameter, mark):
+                        setattr(fresh, mark, getattr(parameter, mark))
                 owner._parameters[name] = fresh
                 stripped.append(f"{path}.{name}" if path else name)
     if stripped:
