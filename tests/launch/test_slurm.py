@@ -42,40 +42,52 @@ def test_a_job_of_two_nodes_completes_with_the_metrics_of_one_process(slurm, alo
     assert_equal(metrics(tmp_path / "run"), alone("dense"))
 
 
-def test_a_killed_worker_is_started_again_within_the_job(slurm, alone, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    launch = launch_on_slurm(write_config("mec", tmp_path), "--max-restarts", "2")
-    wait_for_checkpoint(tmp_path / "run")
-    kill([pid for pid in slurm.on_node("node1", "torchrec_compress train") if pid in workers(tmp_path / "run")])
-    assert launch.end() == 0, launch.text()
-    found = job_state(number_of(launch))
-    assert found is not None and (found.state, found.restarts) == ("COMPLETED", 0)
-    assert_equal(metrics(tmp_path / "run"), alone("mec"))
-
-
-@pytest.mark.parametrize("how", ["lost", "requeued"])
-def test_a_job_that_loses_a_node_or_is_requeued_resumes(how, slurm, alone, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    launch = launch_on_slurm(write_config("dense", tmp_path), "--max-retries", "1" if how == "lost" else "0")
-    job = number_of(launch)
-    wait_for_checkpoint(tmp_path / "run")
-    if how == "lost":
-        kill(slurm.on_node("node1", "torchrec_compress train"))
-    else:
-        slurm.ask("scontrol", "requeue", job)
+def restarted(slurm, launch: Launch) -> None:
+    """Wait until the job runs for the second time."""
 
     def runs_again() -> bool:
         slurm.look_again()
-        found = job_state(job)
+        found = job_state(number_of(launch))
         return found is not None and (found.state, found.restarts) == ("RUNNING", 1)
 
     until(runs_again, SECONDS, launch.text)
+
+
+def assert_completed(launch: Launch) -> None:
     assert launch.end() == 0, launch.text()
-    found = job_state(job)
+    found = job_state(number_of(launch))
     assert found is not None and (found.state, found.restarts) == ("COMPLETED", 1)
     assert "started again 1 time(s)" in launch.text()
-    assert how == "lost" or "asked to end, saved at step" in launch.text()
+
+
+def test_a_job_that_loses_a_node_resumes(slurm, alone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    launch = launch_on_slurm(write_config("dense", tmp_path), "--max-retries", "1")
+    wait_for_checkpoint(tmp_path / "run")
+    kill(slurm.on_node("node1", "torchrec_compress train"))
+    restarted(slurm, launch)
+    assert_completed(launch)
     assert_equal(metrics(tmp_path / "run"), alone("dense"))
+
+
+def test_a_killed_worker_is_started_again_within_the_job_and_a_requeued_job_resumes(
+    slurm, alone, tmp_path, monkeypatch
+):
+    """A worker dies, torchrun starts all workers again; then Slurm ends the job, which saves, and queues it."""
+    monkeypatch.chdir(tmp_path)
+    launch = launch_on_slurm(write_config("mec", tmp_path), "--max-restarts", "2", "--max-retries", "0")
+    wait_for_checkpoint(tmp_path / "run")
+    first, saved = set(workers(tmp_path / "run")), set((tmp_path / "run").glob("**/step*"))
+    kill([pid for pid in slurm.on_node("node1", "torchrec_compress train") if pid in first])
+    until(lambda: len(set(workers(tmp_path / "run")) - first) == 2, SECONDS, launch.text)
+    until(lambda: set((tmp_path / "run").glob("**/step*")) - saved, SECONDS, launch.text)
+    found = job_state(number_of(launch))
+    assert found is not None and (found.state, found.restarts) == ("RUNNING", 0)
+    slurm.ask("scontrol", "requeue", number_of(launch))
+    restarted(slurm, launch)
+    assert_completed(launch)
+    assert "asked to end, saved at step" in launch.text()
+    assert_equal(metrics(tmp_path / "run"), alone("mec"))
 
 
 def test_a_job_that_fails_says_why(slurm, tmp_path, monkeypatch):

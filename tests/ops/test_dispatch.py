@@ -41,6 +41,13 @@ def run(code: str, cache: Path, **environment: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def run_all(*given: tuple[str, Path, dict[str, str]]) -> list[tuple[int, str, str]]:
+    """Do what `run` does for several, side by side."""
+    started = [start(code, cache, **environment) for code, cache, environment in given]
+    ended = [process.communicate() for process in started]
+    return [(process.returncode, *said) for process, said in zip(started, ended, strict=True)]
+
+
 def counting_compiler(folder: Path) -> Path:
     """Return a compiler that writes a line to `folder`/calls whenever it runs."""
     try:
@@ -120,17 +127,21 @@ def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
 
 
 def test_a_tier_can_be_demanded_and_declined(tmp_path):
-    status, _, err = run(LOOKUP, tmp_path, PATH=str(tmp_path), CXX="", TORCHREC_COMPRESS_BACKEND="cpp")
-    assert status == 1
-    assert "TORCHREC_COMPRESS_BACKEND=cpp: the C++ kernels must be there, got none: there is no C++ compiler" in err
-    status, _, err = run(NO_FBGEMM + LOOKUP, tmp_path, TORCHREC_COMPRESS_BACKEND="fbgemm")
-    assert status == 1
-    assert "TORCHREC_COMPRESS_BACKEND=fbgemm: FBGEMM's kernels must be there, got none: fbgemm_gpu cannot be im" in err
-    # what is declined is neither built nor imported
     imported = "import sys; print('fbgemm_gpu' in sys.modules)"
-    for name, has_fbgemm in (("fbgemm", True), ("torch", False)):
-        expected = RIGHT * 2 + f"['{name}']\n{has_fbgemm}\n"
-        assert run(LOOKUP + imported, tmp_path, TORCHREC_COMPRESS_BACKEND=name) == (0, expected, "")
+    no_cpp, no_fbgemm, fbgemm, torch_alone = run_all(
+        (LOOKUP, tmp_path, {"PATH": str(tmp_path), "CXX": "", "TORCHREC_COMPRESS_BACKEND": "cpp"}),
+        (NO_FBGEMM + LOOKUP, tmp_path, {"TORCHREC_COMPRESS_BACKEND": "fbgemm"}),
+        (LOOKUP + imported, tmp_path, {"TORCHREC_COMPRESS_BACKEND": "fbgemm"}),
+        (LOOKUP + imported, tmp_path, {"TORCHREC_COMPRESS_BACKEND": "torch"}),
+    )
+    assert (no_cpp[0], no_fbgemm[0]) == (1, 1)
+    said = "TORCHREC_COMPRESS_BACKEND=cpp: the C++ kernels must be there, got none: there is no C++ compiler"
+    assert said in no_cpp[2]
+    said = "TORCHREC_COMPRESS_BACKEND=fbgemm: FBGEMM's kernels must be there, got none: fbgemm_gpu cannot be im"
+    assert said in no_fbgemm[2]
+    # what is declined is neither built nor imported
+    assert fbgemm == (0, RIGHT * 2 + "['fbgemm']\nTrue\n", "")
+    assert torch_alone == (0, RIGHT * 2 + "['torch']\nFalse\n", "")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -219,23 +230,27 @@ for structure in ("product", "residual"):
 
 def test_info_says_what_serves_and_why_not_the_others(tmp_path):
     code = "from torchrec_compress.cli import main; main(['info'])"
-    status, out, err = run(code, tmp_path, TORCHREC_COMPRESS_BACKEND="torch")
+    plain, without, neither, unknown = run_all(
+        (code, tmp_path, {"TORCHREC_COMPRESS_BACKEND": "torch"}),
+        (code, tmp_path, {"PATH": str(tmp_path), "CXX": ""}),
+        (NO_FBGEMM + "\n" + code, tmp_path, {"PATH": str(tmp_path), "CXX": ""}),
+        (code, tmp_path, {"TORCHREC_COMPRESS_BACKEND": "x"}),
+    )
+    status, out, err = plain
     assert status == 0, err
     assert out.startswith("python 3.")
     assert "codebook_bag, CPU: cpp passed over: TORCHREC_COMPRESS_BACKEND=torch\n" in out
     assert "codebook_bag, CPU: fbgemm passed over: TORCHREC_COMPRESS_BACKEND=torch\n" in out
     assert "codebook_bag, CPU: torch serves\n" in out
-    status, out, err = run(code, tmp_path, PATH=str(tmp_path), CXX="")
+    status, out, err = without
     assert status == 0, err
     assert "codebook_bag, CPU: cpp passed over: there is no C++ compiler (looked for" in out
     assert "codebook_bag, CPU: fbgemm serves\n" in out
     assert "CPU: torch passed over: slower than fbgemm; serves float64 codebooks and other devices\n" in out
-    status, out, err = run(
-        NO_FBGEMM + "\n" + code, tmp_path, TORCHREC_COMPRESS_BACKEND="auto", PATH=str(tmp_path), CXX=""
-    )
+    status, out, err = neither
     assert status == 0, err
     assert "codebook_bag, CPU: fbgemm passed over: fbgemm_gpu cannot be imported" in out
     assert "codebook_bag, CPU: torch serves\n" in out
     # an unknown backend is an error of the user's, in one line
-    status, _, err = run(code, tmp_path, TORCHREC_COMPRESS_BACKEND="x")
+    status, _, err = unknown
     assert (status, err.count("\n")) == (2, 1)

@@ -34,6 +34,7 @@ STRUCTURES = ["product", "residual"]
 SIZES = [16, 255, 256]  # packed codes, codes that are checked, codes that fill their byte
 NUM_ROWS = 70
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+CAPABILITIES = ["avx512", "avx2", "default"]
 BACKENDS = [pytest.param("cpp", marks=needs_compiler), "fbgemm", "torch"]
 
 
@@ -98,16 +99,28 @@ def test_values_and_gradients(backend, dtype, structure, size, monkeypatch):
     check(dtype, structure, size, [], True, False, torch.int64)
 
 
-@needs_compiler
-@pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
-def test_every_instruction_set(capability):
+@pytest.fixture(scope="module")
+def on_other_processors():
+    """Processes that check everything, one for each instruction set, side by side."""
     script = "import sys; from tests.ops.test_hot_rows import check_all, tiers\nprint(tiers()[0].detail)\ncheck_all()"
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "TORCHREC_COMPRESS_BACKEND": "cpp"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert capability != "default" or "(base)" in done.stdout
+    started = {}
+    for capability in CAPABILITIES:
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "TORCHREC_COMPRESS_BACKEND": "cpp"}
+        command = [sys.executable, "-c", script]
+        started[capability] = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    yield started
+    for process in started.values():
+        process.kill()
+
+
+@needs_compiler
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_instruction_set(capability, on_other_processors):
+    out, error = on_other_processors[capability].communicate(timeout=280)
+    assert on_other_processors[capability].returncode == 0, error[-3000:]
+    assert capability != "default" or "(base)" in out
 
 
 @needs_compiler

@@ -66,6 +66,16 @@ def test_streamed_rows_are_those_in_memory(tmp_path, multi_hot):
     assert first.features["cat_25"].lengths().tolist() == [WIDTHS[-1] if multi_hot else 1] * 4
 
 
+@pytest.mark.parametrize("largest", [50, 51])
+def test_raw_counts_become_logarithms_of_four_more(tmp_path, largest):
+    counts = np.random.default_rng(0).integers(-3, largest, (40, 13)).astype(np.float32)
+    counts[7, 3] = largest
+    _day(tmp_path, 0, 40, **{"dense.npy": counts})
+    data = load_data(_config(tmp_path, split_by="order"))
+    found = torch.cat([split.dense for split in (data.train, data.valid, data.test)]).numpy()
+    np.testing.assert_allclose(found, np.log(counts + 4) if largest > 50 else counts, rtol=1e-6)
+
+
 def test_streamed_rows_are_trained_on(tmp_path):
     for number in range(3):
         _day(tmp_path, number, 400, multi_hot=True)

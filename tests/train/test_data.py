@@ -55,6 +55,11 @@ def test_labels_by_threshold_and_drawn_split(tmp_path):
     first = load_data(DataConfig(**{**vars(config), **changed}))
     again = load_data(DataConfig(**{**vars(config), **changed}))
     assert torch.equal(first.test.ids, again.test.ids)
+    other = load_data(DataConfig(**{**vars(config), **changed, "split_seed": 4}))
+    assert len(first.test) != len(other.test) or not torch.equal(first.test.ids, other.test.ids)
+    assert [len(split) / 90 for split in (first.train, first.valid, first.test)] == pytest.approx(
+        [0.5, 0.2, 0.3], abs=0.12
+    )
     total = sum(float(split.labels.sum()) for split in (first.train, first.valid, first.test))
     assert total == (columns["rating"] >= 4).sum()
 
