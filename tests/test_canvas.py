@@ -17,7 +17,7 @@ from pathlib import Path
 from torchrec_compress.train.plots import draw
 use = {"by_rows": 1.0, "by_lookups": 2.0, "codebook_size": 4}
 test = {"auc": {"mean": 0.7, "spread": 0.1}, "logloss": {"mean": 0.5, "spread": 0.1}}
-rows = {name: {"bytes": 9, "test": test, "usage": {"$t|": use}} for name in ("$a$", "50 % {x}", "_b_$")}
+rows = {name: {"bytes": 9, "test": test, "usage": {"$_{$": use}} for name in ("$a$", "50 % {x}", "$^{$")}
 print(draw({"variants": rows, "bayes": {}}, Path(".")))
 """
 
@@ -46,7 +46,7 @@ def test_nothing_else_imports_matplotlib():
 def test_names_start_no_formula_in_the_plot_of_a_plan(tmp_path):
     plan(
         PlanConfig(
-            tables={"a$b$_": TableSpec(100), "$": TableSpec(100), "x^{": TableSpec(9)},
+            tables={"$_{$": TableSpec(100), "$": TableSpec(100)},
             world_size=1,
             output=str(tmp_path),
         )

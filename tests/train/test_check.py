@@ -163,6 +163,8 @@ def test_settings_that_do_not_fit_the_data(config, data, changes, message):
         {"compression": {"method": "pq", "num_codes": 3, "codebook_size": 16}},
         {"pretrain.epochs": 0},
         {"data.tail_tables": ["usr"]},
+        {"parallel.sharding_types": {"user": ["rowwise"]}},
+        {"pretrain.optim.table_l2": 0.5},
     ],
 )
 def test_nothing_is_trained_and_no_variant_begins_before_all_are_checked(config, tmp_path, monkeypatch, changes):
@@ -171,7 +173,9 @@ def test_nothing_is_trained_and_no_variant_begins_before_all_are_checked(config,
 
     for module, name in ((stages, "train"), (stages, "pretrain"), (comparing, "_run_all")):
         monkeypatch.setattr(module, name, trained)
-    with pytest.raises(ValueError, match=r"compression|pretrain\.epochs|data\.tail_tables"):
+    with pytest.raises(
+        ValueError, match=r"compression|pretrain\.epochs|data\.tail_tables|sharding_types|^pretrain\.optim\.table_l2"
+    ):
         stages.run(override(config, changes), tmp_path / "a", tmp_path / "full")
     chosen = {"compare.variants": {"ok": {}, "bad": changes}}
     with pytest.raises(ValueError, match=r"^compare\.variants\.bad: "):

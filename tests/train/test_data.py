@@ -164,11 +164,13 @@ def test_columns_that_cannot_be_tables_are_named(tmp_path, streamed, name):
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_odd_columns_are_read_as_plain_ones(tmp_path, streamed):
-    odd = ["a b", "a/b", "*", "größe", "-a", "1", "user.list", "x.user"]
-    config = _frame(tmp_path / "a.parquet", streamed, **{name: np.arange(90) % 5 for name in odd})
+    odd = ["a b", "a/b", "*", "größe", "-a", "1", "x.user", "z.b"]
+    others = {name: np.arange(90) % 5 for name in odd}
+    config = _frame(tmp_path / "a.parquet", streamed, **others, z=np.arange(90) % 3)
     names = [name for name in odd if "." not in name]
-    config = replace(config, features=["user", *names], drop=[])
-    assert open_data(config).features == ["user", *names] and open_data(config).vocab == [9, *[5] * len(names)]
+    config = replace(config, features=["user", "z", *names], drop=[])
+    data = open_data(config)
+    assert data.features == config.features and data.vocab == [9, 3, *[5] * len(names)], "z is not the column z.b"
     assert len(next(open_data(config).batches("train", 4, None).epoch(0)).labels) == 4
 
 
