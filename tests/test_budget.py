@@ -13,6 +13,9 @@ from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods import PQConfig
 
 
+FEW = PQConfig(num_codes=1, codebook_size=32, popularity="count")  # codewords, which are quick to fit
+
+
 def trained(rows: dict[str, int], width: int = 16) -> EmbeddingBagCollection:
     torch.manual_seed(0)
     tables = [
@@ -23,10 +26,10 @@ def trained(rows: dict[str, int], width: int = 16) -> EmbeddingBagCollection:
 
 
 def test_the_compressed_collection_fits_the_budget() -> None:
-    dense = trained({"user": 4000, "item": 1500, "day": 7})
-    counts = {"user": torch.ones(4000), "item": 1e6 / torch.arange(1, 1501), "day": torch.full((7,), 1000.0)}
-    budget = 60_000
-    chosen = for_budget(dense, counts, budget, num_codes=(1, 2))
+    dense = trained({"user": 1000, "item": 400, "day": 7})
+    counts = {"user": torch.ones(1000), "item": 1e6 / torch.arange(1, 401), "day": torch.full((7,), 1000.0)}
+    budget = 12_000
+    chosen = for_budget(dense, counts, budget, num_codes=(1, 2), codes=FEW)
     footprint = compress(dense, chosen, counts=counts).footprint()
     assert footprint.total_bytes <= budget
     assert footprint.total_bytes > 0.7 * budget, "most of the budget should be used"
@@ -34,10 +37,10 @@ def test_the_compressed_collection_fits_the_budget() -> None:
 
 
 def test_bytes_follow_look_ups() -> None:
-    rows = {name: torch.randn(2000, 16, generator=torch.Generator().manual_seed(1)) for name in ("hot", "cold")}
-    counts = {"hot": torch.full((2000,), 1000.0), "cold": torch.full((2000,), 1.0)}
-    chosen = for_budget(rows, counts, 80_000, num_codes=(1, 2))
-    table = EmbeddingBagConfig(name="t", num_embeddings=2000, embedding_dim=16, feature_names=["t"])
+    rows = {name: torch.randn(700, 16, generator=torch.Generator().manual_seed(1)) for name in ("hot", "cold")}
+    counts = {"hot": torch.full((700,), 1000.0), "cold": torch.full((700,), 1.0)}
+    chosen = for_budget(rows, counts, 20_000, num_codes=(1, 2), codes=FEW)
+    table = EmbeddingBagConfig(name="t", num_embeddings=700, embedding_dim=16, feature_names=["t"])
     assert chosen["hot"].stored_bytes(table) > 1.5 * chosen["cold"].stored_bytes(table)
 
 
@@ -62,7 +65,7 @@ def test_bad_input_says_what_to_do() -> None:
     with pytest.raises(ValueError, match="only one of the two for \\['user'\\]"):
         for_budget(rows, {}, 1000)
     with pytest.raises(ValueError, match="budget"):
-        for_budget(rows, {"user": torch.ones(500)}, 10, num_codes=(1,), codes=PQConfig(num_codes=1, codebook_size=16))
+        for_budget(rows, {"user": torch.ones(500)}, 10, num_codes=(1,), codes=FEW)
 
 
 def test_heads_are_tried_in_int4_and_in_int8():
