@@ -59,6 +59,14 @@ def test_a_folder_with_other_settings_is_refused(finished, tmp_path, change, lef
     assert check_output(override(config, {"output": str(folder)})).outcome == "FAIL"
 
 
+def test_a_run_whose_full_model_lies_elsewhere_is_refused_too(finished, tmp_path):
+    """As those of a comparison."""
+    folder = _copy(finished, tmp_path)
+    shutil.rmtree(folder / "full")
+    with pytest.raises(ValueError, match=r"compression.* must be .* as when it was written, got"):
+        check_unchanged(override(finished.config, {"compression": {}}), folder)
+
+
 def test_settings_that_change_no_number_may_change(finished, tmp_path):
     free = {"num_threads": 2, "output": "x", "retrain.log_every": 1, "parallel.timeout": 3.0, "compare.seeds": [1]}
     check_unchanged(override(finished.config, free), finished.folder, identify(finished.config.data))
@@ -120,7 +128,9 @@ def test_streamed_files_are_told_by_size_and_time(finished, tmp_path):
         shutil.copy(path, tmp_path / "parts" / name / "a.parquet")
     (tmp_path / "parts" / ".hidden.parquet").write_text("")
     parts = identify(override(config.data, {"path": str(tmp_path / "parts")}))
-    assert list(parts) == ["train/a.parquet", "valid/a.parquet"]
+    assert list(parts) == ["train/a.parquet", "valid/a.parquet"] and "sha256" in parts["train/a.parquet"]
+    streamed = identify(override(config.data, {"path": str(tmp_path / "parts"), "streaming": True}))
+    assert all(told.keys() == {"bytes", "mtime_ns"} for told in streamed.values())
     assert identify(RunConfig().data) == {}
 
 
@@ -138,6 +148,11 @@ def test_a_comparison_takes_no_run_of_other_settings_or_data(finished, tmp_path)
     with pytest.raises(ValueError, match="fingerprint: is truncated or changed"):
         _finished(folder, config)
     (folder / "fingerprint").write_text(kept)
+    kept = (folder / "summary.json").read_text()
+    (folder / "summary.json").write_text(kept.replace("0.", "0.0", 1))
+    with pytest.raises(ValueError, match=r"summary\.json: is truncated or changed"):
+        _finished(folder, config)
+    (folder / "summary.json").write_text(kept)
     _change_a_label(path)
     with pytest.raises(ValueError, match=r"rows\.parquet\.sha256 must be"):
         _finished(folder, config)
@@ -151,6 +166,25 @@ def test_a_split_of_one_label_is_refused_before_anything_is_trained(data, split,
     check_labels(data)
     with pytest.raises(ValueError, match=rf"the {split} split must have clicks and others, .* the label {int(label)}"):
         check_labels(changed)
+
+
+def test_a_run_looks_at_the_labels_before_it_trains(finished, tmp_path):
+    table = pq.read_table(finished.config.data.path)
+    zero = pa.array(np.zeros(len(table), np.int8))
+    pq.write_table(table.set_column(table.column_names.index("label"), "label", zero), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="the valid split must have clicks and others"):
+        _run(override(finished.config, {"data.path": str(tmp_path / "rows.parquet")}), tmp_path / "run")
+    assert not list(tmp_path.glob("run/full/*/pretrain"))
+
+
+def test_a_process_reads_a_file_again_that_was_changed(finished, tmp_path):
+    """A worker of a comparison keeps its data, and does several runs."""
+    config, path = _with_data(finished, tmp_path)
+    ranks = stages.start(config.parallel)
+    first = stages.get_data(config.data, identify(config.data), ranks)
+    assert stages.get_data(config.data, identify(config.data), ranks) is first
+    _change_a_label(path)
+    assert stages.get_data(config.data, identify(config.data), ranks) is not first
 
 
 def test_a_tail_of_one_label_is_left_out_and_said_so(finished, tmp_path, capsys):

@@ -145,6 +145,17 @@ def test_a_checkpoint_of_another_run_is_refused(finished, tmp_path):
         _run(finished, folder)
 
 
+def test_a_teacher_of_another_run_is_refused(finished, tmp_path):
+    other = override(finished.config, {"seed": 1})
+    stages.run(other, tmp_path / "other", tmp_path / "other" / "full", None)
+    folder = _copy(finished, tmp_path)
+    [source], [target] = (at.glob("full/*/teacher") for at in (tmp_path / "other", folder))
+    shutil.rmtree(target)
+    shutil.copytree(source, target)
+    with pytest.raises(ValueError, match="teacher: seed must be 1 as when it was written, got 0"):
+        _run(finished, folder)
+
+
 def test_the_fit_and_the_teacher_verify_the_full_model(finished, tmp_path):
     """What they made is gone, so that they read it again."""
     for name, gone in (("fit", ("fitted.pt", "retrain")), ("teacher", ("full/*/teacher",))):

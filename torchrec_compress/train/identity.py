@@ -60,6 +60,8 @@ def check_unchanged(config: RunConfig, folder: Path, files: dict[str, Any] | Non
     if not is_late and next(folder.glob("full/*/pretrain/checkpoints/step*"), None) is None:
         return
     path, put_back = folder / "config.yaml", "put it back, or choose another output folder"
+    if not is_late and not path.is_file():
+        return  # a full model that was put here, which tells its own settings
     if not path.is_file():
         raise ValueError(f"{path}: is missing, and the folder holds results; {put_back}")
     # older ones have no checksum
