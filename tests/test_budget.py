@@ -12,7 +12,6 @@ from torchrec_compress.compression import for_budget
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods import PQConfig
 
-
 FEW = PQConfig(num_codes=1, codebook_size=32, popularity="count")  # codewords, which are quick to fit
 
 

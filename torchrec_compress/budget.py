@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from tqdm import tqdm
 
 from torchrec_compress.fit.allocate import Candidate, allocate
+from torchrec_compress.fit.checks import check_counts, check_seed
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods import (
     CodebookConfig,
@@ -24,6 +26,7 @@ from torchrec_compress.methods import (
     PQConfig,
     TableData,
 )
+from torchrec_compress.methods.base import check_trained_rows
 from torchrec_compress.ops import dequantize_rows, quantize_rows
 
 # Hot heads that are tried, as shares of a table's rows, and the longest residual code: longer ones take minutes to fit.
@@ -35,7 +38,7 @@ _MAX_MEASURED_ROWS = 65536
 
 
 def for_budget(
-    tables: EmbeddingBagCollection | Mapping[str, Tensor],
+    tables: EmbeddingBagCollection | EmbeddingCollection | Mapping[str, Tensor],
     counts: Mapping[str, Tensor],
     budget_bytes: int,
     *,
@@ -65,7 +68,8 @@ def for_budget(
         The method by table name, to be passed to `compress`.
 
     Raises:
-        ValueError: counts lack a table, or the budget is below the smallest choice (which is named).
+        ValueError: counts lack a table or are not finite, rows are not finite, or the budget is no number of bytes
+            above zero, or below the smallest choice (which is named).
 
     Example:
         >>> rows = {"user": torch.randn(4000, 16), "day": torch.randn(7, 16)}
@@ -73,14 +77,8 @@ def for_budget(
         >>> {name: method.method for name, method in for_budget(rows, counts, 30_000, num_codes=(2,)).items()}
         {'user': 'pq', 'day': 'dense'}
     """
-    if isinstance(tables, EmbeddingBagCollection):
-        bags: Any = tables.embedding_bags
-        tables = {name: bag.weight.detach().float().cpu() for name, bag in bags.items()}
-    missing = sorted(set(tables) ^ set(counts))
-    if missing:
-        raise ValueError(
-            f"for_budget: tables and counts must name the same tables, got only one of the two for {missing}"
-        )
+    tables = _rows_of(tables)
+    _check_arguments(tables, counts, budget_bytes, num_codes, codes, seed)
     base = codes or _USUAL
     candidates: dict[str, list[Candidate[MethodConfig]]] = {}
     with tqdm(tables.items(), desc="measuring candidates", unit="table", disable=not progress, leave=False) as bar:
@@ -88,6 +86,51 @@ def for_budget(
             bar.set_postfix_str(name)
             candidates[name] = measure_candidates(name, rows, counts[name], base, num_codes, seed)
     return {name: choice.option for name, choice in allocate(candidates, budget_bytes).choices.items()}
+
+
+def _rows_of(tables: Any) -> dict[str, Tensor]:
+    """Return the rows by table name, (N, D) float32 in the host's memory."""
+    stored: Any = tables
+    if isinstance(tables, EmbeddingBagCollection | EmbeddingCollection):
+        modules: Any = tables.embeddings if isinstance(tables, EmbeddingCollection) else tables.embedding_bags
+        stored = {name: module.weight for name, module in modules.items()}
+    if not isinstance(stored, Mapping):
+        raise ValueError(
+            "for_budget: tables must be an EmbeddingBagCollection, an EmbeddingCollection or rows by table name, got "
+            f"{type(tables).__name__}"
+        )
+    for name, rows in stored.items():
+        if not isinstance(rows, Tensor) or rows.dim() != 2:
+            raise ValueError(f"for_budget: table {name!r}: rows must be a tensor (N, D), got {type(rows).__name__}")
+        check_trained_rows(_table(name, rows), rows)
+    return {name: rows.detach().float().cpu() for name, rows in stored.items()}
+
+
+def _check_arguments(
+    tables: Mapping[str, Tensor],
+    counts: Any,
+    budget_bytes: Any,
+    num_codes: Sequence[int],
+    codes: CodebookConfig | None,
+    seed: int,
+) -> None:
+    """Raise ValueError for what would fail, or be ignored, once candidates are measured."""
+    if not isinstance(counts, Mapping):
+        raise ValueError(f"for_budget: counts must be a mapping by table name, got {type(counts).__name__}")
+    missing = sorted(set(tables) ^ set(counts))
+    if missing:
+        raise ValueError(
+            f"for_budget: tables and counts must name the same tables, got only one of the two for {missing}"
+        )
+    for name, rows in tables.items():
+        check_counts(f"for_budget: table {name!r}", counts[name], rows.shape[0])
+    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int | float) or not 0 < budget_bytes < math.inf:
+        raise ValueError(f"for_budget: budget_bytes must be a number of bytes above 0, got {budget_bytes!r}")
+    if not num_codes or any(isinstance(m, bool) or not isinstance(m, int) or m < 1 for m in num_codes):
+        raise ValueError(f"for_budget: num_codes must be code lengths of at least 1, got {num_codes!r}")
+    if codes is not None and not isinstance(codes, CodebookConfig):
+        raise ValueError(f"for_budget: codes must be a method of codes such as PQConfig(num_codes=1), got {codes!r}")
+    check_seed("for_budget", seed)
 
 
 def measure_candidates(

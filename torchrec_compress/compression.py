@@ -34,7 +34,8 @@ def resolve(tables: Sequence[BaseEmbeddingConfig], compression: Compression) -> 
         The method by table name, in the order of `tables`.
 
     Raises:
-        ValueError: a table fits no key, a key fits no table, or a method cannot store its table.
+        ValueError: no method or mapping of methods, a table fits no key, a key fits no table, or a method cannot store
+            its table.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig
@@ -44,7 +45,7 @@ def resolve(tables: Sequence[BaseEmbeddingConfig], compression: Compression) -> 
         >>> {name: config.method for name, config in resolve(tables, {"*": PQConfig(num_codes=4)}).items()}
         {'user': 'pq', 'weekday': 'dense'}
     """
-    by_key = {"*": compression} if isinstance(compression, MethodConfig) else dict(compression)
+    by_key = _by_key(compression)
     unused = set(by_key)
     chosen = {}
     for table in tables:
@@ -60,6 +61,27 @@ def resolve(tables: Sequence[BaseEmbeddingConfig], compression: Compression) -> 
         names = sorted(table.name for table in tables)
         raise ValueError(f"compression: every key must fit a table, got {sorted(unused)}; the tables are {names}")
     return chosen
+
+
+def _by_key(compression: Any) -> dict[str, MethodConfig]:
+    """Return methods by key, or raise ValueError for what is neither a method nor a mapping of methods."""
+    by_key = dict(compression) if isinstance(compression, Mapping) else {"*": compression}
+    for key, config in by_key.items():
+        where = "compression" if not isinstance(compression, Mapping) else f"compression[{key!r}]"
+        if isinstance(config, type) and issubclass(config, MethodConfig):
+            raise ValueError(
+                f"{where}: must be a method with its options, got the class; call it, {config.__name__}(...)"
+            )
+        if isinstance(config, Mapping) or (isinstance(compression, Mapping) and "method" in compression):
+            raise ValueError(
+                f"{where}: must be a method, got plain data {compression!r}; read it by compression.parse(...)"
+            )
+        if not isinstance(config, MethodConfig) or not isinstance(key, str):
+            raise ValueError(
+                f"{where}: must be a method such as PQConfig(num_codes=8), or a mapping of table names or patterns to "
+                f"methods, got {config!r}"
+            )
+    return by_key
 
 
 def _or_dense(table: BaseEmbeddingConfig, config: MethodConfig) -> MethodConfig:

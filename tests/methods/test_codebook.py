@@ -91,7 +91,9 @@ def test_popularity_without_counts_raises(popularity):
 
 
 def test_counts_of_the_wrong_shape_raise():
-    with pytest.raises(ValueError, match=r"counts must have shape \(403,\), got \(7,\)"):
+    with pytest.raises(
+        ValueError, match=r"table 'item': counts must be a tensor of shape \(403,\), one per id, got \(7,\)"
+    ):
         compress(dense_collection(), PQConfig(num_codes=4, codebook_size=16), counts={"item": torch.ones(7)})
 
 

@@ -20,8 +20,8 @@ PLANS = [("row_wise", "row_wise"), ("data_parallel", "data_parallel"), ("data_pa
 
 def step(config: MethodConfig, kinds: tuple[str, str], weighted: bool) -> tuple[int, list[str]]:
     """Train one step; return the elements of the largest float tensor, and what made tensors as large as all codes."""
+    model = Model(pooled(config, weighted))  # the same on all ranks, as what is cut into shards must be
     torch.manual_seed(dist.get_rank())
-    model = Model(pooled(config, weighted))
     topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
     constraints = {name: ParameterConstraints(sharding_types=[kind]) for name, kind in zip(NAMES, kinds, strict=True)}
     planner = EmbeddingShardingPlanner(topology=topology, batch_size=8, constraints=constraints)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, overload
 
 import torch
-from torch import Tensor
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torch import Tensor, nn
+from torchrec.distributed.types import ShardedModule
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingBagCollectionInterface,
+    EmbeddingCollection,
+    EmbeddingCollectionInterface,
+)
 from tqdm import tqdm
 
 from torchrec_compress.compression import Compression
 from torchrec_compress.methods import TableData
+from torchrec_compress.methods.base import check_trained_rows
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 
 _ROWS_AT_ONCE = 65536
@@ -65,7 +73,8 @@ def compress(
         A collection with the same keys and widths, its tables fitted: pooled for pooled ones, else unpooled.
 
     Raises:
-        ValueError: a table cannot be stored or fitted as asked, or counts or contexts name an unknown table.
+        ValueError: `dense` is no stock collection, a table cannot be stored or fitted as asked, or rows, counts or
+            contexts are not what they should be or name an unknown table; all of it before the first fit.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig
@@ -74,17 +83,45 @@ def compress(
         >>> compress(EmbeddingBagCollection([table]), PQConfig(num_codes=4, codebook_size=64)).footprint().ratio > 8
         True
     """
+    rows = _rows_of(dense)
+    device = next(iter(rows.values())).device
     collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
     if isinstance(dense, EmbeddingCollection):
-        configs, kept, stored = dense.embedding_configs(), dense.need_indices(), dense.embeddings
-        collection = CompressedEmbeddingCollection(configs, dense.device, kept, compression, seed, will_fit=True)
+        configs, kept = dense.embedding_configs(), dense.need_indices()
+        collection = CompressedEmbeddingCollection(configs, device, kept, compression, seed, will_fit=True)
     else:
-        bags, kept, stored = dense.embedding_bag_configs(), dense.is_weighted(), dense.embedding_bags
-        collection = CompressedEmbeddingBagCollection(bags, dense.device, kept, compression, seed, will_fit=True)
-    modules: Any = stored.items()
-    rows = {name: module.weight.detach().float().cpu() for name, module in modules}
+        bags, kept = dense.embedding_bag_configs(), dense.is_weighted()
+        collection = CompressedEmbeddingBagCollection(bags, device, kept, compression, seed, will_fit=True)
     compress_into(collection, rows, counts=counts, contexts=contexts, seed=seed, progress=progress)
     return collection
+
+
+def _rows_of(dense: Any) -> dict[str, Tensor]:
+    """Return the weights of a stock collection by table name, or raise ValueError for anything else."""
+    if isinstance(dense, EmbeddingBagCollection | EmbeddingCollection):
+        stored: Any = dense.embeddings if isinstance(dense, EmbeddingCollection) else dense.embedding_bags
+        rows = {name: module.weight.detach() for name, module in stored.items()}
+        empty = sorted(name for name, weight in rows.items() if weight.is_meta)
+        if empty:
+            raise ValueError(
+                f"compress: tables must hold values, got {empty} on the meta device; load a checkpoint first"
+            )
+        return rows
+    got, advice = type(dense).__name__, "make an EmbeddingBagCollection of the trained rows"
+    if isinstance(dense, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
+        advice = "it is compressed already: decompress() it first, or train its dense original"
+    elif isinstance(dense, ShardedModule):
+        advice = "gather its state dict into an unsharded collection, and compress that before DistributedModelParallel"
+    elif isinstance(dense, EmbeddingBagCollectionInterface | EmbeddingCollectionInterface):
+        advice = "compress the floating-point collection that it was made from"
+    elif isinstance(dense, nn.Module):
+        kinds = (EmbeddingBagCollection, EmbeddingCollection, ShardedModule)
+        found = [name for name, module in dense.named_modules() if isinstance(module, kinds)]
+        if found:
+            advice = f"pass the collections inside it, {found}, one at a time"
+    raise ValueError(
+        f"compress: dense must be an EmbeddingBagCollection or an EmbeddingCollection, got {got}; {advice}"
+    )
 
 
 def compress_into(
@@ -108,24 +145,45 @@ def compress_into(
     Raises:
         ValueError: as for `compress`; the seed is not the collection's.
     """
+    if not isinstance(collection, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
+        raise ValueError(f"compress_into: collection must be a compressed one, got {type(collection).__name__}")
     if seed is not None and seed != collection.seed:
         raise ValueError(
             f"compress_into: seed must be the collection's own, {collection.seed}, got {seed}; leave it out"
         )
-    counts, contexts = counts or {}, contexts or {}
-    methods = collection.methods()
-    for what, given in (("rows", rows), ("counts", counts), ("contexts", contexts)):
-        unknown = sorted(set(given) - set(methods))
-        if unknown:
-            raise ValueError(f"compress: {what} must name tables of {sorted(methods)}, got {unknown}")
     tables = {table.name: table for table in collection.table_configs()}
+    counts, contexts = counts or {}, contexts or {}
+    for what, given in (("rows", rows), ("counts", counts), ("contexts", contexts)):
+        if not isinstance(given, Mapping):
+            raise ValueError(f"compress: {what} must be a mapping by table name, got {type(given).__name__}")
+        unknown = sorted(set(given) - set(tables))
+        if unknown:
+            raise ValueError(f"compress: {what} must name tables of {sorted(tables)}, got {unknown}")
+    methods, known = collection.methods(), set(rows)
+    inputs = {}
+    for name, table in tables.items():  # all of them before the first is fitted
+        if name not in known and methods[name].needs == "rows":
+            TableData(None).trained_rows(table)
+        if isinstance(rows, dict) and name in known:  # another mapping may read them one at a time
+            check_trained_rows(table, rows[name])
+        inputs[name] = TableData(None, counts.get(name), contexts.get(name), collection.seed, progress)
+        if name in known or methods[name].needs != "nothing":
+            methods[name].check_fit(table, inputs[name])
     with tqdm(tables.items(), desc="fitting", unit="table", disable=not progress, leave=False) as bar:
         for name, table in bar:
             bar.set_postfix_str(f"{name}: {methods[name].method}")
-            data = TableData(rows.get(name), counts.get(name), contexts.get(name), collection.seed, progress)
-            if data.rows is None and methods[name].needs == "nothing":
+            if name not in known and methods[name].needs == "nothing":
                 continue  # the table trains from the start values it has
+            data = _on_cpu(inputs[name], rows[name] if name in known else None)
             collection.load_table(name, methods[name].fit(table, data))
+
+
+def _on_cpu(data: TableData, rows: Tensor | None) -> TableData:
+    """Return the data of a fit with these rows, all of it in the host's memory."""
+    counts = None if data.counts is None else data.counts.detach().cpu()
+    contexts = None if data.contexts is None else (data.contexts[0].cpu().long(), data.contexts[1].cpu().long())
+    rows = None if rows is None else rows.detach().cpu()
+    return dataclasses.replace(data, rows=rows, counts=counts, contexts=contexts)
 
 
 @overload

@@ -1,5 +1,7 @@
 """The checks that every fit makes of its input, in one place, so that every message reads the same."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -91,3 +93,91 @@ def check_sizes(where: str, num_rows: int, num_codes: int, codebook_size: int, f
     if not 1 <= first_size <= codebook_size:
         raise ValueError(f"{where}: first_size must be in [1, codebook_size = {codebook_size}], got {first_size}")
     return first_size
+
+
+def check_seed(where: str, seed: object) -> int:
+    """Return a seed that every generator of random numbers takes.
+
+    Args:
+        where: name of the caller, the first word of the message.
+        seed: an int in [0, 2**63).
+
+    Raises:
+        ValueError: no integer, negative or too large.
+
+    Example:
+        >>> check_seed("example", 7)
+        7
+    """
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
+        raise ValueError(f"{where}: seed must be an int in [0, 2**63), got {seed!r}")
+    return int(seed)
+
+
+def check_counts(where: str, counts: object, num_rows: int) -> Tensor:
+    """Return look-ups per id on the CPU.
+
+    Args:
+        where: the table, the first word of the message.
+        counts: [N] integer or floating point, finite and >= 0.
+        num_rows: N.
+
+    Raises:
+        ValueError: no tensor, another shape or dtype, or a count is NaN, infinite or negative.
+
+    Example:
+        >>> check_counts("table 'user'", torch.tensor([0, 3]), 2)
+        tensor([0, 3])
+    """
+    if not isinstance(counts, Tensor) or tuple(counts.shape) != (num_rows,) or counts.is_meta:
+        got = f"{tuple(counts.shape)} on {counts.device}" if isinstance(counts, Tensor) else repr(type(counts).__name__)
+        raise ValueError(f"{where}: counts must be a tensor of shape ({num_rows},), one per id, got {got}")
+    if counts.dtype == torch.bool or counts.is_complex():
+        raise ValueError(f"{where}: counts must be look-ups per id, integers or floats, got {counts.dtype}")
+    counts = counts.detach().cpu()
+    wrong = ~(torch.isfinite(counts) & (counts >= 0))
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise ValueError(f"{where}: counts must be finite and >= 0, got {counts[first].item()} for id {first}")
+    return counts
+
+
+def check_contexts(where: str, contexts: object, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Return pairs of ids and context ids on the CPU.
+
+    Args:
+        where: the table, the first word of the message.
+        contexts: ([P], [P]) integer: ids in [0, N), context ids >= 0.
+        num_rows: N.
+
+    Raises:
+        ValueError: no pair of integer vectors of one length above 0, or an id is out of range.
+
+    Example:
+        >>> check_contexts("table 'user'", (torch.tensor([1]), torch.tensor([7])), 2)
+        (tensor([1]), tensor([7]))
+    """
+    is_pair = isinstance(contexts, tuple | list) and len(contexts) == 2
+    if not is_pair or not all(isinstance(part, Tensor) and part.dim() == 1 for part in contexts):  # type: ignore[union-attr]
+        raise ValueError(f"{where}: contexts must be two vectors, (ids, context ids), got {_shapes(contexts)}")
+    ids, others = contexts  # type: ignore[misc]
+    if len(ids) != len(others) or len(ids) == 0 or ids.is_meta or others.is_meta:
+        raise ValueError(f"{where}: contexts must be vectors of one length above 0, got {_shapes(contexts)}")
+    for what, part in (("ids", ids), ("context ids", others)):
+        if part.dtype.is_floating_point or part.dtype == torch.bool or part.is_complex():
+            raise ValueError(f"{where}: contexts' {what} must be integers, got {part.dtype}")
+    ids, others = ids.cpu().long(), others.cpu().long()
+    low, high = torch.aminmax(ids)
+    if int(low) < 0 or int(high) >= num_rows:
+        raise ValueError(
+            f"{where}: contexts' ids must be in [0, {num_rows}), got {int(low) if int(low) < 0 else int(high)}"
+        )
+    if int(others.min()) < 0:
+        raise ValueError(f"{where}: contexts' context ids must be >= 0, got {int(others.min())}")
+    return ids, others
+
+
+def _shapes(parts: object) -> str:
+    if isinstance(parts, tuple | list):
+        return str([tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts])
+    return type(parts).__name__

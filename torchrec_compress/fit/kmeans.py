@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchrec_compress.fit.checks import check_rows, check_weights
+from torchrec_compress.fit.checks import check_rows, check_seed, check_weights
 from torchrec_compress.fit.codes import weighted_error, weighted_means
 
 # Floats of one block of distances (32 MB). Smaller blocks would stay in a nearer cache, a tenth faster; but every block
@@ -151,6 +151,7 @@ def kmeans(
         >>> sorted(result.centroids.flatten().tolist()), round(result.error, 4)
         ([1.0, 10.0], 0.6667)
     """
+    check_seed("kmeans", seed)
     check_rows("kmeans", points)
     if not 1 <= num_clusters <= len(points):
         raise ValueError(

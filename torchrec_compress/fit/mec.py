@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from torchrec_compress.fit.checks import check_rows, check_sizes, check_weights
+from torchrec_compress.fit.checks import check_rows, check_seed, check_sizes, check_weights
 from torchrec_compress.fit.codes import FittedCodes, refit_codebooks
 from torchrec_compress.fit.kmeans import nearest
 from torchrec_compress.fit.product import check_slices, fit_product
@@ -317,6 +317,7 @@ def fit_mec(
         0.0
     """
     options = MECFit() if options is None else options
+    check_seed("fit_mec", seed)
     check_rows("fit_mec", rows)
     first_size = check_sizes("fit_mec", len(rows), num_codes, codebook_size, first_size)
     check_slices("fit_mec", rows.shape[1], num_codes)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from torchrec_compress.fit.checks import check_rows, check_sizes, check_weights
+from torchrec_compress.fit.checks import check_rows, check_seed, check_sizes, check_weights
 from torchrec_compress.fit.codes import FittedCodes
 from torchrec_compress.fit.kmeans import kmeans
 
@@ -51,6 +51,7 @@ def fit_product(
         >>> fit_product(rows, num_codes=2, codebook_size=2).error(rows)
         0.0
     """
+    check_seed("fit_product", seed)
     check_rows("fit_product", rows)
     first_size = check_sizes("fit_product", len(rows), num_codes, codebook_size, first_size)
     check_slices("fit_product", rows.shape[1], num_codes)
@@ -66,7 +67,7 @@ def fit_product(
             weights=weights,
             num_iterations=num_iterations,
             max_points_per_centroid=max_points_per_centroid,
-            seed=seed + m,
+            seed=(seed + m) % 2**63,
         )
         codebooks[m, :size] = fitted.centroids
         codes[:, m] = fitted.assignment

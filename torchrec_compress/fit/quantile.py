@@ -6,6 +6,7 @@ import torch
 from scipy.sparse.linalg import svds
 from torch import Tensor
 
+from torchrec_compress.fit.checks import check_seed
 from torchrec_compress.ops import hash_codes, hash_ids, stable_salt
 
 # Below this many rows or columns LAPACK's full SVD is quick, and exact where ARPACK's iterations are not.
@@ -43,6 +44,7 @@ def quantile_codes(
         (True, True, False)
     """
     _check(row_ids, context_ids, num_rows, num_codes, codebook_size)
+    check_seed("quantile_codes", seed)
     seen, row = np.unique(row_ids.cpu().numpy(), return_inverse=True)
     contexts, column = np.unique(context_ids.cpu().numpy(), return_inverse=True)
     if num_codes > min(len(seen), len(contexts)):
@@ -67,6 +69,10 @@ def _check(row_ids: Tensor, context_ids: Tensor, num_rows: int, num_codes: int, 
         raise ValueError(
             "quantile_codes: row_ids and context_ids must be vectors of one length above 0, "
             f"got {list(row_ids.shape)} and {list(context_ids.shape)}"
+        )
+    if any(ids.dtype.is_floating_point or ids.dtype == torch.bool for ids in (row_ids, context_ids)):
+        raise ValueError(
+            f"quantile_codes: row_ids and context_ids must be integers, got {row_ids.dtype} and {context_ids.dtype}"
         )
     if num_codes < 1 or not 1 <= codebook_size <= 65536:
         raise ValueError(

@@ -8,7 +8,7 @@ code at a time, the others fixed). Neither step can raise the weighted error.
 import torch
 from torch import Tensor
 
-from torchrec_compress.fit.checks import check_rows, check_sizes, check_weights
+from torchrec_compress.fit.checks import check_rows, check_seed, check_sizes, check_weights
 from torchrec_compress.fit.codes import FittedCodes, decode, refit_codebooks
 from torchrec_compress.fit.kmeans import kmeans, nearest, sample_points, train_size
 
@@ -53,6 +53,7 @@ def fit_residual(
         >>> round(fit_residual(rows, num_codes=2, codebook_size=2).error(rows), 6)
         0.0
     """
+    check_seed("fit_residual", seed)
     check_rows("fit_residual", rows)
     first_size = check_sizes("fit_residual", len(rows), num_codes, codebook_size, first_size)
     weights = check_weights("fit_residual", weights, len(rows), rows.device)
@@ -92,7 +93,7 @@ def _greedy_kmeans(
             weights=weights,
             num_iterations=num_iterations,
             max_points_per_centroid=len(rows),
-            seed=seed + m,
+            seed=(seed + m) % 2**63,
         )
         books[m, :size], codes[:, m] = fitted.centroids, fitted.assignment
         left = left - fitted.centroids[fitted.assignment]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
+from torchrec_compress.fit.checks import check_contexts, check_counts, check_seed
 from torchrec_compress.ops import Rows, hash_ids
 
 Config = TypeVar("Config", bound="MethodConfig")
@@ -161,18 +162,28 @@ class TableData:
         """Return the pre-trained rows.
 
         Raises:
-            ValueError: there are none, their shape is not the table's, or one is not finite.
+            ValueError: there are none, their shape or dtype is not the table's, or one is not finite.
         """
         if self.rows is None:
             raise ValueError(f"table {table.name!r}: this method must be fitted to a pre-trained table, got none")
-        if self.rows.shape != (table.num_embeddings, table.embedding_dim):
-            raise ValueError(
-                f"table {table.name!r}: the pre-trained table must be {table.num_embeddings} x {table.embedding_dim}, "
-                f"got {tuple(self.rows.shape)}"
-            )
-        if not bool(torch.isfinite(self.rows).all()):
-            raise ValueError(f"table {table.name!r}: pre-trained rows must be finite, got NaN or infinity")
+        check_trained_rows(table, self.rows)
         return self.rows.detach().float()
+
+
+def check_trained_rows(table: BaseEmbeddingConfig, rows: Tensor) -> None:
+    """Raise ValueError unless these are (N, D) finite floating-point rows of the table."""
+    where = f"table {table.name!r}"
+    if not isinstance(rows, Tensor) or rows.is_meta or not rows.dtype.is_floating_point:
+        got = f"{rows.dtype} on {rows.device}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"{where}: pre-trained rows must be a tensor of floating-point values, got {got}")
+    if rows.shape != (table.num_embeddings, table.embedding_dim):
+        raise ValueError(
+            f"{where}: the pre-trained table must be {table.num_embeddings} x {table.embedding_dim}, "
+            f"got {tuple(rows.shape)}"
+        )
+    if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):
+        first = int((~torch.isfinite(rows).all(dim=1)).nonzero()[0])
+        raise ValueError(f"{where}: pre-trained rows must be finite, got NaN or infinity in the row of id {first}")
 
 
 @dataclass(frozen=True)
@@ -220,7 +231,19 @@ class MethodConfig(ABC):
 
     @abstractmethod
     def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
-        """Learn the stored tensors from a pre-trained table."""
+        """Learn the stored tensors from a pre-trained table. It begins with `check_fit`."""
+
+    def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:
+        """Raise ValueError where a fit to counts, contexts and seed would fail; rows are checked as they are read.
+
+        So what is wrong with the last of many tables shows before the first is fitted.
+        """
+        where = f"table {table.name!r}"
+        check_seed(where, data.seed)
+        if data.counts is not None:
+            check_counts(where, data.counts, table.num_embeddings)
+        if data.contexts is not None:
+            check_contexts(where, data.contexts, table.num_embeddings)
 
     def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return the bytes of the decoder's tensors."""

@@ -135,6 +135,7 @@ class CodebookConfig(MethodConfig):
 
     def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
         """Learn codes and codebooks for the tail and set the hot head apart."""
+        self.check_fit(table, data)
         hot = self.hot_ids(table, data)
         fitted = self.fit_codes(table, data, hot)
         codes, decoder = fitted.codes.clone(), {"codebooks": fitted.codebooks}
@@ -144,6 +145,15 @@ class CodebookConfig(MethodConfig):
             decoder["hot_rows"] = rows if self.hot_dtype == "fp32" else quantize_rows(rows, self.hot_dtype)
         return TableState(codes=_stored_codes(codes, self.codebook_size), decoder=decoder)
 
+    def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:
+        """Raise ValueError where hot rows come without counts, too."""
+        super().check_fit(table, data)
+        if self.num_hot_rows and data.counts is None:
+            raise ValueError(
+                f"table {table.name!r}: num_hot_rows = {self.num_hot_rows} must come with counts, got none; pass "
+                "counts={table: look-ups per id} to compress()"
+            )
+
     @abstractmethod
     def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:
         """Learn the codes of all rows; those of `hot` ids, (H,) int64, are overwritten and should weigh nothing."""
@@ -152,11 +162,8 @@ class CodebookConfig(MethodConfig):
         """Return the ids of the hot rows: (H,) int64, the most often looked-up first."""
         if not self.num_hot_rows:
             return torch.empty(0, dtype=torch.int64)
-        if data.counts is None:
-            raise ValueError(
-                f"table {table.name!r}: num_hot_rows = {self.num_hot_rows} must come with counts, got none; pass "
-                "counts={table: look-ups per id} to compress()"
-            )
+        self.check_fit(table, data)
+        assert data.counts is not None
         # stable, so that equal counts are broken by id on every machine
         return torch.argsort(data.counts, descending=True, stable=True)[: self.num_hot_rows]
 
@@ -176,23 +183,19 @@ def check_popularity(table: BaseEmbeddingConfig, popularity: str) -> None:
         raise ValueError(f"table {table.name!r}: popularity must be 'count', 'log2' or 'none', got {popularity!r}")
 
 
-def tail_weights(
-    table: BaseEmbeddingConfig, data: TableData, hot: Tensor, popularity: Literal["count", "log2", "none"]
-) -> Tensor:
-    """Return the weight of every row in the fit: (N,) float32, zero on hot rows.
-
-    Raises:
-        ValueError: popularity needs counts and there are none, or they have the wrong shape.
-    """
+def check_popularity_counts(table: BaseEmbeddingConfig, data: TableData, popularity: str) -> None:
+    """Raise ValueError where rows are to be weighed by counts and there are none."""
     if popularity != "none" and data.counts is None:
         raise ValueError(
             f"table {table.name!r}: popularity={popularity!r} must come with counts, got none; pass "
             "counts={table: look-ups per id} to compress(), or popularity='none'"
         )
-    if data.counts is not None and data.counts.shape != (table.num_embeddings,):
-        raise ValueError(
-            f"table {table.name!r}: counts must have shape ({table.num_embeddings},), got {tuple(data.counts.shape)}"
-        )
+
+
+def tail_weights(
+    table: BaseEmbeddingConfig, data: TableData, hot: Tensor, popularity: Literal["count", "log2", "none"]
+) -> Tensor:
+    """Return the weight of every row in the fit: (N,) float32, zero on hot rows."""
     weights = popularity_weights(data.counts, popularity, table.num_embeddings).clone()
     weights[hot] = 0.0
     return weights

@@ -40,4 +40,5 @@ class DenseConfig(MethodConfig):
 
     def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
         """Keep the pre-trained rows."""
+        self.check_fit(table, data)
         return TableState(native={"": data.trained_rows(table)})

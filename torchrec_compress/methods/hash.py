@@ -55,6 +55,7 @@ class HashConfig(MethodConfig):
 
     def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
         """Fill every bucket with the count-weighted mean of its rows."""
+        self.check_fit(table, data)
         buckets = self._remap(table, data.seed)(torch.arange(table.num_embeddings))
         return TableState(
             native={"buckets": bucket_means(data.trained_rows(table), buckets, self.num_buckets, data.counts)}

@@ -58,6 +58,7 @@ class LowBitConfig(MethodConfig):
 
     def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
         """Quantise the pre-trained rows."""
+        self.check_fit(table, data)
         return TableState(codes=quantize_rows(data.trained_rows(table), self.dtype))
 
 

@@ -11,7 +11,12 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec_compress.fit.codes import FittedCodes
 from torchrec_compress.fit.mec import MECFit, fit_mec
 from torchrec_compress.methods.base import TableData, register
-from torchrec_compress.methods.codebook import CodebookConfig, check_popularity, tail_weights
+from torchrec_compress.methods.codebook import (
+    CodebookConfig,
+    check_popularity,
+    check_popularity_counts,
+    tail_weights,
+)
 
 
 @register
@@ -44,6 +49,11 @@ class MECConfig(CodebookConfig):
                 f"table {table.name!r}: structure must be 'product' with method 'mec', got {self.structure!r}; "
                 "use method 'pq' for residual codes"
             )
+
+    def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:
+        """Raise ValueError where popularity comes without counts, too."""
+        super().check_fit(table, data)
+        check_popularity_counts(table, data, self.popularity)
 
     def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:
         """Train the auto-encoder, keep its codes, and refit the codebooks to the table itself."""

@@ -85,6 +85,7 @@ class MEmComConfig(MethodConfig):
 
     def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
         """Find the best rank-one rows of every bucket, weighted by counts, by alternating least squares."""
+        self.check_fit(table, data)
         rows = data.trained_rows(table)
         buckets = torch.arange(table.num_embeddings) % self.num_buckets
         weights = torch.ones(len(rows)) if data.counts is None else data.counts.float().clamp(min=1e-3)

@@ -12,7 +12,12 @@ from torchrec_compress.fit.codes import FittedCodes
 from torchrec_compress.fit.product import fit_product
 from torchrec_compress.fit.residual import fit_residual
 from torchrec_compress.methods.base import TableData, register
-from torchrec_compress.methods.codebook import CodebookConfig, check_popularity, tail_weights
+from torchrec_compress.methods.codebook import (
+    CodebookConfig,
+    check_popularity,
+    check_popularity_counts,
+    tail_weights,
+)
 
 
 @register
@@ -35,6 +40,11 @@ class PQConfig(CodebookConfig):
         """Raise ValueError for an unknown popularity as well."""
         super().check(table)
         check_popularity(table, self.popularity)
+
+    def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:
+        """Raise ValueError where popularity comes without counts, too."""
+        super().check_fit(table, data)
+        check_popularity_counts(table, data, self.popularity)
 
     def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:
         """Cluster the rows chunk by chunk (product) or stage by stage (residual)."""

@@ -31,13 +31,18 @@ class QuantileCodesConfig(CodebookConfig):
     method: ClassVar[str] = "quantile"
     needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "contexts"
 
-    def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:
-        """Bin the leading singular vectors of the id by context matrix."""
+    def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:
+        """Raise ValueError without contexts, too."""
+        super().check_fit(table, data)
         if data.contexts is None:
             raise ValueError(
                 f"table {table.name!r}: quantile codes must come with contexts, got none; pass "
                 "contexts={table: (ids, context ids)} to compress()"
             )
+
+    def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:
+        """Bin the leading singular vectors of the id by context matrix."""
+        assert data.contexts is not None
         codes = quantile_codes(
             *data.contexts,
             num_rows=table.num_embeddings,

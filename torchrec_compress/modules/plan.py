@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Integral
 from typing import Any, Generic, TypeVar
 
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, EmbeddingConfig
@@ -71,9 +72,12 @@ class CollectionPlan(Generic[TableConfig]):
         """Check the user's configs and plan their parts.
 
         Raises:
-            ValueError: a name is missing, repeated or unfit for a module, or a method cannot store its table.
+            ValueError: the seed is no int, a name is missing, repeated or unfit for a module, or a method cannot store
+                its table.
         """
         _check_names(tables)
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
+            raise ValueError(f"compressed collection: seed must be an int, got {seed!r}")
         given = [table if table.feature_names else _with_features(table) for table in tables]
         copies = [_with_features(table) for table in given]
         methods = resolve(copies, compression)
@@ -84,7 +88,7 @@ class CollectionPlan(Generic[TableConfig]):
             for feature, output in zip(table.feature_names, outputs, strict=True)
         ]
         _check_made_names(copies, parts, [lookup.key for lookup in lookups])
-        return cls(given, copies, methods, parts, lookups, seed)
+        return cls(given, copies, methods, parts, lookups, int(seed))
 
     def dense_tables(self) -> list[TableConfig]:
         """Return the tables that stay as they are."""
