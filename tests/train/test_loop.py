@@ -159,6 +159,12 @@ def test_the_best_is_the_first_of_the_least_logloss_or_largest_auc(
     assert trained.checkpoint.name == f"step{best:09d}"
 
 
+def test_patience_starts_anew_with_every_better_validation(config, data, tmp_path, monkeypatch):
+    found = [(value, 0.5) for value in (0.5, 0.6, 0.4, 0.6, 0.3, 0.6, 0.6, 0.1)]
+    trained, _ = _watched(config, data, tmp_path, monkeypatch, found, patience=2)
+    assert (trained.best_step, trained.steps) == (5, 7)
+
+
 def test_rates_fall_tenfold_after_every_validation_that_is_no_better(config, data, tmp_path, monkeypatch):
     factors, before = [], Trainable.set_rate
     monkeypatch.setattr(Trainable, "set_rate", lambda self, factor: (factors.append(factor), before(self, factor))[1])

@@ -49,6 +49,20 @@ def test_deepfm_sums_dot_products_of_all_pairs_of_fields(data):
     torch.testing.assert_close(output.logits, pairs)
 
 
+@pytest.mark.parametrize("name", ["deepfm", "dlrm", "dcnv2", "dlrm_dcnv2"])
+@pytest.mark.parametrize("where", ["dropout", "embedding_dropout"])
+def test_dropout_is_in_training_alone_and_leaves_the_embeddings_that_are_returned(data, name, where):
+    config = ModelConfig(name=name, embedding_dim=8, hidden=[12, 6], init_scale=1.0, **{where: 0.5})
+    model = make_model(EmbeddingBagCollection(tables=make_tables(config, data)), 0, config)
+    batch = next(data.batches("train", 64, 0).epoch(0))
+    one, other = model(batch.features), model(batch.features)
+    assert not torch.equal(one.logits, other.logits)
+    assert torch.equal(one.embeddings, other.embeddings)
+    assert 0.2 < float(one.embeddings.detach().abs().max()) <= 1.0  # drawn within init_scale, none dropped and scaled
+    model.eval()
+    assert torch.equal(model(batch.features).logits, model(batch.features).logits)
+
+
 def test_widths_may_differ_only_with_dcnv2(data):
     config = ModelConfig(name="dcnv2", embedding_dim=8, widths={"hour": 4}, hidden=[6])
     model = make_model(EmbeddingBagCollection(tables=make_tables(config, data)), 0, config)
