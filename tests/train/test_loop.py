@@ -111,6 +111,19 @@ def test_the_rate_falls_to_zero_with_the_schedule_on_fused_tables_too(config, da
     assert sorted(group["lr"] for group in trainable.optimizer.param_groups) == pytest.approx([0.0005, 0.025])
 
 
+def test_the_training_loss_of_a_line_is_the_mean_since_the_line_before(config, data, tmp_path):
+    def losses(log_every: int) -> list[float]:
+        folder = tmp_path / str(log_every)
+        stage = dataclasses.replace(STAGE, log_every=log_every)
+        train(full_model(config, data), Task(data, stage, 0, folder, position=None))
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [line["train_logloss"] for line in lines if "train_logloss" in line]
+
+    steps = losses(1)
+    assert len(steps) == 13 and len(set(steps)) == 13
+    assert losses(0) == pytest.approx([sum(steps[:7]) / 7, sum(steps[7:]) / 6], rel=1e-6)
+
+
 def test_teacher_replaces_labels(config, data, tmp_path):
     stage = dataclasses.replace(STAGE, epochs=4.0, distill_weight=1.0, monitor="auc")
     wrong = torch.where(data.train.labels > 0.5, -4.0, 4.0)  # the opposite of every label
