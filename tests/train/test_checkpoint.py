@@ -98,6 +98,13 @@ def test_only_truncated_checkpoints_are_an_error(tmp_path, ranks):
         _store(tmp_path, ranks).newest()
 
 
+def test_another_format_is_refused(tmp_path, ranks):
+    path = _save(tmp_path, 1, ranks) / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+    with pytest.raises(ValueError, match=rf"must be of format {checkpoint.FORMAT}, got 1.*none is whole"):
+        _store(tmp_path, ranks).newest()
+
+
 def test_another_config_is_refused_by_key(tmp_path, ranks):
     _save(tmp_path, 1, ranks)
     with pytest.raises(ValueError, match=r"stage\.batch_size must be 4 .* got 8"):

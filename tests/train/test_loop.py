@@ -111,6 +111,18 @@ def test_the_rate_falls_to_zero_with_the_schedule_on_fused_tables_too(config, da
     assert sorted(group["lr"] for group in trainable.optimizer.param_groups) == pytest.approx([0.0005, 0.025])
 
 
+def test_the_seed_orders_the_rows_and_a_begun_folder_keeps_it(config, data, tmp_path):
+    states = []
+    for seed in (0, 1):
+        trained = train(full_model(config, data), Task(data, STAGE, seed, tmp_path / str(seed), position=None))
+        states.append(_after(trained, config, data))
+    assert any(not torch.equal(value, states[1][name]) for name, value in states[0].items())
+    for change, key in (({"seed": 1}, "seed"), ({"stage": dataclasses.replace(STAGE, epochs=2.0)}, r"stage\.epochs")):
+        task = dataclasses.replace(Task(data, STAGE, 0, tmp_path / "0", position=None), **change)
+        with pytest.raises(ValueError, match=rf"{key} must be .* as when it was written"):
+            train(full_model(config, data), task)
+
+
 def test_the_training_loss_of_a_line_is_the_mean_since_the_line_before(config, data, tmp_path):
     def losses(log_every: int) -> list[float]:
         folder = tmp_path / str(log_every)
