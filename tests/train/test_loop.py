@@ -15,7 +15,7 @@ from torchrec_compress.train.checkpoint import Checkpoints
 from torchrec_compress.train.checkpoint_reader import read
 from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig, override
 from torchrec_compress.train.data import ClickData, Split
-from torchrec_compress.train.loop import PREEMPTED, Preempted, Task, Trained, train
+from torchrec_compress.train.loop import PREEMPTED, Preempted, Progress, Task, Trained, train
 from torchrec_compress.train.models import make_model, make_tables
 from torchrec_compress.train.parallel import Trainable, load_plain, local_shards, make_constraints
 from torchrec_compress.train.stages import full_model
@@ -305,6 +305,12 @@ def _local(trainable: Trainable) -> dict[str, torch.Tensor]:
     """Return copies of this rank's shards."""
     shards = {name: local_shards(value) for name, value in trainable.state()["model"].items()}
     return {f"{name}.{i}": part.clone() for name, parts in shards.items() for i, (part, _) in enumerate(parts)}
+
+
+def test_where_a_stage_stands_is_valid_json_before_the_first_validation():
+    notes = Progress().notes()
+    assert Progress.of(json.loads(json.dumps(notes, allow_nan=False))) == Progress()
+    assert Progress.of({**notes, "best": float("inf")}) == Progress()  # as older checkpoints have it
 
 
 def test_sigterm_saves_and_ends_with_the_status_for_another_try(config, data, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -284,3 +285,13 @@ def test_a_changed_file_that_is_made_again_changes_no_number(finished, tmp_path,
     elif path.name != "versions.json":
         assert path.read_bytes() == before or path.name == "summary.json"
     assert sealed.is_done(path) or "checkpoints" in pattern
+
+
+def test_a_young_file_is_read_again(tmp_path, monkeypatch):
+    """Clocks of file systems are coarse: it may change once more within its time of change."""
+    path, reads, count = tmp_path / "a", [], sealed._hash
+    path.write_text("a")
+    monkeypatch.setattr(sealed, "_hash", lambda file: (reads.append(file), count(file))[1])
+    assert sealed.digest(path) == sealed.digest(path) and len(reads) == 2
+    os.utime(path, (0, 0))
+    assert sealed.digest(path) == sealed.digest(path) and len(reads) == 3
