@@ -68,8 +68,8 @@ def for_budget(
         The method by table name, to be passed to `compress`.
 
     Raises:
-        ValueError: counts lack a table or are not finite, rows are not finite, or the budget is no number of bytes
-            above zero, or below the smallest choice (which is named).
+        ValueError: counts lack a table or are not finite, rows are not finite, or the budget is no number of bytes, or
+            below the smallest choice (which is named).
 
     Example:
         >>> rows = {"user": torch.randn(4000, 16), "day": torch.randn(7, 16)}
@@ -84,7 +84,7 @@ def for_budget(
     with tqdm(tables.items(), desc="measuring candidates", unit="table", disable=not progress, leave=False) as bar:
         for name, rows in bar:
             bar.set_postfix_str(name)
-            candidates[name] = measure_candidates(name, rows, counts[name], base, num_codes, seed)
+            candidates[name] = measure_candidates(name, rows, counts[name].cpu(), base, num_codes, seed)
     return {name: choice.option for name, choice in allocate(candidates, budget_bytes).choices.items()}
 
 
@@ -174,7 +174,7 @@ def smallest_bytes(tables: Sequence[EmbeddingBagConfig], codes: CodebookConfig |
 
     Example:
         >>> smallest_bytes([EmbeddingBagConfig(name="day", num_embeddings=7, embedding_dim=4)], None, [1])
-        43
+        46
     """
     total = 0
     for table in tables:
