@@ -72,7 +72,7 @@ def test_exactly_the_hot_rows_have_escape_codes(config):
 
 @pytest.mark.parametrize("config", TIERED)
 def test_hot_rows_pull_no_codeword(config):
-    hot, moved = config.hot_ids(table(), TableData(rows(), counts())), rows()
+    hot, moved = config.hot_ids(table(), TableData(rows(), counts(), contexts())), rows()
     moved[hot] += 100 * torch.randn(len(hot), 16)
     one, other = (config.fit(table(), TableData(values, counts(), contexts())) for values in (rows(), moved))
     assert torch.equal(one.codes, other.codes)

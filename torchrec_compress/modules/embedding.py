@@ -24,8 +24,7 @@ torch.fx.wrap("split_features")
 
 def jagged_rows(rows: Tensor, bags: JaggedTensor, need_indices: bool) -> JaggedTensor:
     """Return rows, (L, D), in the bags of `bags`; with its ids as weights where they are asked for."""
-    # float32 whatever the parameters are cast to, as TorchRec's own are
-    return JaggedTensor(values=rows.float(), lengths=bags.lengths(), weights=bags.values() if need_indices else None)
+    return JaggedTensor(values=rows, lengths=bags.lengths(), weights=bags.values() if need_indices else None)
 
 
 class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterface):
@@ -90,7 +89,7 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
             dense = self.dense(features)
             found = {key: dense[name].values() for key, name in self._dense_lookups.items()}
         for lookup, values in zip(self.decoder.lookups, self.decoder.unpooled(features, codes, rows), strict=True):
-            found[lookup.key] = values
+            found[lookup.key] = values.float()  # whatever the parameters are cast to, as TorchRec's own are
         for lookup in self._plan.lookups:
             if lookup.key not in found:  # a native bag: its rows are the embedding
                 (group,) = self._plan.row_groups(lookup.table.name)

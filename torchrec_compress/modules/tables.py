@@ -306,8 +306,8 @@ def found_rows(found: FoundRows) -> Rows:
 
 
 def gathered_rows(found: FoundRows) -> Tensor:
-    """Return rows, (L, width), without bags around them."""
-    return found.gather() if isinstance(found, TableRows) else found.values()
+    """Return rows, (L, width), without bags: float32, or the `output_dtype` of TorchRec's sharded tables."""
+    return found.gather().float() if isinstance(found, TableRows) else found.values()
 
 
 def _refuse_pooled_rows(native: nn.Module) -> None:
