@@ -58,16 +58,17 @@ def test_one_line_and_the_explicit_way_plan_alike():
     assert from_callback.stored_bytes == stats.report.stored_bytes
 
 
-def test_a_rank_pays_for_what_it_decodes_without_codebooks():
-    int8 = EmbeddingShardingPlanner(topology(), BATCH, stats=[])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_rank_pays_for_what_it_decodes_without_codebooks(device):
+    int8 = EmbeddingShardingPlanner(topology(device), BATCH, stats=[])
     int8.plan(model({"t": Int8Config()}))
     decoded = 4 * 64 * BATCH  # a sum per bag
     assert int8.report.tables["t"].decoded_bytes == 8 * decoded
-    memcom = EmbeddingShardingPlanner(topology(), BATCH, stats=[])
+    memcom = EmbeddingShardingPlanner(topology(device), BATCH, stats=[])
     memcom.plan(model({"t": MEmComConfig(num_buckets=1000)}))
     assert memcom.report.tables["t"].decoded_bytes == 8 * (decoded + 4 * 64 * BATCH)  # a row per id as well
     capacity = {rank.capacity_bytes for rank in int8.report.ranks}
-    none = EmbeddingShardingPlanner(topology(), BATCH, stats=[])
+    none = EmbeddingShardingPlanner(topology(device), BATCH, stats=[])
     none.plan(model({"t": PQConfig(num_codes=2)}))
     assert none.report.tables["t"].decoded_bytes == 0
     assert {rank.capacity_bytes for rank in none.report.ranks} == {c + decoded for c in capacity}
