@@ -21,7 +21,7 @@ from torchrec_compress.methods.base import (
     bucket_means,
     register,
 )
-from torchrec_compress.ops import Rows, TableRows, pool_rows, pool_table
+from torchrec_compress.ops import Rows, TableRows, pool_rows, pool_table, scale_rows
 
 # FBGEMM wants row widths that are multiples of 4.
 _LANES = 4
@@ -151,20 +151,19 @@ def pool_scaled(
     embeddings = _scale(ids, gathered, is_packed)
     if offsets is not None:
         return pool_rows(embeddings, offsets, weights)
-    return embeddings if weights is None else embeddings * weights.unsqueeze(1)
+    return embeddings if weights is None else scale_rows(embeddings, weights, "memcom")
 
 
 def _pool_in_place(ids: Tensor, offsets: Tensor, weights: Tensor | None, tables: list[TableRows]) -> Tensor:
     """Pool shared rows that are never gathered: the scalars are their weights."""
     # packed scalars lie in the order of the ids; F.embedding's gradient of single values takes 15 times as long
-    factors = tables[1].weight.view(-1).index_select(0, ids)
+    factors = tables[1].weight.reshape(-1).index_select(0, ids)
     if weights is not None:
-        weights = weights.to(factors.dtype)
-        factors = factors * weights
+        factors = scale_rows(factors.unsqueeze(1), weights, "memcom").squeeze(1)
     pooled = pool_table(tables[0], offsets, factors)
     if len(tables) == 2:
         return pooled
-    return pooled + pool_table(TableRows(tables[2].weight.view(-1, 1), ids), offsets, weights)
+    return pooled + pool_table(TableRows(tables[2].weight.reshape(-1, 1), ids), offsets, weights)
 
 
 def _scale(ids: Tensor, rows: list[Tensor], is_packed: bool) -> Tensor:

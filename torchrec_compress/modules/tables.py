@@ -17,7 +17,7 @@ from torchrec_compress.methods.base import Remap
 from torchrec_compress.modules.backward import strip_where_replicated
 from torchrec_compress.modules.code_bank import CodeBank, CodeTableConfig
 from torchrec_compress.modules.features import IdRange, split_features
-from torchrec_compress.ops import Rows, TableRows, check_ids, check_intact
+from torchrec_compress.ops import Rows, TableRows, check_ids, check_intact, check_offsets, check_weight_count
 
 logger = logging.getLogger(__name__)
 
@@ -187,10 +187,10 @@ def remap_features(features: KeyedJaggedTensor, plan: Sequence[RemappedFeature])
     """Return a batch with one key per planned look-up and rewritten ids; bags, weights and VBE strides are kept.
 
     Raises:
-        ValueError: an id is outside the range of the user's table.
+        ValueError: an id is outside the range of the user's table, or the batch's tensors do not fit one another.
     """
     order = [features.keys().index(entry.feature) for entry in plan]
-    picked = features if order == list(range(len(features.keys()))) else features.permute(order)
+    picked = features if order == list(range(len(features.keys()))) else _permuted(features, order)
     rows = [*remapped_ids(features, plan).values()]
     inverse = features.inverse_indices_or_none()
     if inverse is not None:
@@ -209,6 +209,15 @@ def remap_features(features: KeyedJaggedTensor, plan: Sequence[RemappedFeature])
         offset_per_key=picked.offset_per_key(),
         inverse_indices=inverse,
     )
+
+
+def _permuted(features: KeyedJaggedTensor, order: list[int]) -> KeyedJaggedTensor:
+    """Return a batch with other keys; FBGEMM's kernel reads as many ids and weights as lengths say."""
+    num_ids = features.values().shape[0]
+    check_offsets(features.offsets(), num_ids)
+    if features.weights_or_none() is not None:
+        check_weight_count(features.weights(), num_ids, "the batch")
+    return features.permute(order)
 
 
 class _Remapped(nn.Module):

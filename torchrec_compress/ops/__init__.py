@@ -1,6 +1,7 @@
 """Tensor operations behind the compressed lookups. Callers import from here, never from the files below."""
 
 from torchrec_compress.ops.bags import BagLookup, IdBags, Span, codebook_bag, codebook_bags
+from torchrec_compress.ops.checks import check_weight_count
 from torchrec_compress.ops.codebooks import (
     code_dtype,
     hot_row_codes,
@@ -35,7 +36,7 @@ from torchrec_compress.ops.integers import (
 )
 from torchrec_compress.ops.lowbit import SCALE_BYTES, dequantize_rows, quantize_rows, quantized_row_bytes
 from torchrec_compress.ops.lowbit_bags import low_bit_bag
-from torchrec_compress.ops.pooling import check_weights, pool_rows
+from torchrec_compress.ops.pooling import check_offsets, check_weights, pool_rows, scale_rows
 from torchrec_compress.ops.table_bags import Rows, TableRows, pool_table
 
 __all__ = [
@@ -52,6 +53,8 @@ __all__ = [
     "check_filled",
     "check_ids",
     "check_intact",
+    "check_offsets",
+    "check_weight_count",
     "check_weights",
     "checksum",
     "code_dtype",
@@ -77,6 +80,7 @@ __all__ = [
     "quantize_rows",
     "quantized_row_bytes",
     "requested_backend",
+    "scale_rows",
     "stable_salt",
     "tiers",
     "total_of",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchrec_compress.ops.checks import INDICES, check_inputs
 from torchrec_compress.ops.codebooks import Structure, unpack_codes
 from torchrec_compress.ops.cpu import GATHERED, MEAN, ODD, PACKED, RESIDUAL, EagerCodebookBags
 from torchrec_compress.ops.dispatch import cpp_serves, fbgemm_serves, gpu_tier
@@ -15,12 +16,12 @@ from torchrec_compress.ops.fbgemm import FLOATS, fbgemm_codebook_bags
 from torchrec_compress.ops.gpu.lookup import is_gpu_input, pool_on_gpu
 from torchrec_compress.ops.ids import check_ids, gather_rows
 from torchrec_compress.ops.lowbit import dequantize_rows, low_bit_dtype
+from torchrec_compress.ops.pooling import as_factors
 from torchrec_compress.ops.reference import reference_codebook_bags
 
 # what the C++ kernels read; all else goes to FBGEMM or to the reference
 CPP_CODES = (torch.uint8, torch.int16, torch.int32)
 CPP_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-CPP_IDS = (torch.int32, torch.int64)
 
 
 class BagLookup(NamedTuple):
@@ -69,7 +70,7 @@ class IdBags(NamedTuple):
         ids: (L,) int32 or int64; needed where codes are not gathered.
         offsets: (bags + 1,) int32 or int64, from 0 up to L; bag b is the ids [offsets[b], offsets[b + 1]). None: every
             id is a bag of its own.
-        weights: (L,) per-id factors, or None.
+        weights: (L,) floating point factors of the ids, or None.
         is_flat: whether look-ups may differ in their numbers of bags.
     """
 
@@ -90,12 +91,13 @@ def codebook_bags(
 ) -> Tensor:
     """Pool the rows that codes stand for, all look-ups of a collection in one call.
 
-    Nothing of size (L, D) is made, forward or backward. `tiers` says what serves; the C++ kernels (uint8, int16 and
-    int32 codes, float32, bfloat16 and float16 codebooks, CPU) sum in float32, with the same bits for any number of
-    threads, and keep the codes that they met, (L, M), for the backward: ids are followed once per step. The kernels
-    of a GPU sum in float32 and follow ids again in the backward. Packed codes and low-bit hot rows are read by the C++
-    kernels where they lie; before all others the codes of the batch are unpacked, (L, M) uint8, and the hot rows of a
-    table become floats as a whole.
+    Tensors may be views of any strides: a copy is made of what does not lie in one piece. Nothing of size (L, D) is
+    made, forward or backward. `tiers` says what serves; the C++ kernels (uint8, int16 and int32 codes, float32,
+    bfloat16 and float16 codebooks, CPU) sum in float32, with the same bits for any number of threads, and keep the
+    codes that they met, (L, M), for the backward: ids are followed once per step. The kernels of a GPU sum in float32
+    and follow ids again in the backward. Packed codes and low-bit hot rows are read by the C++ kernels where they lie;
+    before all others the codes of the batch are unpacked, (L, M) uint8, and the hot rows of a table become floats as a
+    whole.
 
     Args:
         lookups: what is looked up where, in the order of the output.
@@ -114,8 +116,8 @@ def codebook_bags(
         `codebooks`; an empty bag is zeros. Differentiable in codebooks, float hot_rows and weights.
 
     Raises:
-        ValueError: an id is out of range, offsets decrease or do not run from 0 to L (CPU); or, from the kernels, a
-            code is out of range or shapes do not fit. On a GPU such values are device-side assertions.
+        ValueError: types, devices or shapes do not fit; an id is out of range, offsets decrease or do not run from 0 to
+            L (CPU); or, from the kernels, a code is out of range. On a GPU such values are device-side assertions.
         RuntimeError: from FBGEMM, a code is out of range; from the reference, one points behind the last codebook; or
             `backend` cannot be had.
 
@@ -129,8 +131,11 @@ def codebook_bags(
     dtypes = {books.dtype for books in codebooks}
     if len(dtypes) > 1:
         raise ValueError(f"codebook_bag: codebooks must be of one dtype, got {sorted(map(str, dtypes))}")
-    if _is_kernel_input(codes, codebooks, batch) and cpp_serves(backend):
+    if batch.weights is not None:
+        batch = batch._replace(weights=as_factors(batch.weights, codebooks[0].dtype))
+    if _is_kernel_input(codes, codebooks, hot_rows, batch) and cpp_serves(backend):
         return _cpp_codebook_bags(lookups, spans, codes, codebooks, hot_rows, batch)
+    check_inputs(lookups, spans, codes, codebooks, hot_rows, batch)
     lookups, spans, codes = _unpacked(lookups, spans, codes, batch.ids)
     hot_rows = _float_hot_rows(lookups, codes, codebooks, hot_rows)
     if is_gpu_input(codes, codebooks, batch) and (tier := gpu_tier(backend)) != "torch":
@@ -144,13 +149,17 @@ def _is_on_cpu(codebooks: Sequence[Tensor]) -> bool:
     return all(books.is_cpu for books in codebooks)
 
 
-def _is_kernel_input(codes: Sequence[Tensor], codebooks: Sequence[Tensor], batch: IdBags) -> bool:
-    """Return whether the C++ kernels read these tensors."""
+def _is_kernel_input(
+    codes: Sequence[Tensor], codebooks: Sequence[Tensor], hot_rows: Sequence[Tensor | None], batch: IdBags
+) -> bool:
+    """Return whether the C++ kernels read these tensors; their operator checks the rest of them."""
     return (
         codebooks[0].dtype in CPP_FLOATS
         and _is_on_cpu(codebooks)
-        and all(rows.dtype in CPP_CODES for rows in codes)
-        and (batch.ids is None or batch.ids.dtype in CPP_IDS)
+        and all(rows.is_cpu and rows.dtype in CPP_CODES and rows.dim() == 2 for rows in codes)
+        and all(rows is None or rows.is_cpu for rows in hot_rows)
+        and all(index is None or (index.is_cpu and index.dtype in INDICES) for index in (batch.ids, batch.offsets))
+        and (batch.weights is None or batch.weights.is_cpu)
     )
 
 
@@ -197,21 +206,19 @@ def _cpp_codebook_bags(
 ) -> Tensor:
     ids, offsets, weights, is_flat = batch
     # float() leaves a float32 tensor as it is; lower dtypes are summed in float32 from a copy of the codebooks
-    hot = [table for table in hot_rows if table is not None]
-    rows = [(table if table.dtype == torch.uint8 else table.float()).contiguous() for table in hot]
-    books = [table.float().contiguous() for table in codebooks]
-    factors = None if weights is None else weights.float().contiguous()
+    rows = [table if table.dtype == torch.uint8 else table.float() for table in hot_rows if table is not None]
+    books = [table.float() for table in codebooks]
     is_trained = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (*books, *rows, factors)
+        tensor is not None and tensor.requires_grad for tensor in (*books, *rows, weights)
     )
     plan, saved_bytes = _plan(lookups, spans, codes, hot_rows)
     inputs = (
-        [table.contiguous() for table in codes],
+        list(codes),
         books,
         rows,
-        None if ids is None else ids.contiguous(),
-        None if offsets is None else offsets.contiguous(),
-        factors,
+        ids,
+        offsets,
+        weights,
         plan,
         [number for span in spans for number in (span.first_bag, span.num_bags)],
         saved_bytes if is_trained else 0,
@@ -221,7 +228,7 @@ def _cpp_codebook_bags(
     if torch.compiler.is_compiling():
         out, _ = torch.ops.torchrec_compress.codebook_bags.default(*inputs)
     elif is_trained:
-        out = EagerCodebookBags.apply(inputs, factors, *books, *rows)
+        out = EagerCodebookBags.apply(inputs, weights, *books, *rows)
     else:
         out, _ = torch.ops.torchrec_compress.codebook_bags_forward.default(*inputs)
     return out.to(codebooks[0].dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -118,4 +117,4 @@ def num_escape_codes(num_hot_rows: int, num_codes: int, codebook_size: int) -> i
         >>> num_escape_codes(1500, num_codes=2, codebook_size=256)
         6
     """
-    return math.ceil(num_hot_rows / codebook_size ** (num_codes - 1))
+    return -(-num_hot_rows // codebook_size ** (num_codes - 1))

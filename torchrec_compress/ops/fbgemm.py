@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchrec_compress.ops.checks import check_weight_count
 from torchrec_compress.ops.codebooks import Structure
 from torchrec_compress.ops.pooling import check_offsets, repeat_offsets
 from torchrec_compress.ops.reference import pool_each
@@ -58,7 +59,7 @@ def _sum_codewords(
 def virtual_table_bags(
     words: Tensor, table: Tensor, offsets: Tensor, weights: Tensor | None, is_residual: bool
 ) -> Tensor:
-    """Sum codewords bag by bag; differentiable in `table` and `weights`.
+    """Sum codewords bag by bag; tensors of any strides. Differentiable in `table` and `weights`.
 
     Args:
         words: (M, L) int32 or int64, see `codewords`.
@@ -76,15 +77,15 @@ def virtual_table_bags(
     """
     num_codes, num_ids = words.shape
     check_offsets(offsets, num_ids)
-    if weights is not None and weights.shape != (num_ids,):
-        raise ValueError(f"codebook_bag: weights must be one per id, {num_ids}, got shape {list(weights.shape)}")
+    if weights is not None:
+        check_weight_count(weights, num_ids, "codebook_bag")
     num_tables = 1 if is_residual else num_codes
     if table.shape[0] < num_tables:
         raise ValueError(f"codebook_bag: codebooks must have at least one codeword each, got shape {list(table.shape)}")
     weights_offsets, columns, rows = _layout(num_tables, *table.shape)
     indices, bags, factors = _expand(words, offsets, weights, is_residual)
     return torch.ops.fbgemm.split_embedding_codegen_forward_cpu(
-        table.reshape(-1),
+        table.contiguous().view(-1),
         weights_offsets,
         columns,
         num_tables * table.shape[1],
@@ -109,7 +110,7 @@ def virtual_table_bags_backward(
     # only the size of the table is read; the number of bits in front of `indices` is not used on a CPU
     table = grad.new_empty(num_rows * width)
     found = torch.ops.fbgemm.split_embedding_backward_codegen_dense_cpu(
-        grad, table, weights_offsets, columns, width, rows, 0, indices, bags, _SUM, factors
+        grad.contiguous(), table, weights_offsets, columns, width, rows, 0, indices, bags, _SUM, factors
     )
     return found.view(num_rows, width)
 
@@ -123,7 +124,7 @@ def virtual_table_bags_backward_weights(
     weights_offsets, columns, _ = _layout(1 if is_residual else num_codes, *table.shape)
     indices, bags, _ = _expand(words, offsets, None, is_residual)
     found = torch.ops.fbgemm.split_embedding_codegen_grad_indice_weights_cpu(
-        grad, table.reshape(-1), weights_offsets, columns, indices, bags, None
+        grad.contiguous(), table.contiguous().view(-1), weights_offsets, columns, indices, bags, None
     )
     return found.view(num_ids, num_codes).sum(1) if is_residual else found.view(num_codes, num_ids).sum(0)
 
@@ -139,14 +140,17 @@ def _layout(num_tables: int, num_rows: int, width: int) -> tuple[Tensor, Tensor,
 def _expand(
     words: Tensor, offsets: Tensor, weights: Tensor | None, is_residual: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the rows to sum, table after table, (M * L,); their bags, (T * B + 1,); and their factors, (M * L,)."""
+    """Return the rows to sum, table after table, (M * L,); their bags, (T * B + 1,); and their factors, (M * L,).
+
+    Each lies in one piece, which FBGEMM's kernels take for granted: a reshaped view may have a stride.
+    """
     num_codes, num_ids = words.shape
     offsets = offsets.to(words.dtype)  # the gradients' kernels read both as one type
     if is_residual:
         factors = None if weights is None else weights.repeat_interleave(num_codes)
-        return words.t().reshape(-1), offsets * num_codes, factors
+        return words.t().reshape(-1).contiguous(), (offsets * num_codes).contiguous(), factors
     factors = None if weights is None else weights.repeat(num_codes)
-    return words.reshape(-1), repeat_offsets(offsets, num_codes, num_ids), factors
+    return words.reshape(-1).contiguous(), repeat_offsets(offsets, num_codes, num_ids), factors
 
 
 @virtual_table_bags.register_fake

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchrec_compress.ops.checks import INDICES, check_index, check_one_device
 from torchrec_compress.ops.dispatch import cpp_serves
 
 # Odd 64-bit constants of the splitmix64 finaliser (Steele, Lea, Flood 2014), written as signed integers.
@@ -85,12 +86,13 @@ def check_ids(ids: Tensor, num_embeddings: int, where: str) -> Tensor:
         where: names the table and feature in the error.
 
     Raises:
-        ValueError: an id is negative or too large (CPU).
+        ValueError: ids are not int32 or int64 of one dimension, or one is negative or too large (CPU).
 
     Example:
         >>> check_ids(torch.tensor([0, 9]), 10, "table 'user'")
         tensor([0, 9])
     """
+    check_index("ids", ids, where)
     if torch.compiler.is_compiling() or ids.numel() == 0 or ids.device.type == "meta":
         return ids
     low, high = torch.aminmax(ids)
@@ -138,7 +140,7 @@ def lookup_codes(codes: Tensor, is_set: Tensor, ids: Tensor, where: str) -> Tens
         (L, M), dtype of `codes`.
 
     Raises:
-        ValueError: an id is out of range.
+        ValueError: an id is out of range, or types, devices or shapes do not fit.
         RuntimeError: the table was never filled; it would serve zeros.
 
     Example:
@@ -147,6 +149,7 @@ def lookup_codes(codes: Tensor, is_set: Tensor, ids: Tensor, where: str) -> Tens
         [[3, 4], [3, 4], [1, 2]]
     """
     check_filled(is_set, where)
+    _check_codes(codes, ids, where)
     check_ids(ids, codes.shape[0], where)
     return gather_rows(codes, ids)
 
@@ -167,20 +170,28 @@ def code_gather(
         (L, row_bytes) uint8.
 
     Raises:
-        ValueError: an id is out of range (CPU).
+        ValueError: an id is out of range (CPU), or types, devices or shapes do not fit.
 
     Example:
         >>> code_gather(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8), torch.tensor([1]), "table 't'", 4).tolist()
         [[3, 4, 0, 0]]
     """
+    _check_codes(codes, ids, where)
     own_bytes = codes.shape[1] * codes.element_size()
     wanted = own_bytes if row_bytes is None else row_bytes
     if wanted < own_bytes:
         raise ValueError(f"{where}: row_bytes must be at least {own_bytes}, the table's own, got {wanted}")
-    if codes.device.type == "cpu" and ids.dtype in (torch.int32, torch.int64) and cpp_serves(backend):
-        return torch.ops.torchrec_compress.code_gather(codes.contiguous(), ids.contiguous(), wanted, where)
+    if codes.device.type == "cpu" and ids.dtype in INDICES and cpp_serves(backend):
+        return torch.ops.torchrec_compress.code_gather(codes, ids, wanted, where)
     check_ids(ids, codes.shape[0], where)
     return F.pad(gather_rows(codes, ids).view(torch.uint8), (0, wanted - own_bytes))
+
+
+def _check_codes(codes: Tensor, ids: Tensor, where: str) -> None:
+    if codes.dim() != 2:
+        raise ValueError(f"{where}: codes must have 2 dimensions, got shape {list(codes.shape)}")
+    check_index("ids", ids, where)
+    check_one_device(where, {"codes": codes, "ids": ids})
 
 
 # numbers as wide as a row; the complex one is only ever copied

@@ -30,10 +30,18 @@ def quantized_row_bytes(embedding_dim: int, dtype: RowDtype) -> int:
 def low_bit_width(rows: Tensor, dtype: Literal["int8", "int4"]) -> int:
     """Return the values, D, of each of these rows, (N, bytes per row).
 
+    Raises:
+        ValueError: they are not rows of `quantize_rows`.
+
     Example:
         >>> low_bit_width(torch.zeros(1, 36, dtype=torch.uint8), "int4")
         64
     """
+    if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] <= SCALE_BYTES:
+        raise ValueError(
+            f"low-bit rows: must be uint8 of shape (rows, more than {SCALE_BYTES}), got {rows.dtype} of shape "
+            f"{list(rows.shape)}; make them by quantize_rows"
+        )
     return (rows.shape[1] - SCALE_BYTES) * 8 // _BITS[dtype]
 
 
@@ -63,11 +71,14 @@ def quantize_rows(rows: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
     """Quantise rows, each with its own scale and bias.
 
     Args:
-        rows: (N, D) float32, D a multiple of 2 for int8 and of 4 for int4.
+        rows: (N, D) floating point, quantised from float32; D a multiple of 2 for int8 and of 4 for int4.
         dtype: "int8" or "int4".
 
     Returns:
         (N, D + 4) uint8 for int8, (N, D / 2 + 4) uint8 for int4.
+
+    Raises:
+        ValueError: rows are of another type or shape.
 
     Example:
         >>> quantize_rows(torch.randn(3, 64), "int4").shape
@@ -75,8 +86,16 @@ def quantize_rows(rows: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
     """
     import fbgemm_gpu  # noqa: F401  (registers the operators)
 
+    multiple = 16 // _BITS[dtype]
+    if not rows.is_floating_point() or rows.dim() != 2 or rows.shape[1] == 0 or rows.shape[1] % multiple:
+        raise ValueError(
+            f"quantize_rows: rows must be floating point of shape (rows, a multiple of {multiple}) for {dtype}, got "
+            f"{rows.dtype} of shape {list(rows.shape)}"
+        )
+    # the kernel takes any tensor for float32 in one piece
+    plain = rows.float().contiguous()
     # the fused format has scale and bias behind the values
-    return torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(rows, _BITS[dtype]).roll(SCALE_BYTES, dims=1)
+    return torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(plain, _BITS[dtype]).roll(SCALE_BYTES, dims=1)
 
 
 def dequantize_rows(rows: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
@@ -89,6 +108,9 @@ def dequantize_rows(rows: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
     Returns:
         (L, D) float32.
 
+    Raises:
+        ValueError: rows are not those of `quantize_rows`.
+
     Example:
         >>> x = torch.linspace(-1, 1, 64).view(1, 64)
         >>> (dequantize_rows(quantize_rows(x, "int8"), "int8") - x).abs().max() < 0.005
@@ -96,4 +118,6 @@ def dequantize_rows(rows: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
     """
     import fbgemm_gpu  # noqa: F401  (registers the operators)
 
+    low_bit_width(rows, dtype)
+    # roll() copies, so that the kernel reads one piece of memory
     return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(rows.roll(-SCALE_BYTES, dims=1), _BITS[dtype])

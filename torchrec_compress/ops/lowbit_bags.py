@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from torchrec_compress.ops.checks import check_one_device, check_weight_count
 from torchrec_compress.ops.ids import check_ids, gather_rows
 from torchrec_compress.ops.lowbit import dequantize_rows, low_bit_width
-from torchrec_compress.ops.pooling import check_offsets
+from torchrec_compress.ops.pooling import as_factors, check_offsets, scale_rows
 
 # values of a piece: 1 MiB of floats, which stay in a core's cache, or 64 MiB, which keep a GPU busy
 _PIECE = {"cpu": 2**18, "cuda": 2**24}
@@ -31,15 +32,16 @@ def low_bit_bag(
 ) -> Tensor:
     """Sum, bag by bag, low-bit rows of one table.
 
-    Nothing of size (L, D) is made, forward or backward: FBGEMM's kernels read the rows where they lie. On a GPU, whose
-    kernels want rows aligned to 16 bytes, and for the gradient of weights, rows become floats a piece at a time.
+    Tensors may be views of any strides: a copy is made of what does not lie in one piece. Nothing of size (L, D) is
+    made, forward or backward: FBGEMM's kernels read the rows where they lie. On a GPU, whose kernels want rows aligned
+    to 16 bytes, and for the gradient of weights, rows become floats a piece at a time.
 
     Args:
         rows: (L, bytes per row) of the ids, or with `ids` the (N, bytes per row) table; uint8, see `quantize_rows`.
         dtype: "int8" or "int4".
         offsets: (B + 1,) int32 or int64, from 0 up to L; bag b is the ids [offsets[b], offsets[b + 1]). None: every id
             is a bag of its own.
-        weights: (L,) per-id factors, or None.
+        weights: (L,) floating point factors of the ids, or None.
         ids: (L,) int32 or int64 rows of the table, or None.
         where: names the look-up in errors.
 
@@ -47,7 +49,8 @@ def low_bit_bag(
         (B, D) float32; an empty bag is zeros. Differentiable in weights.
 
     Raises:
-        ValueError: an id is out of range, or offsets decrease or do not run from 0 to L (CPU).
+        ValueError: types, devices or shapes do not fit; an id is out of range, or offsets decrease or do not run from 0
+            to L (CPU).
 
     Example:
         >>> from torchrec_compress.ops import quantize_rows
@@ -55,21 +58,37 @@ def low_bit_bag(
         >>> low_bit_bag(table, "int4", torch.tensor([0, 2, 2]), ids=torch.tensor([0, 1])).tolist()
         [[5.0, 6.0, 7.0, 20.0], [0.0, 0.0, 0.0, 0.0]]
     """
+    low_bit_width(rows, dtype)
+    check_one_device(where, {"rows": rows, "ids": ids, "offsets": offsets, "weights": weights})
+    if offsets is not None:
+        factors = None if weights is None else as_factors(weights, torch.float32, where)
+        return _low_bit_bag(rows, ids, offsets, factors, dtype, where)
     if ids is not None:
         check_ids(ids, rows.shape[0], where)
-    if offsets is not None:
-        check_offsets(offsets, (rows if ids is None else ids).shape[0])
-        return _low_bit_bag(rows, ids, offsets, None if weights is None else weights.float(), dtype)
     found = dequantize_rows(rows if ids is None else gather_rows(rows, ids), dtype)
-    return found if weights is None else found * weights.float().unsqueeze(1)
+    return found if weights is None else scale_rows(found, weights, where)
 
 
 @torch.library.custom_op(
-    "torchrec_compress::low_bit_bag", mutates_args=(), schema=f"({_ROWS}, Tensor? weights, str dtype) -> Tensor"
+    "torchrec_compress::low_bit_bag",
+    mutates_args=(),
+    schema=f"({_ROWS}, Tensor? weights, str dtype, str where='low_bit_bag') -> Tensor",
 )
 def _low_bit_bag(
-    rows: Tensor, ids: Tensor | None, offsets: Tensor, weights: Tensor | None, dtype: Literal["int8", "int4"]
+    rows: Tensor,
+    ids: Tensor | None,
+    offsets: Tensor,
+    weights: Tensor | None,
+    dtype: Literal["int8", "int4"],
+    where: str = "low_bit_bag",
 ) -> Tensor:
+    # here, so that a compiled graph looks at its batches too
+    num_ids = (rows if ids is None else ids).shape[0]
+    if ids is not None:
+        check_ids(ids, rows.shape[0], where)
+    check_offsets(offsets, num_ids)
+    if weights is not None:
+        check_weight_count(weights, num_ids, where)
     pool = _pool_by_fbgemm if rows.device.type == "cpu" else _pool_in_pieces
     return pool(rows, ids, offsets, weights, dtype)
 
@@ -106,9 +125,9 @@ def _pool_by_fbgemm(
         max_float16_D=0,
         max_float32_D=0,
         indices=found.contiguous(),
-        offsets=offsets.to(found.dtype),
+        offsets=offsets.to(found.dtype).contiguous(),
         pooling_mode=_SUM,
-        indice_weights=weights,
+        indice_weights=None if weights is None else weights.contiguous(),
         output_dtype=_FLOAT32,
         row_alignment=1,
     )
@@ -139,12 +158,17 @@ def _pieces(rows: Tensor, ids: Tensor | None, dtype: Literal["int8", "int4"]) ->
 def _bag_numbers(offsets: Tensor, first: int, num_ids: int) -> Tensor:
     """Return the bags of `num_ids` ids from `first` on, (num_ids,) int64; never waits for the device."""
     positions = torch.arange(first, first + num_ids, dtype=offsets.dtype, device=offsets.device)
-    return torch.searchsorted(offsets, positions, right=True) - 1
+    return torch.searchsorted(offsets.contiguous(), positions, right=True) - 1
 
 
 @_low_bit_bag.register_fake
 def _(
-    rows: Tensor, ids: Tensor | None, offsets: Tensor, weights: Tensor | None, dtype: Literal["int8", "int4"]
+    rows: Tensor,
+    ids: Tensor | None,
+    offsets: Tensor,
+    weights: Tensor | None,
+    dtype: Literal["int8", "int4"],
+    where: str = "low_bit_bag",
 ) -> Tensor:
     return rows.new_empty((offsets.shape[0] - 1, low_bit_width(rows, dtype)), dtype=torch.float32)
 
@@ -155,13 +179,13 @@ def _(grad: Tensor, rows: Tensor, ids: Tensor | None, offsets: Tensor, dtype: st
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, ids, offsets, _, ctx.dtype = inputs
+    rows, ids, offsets, _, ctx.dtype, _ = inputs
     ctx.save_for_backward(rows, ids, offsets)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     of_weights = torch.ops.torchrec_compress.low_bit_bag_backward(grad, *ctx.saved_tensors, ctx.dtype)
-    return None, None, None, of_weights, None
+    return None, None, None, of_weights, None, None
 
 
 _low_bit_bag.register_autograd(_backward, setup_context=_setup_context)

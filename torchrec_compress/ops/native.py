@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -12,10 +13,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from torchrec_compress.ops import cpu
+from torchrec_compress.ops.cache import CannotBuild, cache_folder, distrust, make_private
 
 SOURCES = Path(__file__).parent / "csrc"
 # The stable ABI of torch 2.11, the oldest torch that is supported: one library serves it and every later torch.
@@ -24,29 +27,7 @@ _ISA_FLAGS = {
     "kernels_avx2": ("-mavx2", "-mfma"),
     "kernels_avx512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl"),
 }
-
-
-class CannotBuild(Exception):
-    """Why there is no C++ library: no compiler, or one that failed."""
-
-
-def cache_folder() -> Path:
-    """Return where libraries are kept: $TORCHREC_COMPRESS_CACHE, or torchrec_compress in the user's cache folder.
-
-    Raises:
-        CannotBuild: the user has no home folder, as in some containers.
-
-    Example:
-        >>> cache_folder().is_absolute()
-        True
-    """
-    own, base = os.environ.get("TORCHREC_COMPRESS_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own or base:
-        return Path(own or Path(str(base), "torchrec_compress")).absolute()
-    try:
-        return Path.home() / ".cache" / "torchrec_compress"
-    except RuntimeError as error:
-        raise CannotBuild(f"there is no cache folder: {error}; set TORCHREC_COMPRESS_CACHE") from error
+_log = logging.getLogger(__name__)
 
 
 def library_path() -> Path:
@@ -86,37 +67,95 @@ def find_compiler() -> list[str]:
     raise CannotBuild("there is no C++ compiler (looked for $CXX, c++, g++, clang++)")
 
 
-def build() -> Path:
-    """Compile the library unless the cache has it; of many processes that start at once, one compiles.
+class Refused(NamedTuple):
+    """A library that the loader refused.
+
+    Args:
+        status: of the file, which tells it from one that another process has put into its place since.
+        reason: what the loader said.
+    """
+
+    status: os.stat_result
+    reason: str
+
+
+def build(refused: Refused | None = None) -> Path:
+    """Compile the library unless the cache has it whole; of many processes that start at once, one compiles.
+
+    The one that does logs a warning, which is on stderr wherever nobody has set logging up: a first look-up that takes
+    a minute should say why, and a library that must not be loaded should not be replaced in silence.
+
+    Args:
+        refused: a library that does not load; it is compiled anew, unless another process already has.
 
     Returns:
         The library's path.
 
     Raises:
-        CannotBuild: no compiler, a compiler error, or a cache folder that cannot be written.
+        CannotBuild: no compiler, a compiler error, or a cache folder that cannot or must not be used.
 
     Example:
         >>> build().exists()  # doctest: +SKIP
         True
     """
     library = library_path()
-    if library.exists():
-        return library
-    compiler = find_compiler()
     try:
+        if os.path.lexists(library.parent):
+            make_private(library.parent)
+        reason = _distrust(library, refused)
+        if not reason:
+            return library
+        compiler = find_compiler()
         import fcntl
 
-        library.parent.mkdir(parents=True, exist_ok=True)
+        make_private(library.parent)
         with open(library.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             # the one who held the lock before us may have built it
-            if not library.exists():
-                with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-                    # a rename is atomic: no process ever sees half a library
-                    os.replace(_compile(compiler, Path(folder)), library)
+            if reason := _distrust(library, refused):
+                _make(compiler, library, reason)
     except (OSError, ImportError) as error:
         raise CannotBuild(f"the cache folder {library.parent} cannot be used: {error}") from error
     return library
+
+
+def _distrust(library: Path, refused: Refused | None) -> str:
+    """Return why a library must not be loaded, or ""."""
+    if not os.path.lexists(library):
+        return "there is none yet"
+    if reason := distrust(library):
+        return reason
+    if refused is not None and os.path.samestat(library.stat(), refused.status):
+        return f"it does not load: {refused.reason}"
+    try:
+        noted = _digest_path(library).read_text()
+    except FileNotFoundError:
+        return "it has no checksum"
+    return "" if noted == _digest(library) else "it is not what its checksum says"
+
+
+def _digest_path(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def _make(compiler: list[str], library: Path, reason: str) -> None:
+    """Compile the library and put it into its place, in one rename: no process ever sees half of it."""
+    _log.warning(
+        "compiling the C++ kernels with %s, about a minute, once a machine: %s, %s", compiler[0], library, reason
+    )
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = _compile(compiler, Path(folder))
+        made.chmod(0o700)
+        digest = Path(folder, "digest")
+        digest.write_text(_digest(made))
+        digest.chmod(0o600)
+        # between the two renames the library is not what its checksum says, and a reader waits for our lock
+        os.replace(digest, _digest_path(library))
+        os.replace(made, library)
 
 
 def _compile(compiler: list[str], folder: Path) -> Path:
@@ -159,6 +198,8 @@ def load() -> str:
     Returns:
         The instruction set that its kernels use: "avx512", "avx2" or "base".
 
+    A library that does not load, such as one for another C library, is compiled anew, once.
+
     Raises:
         CannotBuild: see `build`; or the library does not load.
 
@@ -169,6 +210,10 @@ def load() -> str:
     library = build()
     try:
         torch.ops.load_library(str(library))
+    except OSError as error:
+        library = build(Refused(library.stat(), str(error)))
+    try:
+        torch.ops.load_library(str(library))  # a second time does nothing
         name = ctypes.CDLL(str(library)).torchrec_compress_instruction_set
     except (OSError, AttributeError) as error:
         raise CannotBuild(f"{library} does not load: {error}") from error

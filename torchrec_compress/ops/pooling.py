@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchrec_compress.ops.checks import check_index, check_one_device, check_weight_count
+
 
 def check_weights(weights: Tensor, where: str) -> Tensor:
     """Return per-id weights unchanged, or raise when one is NaN or infinite.
@@ -14,12 +16,14 @@ def check_weights(weights: Tensor, where: str) -> Tensor:
         where: names the collection in the error.
 
     Raises:
-        ValueError: a weight is not finite (checked on the CPU; on a GPU the check is asynchronous).
+        ValueError: they are not floating point, or one is not finite (checked on the CPU; on a GPU the check is
+            asynchronous).
 
     Example:
         >>> check_weights(torch.ones(2), "collection")
         tensor([1., 1.])
     """
+    as_factors(weights, weights.dtype, where)
     if torch.compiler.is_compiling() or weights.device.type == "meta":
         return weights
     finite = torch.isfinite(weights).all()
@@ -30,8 +34,31 @@ def check_weights(weights: Tensor, where: str) -> Tensor:
     return weights
 
 
+def as_factors(weights: Tensor, dtype: torch.dtype, where: str = "codebook_bag") -> Tensor:
+    """Return per-id weights of any floating point type in the one that rows are summed in.
+
+    Args:
+        weights: (L,) floating point.
+        dtype: of the rows; float16 and bfloat16 ones are summed in float32.
+        where: names the look-up in the error.
+
+    Returns:
+        (L,) float32, or float64 for rows of float64. Differentiable.
+
+    Raises:
+        ValueError: weights are not floating point, as `torch.nn.EmbeddingBag` wants them.
+
+    Example:
+        >>> as_factors(torch.ones(1, dtype=torch.float64), torch.float16).dtype
+        torch.float32
+    """
+    if not weights.is_floating_point():
+        raise ValueError(f"{where}: weights must be floating point, got {weights.dtype}; call weights.float()")
+    return weights.to(dtype if dtype == torch.float64 else torch.float32)
+
+
 def check_offsets(offsets: Tensor, num_ids: int) -> None:
-    """Raise where bags do not cover the ids; inside `torch.compile` and on a GPU nothing is checked.
+    """Raise where bags do not cover the ids; inside `torch.compile` and on a GPU only the type is checked.
 
     `F.embedding_bag` takes decreasing offsets and returns uninitialised memory (torch 2.13).
 
@@ -40,11 +67,12 @@ def check_offsets(offsets: Tensor, num_ids: int) -> None:
         num_ids: L.
 
     Raises:
-        ValueError: offsets decrease, or do not run from 0 to L.
+        ValueError: offsets are not int32 or int64 of one dimension, decrease, or do not run from 0 to L.
 
     Example:
         >>> check_offsets(torch.tensor([0, 2, 2, 3]), 3)
     """
+    check_index("offsets", offsets, "codebook_bag")
     if torch.compiler.is_compiling() or offsets.device.type != "cpu":
         return
     if offsets.numel() == 0 or int(offsets[0]) != 0 or int(offsets[-1]) != num_ids:
@@ -81,19 +109,46 @@ def pool_rows(rows: Tensor, offsets: Tensor, weights: Tensor | None = None) -> T
     Args:
         rows: (L, D) floating point.
         offsets: (B + 1,) integer; bag b is rows[offsets[b]:offsets[b+1]].
-        weights: (L,) factors, or None.
+        weights: (L,) floating point factors, or None.
 
     Returns:
         (B, D), dtype of `rows`; an empty bag is zeros. Differentiable in `rows` and `weights`.
+
+    Raises:
+        ValueError: weights are not one per row, or offsets decrease or do not run from 0 to L (CPU).
 
     Example:
         >>> pool_rows(torch.ones(3, 2), torch.tensor([0, 2, 2, 3])).tolist()
         [[2.0, 2.0], [0.0, 0.0], [1.0, 1.0]]
     """
+    check_one_device("pool_rows", {"rows": rows, "offsets": offsets, "weights": weights})
+    check_offsets(offsets, rows.shape[0])
     if weights is not None:
-        rows = rows * weights.to(rows.dtype).unsqueeze(1)
+        rows = scale_rows(rows, weights)
     num_bags = offsets.shape[0] - 1
     bags = torch.repeat_interleave(
         torch.arange(num_bags, device=rows.device), (offsets[1:] - offsets[:-1]).long(), output_size=rows.shape[0]
     )
     return rows.new_zeros(num_bags, rows.shape[1]).index_add(0, bags, rows)
+
+
+def scale_rows(rows: Tensor, weights: Tensor, where: str = "pool_rows") -> Tensor:
+    """Multiply every row by its weight.
+
+    Args:
+        rows: (L, D) floating point.
+        weights: (L,) floating point factors.
+        where: names the look-up in the error.
+
+    Returns:
+        (L, D), dtype of `rows`. Differentiable in both.
+
+    Raises:
+        ValueError: weights are not floating point, or not one per row.
+
+    Example:
+        >>> scale_rows(torch.ones(2, 2), torch.tensor([2.0, 3.0])).tolist()
+        [[2.0, 2.0], [3.0, 3.0]]
+    """
+    check_weight_count(weights, rows.shape[0], where)
+    return rows * as_factors(weights, rows.dtype, where).to(rows.dtype).unsqueeze(1)

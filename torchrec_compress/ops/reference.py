@@ -74,7 +74,7 @@ def pool_each(
     for lookup, span, rows in zip(lookups, spans, codes, strict=True):
         first, last = span.first_id, span.first_id + span.num_ids
         if not span.is_gathered:
-            assert ids is not None
+            assert ids is not None  # see check_inputs
             mine = ids[first:last]
             check_ids(mine, rows.shape[0], lookup.where)
             rows = gather_rows(rows, mine)

@@ -31,20 +31,43 @@ void require(bool holds, const Parts&... parts) {
   throw std::invalid_argument(message.str());
 }
 
-const float* floats(const Tensor& tensor, const char* name, int64_t dim) {
-  require(tensor.scalar_type() == ScalarType::Float && tensor.dim() == dim && tensor.is_contiguous(),
-          "codebook_bag: ", name, " must be contiguous float32 with ", dim,
-          " dimensions; call torchrec_compress.ops.codebook_bags");
-  return static_cast<const float*>(tensor.const_data_ptr());
+bool is_aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() == 0;
 }
 
-// Checks a tensor of whole numbers and returns their width in bytes.
-int integers(const Tensor& tensor, const char* name) {
-  const ScalarType type = tensor.scalar_type();
-  require((type == ScalarType::Int || type == ScalarType::Long) && tensor.dim() == 1 && tensor.is_contiguous(),
-          "codebook_bag: ", name, " must be contiguous int32 or int64 with 1 dimension");
-  return type == ScalarType::Int ? 4 : 8;
+// Returns a tensor whose numbers lie one behind another, each at a multiple of its size: a copy, where views are given
+// or memory that is another program's.
+Tensor laid_out(const Tensor& tensor) {
+  const Tensor whole = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  return is_aligned(whole) ? whole : torch::stable::clone(whole);
 }
+
+// What kernels read through an address, kept for as long as this lives.
+class Operands {
+ public:
+  const void* address(const Tensor& tensor) {
+    kept_.push_back(laid_out(tensor));
+    return kept_.back().const_data_ptr();
+  }
+
+  const float* floats(const Tensor& tensor, const char* name, int64_t dim) {
+    require(tensor.scalar_type() == ScalarType::Float && tensor.dim() == dim, "codebook_bag: ", name,
+            " must be float32 with ", dim, " dimensions; call torchrec_compress.ops.codebook_bags");
+    return static_cast<const float*>(address(tensor));
+  }
+
+  // Whole numbers, and their width in bytes.
+  const void* integers(const Tensor& tensor, const char* name, int* bytes) {
+    const ScalarType type = tensor.scalar_type();
+    require((type == ScalarType::Int || type == ScalarType::Long) && tensor.dim() == 1, "codebook_bag: ", name,
+            " must be int32 or int64 with 1 dimension");
+    *bytes = type == ScalarType::Int ? 4 : 8;
+    return address(tensor);
+  }
+
+ private:
+  Tensors kept_;
+};
 
 int64_t read(const void* numbers, int bytes, int64_t i) {
   return bytes == 8 ? static_cast<const int64_t*>(numbers)[i] : static_cast<const int32_t*>(numbers)[i];
@@ -69,8 +92,10 @@ constexpr size_t PLAN = 4;  // numbers per look-up: table, its hot rows or -1, f
 
 // All that the operators are given.
 struct Call {
+  Operands operands;
   Batch batch = {};
   int64_t num_bags = 0;  // of all features
+  bool is_weighted = false;
   std::vector<Lookup> lookups;
   std::vector<int64_t> tables;
   Numbers plan;
@@ -81,12 +106,12 @@ struct Call {
                  const std::optional<Tensor>& weights) {
     batch.num_ids = -1;
     if (ids) {
-      batch.id_bytes = integers(*ids, "ids");
-      batch.ids = ids->const_data_ptr();
+      batch.ids = operands.integers(*ids, "ids", &batch.id_bytes);
       batch.num_ids = ids->numel();
     }
+    is_weighted = weights.has_value();
     if (weights) {
-      batch.weights = floats(*weights, "weights", 1);
+      batch.weights = operands.floats(*weights, "weights", 1);
       require(!ids || weights->numel() == batch.num_ids, "codebook_bag: weights must be one per id, ", batch.num_ids,
               ", got ", weights->numel());
       batch.num_ids = weights->numel();
@@ -95,9 +120,8 @@ struct Call {
       num_bags = batch.num_ids;
       return;
     }
-    batch.offset_bytes = integers(*offsets, "offsets");
+    batch.offsets = operands.integers(*offsets, "offsets", &batch.offset_bytes);
     require(offsets->numel() >= 1, "codebook_bag: offsets must be of shape (B + 1,), got none");
-    batch.offsets = offsets->const_data_ptr();
     num_bags = offsets->numel() - 1;
     batch.offset_bytes == 8
         ? check_offsets(static_cast<const int64_t*>(batch.offsets), num_bags, batch.num_ids)
@@ -117,10 +141,12 @@ struct Call {
       Lookup& lookup = lookups[l];
       const ScalarType type = codes[l].scalar_type();
       require((type == ScalarType::Byte || type == ScalarType::Short || type == ScalarType::Int) &&
-                  codes[l].dim() == 2 && codes[l].is_contiguous() && codes[l].size(1) >= 1,
-              "codebook_bag: codes must be contiguous uint8, int16 or int32 of shape (rows, M), M at least 1");
+                  codes[l].dim() == 2 && codes[l].size(1) >= 1,
+              "codebook_bag: codes must be uint8, int16 or int32 of shape (rows, M), M at least 1");
       const int64_t flags = plan[l * PLAN + 2];
-      lookup.codes = static_cast<const char*>(codes[l].const_data_ptr());
+      // a backward reads a table's codes where the forward has kept them
+      const bool is_read = flags & GATHERED || batch.ids;
+      lookup.codes = is_read ? static_cast<const char*>(operands.address(codes[l])) : nullptr;
       lookup.code_bytes = int(codes[l].element_size());
       lookup.num_rows = codes[l].size(0);
       lookup.is_packed = flags & PACKED;
@@ -140,11 +166,15 @@ struct Call {
   // Without offsets, gathered codes say how many positions there are at least, and where no ids do, how many.
   void count_positions(const Tensors& codes, const Numbers& bags) {
     int64_t end = 0;
-    for (size_t l = 0; l < codes.size(); ++l)
-      if (plan[l * PLAN + 2] & GATHERED) end = std::max(end, bags[2 * l] + codes[l].size(0));
+    bool are_gathered = true;
+    for (size_t l = 0; l < codes.size(); ++l) {
+      const bool is_gathered = plan[l * PLAN + 2] & GATHERED;
+      if (is_gathered) end = std::max(end, bags[2 * l] + codes[l].size(0));
+      are_gathered &= is_gathered;
+    }
+    require(!is_weighted || (are_gathered ? batch.num_ids == end : batch.num_ids >= end),
+            "codebook_bag: weights must be one per id, ", end, ", got ", batch.num_ids);
     if (num_bags < 0) num_bags = end;
-    require(!batch.weights || batch.num_ids >= end, "codebook_bag: weights must be one per id, ", end, ", got ",
-            batch.num_ids);
   }
 
   void set_rows(Lookup& lookup) {
@@ -181,7 +211,7 @@ struct Call {
     for (size_t l = 0; l < lookups.size(); ++l) {
       Lookup& lookup = lookups[l];
       const Tensor& books = at(codebooks, tables[l], "codebooks");
-      lookup.codebooks = floats(books, "codebooks", 2);
+      lookup.codebooks = operands.floats(books, "codebooks", 2);
       const Tensor* rows = hot(l) < 0 ? nullptr : &at(hot_rows, hot(l), "hot_rows");
       set_sizes(l, books.size(0), books.size(1), rows ? rows->size(0) : 0);
       if (!rows) continue;
@@ -190,15 +220,15 @@ struct Call {
   }
 
   // Rows of floats, or of bytes, whose number says how many bits a value has (ops/lowbit.py).
-  static void set_hot_rows(Lookup& lookup, const Tensor& rows) {
+  void set_hot_rows(Lookup& lookup, const Tensor& rows) {
     const bool is_low = rows.scalar_type() == ScalarType::Byte;
-    require((is_low || rows.scalar_type() == ScalarType::Float) && rows.dim() == 2 && rows.is_contiguous(),
-            "codebook_bag: hot_rows must be contiguous float32 or uint8 with 2 dimensions");
+    require((is_low || rows.scalar_type() == ScalarType::Float) && rows.dim() == 2,
+            "codebook_bag: hot_rows must be float32 or uint8 with 2 dimensions");
     const int64_t width = rows.size(1), dim = lookup.dim;
     lookup.hot_bits = !is_low ? 32 : width == dim + 4 ? 8 : 4;
     require(width == (is_low ? dim * lookup.hot_bits / 8 + 4 : dim) && (lookup.hot_bits > 4 || dim % 4 == 0),
             "codebook_bag: hot_rows must be ", dim, " wide, or ", dim, " + 4 or ", dim, " / 2 + 4 bytes, got ", width);
-    lookup.hot_rows = static_cast<const char*>(rows.const_data_ptr());
+    lookup.hot_rows = static_cast<const char*>(operands.address(rows));
     lookup.hot_stride = width * int64_t(rows.element_size());
   }
 
@@ -269,7 +299,8 @@ struct Call {
     bool fits = grad.scalar_type() == ScalarType::Float && grad.dim() == int64_t(shape.size());
     for (size_t i = 0; fits && i < shape.size(); ++i) fits = grad.size(i) == shape[i];
     require(fits, "codebook_bag: grad must be float32 of the output's shape");
-    Tensor rows = grad.stride(grad.dim() - 1) == 1 ? grad : torch::stable::contiguous(grad);
+    const bool is_in_place = grad.stride(grad.dim() - 1) == 1 && is_aligned(grad);
+    const Tensor rows = is_in_place ? grad : laid_out(grad);
     const Numbers first = starts(is_flat);
     for (size_t l = 0; l < lookups.size(); ++l) {
       lookups[l].grad = static_cast<const float*>(rows.const_data_ptr()) + first[l];

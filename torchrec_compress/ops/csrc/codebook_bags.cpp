@@ -198,13 +198,13 @@ Tensor codebook_bags_backward_weights(Tensor grad, Tensors codes, Tensor saved, 
 }
 
 Tensor code_gather(Tensor codes, Tensor ids, int64_t row_bytes, std::string where) {
+  Operands operands;
   Batch batch = {};
-  batch.id_bytes = integers(ids, "ids");
-  batch.ids = ids.const_data_ptr();
+  batch.ids = operands.integers(ids, "ids", &batch.id_bytes);
   batch.num_ids = ids.numel();
-  require(codes.dim() == 2 && codes.is_contiguous(), where, ": codes must be contiguous with 2 dimensions");
+  require(codes.dim() == 2, where, ": codes must have 2 dimensions, got ", codes.dim());
   Lookup lookup = {};
-  lookup.codes = static_cast<const char*>(codes.const_data_ptr());
+  lookup.codes = static_cast<const char*>(operands.address(codes));
   lookup.num_rows = codes.size(0);
   lookup.stride = codes.size(1) * int64_t(codes.element_size());
   require(row_bytes >= lookup.stride, where, ": rows must have at least the ", lookup.stride,

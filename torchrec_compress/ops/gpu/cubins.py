@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torchrec_compress.ops.native import CannotBuild, cache_folder
+from torchrec_compress.ops.cache import CannotBuild, cache_folder, distrust, make_private
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _log = logging.getLogger(__name__)
@@ -21,8 +21,8 @@ def cached(source: str, options: Sequence[bytes], version: tuple[int, int], buil
 
     Processes that start at once may each build the same program; whole files replace one another, so none of them
     reads half a file. There is no lock: a program takes less than a second, and network file systems do not lock well.
-    A file that is damaged is built anew. Where the folder cannot be used, programs are built without it, and the log
-    says so once.
+    A file that is damaged, or that others may have written, is built anew. Where the folder cannot or must not be used,
+    programs are built without it, and the log says so once.
 
     Args:
         source: the program's whole text.
@@ -39,13 +39,12 @@ def cached(source: str, options: Sequence[bytes], version: tuple[int, int], buil
     """
     try:
         path = cubin_path(source, options, version)
+        for folder in (path.parent.parent, path.parent):
+            make_private(folder)
+        content = path.read_bytes() if os.path.lexists(path) and not distrust(path) else b""
     except CannotBuild as error:
         _warn(str(error))
         return build()
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        content = b""
     except OSError as error:
         _warn(f"{path.parent} cannot be read: {error.strerror}")
         return build()
@@ -76,7 +75,6 @@ def cubin_path(source: str, options: Sequence[bytes], version: tuple[int, int]) 
 
 def _write(path: Path, content: bytes) -> None:
     """Put a file into place by a rename, which other processes see whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
