@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.ops.bags import check, random_codes
+from tests.ops.test_codebook_bags import BACKENDS
 from tests.tolerances import assert_near
 from torchrec_compress.ops import (
     code_dtype,
@@ -151,3 +152,14 @@ def test_hot_row_codes_name_every_hot_row_once(num_hot, num_codes, size):
         assert codes.min() >= 0
         assert codes.max() < size
         assert codes[:, 0].min() == size - escapes
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("num_codes", "size"), [(300, 16), (200, 256), (1100, 2)])
+def test_hot_rows_are_reached_behind_any_number_of_codes(num_codes, size, backend):
+    """K**(M-1) is beyond what a float holds: an escape code less, and no code would lead to the hot rows."""
+    codes = hot_row_codes(5, num_codes, size)
+    assert codes.max() < size and num_escape_codes(5, num_codes, size) == 1
+    hot = torch.randn(5, num_codes)
+    got = codebook_bag(codes.to(torch.uint8), torch.randn(num_codes * size, 1), None, hot_rows=hot, backend=backend)
+    assert torch.equal(got, hot)

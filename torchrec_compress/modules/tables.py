@@ -189,8 +189,9 @@ def remap_features(features: KeyedJaggedTensor, plan: Sequence[RemappedFeature])
     Raises:
         ValueError: an id is outside the range of the user's table, or the batch's tensors do not fit one another.
     """
+    _check_lengths(features)
     order = [features.keys().index(entry.feature) for entry in plan]
-    picked = features if order == list(range(len(features.keys()))) else _permuted(features, order)
+    picked = features if order == list(range(len(features.keys()))) else features.permute(order)
     rows = [*remapped_ids(features, plan).values()]
     inverse = features.inverse_indices_or_none()
     if inverse is not None:
@@ -211,13 +212,12 @@ def remap_features(features: KeyedJaggedTensor, plan: Sequence[RemappedFeature])
     )
 
 
-def _permuted(features: KeyedJaggedTensor, order: list[int]) -> KeyedJaggedTensor:
-    """Return a batch with other keys; FBGEMM's kernel reads as many ids and weights as lengths say."""
+def _check_lengths(features: KeyedJaggedTensor) -> None:
+    """Raise where lengths say more than there is: the kernels of a permutation and of native tables believe them."""
     num_ids = features.values().shape[0]
     check_offsets(features.offsets(), num_ids)
     if features.weights_or_none() is not None:
         check_weight_count(features.weights(), num_ids, "the batch")
-    return features.permute(order)
 
 
 class _Remapped(nn.Module):
