@@ -38,6 +38,12 @@ def strip_in_backward_optimizers(module: nn.Module) -> list[str]:
 
 
 def strip_where_replicated(module: nn.Module) -> None:
-    """Do so where there are several ranks, so that every rank holds a copy of the parameters."""
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    """Do so where there are several ranks, so that every rank holds a copy of the parameters.
+
+    And on the CPU of one rank, where DistributedDataParallel fails on optimizers in the backward.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    is_on_cpu = any(parameter.device.type == "cpu" for parameter in module.parameters())
+    if torch.distributed.get_world_size() > 1 or is_on_cpu:
         strip_in_backward_optimizers(module)

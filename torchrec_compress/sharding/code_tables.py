@@ -213,6 +213,9 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
         shard.stand_beside(*bank.decoders)
         return shard
 
+    def _initialize_torch_state(self, skip_registering: bool = False) -> None:
+        """Do nothing: TorchRec calls it when it has quantised its kernels, and codes have none."""
+
     def create_context(self) -> CodeContext:
         """Return an empty context for one batch."""
         return CodeContext()

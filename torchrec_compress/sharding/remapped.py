@@ -56,6 +56,11 @@ class ShardedRemappedEmbeddingBagCollection(ShardedEmbeddingModule[Any, Any, Key
         self._also_checked = module.also_checked
         self.native: Any = sharder.shard(module.native, plan, env, device)
         copy_values(module.native, self.native)
+        self._lookups = self.native._lookups  # TorchRec's walks over the kernels stop at this name
+
+    def _initialize_torch_state(self, skip_registering: bool = False) -> None:
+        """Point the state dict at the kernels' weights anew; TorchRec calls it when it has quantised them."""
+        self.native._initialize_torch_state(skip_registering=skip_registering)
 
     def create_context(self) -> Any:
         """Return TorchRec's context for one batch."""
@@ -168,6 +173,7 @@ class ShardedRemappedEmbeddingCollection(ShardedEmbeddingModule[Any, Any, dict[s
                 subset, {config.name: plan[config.name] for config in sharded}, env, device
             )
             copy_values(subset, self.native)
+            self._lookups = self.native._lookups  # TorchRec's walks over the kernels stop at this name
         else:
             self.native = nn.Module()
             self.native.embeddings = nn.ModuleDict()
@@ -175,6 +181,11 @@ class ShardedRemappedEmbeddingCollection(ShardedEmbeddingModule[Any, Any, dict[s
         for config in configs:
             if config not in sharded:
                 self.native.embeddings[config.name] = _Weights(_materialised(module, config.name, device))
+
+    def _initialize_torch_state(self, skip_registering: bool = False) -> None:
+        """Point the state dict at the kernels' weights anew; TorchRec calls it when it has quantised them."""
+        if self._is_sharded:
+            self.native._initialize_torch_state(skip_registering=skip_registering)
 
     def create_context(self) -> RowContext:
         """Return an empty context for one batch."""

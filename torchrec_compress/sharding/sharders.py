@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 Module = TypeVar("Module", bound=nn.Module)
 
+_DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
+
 
 def _check_env(env: ShardingEnv, where: str) -> None:
     if isinstance(env, ShardingEnv2D) or env.output_dtensor:
@@ -50,6 +52,20 @@ def _check_env(env: ShardingEnv, where: str) -> None:
 
 def _device(device: torch.device | None) -> torch.device:
     return torch.device("cpu") if device is None else device
+
+
+def _check_names(where: str, plan: Mapping[str, ParameterSharding], names: Collection[str], optional: bool) -> None:
+    """Raise ValueError where a plan, made by hand or for another model, does not fit the tables of a part.
+
+    Entries too many are left alone, as by TorchRec, but where none is needed: there they must be misspelt.
+    """
+    missing = [] if optional else sorted(set(names) - set(plan))
+    unknown = sorted(set(plan) - set(names))
+    if missing or (optional and unknown):
+        raise ValueError(
+            f"{where}: the plan must have an entry for each of {sorted(names)}, got none for {missing}, and unknown "
+            f"entries {unknown}; let a planner make it, or see 'A plan made by hand' in docs/planner.md"
+        )
 
 
 def _check_no_empty_shard(plan: dict[str, ParameterSharding]) -> None:
@@ -84,6 +100,7 @@ class CodeTableCollectionSharder(BaseEmbeddingSharder[CodeTableCollection]):
     ) -> ShardedCodeTableCollection:
         """Return the sharded collection."""
         _check_env(env, "code tables")
+        _check_names(module_fqn or "code tables", params, module.banks.keys(), optional=False)
         return ShardedCodeTableCollection(module, params, env, _device(device), self._deduplicate)
 
     def shardable_parameters(self, module: CodeTableCollection) -> dict[str, nn.Parameter]:
@@ -92,11 +109,11 @@ class CodeTableCollectionSharder(BaseEmbeddingSharder[CodeTableCollection]):
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """Return what the exchange of codes can do."""
-        return [ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value, ShardingType.DATA_PARALLEL.value]
+        return [ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value, _DATA_PARALLEL]
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         """Return the name that the planner's tables of bandwidths know."""
-        dense = sharding_type == ShardingType.DATA_PARALLEL.value
+        dense = sharding_type == _DATA_PARALLEL
         return [EmbeddingComputeKernel.DENSE.value if dense else EmbeddingComputeKernel.FUSED.value]
 
     @property
@@ -118,8 +135,9 @@ class _RemappedSharder(BaseEmbeddingSharder[Module]):
         return {entry.table: entry.native_table for entry in module.plan}  # type: ignore[union-attr]
 
     def _native_plan(
-        self, module: Module, params: dict[str, ParameterSharding], device: torch.device
+        self, module: Module, params: dict[str, ParameterSharding], device: torch.device, path: str | None
     ) -> dict[str, ParameterSharding]:
+        _check_names(path or "native tables", params, self._native_names(module), optional=False)
         if device.type == "cpu":
             _check_no_empty_shard(params)
         return {physical: params[table] for table, physical in self._native_names(module).items()}
@@ -174,7 +192,7 @@ class RemappedEmbeddingBagCollectionSharder(_RemappedSharder[RemappedEmbeddingBa
     ) -> ShardedRemappedEmbeddingBagCollection:
         """Return the sharded collection."""
         _check_env(env, "native tables")
-        plan = self._native_plan(module, params, _device(device))
+        plan = self._native_plan(module, params, _device(device), module_fqn)
         return ShardedRemappedEmbeddingBagCollection(module, plan, env, _device(device), self._stock)
 
     @property
@@ -204,7 +222,7 @@ class RemappedEmbeddingCollectionSharder(_RemappedSharder[RemappedEmbeddingColle
     ) -> ShardedRemappedEmbeddingCollection:
         """Return the sharded collection."""
         _check_env(env, "native tables")
-        plan = self._native_plan(module, params, _device(device))
+        plan = self._native_plan(module, params, _device(device), module_fqn)
         return ShardedRemappedEmbeddingCollection(module, plan, env, _device(device), self._stock)
 
     @property
@@ -270,6 +288,13 @@ class DecoderSharder(BaseEmbeddingSharder[Decoder]):
     ) -> Decoder:
         """Return the decoder itself, with optimizers for the backward pass taken off its parameters."""
         _check_env(env, "decoder")
+        where = module_fqn or "decoder"
+        _check_names(where, params, module.replicated_tensors(), optional=True)
+        wrong = {name: how.sharding_type for name, how in params.items() if how.sharding_type != _DATA_PARALLEL}
+        if wrong:
+            raise ValueError(
+                f"{where}: a decoder is replicated, so that its entries must be data_parallel, got {wrong}"
+            )
         strip_in_backward_optimizers(module)
         trained = sorted({name.partition(".")[0] for name, _ in module.banks.named_parameters()})
         if self._ignored and trained:
@@ -286,7 +311,7 @@ class DecoderSharder(BaseEmbeddingSharder[Decoder]):
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """Return data-parallel alone."""
-        return [ShardingType.DATA_PARALLEL.value]
+        return [_DATA_PARALLEL]
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         """Return the name that the planner's tables of bandwidths know."""
