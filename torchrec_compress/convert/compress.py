@@ -152,7 +152,8 @@ def compress_into(
             f"compress_into: seed must be the collection's own, {collection.seed}, got {seed}; leave it out"
         )
     tables = {table.name: table for table in collection.table_configs()}
-    counts, contexts = ({} if given is None else given for given in (counts, contexts))
+    counts = {} if counts is None else counts
+    contexts = {} if contexts is None else contexts
     for what, given in (("rows", rows), ("counts", counts), ("contexts", contexts)):
         if not isinstance(given, Mapping):
             raise ValueError(f"compress: {what} must be a mapping by table name, got {type(given).__name__}")

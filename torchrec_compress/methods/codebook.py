@@ -215,12 +215,13 @@ class CodebookDecoder(TableDecoder):
         self.has_low_bit_rows = config.num_hot_rows > 0 and config.hot_dtype != "fp32"
         num_words = config.num_codes * config.codebook_size
         width = table.embedding_dim // (config.num_codes if config.structure == "product" else 1)
-        self.codebooks = nn.Parameter(torch.empty(num_words, width, device=device))
+        self.codebooks = nn.Parameter(torch.empty(num_words, width, dtype=torch.float32, device=device))
         self.hot_rows: Tensor | None
         if not config.num_hot_rows:
             self.hot_rows = None
         elif config.hot_dtype == "fp32":
-            self.hot_rows = nn.Parameter(torch.empty(config.num_hot_rows, table.embedding_dim, device=device))
+            shape = (config.num_hot_rows, table.embedding_dim)
+            self.hot_rows = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
         else:
             row_bytes = quantized_row_bytes(table.embedding_dim, config.hot_dtype)
             hot = torch.zeros(config.num_hot_rows, row_bytes, dtype=torch.uint8, device=device)

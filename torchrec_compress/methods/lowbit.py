@@ -78,7 +78,7 @@ def _start_rows(ids: Tensor, table: BaseEmbeddingConfig, dtype: Literal["int8", 
             numbers.tolist(), ordered.split(counts.tolist()), order.split(counts.tolist()), strict=True
         ):
             torch.manual_seed(int(hash_ids(torch.tensor([number]), 2**62, salt)))
-            block = torch.empty(_BLOCK_ROWS, table.embedding_dim)
+            block = torch.empty(_BLOCK_ROWS, table.embedding_dim, dtype=torch.float32)
             try:
                 init_like(table, block)
             except RuntimeError as error:

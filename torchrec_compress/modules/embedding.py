@@ -9,6 +9,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection, EmbeddingCollectionInterface
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_compress.compression import Compression
 from torchrec_compress.modules.features import check_features, split_features
@@ -80,6 +81,7 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Return the rows of every feature's ids."""
+        features = maybe_td_to_kjt(features, None)
         check_features(features, self._features, type(self).__name__)
         codes = self.code_tables(features) if self.code_tables is not None else None
         rows = {group: module(features) for group, module in self.rows.items()}

@@ -15,6 +15,7 @@ from torchrec.modules.embedding_modules import (
     get_embedding_names_by_table,
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_compress.compression import Compression
 from torchrec_compress.methods import MECConfig, MEmComConfig, PQConfig, RandomCodesConfig
@@ -105,9 +106,10 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Return the pooled embeddings of a batch."""
+        features = maybe_td_to_kjt(features, None)
         check_features(features, self._features, type(self).__name__)
         if self._is_weighted:
-            check_batch_weights(features, type(self).__name__)
+            check_batch_weights(features, type(self).__name__, self._native_dtypes())
         codes = self.code_tables(features) if self.code_tables is not None else None
         rows = {group: module(features) for group, module in self.rows.items()}
         pooled: list[KeyedTensor] = []
@@ -124,6 +126,12 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
             [lookup.table.embedding_dim for lookup in self._plan.lookups],
         )
 
+    def _native_dtypes(self) -> list[torch.dtype]:
+        """Return the dtypes of the tables that torch pools, which takes weights of no other dtype."""
+        stock = [self.dense, None if self.bags is None else self.bags.native]
+        bags = [bag for part in stock if type(part) is EmbeddingBagCollection for bag in part.embedding_bags.values()]
+        return list(dict.fromkeys(bag.weight.dtype for bag in bags))  # type: ignore[union-attr]
+
     def _find_sources(self, dense: list[EmbeddingBagConfig]) -> list[tuple[int, str, int]]:
         """Return (pooled piece, key there, 0) or (-1, "", number among the decoded) for each output."""
         keys = [lookup.key for table in dense for lookup in self._plan.by_table[table.name]]
@@ -138,6 +146,10 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """Return the user's own configs; where one names no features, a copy that names them."""
+        return self._plan.given
+
+    def embedding_configs(self) -> list[EmbeddingBagConfig]:
+        """Return the same; `ManagedCollisionEmbeddingBagCollection` asks every heir of the interface by this name."""
         return self._plan.given
 
     def is_weighted(self) -> bool:

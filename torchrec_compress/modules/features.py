@@ -34,12 +34,23 @@ def check_features(features: KeyedJaggedTensor, wanted: list[str], where: str) -
         raise ValueError(f"{where}: the batch must have the features {missing}, got only {features.keys()}")
 
 
-def check_batch_weights(features: KeyedJaggedTensor, where: str) -> None:
-    """Raise ValueError when the batch lacks the weights of a weighted collection, or one is not finite."""
+def check_batch_weights(features: KeyedJaggedTensor, where: str, dtypes: list[torch.dtype]) -> None:
+    """Raise ValueError when the batch lacks the weights of a weighted collection, or one is not finite.
+
+    Args:
+        features: the batch.
+        where: names the collection in errors.
+        dtypes: of tables that want weights of their own dtype.
+    """
     weights = features.weights_or_none()
     if weights is None:
         raise ValueError(
             f"{where}: the batch must carry weights with is_weighted=True, got none; give the batch weights"
+        )
+    if any(dtype != weights.dtype for dtype in dtypes):
+        raise ValueError(
+            f"{where}: weights must have the dtype of the dense and hashed tables, {dtypes[0]}, got {weights.dtype}; "
+            "cast the weights, or leave the collection in float32"
         )
     check_weights(weights, where)
 

@@ -40,7 +40,7 @@ class CompressedParts(nn.Module):
         self, plan: CollectionPlan, is_weighted: bool, device: torch.device | None, will_fit: bool
     ) -> None:
         """Make the code tables, the unpooled native tables and the decoder."""
-        self._plan, self._device = plan, torch.device("cpu") if device is None else torch.device(device)
+        self._plan, self._device = plan, torch.get_default_device() if device is None else torch.device(device)
         code_tables = plan.code_tables(will_fit)
         self.code_tables = CodeTableCollection(code_tables, device) if code_tables else None
         self.rows = nn.ModuleDict({group: self._rows_kind(*members, device) for group, members in plan.rows().items()})
