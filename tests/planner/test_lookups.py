@@ -12,7 +12,7 @@ FOUND = Lookups.of("t", WISH, 512)
 
 
 def test_ids_and_bags_are_those_of_every_feature():
-    assert FOUND == Lookups([3.0, 0.5], [2.0, 1.0], [10, 7])
+    assert Lookups([3.0, 0.5], [2.0, 1.0], [10, 7]) == FOUND
     assert (FOUND.num_ids, FOUND.num_bags) == (64, 27)  # 60 and 3.5, rounded up
     assert Lookups.of("other", WISH, 512) == Lookups.of("t", None, 512) == Lookups([1.0], [1.0], [512])
     assert (FOUND.unpooled().num_ids, FOUND.unpooled().num_bags) == (64, 64)
