@@ -144,9 +144,10 @@ def test_an_unpooled_collection_is_compressed_and_expanded(method):
     dense = EmbeddingCollection(configs, need_indices=True)
     with torch.no_grad():
         dense.embeddings["item"].weight.copy_(rows())
-    compressed = compress(dense, config, counts={"item": counts()})
+    compressed = compress(dense, config, counts={"item": counts()}, seed=5)
     features = one_feature([[1, 5], [], [402]])
-    pooled = fit(config)(one_feature([[1], [5], [402]])).values()
+    assert compressed.seed == 5
+    pooled = fit(config, seed=5)(one_feature([[1], [5], [402]])).values()
     assert compressed.need_indices()
     torch.testing.assert_close(compressed(features)["item"].values(), pooled)
     expanded = decompress(compressed)
