@@ -55,6 +55,8 @@ def test_a_model_is_planned_and_sharded() -> None:
         ours, before = names["model"](names["batch"])["user"], names["pooled"]["user"]
         torch.testing.assert_close(ours, before)
         assert "user" in str(names["planner"].report)
+        stated = [sharder.fused_params for sharder in names["sharders"] if getattr(sharder, "fused_params", None)]
+        assert len(stated) >= 5 and {params["learning_rate"] for params in stated} == {0.05}
     finally:
         dist.destroy_process_group()
 
