@@ -123,7 +123,8 @@ def start(how: str, device: str) -> tuple[list[str], list[int]]:
 @pytest.mark.parametrize(("how", "device"), [("row_wise", "meta"), ("row_wise", "cpu"), ("data_parallel", "meta")])
 def test_start_codes_are_said_by_one_rank_and_marked_alike(two_ranks, how, device):
     (said, marks), (others, same) = two_ranks.run(start, how, device)
-    assert [line.split(" were")[0] for line in said] == ["tables ['a']", "tables ['c']"]
+    expected = ["tables ['a']", "tables ['c']"] if device == "meta" else []  # `shard` loads what comes from a CPU
+    assert [line.split(" were")[0] for line in said] == expected
     assert others == [] and marks == same
     configs = [table(name=name, feature_names=["item"]) for name in ("a", "b", "c")]
     compression = {"a": TIERS, "b": RandomCodesConfig(num_codes=2, codebook_size=16), "c": Int8Config()}

@@ -65,12 +65,7 @@ class Shell:
 
     def build(self, changes: Mapping[str, MethodConfig]) -> nn.Module:
         """Return all tables on the meta device, some with other methods, and the optimizers in their backwards."""
-        quiet = logging.getLogger("torchrec_compress.modules.parts")
-        was, quiet.level = quiet.level, logging.ERROR  # nobody will train these tables
-        try:
-            return nn.ModuleList([*self._others, *(self._rebuilt(part, changes) for part in self._parts())])
-        finally:
-            quiet.level = was
+        return nn.ModuleList([*self._others, *(self._rebuilt(part, changes) for part in self._parts())])
 
     def constraints(
         self, model: nn.Module, constraints: Mapping[str, ParameterConstraints] | None, compute_device: str

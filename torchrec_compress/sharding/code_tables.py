@@ -173,7 +173,7 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
         self._configs = {config.name: config for config in module.configs()}
         self._also_checked = module.also_checked
         self._summed: dict[str, _Summed] = {}
-        self._is_checked = False
+        self._is_checked = self._is_fresh = False
         self.banks: Any = nn.ModuleDict()
         groups: dict[tuple[str, int], list[RowTable]] = {}  # one exchange moves rows of one width
         for config in module.configs():
@@ -231,6 +231,7 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
         if not self._is_checked:
             self._is_checked = True
             warn_of_start_codes(list(self._configs.values()), self.banks)
+        self._is_fresh = False
         sent = run_together(lambda: self._distinct_ids(ctx, features), self._env, self._device, self._sum_up)
         awaitables = []
         for exchange, tables, ids in zip(self._input_dists, self._tables, sent, strict=True):
@@ -276,7 +277,9 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
         if summed is None or summed.found != self._find(bank):
             raise Recount
         if summed.mark != summed.found.flag:
-            raise ValueError(changed(name))
+            if self._is_fresh:
+                raise ValueError(changed(name))
+            raise Recount  # since the last error another rank may have put its rows right
 
     def _find(self, bank: CodeShard) -> _Found:
         return _Found(bank.checksum(), total_of(bank.low_bit_rows()), flag_of(bank.is_set))
@@ -285,6 +288,7 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
         """Sum the checksums of all spread tables over the ranks, and note the marks that are missing."""
         spread = [config.name for config in self.shared_names().values() if not self._is_whole(config.name)]
         parts = [self.banks[name].checksum() for name in spread]
+        self._is_fresh = True
         halves = [[part % 2**32, part // 2**32] for part in parts]  # whose sums do not overflow
         sums = torch.tensor(halves, device=self._device)
         dist.all_reduce(sums, group=self._env.process_group)

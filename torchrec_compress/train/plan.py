@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -127,14 +126,9 @@ def _shape(config: PlanConfig, name: str, spec: TableSpec) -> dict[str, Any]:
 
 def make_collection(config: PlanConfig, tables: list[Any]) -> nn.Module:
     """Return the collection on the meta device: compressed, or TorchRec's own where there is no compression."""
-    logger = logging.getLogger("torchrec_compress.modules.parts")
-    was, logger.level = logger.level, logging.ERROR  # that codes are not fitted yet does not matter to a plan
-    try:
-        if config.compression:
-            kind: Any = CompressedEmbeddingCollection if config.unpooled else CompressedEmbeddingBagCollection
-            return kind(tables, device=_META, compression=parse(config.compression))
-    finally:
-        logger.level = was
+    if config.compression:
+        kind: Any = CompressedEmbeddingCollection if config.unpooled else CompressedEmbeddingBagCollection
+        return kind(tables, device=_META, compression=parse(config.compression))
     stock: Any = EmbeddingCollection if config.unpooled else EmbeddingBagCollection
     return stock(tables=tables, device=_META)
 
