@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
-from torchrec_compress import compress, decompress
+from torchrec_compress import budget, compress, decompress
 from torchrec_compress.budget import measure_candidates
 from torchrec_compress.compression import for_budget
 from torchrec_compress.fit.popularity import popularity_weights
@@ -27,11 +27,11 @@ def trained(rows: dict[str, int], width: int = 16) -> EmbeddingBagCollection:
 def test_the_compressed_collection_fits_the_budget() -> None:
     dense = trained({"user": 1000, "item": 400, "day": 7})
     counts = {"user": torch.ones(1000), "item": 1e6 / torch.arange(1, 401), "day": torch.full((7,), 1000.0)}
-    budget = 12_000
-    chosen = for_budget(dense, counts, budget, num_codes=(1, 2), codes=FEW)
+    most = 12_000
+    chosen = for_budget(dense, counts, most, num_codes=(1, 2), codes=FEW)
     footprint = compress(dense, chosen, counts=counts).footprint()
-    assert footprint.total_bytes <= budget
-    assert footprint.total_bytes > 0.7 * budget, "most of the budget should be used"
+    assert footprint.total_bytes <= most
+    assert footprint.total_bytes > 0.7 * most, "most of the budget should be used"
     assert chosen["day"].method == "dense"
 
 
@@ -57,6 +57,31 @@ def test_a_measured_error_is_that_of_the_served_rows() -> None:
         served = compress(dense, candidate.option, counts={"t": counts}).table_rows("t", torch.arange(600)).detach()
         error = float(((rows - served).square().sum(1) * counts).sum())
         assert candidate.error == pytest.approx(error, rel=1e-4, abs=1e-3)
+
+
+def test_a_sample_of_a_large_table_stands_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows, counts = torch.randn(4000, 8, generator=generator), 1 + 8000 // torch.arange(1, 4001)
+    order = torch.randperm(4000, generator=generator)
+
+    def measure(seed: int) -> dict:
+        found = measure_candidates("t", rows[order], counts[order], FEW, (2,), seed)
+        return {c.option: (c.num_bytes, c.error) for c in found}
+
+    whole = measure(0)
+    monkeypatch.setattr(budget, "_MAX_MEASURED_ROWS", 2000)
+    sampled, other = measure(0), measure(1)
+    assert sampled.keys() == whole.keys() and len(whole) > 12
+    assert sampled != other
+    for option, (num_bytes, error) in sampled.items():
+        assert (
+            num_bytes
+            == whole[option][0]
+            == option.stored_bytes(
+                EmbeddingBagConfig(name="t", num_embeddings=4000, embedding_dim=8, feature_names=["t"])
+            )
+        )
+        assert error == pytest.approx(whole[option][1], rel=0.3), option
 
 
 def test_bad_input_says_what_to_do() -> None:

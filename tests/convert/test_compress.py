@@ -1,6 +1,7 @@
 """Conversion of whole collections; the methods' own truths are in tests/methods."""
 
 import copy
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from torchrec import (
     PoolingType,
 )
 
-from tests.cases import CASES, DIM, NUM_ROWS, counts, dense_collection, fit, fresh, rows, table
+from tests.cases import CASES, DIM, NUM_ROWS, contexts, counts, dense_collection, fit, fresh, rows, table
 from tests.cases import batch as one_feature
 from tests.modules.batches import KEYS, MIXED, batch, collection, expected, tables
 from torchrec_compress import CompressedEmbeddingBagCollection, compress, compress_into, decompress
 from torchrec_compress.compression import resolve
-from torchrec_compress.methods import DenseConfig, HashConfig, PQConfig, RandomCodesConfig
+from torchrec_compress.methods import DenseConfig, HashConfig, PQConfig, RandomCodesConfig, TableData
 
 
 def stock(**kwargs):
@@ -60,6 +61,28 @@ def test_decompress_gives_a_stock_collection(pooling):
     for made in (compressed, dense):
         for key, value in wanted.items():
             torch.testing.assert_close(made(features)[key], value, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weighted_collection_stays_weighted():
+    assert decompress(collection(None, is_weighted=True)).is_weighted()
+    assert not decompress(collection(None)).is_weighted()
+
+
+@pytest.mark.parametrize("method", ["pq", "memcom", "hash", "dense"])
+@pytest.mark.parametrize("at_once", [1, 100, 402, 403])
+def test_rows_are_expanded_piece_by_piece(method, at_once, monkeypatch):
+    compressed = fit(CASES[method][0])
+    whole = decompress(compressed).embedding_bags["item"].weight
+    monkeypatch.setattr(import_module("torchrec_compress.convert.compress"), "_ROWS_AT_ONCE", at_once)
+    torch.testing.assert_close(decompress(compressed).embedding_bags["item"].weight, whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["pq", "mec", "quantile", "random"])
+def test_the_fit_of_every_method_gets_the_seed(method):
+    config = CASES[method][0]
+    for seed in (0, 5):
+        state = config.fit(table(), TableData(rows(), counts(), contexts(), seed))
+        assert torch.equal(fit(config, seed=seed).code_tables.banks["item"].codes, state.codes)
 
 
 def test_decompressing_twice_changes_nothing():
@@ -151,5 +174,5 @@ def test_an_unpooled_collection_is_compressed_and_expanded(method):
     assert compressed.need_indices()
     torch.testing.assert_close(compressed(features)["item"].values(), pooled)
     expanded = decompress(compressed)
-    assert isinstance(expanded, EmbeddingCollection)
+    assert isinstance(expanded, EmbeddingCollection) and expanded.need_indices()
     torch.testing.assert_close(expanded(features)["item"].values(), pooled)
