@@ -17,7 +17,7 @@ from tests.cases import CONFIGS, IDS, fitted
 from tests.cases import batch as one_feature
 from tests.modules.batches import KEYS, ROWS, batch, collection, expected, tables
 from torchrec_compress import CompressedEmbeddingBagCollection, decompress, native_parameters
-from torchrec_compress.methods import DenseConfig, HashConfig, MEmComConfig, PQConfig
+from torchrec_compress.methods import DenseConfig, HashConfig, MECConfig, MEmComConfig, PQConfig, RandomCodesConfig
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 every = pytest.mark.parametrize("config", CONFIGS, ids=IDS)
@@ -35,6 +35,18 @@ def compare(out, wanted):
     assert out.length_per_key() == [value.shape[1] for value in wanted.values()]
     for key, value in wanted.items():
         torch.testing.assert_close(out[key], value, rtol=1e-4, atol=1e-4)
+
+
+def test_variants_have_the_defaults_that_they_are_documented_with():
+    found = {
+        variant.__name__: variant.default_compression for variant in CompressedEmbeddingBagCollection.__subclasses__()
+    }
+    assert found == {
+        "MECEmbeddingBagCollection": MECConfig(num_codes=8),
+        "PQEmbeddingBagCollection": PQConfig(num_codes=8),
+        "RandomCodesEmbeddingBagCollection": RandomCodesConfig(num_codes=8),
+        "MEmComEmbeddingBagCollection": MEmComConfig(num_buckets=1000),
+    }
 
 
 @given(data=st.data(), num_bags=st.integers(1, 5), mean=st.booleans(), narrow=st.booleans(), weighted=st.booleans())
