@@ -1,7 +1,5 @@
 """Plan tables by their sizes alone: no data, no GPU, no process group, nothing allocated."""
 
-import logging
-
 from __future__ import annotations
 
 import logging
