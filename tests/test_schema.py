@@ -31,8 +31,8 @@ class Outer:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"nmae": "a"}, "unknown key 'nmae'; did you mean 'name'\\?"),
-        ({"inner": {"widht": 3}}, "unknown key 'inner.widht'; did you mean 'inner.width'\\?"),
+        ({"namee": "a"}, "unknown key 'namee'; did you mean 'name'\\?"),
+        ({"inner": {"widthh": 3}}, "unknown key 'inner.widthh'; did you mean 'inner.width'\\?"),
         ({"rate": 0.1}, "unknown key 'rate'; did you mean 'inner.rate'\\?"),
         ({"name": "c"}, r"name: must be one of \['a', 'b'\], got 'c'"),
         ({"name": True}, "name: must be one of"),
