@@ -84,6 +84,28 @@ def test_the_pasted_line_makes_the_plan_fit(compression, gigabytes, expected, po
     assert eval(python.removeprefix("compression="), vars(methods)) == error.advice.changes
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_advice_leaves_room_for_what_the_new_method_decodes(device):
+    """A batch so large that pooled rows of int8 tables, which no codebook stands for, take as much as the tables."""
+
+    def plan(compression, megabytes: int) -> None:
+        tables = [EmbeddingBagConfig(name="t", num_embeddings=10**6, embedding_dim=64, feature_names=["t"])]
+        of = torch.nn.ModuleList([CompressedEmbeddingBagCollection(tables, device=META, compression=compression)])
+        machine = topology(device, ranks=1, gigabytes=megabytes / 2**10)
+        reservation = FixedPercentageStorageReservation(0.0)
+        EmbeddingShardingPlanner(machine, 10**5, storage_reservation=reservation, stats=[]).plan(of)
+
+    advised = set()
+    for megabytes in range(60, 300, 12):
+        try:
+            plan({"*": DenseConfig()}, megabytes)
+        except InsufficientStorageError as error:
+            advised |= {method.method for method in error.advice.changes.values()}
+            if error.advice.changes:
+                plan({**error.advice.changes, "*": DenseConfig()}, megabytes)  # does not raise
+    assert {"int8", "int4"} <= advised
+
+
 def test_no_gentler_or_shorter_advice_would_do():
     error = refused(build({"*": DenseConfig()}), 3)
     both = dict.fromkeys(("huge", "big"), Int8Config())

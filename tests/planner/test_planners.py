@@ -74,6 +74,19 @@ def test_a_rank_pays_for_what_it_decodes_without_codebooks(device):
     assert {rank.capacity_bytes for rank in none.report.ranks} == {c + decoded for c in capacity}
 
 
+def test_the_dense_optimizer_is_charged_by_the_planner_and_in_the_report():
+    of, found = model({"t": PQConfig(num_codes=4)}), {}
+    for optimizer in ("adam", "sgd"):
+        planner = EmbeddingShardingPlanner(topology(), BATCH, dense_optimizer=optimizer, stats=[])
+        planner.plan(of)
+        found[optimizer] = planner.report
+    state = 8 * 256 * 64 + 4
+    adam, sgd = found["adam"], found["sgd"]
+    assert (adam.tables["t"].optimizer_bytes, sgd.tables["t"].optimizer_bytes) == (8 * state, 0)
+    for one, other in zip(adam.ranks, sgd.ranks, strict=True):
+        assert one.device_bytes - other.device_bytes == one.optimizer_bytes - other.optimizer_bytes == state
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_what_the_ranks_hold_is_what_the_planner_charges(device):
     planner = EmbeddingShardingPlanner(topology(device), BATCH, WISH, stats=[])
