@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from torchrec_compress.schema import Natural, Positive, Range, Text, build, nearest, plain, words
+from torchrec_compress.train.command_line import read
+from torchrec_compress.train.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -104,3 +106,9 @@ def test_aliases_cannot_make_a_value_that_does_not_fit():
 def test_words_and_the_nearest_name():
     assert words(int | None) == "int or null" and words(Positive) == "int at least 1"
     assert nearest("x", []) == "" and nearest("withd", ["width"]) == "; did you mean 'width'?"
+
+
+@pytest.mark.parametrize("text", ["!!bool maybe", "!!timestamp x", "!!int ''", "2020-99-99", "!!python/name:os.system"])
+def test_a_tag_whose_value_does_not_fit_names_the_key(text):
+    with pytest.raises(ValueError, match=r"seed: must be YAML of plain data"):
+        read(RunConfig(), ["--seed", text], "train")

@@ -72,7 +72,8 @@ def _by_key(compression: Any) -> dict[str, MethodConfig]:
             raise ValueError(
                 f"{where}: must be a method with its options, got the class; call it, {config.__name__}(...)"
             )
-        if isinstance(config, Mapping) or (isinstance(compression, Mapping) and "method" in compression):
+        # plain data of one method has the key "method" too, but so may a table be called
+        if isinstance(config, Mapping) or (key == "method" and not isinstance(config, MethodConfig)):
             raise ValueError(
                 f"{where}: must be a method, got plain data {compression!r}; read it by compression.parse(...)"
             )

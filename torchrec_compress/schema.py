@@ -240,7 +240,10 @@ def _changed(old: Any, keys: str, value: Any, hint: Any, where: str) -> Any:
 def _typed(value: Any, hint: Any, where: str, old: Any = None) -> Any:
     """Return a value that has the type that is asked for; a mapping changes the nested config `old`."""
     if isinstance(value, Text):
-        value = value.as_type(hint)
+        try:
+            value = value.as_type(hint)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     options = _options(hint)
     if value is None and types.NoneType in options:
         return None

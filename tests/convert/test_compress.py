@@ -176,3 +176,12 @@ def test_an_unpooled_collection_is_compressed_and_expanded(method):
     expanded = decompress(compressed)
     assert isinstance(expanded, EmbeddingCollection) and expanded.need_indices()
     torch.testing.assert_close(expanded(features)["item"].values(), pooled)
+
+
+def test_a_table_may_be_called_method():
+    """Which is also the key of a method in plain data."""
+    dense = EmbeddingBagCollection([EmbeddingBagConfig(name="method", num_embeddings=300, embedding_dim=8)])
+    methods = compress(dense, PQConfig(num_codes=2, codebook_size=16)).methods()
+    assert compress(dense, methods).methods() == methods == {"method": PQConfig(num_codes=2, codebook_size=16)}
+    with pytest.raises(ValueError, match="got plain data"):
+        compress(dense, methods["method"].to_dict())

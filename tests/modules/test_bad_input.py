@@ -264,3 +264,21 @@ def test_a_weight_vector_of_the_wrong_length_never_passes():
     collection = CompressedEmbeddingBagCollection([table()], is_weighted=True, compression=CASES["pq"][0])
     with pytest.raises((ValueError, RuntimeError)):
         collection(features)
+
+
+@every
+def test_tensors_of_a_batch_that_do_not_go_together(config):
+    """Whatever the method: FBGEMM's kernels would read memory that is not theirs."""
+    collection = CompressedEmbeddingBagCollection([table()], is_weighted=True, compression=config)
+    ids, lengths, weights = torch.arange(6), torch.tensor([2, 1, 3]), torch.ones(6)
+    wrong = {
+        "on one device": (ids, lengths, weights.to("meta")),
+        "on one device, got": (ids, lengths.to("meta"), weights),
+        "one per id, 6": (ids, lengths, weights[:5]),
+        "int32 or int64, got torch.int16": (ids, lengths.to(torch.int16), weights),
+        r"of shape \(\)": (ids, torch.tensor(6), weights),
+    }
+    for message, (values, counts, factors) in wrong.items():
+        batch = KeyedJaggedTensor(keys=["item"], values=values, lengths=counts, weights=factors)
+        with pytest.raises(ValueError, match=message):
+            collection(batch)

@@ -258,6 +258,23 @@ def test_codecs_that_miss_unpooled_rows_are_said(caplog):
     assert "tables ['t']: rows travel unpooled and as they are" in caplog.text
 
 
+@pytest.mark.parametrize("chosen", ["nowhere", "fused_params", "in the backward"])
+def test_an_optimizer_that_nobody_chose_is_said(caplog, chosen):
+    """Another sharder of the user's, put behind ours in the list, does not reach native tables."""
+    collection = CompressedEmbeddingBagCollection(
+        [EmbeddingBagConfig(name="t", num_embeddings=ROWS, embedding_dim=DIM, feature_names=["f"])],
+        compression=MEmComConfig(num_buckets=BUCKETS),
+    )
+    part = collection.rows["buckets_16"]
+    if chosen == "in the backward":
+        apply_optimizer_in_backward(torch.optim.SGD, part.parameters(), {"lr": 0.1})
+    sharders = get_default_sharders(ADAGRAD if chosen == "fused_params" else None)
+    (sharder,) = [found for found in sharders if found.module_type is type(part)]
+    native: Any = {"t": ParameterSharding("data_parallel", "dense", [0])}
+    sharder.shard(part, native, ShardingEnv.from_local(1, 0))
+    assert ("tables ['t']: train with FBGEMM's default optimizer" in caplog.text) == (chosen == "nowhere")
+
+
 def test_constraints_on_the_users_table_reach_its_native_parts():
     """All fields of `ParameterConstraints` that TorchRec hands to its kernels, planned for a GPU."""
     tables = [EmbeddingBagConfig(name="t", num_embeddings=10**6, embedding_dim=DIM, feature_names=["f"])]

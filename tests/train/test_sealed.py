@@ -295,3 +295,45 @@ def test_a_young_file_is_read_again(tmp_path, monkeypatch):
     assert sealed.digest(path) == sealed.digest(path) and len(reads) == 2
     os.utime(path, (0, 0))
     assert sealed.digest(path) == sealed.digest(path) and len(reads) == 3
+
+
+class _Malicious:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize("pattern", ["fitted.pt", "full/*/teacher/train_logits.pt"])
+@pytest.mark.parametrize("content", [_Malicious(), {}, [1], {"logits": torch.zeros(3)}, b"no tensors"], ids=repr)
+def test_tensors_of_a_stranger_are_refused_by_name(finished, tmp_path, monkeypatch, pattern, content):
+    """With the right checksum, which a stranger can write as well."""
+    monkeypatch.chdir(tmp_path)
+    folder = _copy(finished, tmp_path)
+    (path,) = folder.glob(pattern)
+    path.unlink()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    sealed.write_sums(path.parent, {**(sealed.listed(path.parent) or {}), path.name: sealed.digest(path)})
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "retrain")
+    with pytest.raises(ValueError, match=f"{path.name}: must hold"):
+        _run(finished, folder)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "3", "{}", '{"checkpoint": 3, "identity": {}}'])
+def test_a_summary_of_a_stranger_is_refused_by_name(finished, tmp_path, text):
+    folder = _copy(finished, tmp_path)
+    (path,) = folder.glob("full/*/summary.json")
+    sealed.write_text(path, text)
+    with pytest.raises(ValueError, match=r"summary\.json: .*must"):
+        _run(finished, folder)
+
+
+def test_a_config_of_a_stranger_is_refused_by_name(finished, tmp_path):
+    folder = _copy(finished, tmp_path)
+    for text in ("seed: !!python/object/apply:os.system ['touch ran']", "seed: [", "newkey: 3"):
+        sealed.write_text(folder / "config.yaml", text)
+        with pytest.raises(ValueError, match=r"config\.yaml: "):
+            _run(finished, folder)

@@ -12,6 +12,11 @@ logger = logging.getLogger(__name__)
 _READ_BY_SHARDERS = ("_optimizer_classes", "_optimizer_kwargs")
 
 
+def has_in_backward_optimizer(parameter: nn.Parameter) -> bool:
+    """Return whether TorchRec's `apply_optimizer_in_backward` was told to train a parameter."""
+    return hasattr(parameter, _READ_BY_SHARDERS[0])
+
+
 def strip_in_backward_optimizers(module: nn.Module) -> list[str]:
     """Replace parameters that carry an optimizer for the backward pass by fresh ones without, and return their names.
 

@@ -28,7 +28,17 @@ def check_ranges(jagged: dict[str, JaggedTensor], ranges: Sequence[IdRange]) -> 
 
 
 def check_features(features: KeyedJaggedTensor, wanted: list[str], where: str) -> None:
-    """Raise ValueError when the batch lacks a feature of the collection."""
+    """Raise ValueError when the batch lacks a feature of the collection, or its tensors do not go together."""
+    ids, lengths, weights = features.values(), features.lengths(), features.weights_or_none()
+    if lengths.dtype not in (torch.int32, torch.int64) or lengths.dim() < 1:
+        raise ValueError(
+            f"{where}: lengths must be a list of int32 or int64, got {lengths.dtype} of shape {tuple(lengths.shape)}"
+        )
+    if weights is not None and weights.shape[:1] != ids.shape[:1]:
+        raise ValueError(f"{where}: weights must be one per id, {len(ids)}, got shape {tuple(weights.shape)}")
+    devices = {str(tensor.device) for tensor in (ids, lengths, weights) if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"{where}: the batch must be on one device, got {sorted(devices)}")
     missing = [name for name in wanted if name not in features.keys()]  # noqa: SIM118 (keys() is a list)
     if missing:
         raise ValueError(f"{where}: the batch must have the features {missing}, got only {features.keys()}")

@@ -21,7 +21,7 @@ from torchrec.distributed.types import (
 )
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_compress.modules.backward import strip_in_backward_optimizers
+from torchrec_compress.modules.backward import has_in_backward_optimizer, strip_in_backward_optimizers
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.tables import (
     CodeTableCollection,
@@ -140,7 +140,19 @@ class _RemappedSharder(BaseEmbeddingSharder[Module]):
         _check_names(path or "native tables", params, self._native_names(module), optional=False)
         if device.type == "cpu":
             _check_no_empty_shard(params)
+        self._tell_of_defaults(module.native, sorted(params))
         return {physical: params[table] for table, physical in self._native_names(module).items()}
+
+    def _tell_of_defaults(self, native: nn.Module, tables: list[str]) -> None:
+        """Log that nobody chose an optimizer: a sharder of the user's put behind ours does not reach native tables."""
+        is_chosen = all(has_in_backward_optimizer(weight) for weight in native.parameters())
+        if not is_chosen and not (self.fused_params or {}).keys() & {"optimizer", "learning_rate"}:
+            logger.warning(
+                "tables %s: train with FBGEMM's default optimizer, as neither fused_params of these sharders nor "
+                "apply_optimizer_in_backward names one; other sharders in the list do not reach them, pass "
+                "get_default_sharders(fused_params=...) or compressed_sharders(mine)",
+                tables,
+            )
 
     def shardable_parameters(self, module: Module) -> dict[str, nn.Parameter]:
         """Return the native tables by the names of the user's tables."""

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from torchrec_compress.sharding.seams import copy_to_host
 from torchrec_compress.train.checkpoint_reader import FORMAT, META, damage, read, read_meta, reason
 from torchrec_compress.train.ranks import Ranks, on_first
-from torchrec_compress.train.sealed import digest, listed, to_json, write_sums
+from torchrec_compress.train.sealed import digest, listed, load_plain, to_json, write_sums
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,8 @@ class Checkpoints:
             return
         own = saved.path / f"random_{self._ranks.rank}.pt"
         if len(list(saved.path.glob("random_*.pt"))) == self._ranks.world:
-            torch.set_rng_state(torch.load(own, weights_only=True))
+            with own.open("rb") as file:
+                torch.set_rng_state(load_plain(file, f"{own}", f"delete {saved.path}, an older one is resumed from"))
         else:
             torch.manual_seed(saved.step * 65_537 + self._ranks.rank)
 

@@ -32,8 +32,8 @@ def best_checkpoint(source: Path) -> Path:
     Raises:
         ValueError: the folder's summary or the checkpoint is damaged, or that is of another training.
     """
-    summary = read_json(source / "summary.json")
-    if not re.fullmatch(r"pretrain/checkpoints/step\d{9,}", summary["checkpoint"]):
+    summary = read_json(source / "summary.json", keys=("checkpoint", "identity"))
+    if not re.fullmatch(r"pretrain/checkpoints/step\d{9,}", str(summary["checkpoint"])):
         raise ValueError(f"{source}/summary.json: must name a checkpoint beside it, got {summary['checkpoint']!r}")
     path = source / summary["checkpoint"]
     check_identity(path, summary["identity"])

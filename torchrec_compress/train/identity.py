@@ -10,6 +10,7 @@ import yaml
 from tqdm import tqdm
 
 from torchrec_compress.train.checkpoint import check_same
+from torchrec_compress.train.command_line import load_yaml
 from torchrec_compress.train.config import RunConfig, lasting, needs_pretrained, override
 from torchrec_compress.train.journal import versions
 from torchrec_compress.train.sealed import is_done, listed, read_json, read_text, write_json, write_text
@@ -67,7 +68,11 @@ def check_unchanged(config: RunConfig, folder: Path, files: dict[str, Any] | Non
     # older ones have no checksum
     is_sealed = path.name in (listed(folder) or {})
     text = read_text(path, put_back) if is_sealed else path.read_text()
-    old, new = lasting(override(RunConfig(), yaml.safe_load(text))), lasting(config)
+    try:
+        begun = override(RunConfig(), load_yaml(text) or {})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {put_back}") from error
+    old, new = lasting(begun), lasting(config)
     for key in [key for key in new if key in _FREE or not (is_late or key in _OF_FULL)]:
         old.pop(key)
         new.pop(key)

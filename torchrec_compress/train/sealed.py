@@ -12,7 +12,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -123,15 +123,57 @@ def read_text(path: Path, remedy: str = _AGAIN) -> str:
         return file.read().decode()
 
 
-def read_json(path: Path, remedy: str = _AGAIN) -> Any:
-    """Return a file's verified plain data; arguments and errors as for `read_text`."""
-    return json.loads(read_text(path, remedy))
+def read_json(path: Path, remedy: str = _AGAIN, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a file's verified plain data by key.
+
+    Args:
+        path: of the file.
+        remedy: what the user can do where it is damaged.
+        keys: that must be there.
+
+    Raises:
+        ValueError: as `read_text`, or the content is not that: a checksum tells what was written, not by whom.
+    """
+    text = read_text(path, remedy)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: must be JSON, got an error: {error}; {remedy}") from error
+    if not isinstance(found, dict) or not set(keys) <= set(found):
+        got = sorted(found) if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{path}: must be a mapping with the keys {sorted(keys)}, got {got}; {remedy}")
+    return found
 
 
 def load_tensors(path: Path, remedy: str = _AGAIN) -> dict[str, Tensor]:
-    """Return a file's verified tensors by name; arguments and errors as for `read_text`."""
+    """Return a file's verified tensors by name; arguments as for `read_text`.
+
+    Raises:
+        ValueError: as `read_text`, or the content is anything but tensors by name; none of it ran.
+    """
     with open_verified(path, remedy) as file:
+        found = load_plain(file, f"{path}", remedy)
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"{path}: must hold tensors by name, got {type(found).__name__}; {remedy}")
+    return found
+
+
+def load_plain(file: BinaryIO, where: str, remedy: str = _AGAIN) -> Any:
+    """Return tensors and plain data that torch saved; a pickle of anything else is refused, and none of it runs.
+
+    Args:
+        file: opened.
+        where: names it in errors.
+        remedy: what the user can do where it is something else.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
         return torch.load(file, weights_only=True)
+    except Exception as error:  # noqa: BLE001 (bytes that are no tensors raise whatever they like)
+        problem = f"must hold tensors, got {type(error).__name__}, nothing in it ran"
+        raise ValueError(f"{where}: {problem}; {remedy}") from None  # torch's own text advises to load it unsafely
 
 
 def open_verified(path: Path, remedy: str = _AGAIN) -> BinaryIO:

@@ -116,7 +116,7 @@ def _is_pretrained(folder: Path, identity: dict[str, Any]) -> bool:
         return False
     for name in listed(folder) or {}:
         read_text(folder / name)
-    check_same(path, read_json(path)["identity"], identity)
+    check_same(path, read_json(path, keys=("identity",))["identity"], identity)
     return True
 
 
@@ -166,7 +166,7 @@ def run(config: RunConfig, folder: Path, shared: Path, position: int | None = 0)
 def _run_full(config: RunConfig, data: ClickSource, folder: Path, shared: Path, position: int | None) -> dict[str, Any]:
     """Train the full model alone."""
     source = pretrain(config, shared, position)
-    full = read_json(source / "summary.json")
+    full = read_json(source / "summary.json", keys=("metrics", "training", "dense_bytes"))
     size = full["dense_bytes"]
     if config.parallel.init == "host":
         on_first(
@@ -232,7 +232,7 @@ def _save_compressed(
     tables = make_tables(config.model, data)
     collection = CompressedEmbeddingBagCollection(tables, compression=dict(methods), seed=config.seed)
     model = make_model(collection, data.num_dense, config.model)
-    model.load_state_dict(load_tensors(folder / "fitted.pt"))
+    _fill(model, folder / "fitted.pt")
     if trained is not None:
         _read_model(trained, model)
     save_tensors(folder / "model.pt", dict(model.state_dict()))
@@ -268,7 +268,7 @@ def _compressed(
     if in_shards:
         return model
     on_first(lambda: fit(config, data, source, kept, model, counts), ranks)
-    model.load_state_dict(load_tensors(kept))
+    _fill(model, kept)
     return model
 
 
@@ -282,6 +282,31 @@ def _retrain(
         teacher = _teacher(config, data, source)
     task = _task(config, data, folder, "retrain", position)
     return train(model, dataclasses.replace(task, keep_start=source is not None, teacher=teacher))
+
+
+def _fill(model: ClickModel, path: Path) -> None:
+    """Fill a model from a file of its state dict.
+
+    Raises:
+        ValueError: the file is damaged, or its tensors are not the model's.
+    """
+    try:
+        model.load_state_dict(load_tensors(path))
+    except RuntimeError as error:  # torch lists all names and shapes that differ
+        raise ValueError(f"{path}: must hold the tensors of this model, got others: {error}; delete it") from error
+
+
+def _logits(path: Path, remedy: str, num_rows: int) -> Tensor:
+    """Return the full model's logits of all train rows.
+
+    Raises:
+        ValueError: the file is damaged, or holds anything else.
+    """
+    logits = load_tensors(path, remedy).get("logits")
+    if logits is None or logits.shape != (num_rows,):
+        got = None if logits is None else tuple(logits.shape)
+        raise ValueError(f"{path}: must hold a logit for each of {num_rows} rows, got {got}; {remedy}")
+    return logits
 
 
 def _teacher(config: RunConfig, data: ClickSource, source: Path) -> Tensor:
@@ -307,7 +332,7 @@ def _teacher(config: RunConfig, data: ClickSource, source: Path) -> Tensor:
         on_first(keep, ranks)
     remedy = f"delete {folder}, the same command makes it again"
     check_same(folder, read_json(folder / "identity.json", remedy), told)
-    return load_tensors(path, remedy)["logits"]
+    return _logits(path, remedy, data.num_rows("train"))
 
 
 def _task(config: RunConfig, data: ClickSource, folder: Path, stage: str, position: int | None) -> Task:
