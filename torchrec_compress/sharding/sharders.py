@@ -143,7 +143,7 @@ class _RemappedSharder(BaseEmbeddingSharder[Module]):
         self._tell_of_defaults(module.native, sorted(params))
         return {physical: params[table] for table, physical in self._native_names(module).items()}
 
-    def _tell_of_defaults(self, native: nn.Module, tables: list[str]) -> None:
+    def _tell_of_defaults(self, native: Any, tables: list[str]) -> None:
         """Log that nobody chose an optimizer: a sharder of the user's put behind ours does not reach native tables."""
         is_chosen = all(has_in_backward_optimizer(weight) for weight in native.parameters())
         if not is_chosen and not (self.fused_params or {}).keys() & {"optimizer", "learning_rate"}:

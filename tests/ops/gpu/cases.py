@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from tests.ops.bags import random_codes, reference
+from tests.ops.test_layouts import columns as as_columns
 from tests.tolerances import assert_near
 from torchrec_compress.ops import BagLookup, IdBags, Span, code_dtype
 from torchrec_compress.ops.gpu.lookup import pool_on_gpu
@@ -29,6 +30,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     code: torch.dtype | None = None
     index: torch.dtype = torch.int64
+    views: bool = False  # whether tensors are columns of others
 
     @property
     def dim(self) -> int:
@@ -58,6 +60,9 @@ SMALL = {
     "bfloat16": Case(dtype=torch.bfloat16, num_hot=3, weighted=True, width=8),
     "float16": Case(dtype=torch.float16, num_hot=3, mean=True, width=6),
     "16-bit codes": Case(size=300, index=torch.int32),
+    "views": Case(
+        views=True, num_hot=7, num_codes=3, weighted=True, lengths=((1, 0, 2), (2, 2, 0)), tables=((0,), (1,))
+    ),
     "32-bit codes": Case(code=torch.int32, size=40, num_hot=5),
 }
 # too much for an interpreter
@@ -99,12 +104,16 @@ def draw(case: Case, device: str) -> Inputs:
     num_tables = 1 + max(table for _, table in pairs)
     num_ids = sum(span.num_ids for span in by_feature)
 
+    def placed(tensor: torch.Tensor) -> torch.Tensor:
+        view = as_columns(tensor) if case.views else tensor
+        return view if device == "cpu" else torch.empty_strided(view.shape, view.stride(), device=device).copy_(view)
+
     def codes_of(rows: int) -> torch.Tensor:
         codes = random_codes(rows, case.num_codes, case.size, case.num_hot)
-        return codes.to(case.code or code_dtype(case.size)).to(device)
+        return placed(codes.to(case.code or code_dtype(case.size)))
 
     def leaf(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
-        return torch.randn(shape).to(dtype).to(device).requires_grad_()
+        return placed(torch.randn(shape).to(dtype)).requires_grad_()
 
     by_table = [codes_of(case.rows or 0) for _ in range(num_tables)]
     codes = [
@@ -112,8 +121,8 @@ def draw(case: Case, device: str) -> Inputs:
         for span, (_, table) in zip(spans, pairs, strict=True)
     ]
     batch = IdBags(
-        None if case.rows is None else torch.randint(0, case.rows, (num_ids,), dtype=case.index, device=device),
-        None if offsets is None else offsets.to(device),
+        None if case.rows is None else placed(torch.randint(0, case.rows, (num_ids,), dtype=case.index)),
+        None if offsets is None else placed(offsets),
         leaf(num_ids, dtype=torch.float32) if case.weighted else None,
         case.is_flat,
     )
@@ -135,7 +144,7 @@ def check(case: Case, tier: str, device: str = "cpu") -> None:
     out = pool_on_gpu(given.lookups, given.spans, given.codes, given.books, given.hot, given.batch, tier)
     assert out.dtype == case.dtype
     upstream = torch.randn(out.shape).to(case.dtype)
-    out.backward(upstream.to(device))
+    out.backward(as_columns(upstream).to(device) if case.views else upstream.to(device))
     num_ids = max([0, *(span.first_id + span.num_ids for span in given.spans)])
     grads = [torch.zeros(books.shape, dtype=torch.float64) for books in given.books]
     grads_hot = [torch.zeros(case.num_hot, case.dim, dtype=torch.float64) for _ in given.books]

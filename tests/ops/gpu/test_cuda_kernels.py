@@ -162,11 +162,18 @@ def test_a_tensor_of_another_device_is_an_error_and_no_wild_address(name):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"ids": torch.zeros(2)}, "ids must be at least 3, got 2"),
+        ({"ids": torch.tensor([0, 1])}, "ids must be at least 3, got 2"),
         ({"weights": torch.zeros(3), "first_id": 1}, "weights must be at least 4, got 3"),
         ({"num_ids": 4, "num_bags": 4}, "there must be codes of 4 ids, got 3"),
         ({"num_bags": 4}, "there must be 4 bags, got 3"),
-        ({"offsets": torch.zeros(3)}, "there must be 3 bags, got 2"),
+        ({"offsets": torch.tensor([0, 1, 3])}, "there must be 3 bags, got 2"),
+        ({"codes": torch.zeros(2, 3, dtype=torch.uint8).t()}, "codes must be contiguous and torch.uint8 or .* strides"),
+        ({"codebooks": torch.zeros(4, 8).t()}, "codebooks must be contiguous and torch.float32"),
+        ({"weights": torch.ones(1).expand(3)}, "weights must be contiguous and torch.float32"),
+        ({"weights": torch.ones(3).double()}, "weights must be contiguous and torch.float32, got torch.float64"),
+        ({"hot_rows": torch.zeros(1, 8).half()}, "hot_rows must be contiguous and torch.float32, got torch.float16"),
+        ({"ids": torch.zeros(3)}, "ids must be contiguous and torch.int32 or torch.int64, got torch.float32"),
+        ({"offsets": torch.arange(8)[::2]}, "offsets must be contiguous and torch.int32 or torch.int64"),
     ],
 )
 def test_inputs_that_end_too_early_are_errors_and_no_wild_addresses(given, message):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from torchrec_compress.ops.checks import INDICES
 from torchrec_compress.ops.cpu import GATHERED, MEAN, RESIDUAL
 from torchrec_compress.ops.gpu.operators import codebook_bags_gpu
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 CODES = (torch.uint8, torch.int16, torch.int32)
 WORDS = (torch.float32, torch.bfloat16, torch.float16)
-INDICES = (torch.int32, torch.int64)
 
 
 def is_gpu_input(codes: Sequence[Tensor], codebooks: Sequence[Tensor], batch: IdBags) -> bool:

@@ -8,8 +8,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from torchrec_compress.ops.checks import INDICES
 from torchrec_compress.ops.codebooks import num_escape_codes
 from torchrec_compress.ops.gpu.program import Signature
 
@@ -66,7 +68,7 @@ class Task:
 
     def check(self) -> None:
         """Raise ValueError where shapes do not fit; values are checked by the kernels."""
-        self._check_devices()
+        self._check_tensors()
         self._check_ids()
         signature = self.signature
         num_words, size = self.codebooks.shape[0], signature.codebook_size
@@ -84,14 +86,29 @@ class Task:
                     f"{len(self.hot_rows)} with {signature.num_codes} codes of {size}"
                 )
 
-    def _check_devices(self) -> None:
-        """Raise where a kernel would follow the address of another device."""
-        device = self.codebooks.device
-        tensors = {"codes": self.codes, "hot_rows": self.hot_rows, "ids": self.ids, "offsets": self.offsets}
-        for name, tensor in {**tensors, "weights": self.weights}.items():
-            if tensor is not None and tensor.device != device:
+    def _check_tensors(self) -> None:
+        """Raise where a kernel would follow the address of another device, or take one type or layout for another."""
+        device, word = self.codebooks.device, self.codebooks.dtype
+        tensors: dict[str, tuple[Tensor | None, Sequence[torch.dtype]]] = {
+            "codes": (self.codes, (torch.uint8, torch.int16, torch.int32)),
+            "codebooks": (self.codebooks, (word,)),
+            "hot_rows": (self.hot_rows, (word,)),
+            "ids": (self.ids, INDICES),
+            "offsets": (self.offsets, INDICES),
+            "weights": (self.weights, (torch.float32,)),
+        }
+        for name, (tensor, dtypes) in tensors.items():
+            if tensor is None:
+                continue
+            if tensor.device != device:
                 raise ValueError(
                     f"codebook_bag: {name} must be on {device} as the codebooks are, got {tensor.device}; move it there"
+                )
+            if tensor.dtype not in dtypes or not tensor.is_contiguous():
+                wanted = " or ".join(str(dtype) for dtype in dtypes)
+                raise ValueError(
+                    f"codebook_bag: {name} must be contiguous and {wanted}, got {tensor.dtype} with strides "
+                    f"{tensor.stride()}; call torchrec_compress.ops.codebook_bags"
                 )
 
     def _check_ids(self) -> None:
