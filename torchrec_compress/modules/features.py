@@ -57,12 +57,12 @@ def check_batch_weights(features: KeyedJaggedTensor, where: str, dtypes: list[to
         raise ValueError(
             f"{where}: the batch must carry weights with is_weighted=True, got none; give the batch weights"
         )
+    check_weights(weights, where)
     if any(dtype != weights.dtype for dtype in dtypes):
         raise ValueError(
             f"{where}: weights must have the dtype of the dense and hashed tables, {dtypes[0]}, got {weights.dtype}; "
             "cast the weights, or leave the collection in float32"
         )
-    check_weights(weights, where)
 
 
 def split_features(features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:

@@ -102,7 +102,8 @@ def known(tensor: Tensor, compute: Callable[[Tensor], int]) -> int:
         return seen.value
     value, view = compute(tensor), None
     if tensor.is_cpu and tensor.numel() > 1:  # elsewhere a comparison would wait for the device
-        view = tensor.detach().view(-1)[:: max(1, -(-tensor.numel() // _SAMPLED))]
+        values = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach()  # of a view, whole rows
+        view = values[:: max(1, -(-len(values) // _SAMPLED))]
     sample = None if view is None else view.clone()
     seen = _Seen(weakref.ref(tensor, partial(_forget, key)), _version(tensor), tensor.data_ptr(), view, sample, value)
     _SEEN[key] = seen
