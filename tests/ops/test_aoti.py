@@ -42,6 +42,7 @@ class Pooled(torch.nn.Module):
         self.collection = CompressedEmbeddingBagCollection(tables=tables, compression=methods)
         hot_rows = self.collection.get_buffer("decoder.banks.t1.hot_rows")
         hot_rows.copy_(quantize_rows(torch.randn(30, 16), "int4"))
+        self.collection.get_submodule("code_tables.banks.t1").seal()
 
     def forward(self, values, lengths):
         batch = KeyedJaggedTensor(keys=KEYS, values=values, lengths=lengths)
