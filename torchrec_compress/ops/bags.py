@@ -128,11 +128,7 @@ def codebook_bags(
         >>> codebook_bags([lookup], [Span(0, 2, 0, 3)], [table], [books], [None], batch).tolist()
         [[1.0, 5.0], [1.0, 2.0]]
     """
-    dtypes = {books.dtype for books in codebooks}
-    if len(dtypes) > 1:
-        raise ValueError(f"codebook_bag: codebooks must be of one dtype, got {sorted(map(str, dtypes))}")
-    if batch.weights is not None:
-        batch = batch._replace(weights=as_factors(batch.weights, codebooks[0].dtype))
+    batch = _with_factors(batch, codebooks)
     if _is_kernel_input(codes, codebooks, hot_rows, batch) and cpp_serves(backend):
         return _cpp_codebook_bags(lookups, spans, codes, codebooks, hot_rows, batch)
     check_inputs(lookups, spans, codes, codebooks, hot_rows, batch)
@@ -143,6 +139,14 @@ def codebook_bags(
     for_fbgemm = _is_on_cpu(codebooks) and codebooks[0].dtype in FLOATS and fbgemm_serves(backend)
     pool = fbgemm_codebook_bags if for_fbgemm else reference_codebook_bags
     return pool(lookups, spans, codes, codebooks, hot_rows, batch)
+
+
+def _with_factors(batch: IdBags, codebooks: Sequence[Tensor]) -> IdBags:
+    """Return the batch with weights of a type that sums in the codebooks' one dtype take."""
+    dtypes = {books.dtype for books in codebooks}
+    if len(dtypes) > 1:
+        raise ValueError(f"codebook_bag: codebooks must be of one dtype, got {sorted(map(str, dtypes))}")
+    return batch if batch.weights is None else batch._replace(weights=as_factors(batch.weights, codebooks[0].dtype))
 
 
 def _is_on_cpu(codebooks: Sequence[Tensor]) -> bool:
