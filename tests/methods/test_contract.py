@@ -112,8 +112,8 @@ def test_start_codes_are_a_function_of_seed_name_and_id(config):
         return config.parts(of, seed).codes.start(ids)
 
     many = torch.arange(5 * NUM_ROWS)
-    codes = start(many, num_embeddings=len(many))
     state = torch.get_rng_state()
+    codes = start(many, num_embeddings=len(many))
     assert torch.equal(codes[:NUM_ROWS], start(many[:NUM_ROWS]))
     assert torch.equal(codes[1000:1100], start(many[1000:1100]))  # of the id alone: any shard makes its own
     assert torch.equal(codes[[1500, 3, 1100, 3]], start(torch.tensor([1500, 3, 1100, 3])))
