@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from torchrec_compress.train import checkpoint
+from torchrec_compress.train import checkpoint, sealed
 from torchrec_compress.train.checkpoint import Checkpoints
 from torchrec_compress.train.config import RunConfig, override
 from torchrec_compress.train.parallel import Trainable, local_shards
@@ -101,6 +101,7 @@ def test_only_truncated_checkpoints_are_an_error(tmp_path, ranks):
 def test_another_format_is_refused(tmp_path, ranks):
     path = _save(tmp_path, 1, ranks) / "meta.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+    sealed.write_sums(path.parent, {**(sealed.listed(path.parent) or {}), path.name: sealed.digest(path)})
     with pytest.raises(ValueError, match=rf"must be of format {checkpoint.FORMAT}, got 1.*none is whole"):
         _store(tmp_path, ranks).newest()
 
