@@ -41,6 +41,19 @@ def test_ids_out_of_range(config, wrong):
 
 
 @every
+@pytest.mark.parametrize("wrong", ["item", "seen"])
+def test_every_feature_of_a_table_is_checked(config, wrong):
+    if config.method == "dense":
+        return  # TorchRec's own table
+    collection = fresh(config, feature_names=["item", "seen"])
+    collection.load_state_dict(fitted(config).state_dict())
+    ids = [NUM_ROWS if key == wrong else 0 for key in ("item", "seen")]
+    features = KeyedJaggedTensor(keys=["item", "seen"], values=torch.tensor(ids), lengths=torch.tensor([1, 1]))
+    with pytest.raises(ValueError, match=f"table 'item', feature '{wrong}': every id must be in"):
+        collection(features)
+
+
+@every
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite(config, bad):
     collection = CompressedEmbeddingBagCollection([table()], is_weighted=True, compression=config)

@@ -5,9 +5,13 @@ import torch
 
 from tests.ops.test_codebook_bags import BACKENDS
 from torchrec_compress.ops import (
+    BagLookup,
+    IdBags,
+    Span,
     TableRows,
     code_gather,
     codebook_bag,
+    codebook_bags,
     dequantize_rows,
     lookup_codes,
     low_bit_bag,
@@ -87,6 +91,12 @@ def test_gathered_codes_are_one_row_per_id(backend):
                 codebook_bag(codes, books, offsets, weights=torch.ones(num_weights), backend=backend)
     with pytest.raises(ValueError, match="must end with the number of ids"):
         codebook_bag(codes, books, torch.tensor([0, 2]), backend=backend)
+    lookup, span = BagLookup(0, "t", "table 't'"), Span(0, 2, 0, 2, is_gathered=True)
+    wanted = r"codes must be one row per id, 2, got|must end with the number of ids|must be among"
+    for rows in (codes, codes[:1]):
+        for offsets in (None, torch.tensor([0, 1, 2])):
+            with pytest.raises(ValueError, match=wanted):
+                codebook_bags([lookup], [span], [rows], [books], [None], IdBags(None, offsets), backend)
 
 
 @every_tier

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrec_compress.ops import check_ids, hash_codes, hash_ids, lookup_codes, stable_salt
+from tests.ops.test_codebook_bags import BACKENDS
+from torchrec_compress.ops import check_ids, code_gather, hash_codes, hash_ids, lookup_codes, stable_salt
 
 FLAG = torch.ones(1, dtype=torch.uint8)
 
@@ -91,6 +92,15 @@ def test_lookup_codes_gathers(dtype, num_ids):
     got = lookup_codes(table, FLAG, ids, "here")
     assert got.dtype == dtype
     assert got.tolist() == [table[i].tolist() for i in ids.tolist()]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("row_bytes", [None, 6, 7, 16])
+def test_code_gather_pads_rows_at_their_end(backend, row_bytes):
+    table, ids = torch.randint(0, 100, (37, 3)).to(torch.int16), torch.tensor([5, 0, 36])
+    got = code_gather(table, ids, "here", row_bytes, backend)
+    assert got.shape == (3, row_bytes or 6) and not got[:, 6:].any()
+    assert got[:, :6].contiguous().view(torch.int16).tolist() == [table[i].tolist() for i in ids.tolist()]
 
 
 def test_lookup_codes_refuses_an_unfilled_table():

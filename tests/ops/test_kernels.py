@@ -79,6 +79,14 @@ def test_numbers_of_bags(num_bags, structure, num_hot):
     check(sum(lengths), lengths, 4, 256, 8, structure, num_hot, num_hot > 0, torch.float32)
 
 
+@pytest.mark.parametrize("num_hot", [0, 7])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_bags_longer_than_a_window(structure, num_hot):
+    """Codes are gathered 128 positions at a time; a bag begins and ends in any of them, or fills several."""
+    lengths = [3, 300, 0, 128, 256, 129, 1, 111]
+    check(sum(lengths), lengths, 4, 16, 8, structure, num_hot, True, torch.float32)
+
+
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("structure", STRUCTURES)

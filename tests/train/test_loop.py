@@ -10,7 +10,7 @@ import torch
 
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.methods import DenseConfig, MEmComConfig, PQConfig
-from torchrec_compress.train import loop
+from torchrec_compress.train import loop, parallel
 from torchrec_compress.train.checkpoint import Checkpoints
 from torchrec_compress.train.checkpoint_reader import read
 from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig, override
@@ -346,6 +346,22 @@ def test_load_plain_refuses_other_shapes(config, data):
         load_plain(model, state)
     with pytest.raises(ValueError, match="names"):
         load_plain(model, {})
+
+
+def test_logits_are_those_of_evaluation(config, data, ranks):
+    """Of our models none has a layer that knows the difference; a user's may."""
+    trainable = _trainable(config, data, ranks)
+    trainable.module.train()
+    trainable.logits(next(iter(data.batches("test", 64, 0).epoch(0))))
+    assert not any(module.training for module in trainable.module.modules())
+
+
+def test_the_planner_is_told_the_batch_of_one_rank(config, data, ranks, monkeypatch):
+    told = []
+    monkeypatch.setattr(parallel, "EmbeddingShardingPlanner", lambda _, batch, *args, **named: told.append(batch))
+    with pytest.raises(AttributeError):
+        Trainable(full_model(config, data), STAGE, dataclasses.replace(ranks, world=3), ParallelConfig())
+    assert told == [86]
 
 
 def test_sharding_types_are_checked(config, data):
