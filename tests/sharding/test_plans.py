@@ -45,6 +45,10 @@ def output(change: str, marked: bool) -> tuple[float, list[str]]:
         parts["embeddings.decoder"]["pq.codebooks"] = parts["embeddings.code_tables"]["pq"]
     elif change == "a decoder misspelt":
         parts["embeddings.decoder"] = {"pq": data_parallel_entry(parts)}
+    elif change == "uneven rows":
+        first, second = parts["embeddings.code_tables"]["pq"].sharding_spec.shards
+        for shard, start, rows in ((first, 0, 1), (second, 1, first.shard_sizes[0] + second.shard_sizes[0] - 1)):
+            shard.shard_offsets[0], shard.shard_sizes[0] = start, rows
     elif change:
         for path in [path for path in parts if change in path]:
             del parts[path]
@@ -65,7 +69,7 @@ def without_each(marked: bool) -> dict[str, float]:
 
 def errors() -> dict[str, str]:
     found = {}
-    for change in ("a table is missing", "another name", "a decoder cut", "a decoder misspelt"):
+    for change in ("a table is missing", "another name", "a decoder cut", "a decoder misspelt", "uneven rows"):
         try:
             output(change, marked=False)
         except ValueError as error:
@@ -96,3 +100,4 @@ def test_entries_that_do_not_fit_are_refused_by_name(two_ranks):
         assert re.search(r"embeddings.bags: .* none for \['hash'\], .* \['hash__buckets'\]", found["another name"])
         assert "entries must be data_parallel, got {'pq.codebooks': 'row_wise'}" in found["a decoder cut"]
         assert "embeddings.decoder: the plan" in found["a decoder misspelt"] and "['pq']" in found["a decoder misspelt"]
+        assert re.search(r"table 'pq': shards must be whole rows, \d+ per rank, got rows", found["uneven rows"])
