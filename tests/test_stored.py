@@ -1,0 +1,74 @@
+"""What an earlier version wrote is read: state dicts of every method, and the output of a comparison.
+
+`stored/before.tar.xz` was made before the code moved into its present folders: by `torchrec-compress compare` with the
+config inside it, and from the collections of `tests/cases.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cases import CASES, NUM_ROWS, batch, fresh
+from torchrec_compress.train import compare as runs
+from torchrec_compress.train import stages
+from torchrec_compress.train.check import check_variants
+from torchrec_compress.train.command_line import read
+from torchrec_compress.train.compare import compare
+from torchrec_compress.train.config import RunConfig
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stored")
+    with tarfile.open(Path(__file__).parent / "stored" / "before.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def test_a_state_dict_of_every_method_loads_and_gives_the_same_rows(stored):
+    paths = sorted((stored / "collections").iterdir())
+    assert {path.stem.split("-")[0] for path in paths} == set(CASES)
+    for path in paths:
+        name, number = path.stem.split("-")
+        saved = torch.load(path, weights_only=True)
+        collection = fresh(CASES[name][int(number)])
+        assert list(collection.state_dict()) == list(saved["state"])
+        collection.load_state_dict(saved["state"])
+        rows = collection(batch([[number] for number in range(0, NUM_ROWS, 13)])).values()
+        torch.testing.assert_close(rows, saved["rows"], msg=lambda text, path=path: f"{path.stem}: {text}")
+
+
+def test_a_comparison_goes_on_where_it_stood(stored, tmp_path, monkeypatch):
+    shutil.copytree(stored, tmp_path / "in")
+    monkeypatch.chdir(tmp_path / "in")
+    config = read(RunConfig(), ["config.yaml"], "")
+    summaries = {path: path.read_text() for path in Path("out").glob("runs/*/seed0/summary.json")}
+    assert len(summaries) == 3
+    monkeypatch.setattr(runs, "_run_all", lambda jobs, *_: [job[0] for job in jobs])
+    compare(config)
+    assert summaries == {path: path.read_text() for path in summaries}
+    report = json.loads(Path("out/report.json").read_text())
+    assert set(report["variants"]) == {"full", "pq", "hash"}
+
+
+@pytest.mark.parametrize("name", ["pq", "hash"])
+def test_a_run_goes_on_from_its_last_checkpoint(stored, tmp_path, monkeypatch, name):
+    """Killed after its training, before the summary: checkpoints, fitted tables and the full model are read again."""
+    shutil.copytree(stored, tmp_path / "in")
+    monkeypatch.chdir(tmp_path / "in")
+    folder = Path("out/runs") / name / "seed0"
+    before = json.loads((folder / "summary.json").read_text())
+    for lost in ("summary.json", "model.pt"):
+        (folder / lost).unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.distcp")}
+    run = check_variants(read(RunConfig(), ["config.yaml"], ""))[name]
+    after = stages.run(run, folder, Path("out/full"), None)
+    assert stamps == {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.distcp")}  # no step was made
+    for split in ("valid", "test"):
+        assert after["metrics"][split] == pytest.approx(before["metrics"][split], rel=1e-5)
