@@ -37,8 +37,8 @@ from torchrec_compress.ops import (
     quantized_row_bytes,
     stable_salt,
 )
-from torchrec_compress.ops.codebooks import Structure
 from torchrec_compress.ops.lowbit import RowDtype
+from torchrec_compress.ops.types import Structure
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("codebook_bag")

@@ -1,6 +1,6 @@
 """Tensor operations behind the compressed lookups. Callers import from here, never from the files below."""
 
-from torchrec_compress.ops.bags import BagLookup, IdBags, Span, codebook_bag, codebook_bags
+from torchrec_compress.ops.bags import codebook_bag, codebook_bags
 from torchrec_compress.ops.checks import check_weight_count
 from torchrec_compress.ops.codebooks import (
     code_dtype,
@@ -38,6 +38,7 @@ from torchrec_compress.ops.lowbit import SCALE_BYTES, dequantize_rows, quantize_
 from torchrec_compress.ops.lowbit_bags import low_bit_bag
 from torchrec_compress.ops.pooling import check_offsets, check_weights, pool_rows, scale_rows
 from torchrec_compress.ops.table_bags import Rows, TableRows, pool_table
+from torchrec_compress.ops.types import BagLookup, IdBags, Span
 
 __all__ = [
     "NOT_FILLED",

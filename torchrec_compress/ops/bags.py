@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchrec_compress.ops.checks import INDICES, check_inputs
-from torchrec_compress.ops.codebooks import Structure, unpack_codes
-from torchrec_compress.ops.cpu import GATHERED, MEAN, ODD, PACKED, RESIDUAL, EagerCodebookBags
+from torchrec_compress.ops.codebooks import unpack_codes
+from torchrec_compress.ops.cpu import EagerCodebookBags
 from torchrec_compress.ops.dispatch import cpp_serves, fbgemm_serves, gpu_tier
 from torchrec_compress.ops.fbgemm import FLOATS, fbgemm_codebook_bags
 from torchrec_compress.ops.gpu.lookup import is_gpu_input, pool_on_gpu
@@ -18,66 +17,11 @@ from torchrec_compress.ops.ids import check_ids, gather_rows
 from torchrec_compress.ops.lowbit import dequantize_rows, low_bit_dtype
 from torchrec_compress.ops.pooling import as_factors
 from torchrec_compress.ops.reference import reference_codebook_bags
+from torchrec_compress.ops.types import GATHERED, MEAN, ODD, PACKED, RESIDUAL, BagLookup, IdBags, Span, Structure
 
 # what the C++ kernels read; all else goes to FBGEMM or to the reference
 CPP_CODES = (torch.uint8, torch.int16, torch.int32)
 CPP_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class BagLookup(NamedTuple):
-    """One feature in one table: what is known before any batch.
-
-    Args:
-        table: number of its codebooks.
-        feature: name of the feature.
-        where: names table and feature in errors.
-        structure: "product" or "residual".
-        is_mean: whether sums are divided by the ids of a bag.
-        num_packed: codes per row, M, where a byte of the code table holds two of them (see `pack_codes`); 0 where every
-            integer is a code.
-    """
-
-    table: int
-    feature: str
-    where: str
-    structure: Structure = "product"
-    is_mean: bool = False
-    num_packed: int = 0
-
-
-class Span(NamedTuple):
-    """Where the bags and the ids of a look-up are in a batch.
-
-    Args:
-        first_bag: of the batch.
-        num_bags: of the look-up.
-        first_id: of the batch.
-        num_ids: of the look-up.
-        is_gathered: whether the look-up's codes are those of its ids, gathered before; else a whole code table.
-    """
-
-    first_bag: int
-    num_bags: int
-    first_id: int
-    num_ids: int
-    is_gathered: bool = False
-
-
-class IdBags(NamedTuple):
-    """The ids of all features of a batch, one feature after another.
-
-    Args:
-        ids: (L,) int32 or int64; needed where codes are not gathered.
-        offsets: (bags + 1,) int32 or int64, from 0 up to L; bag b is the ids [offsets[b], offsets[b + 1]). None: every
-            id is a bag of its own.
-        weights: (L,) floating point factors of the ids, or None.
-        is_flat: whether look-ups may differ in their numbers of bags.
-    """
-
-    ids: Tensor | None = None
-    offsets: Tensor | None = None
-    weights: Tensor | None = None
-    is_flat: bool = False
 
 
 def codebook_bags(

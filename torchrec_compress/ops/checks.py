@@ -6,15 +6,12 @@ Shapes and types alone: values are looked at where they are followed, ids and of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from torchrec_compress.ops.codebooks import num_escape_codes, packed_width
-
-if TYPE_CHECKING:
-    from torchrec_compress.ops.bags import BagLookup, IdBags, Span
+from torchrec_compress.ops.types import BagLookup, IdBags, Span
 
 INDICES = (torch.int32, torch.int64)
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
-
-Structure = Literal["product", "residual"]
 
 
 def code_dtype(codebook_size: int) -> torch.dtype:

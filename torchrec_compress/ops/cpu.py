@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# as csrc/codebook_bags.cpp reads them
-RESIDUAL, MEAN, GATHERED, PACKED, ODD = 1, 2, 4, 8, 16
+from torchrec_compress.ops.types import ODD, PACKED, RESIDUAL
+
 _PLAN = 4
 
 

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchrec_compress.ops.checks import check_weight_count
-from torchrec_compress.ops.codebooks import Structure
 from torchrec_compress.ops.pooling import check_offsets, repeat_offsets
 from torchrec_compress.ops.reference import pool_each
-
-if TYPE_CHECKING:
-    from torchrec_compress.ops.bags import BagLookup, IdBags, Span
+from torchrec_compress.ops.types import BagLookup, IdBags, Span, Structure
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # FBGEMM's numbers of a pooling mode and of an output type: that of the table

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchrec_compress.ops.codebooks import Structure, num_escape_codes
+from torchrec_compress.ops.codebooks import num_escape_codes
 from torchrec_compress.ops.ids import check_ids, gather_rows
 from torchrec_compress.ops.pooling import check_offsets, repeat_offsets
-
-if TYPE_CHECKING:
-    from torchrec_compress.ops.bags import BagLookup, IdBags, Span
-
+from torchrec_compress.ops.types import BagLookup, IdBags, Span, Structure
 
 # sums codewords bag by bag: words (M, L) and their table, see `codewords`, offsets, weights, structure -> (B, D)
 SumCodewords: TypeAlias = "Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Structure], Tensor]"

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from torchrec_compress.ops.checks import INDICES
-from torchrec_compress.ops.cpu import GATHERED, MEAN, RESIDUAL
 from torchrec_compress.ops.gpu.operators import codebook_bags_gpu
-
-if TYPE_CHECKING:
-    from torchrec_compress.ops.bags import BagLookup, IdBags, Span
+from torchrec_compress.ops.types import GATHERED, MEAN, RESIDUAL, BagLookup, IdBags, Span
 
 CODES = (torch.uint8, torch.int16, torch.int32)
 WORDS = (torch.float32, torch.bfloat16, torch.float16)

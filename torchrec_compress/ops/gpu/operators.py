@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrec_compress.ops.cpu import GATHERED, MEAN, RESIDUAL
 from torchrec_compress.ops.gpu import cuda_kernels
 from torchrec_compress.ops.gpu.task import Task
+from torchrec_compress.ops.types import GATHERED, MEAN, RESIDUAL
 
 # numbers per look-up of a plan (its codebooks, its hot rows or -1, flags) and of spans (first bag, bags, first id, ids)
 PLAN, SPAN = 3, 4
