@@ -41,9 +41,9 @@ slurm:  ## what the tests of the launcher start a cluster with; without it they 
 test-asan: export TORCHREC_COMPRESS_CACHE = $(CURDIR)/.asan
 test-asan: export CXX = g++ -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 test-asan: env  ## the C++ kernels' tests with the address and undefined-behaviour sanitizers of GCC
-	$(PY) -c 'from torchrec_compress.ops import native; native.build()'
+	$(PY) -c 'from torchrec_compress.ops.cpp import build; build.compile_library()'
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so.6) ASAN_OPTIONS=detect_leaks=0 \
-	$(PY) -m pytest -s -p no:cacheprovider tests/ops/test_kernels.py tests/ops/test_codebook_bags.py \
+	$(PY) -m pytest -s -p no:cacheprovider tests/ops/cpp/test_kernels.py tests/ops/test_codebook_bags.py \
 	  tests/ops/test_hot_rows.py tests/ops/test_layouts.py tests/ops/test_checks.py \
 	  -k 'not compile and not exports and not graphs'
 
@@ -52,7 +52,7 @@ check-arm: env  ## the C++ kernels compiled for aarch64, the base kernels run in
 	install="apt-get install -y --no-install-recommends $(ARM)"; \
 	($$install || (apt-get update && $$install)) >/dev/null 2>&1 && exit 0; \
 	echo "no compiler or emulator for aarch64 on this machine (apt-get install $(ARM))"; exit 1
-	$(PY) -m pytest -p no:cacheprovider tests/ops/test_arm.py
+	$(PY) -m pytest -p no:cacheprovider tests/ops/cpp/test_arm.py
 
 check: env  ## formatter, linter, type checker, spelling
 	$(PY) -m ruff format --check .

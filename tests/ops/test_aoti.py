@@ -9,7 +9,7 @@ import torch
 from torch._inductor import aoti_compile_and_package
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 
-from tests.ops.test_kernels import has_compiler
+from tests.ops.cpp.test_kernels import has_compiler
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.methods import PQConfig
 from torchrec_compress.ops import quantize_rows

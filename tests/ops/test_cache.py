@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.ops.cpp.test_kernels import has_compiler
 from tests.ops.test_dispatch import LOOKUP, RIGHT, run
-from tests.ops.test_kernels import has_compiler
-from torchrec_compress.ops import native
 from torchrec_compress.ops.cache import CannotBuild, make_private
+from torchrec_compress.ops.cpp import build
 from torchrec_compress.ops.gpu import cubins
 
 MODE = stat.S_IMODE
@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def num_builds(folder: Path) -> int:
     calls = (folder.parent.parent / "calls").read_text().count("call")
-    per_build = len(list(native.SOURCES.glob("*.cpp"))) + 1
+    per_build = len(list(build.SOURCES.glob("*.cpp"))) + 1
     assert calls % per_build == 0
     return calls // per_build
 
@@ -38,27 +38,29 @@ def num_builds(folder: Path) -> int:
 def test_folders_and_files_are_the_users_alone(folder):
     umask = os.umask(0)
     try:
-        library = native.build()
+        library = build.compile_library()
     finally:
         os.umask(umask)
     assert [MODE(path.stat().st_mode) for path in (folder.parent, folder, library)] == [0o700] * 3
-    assert MODE(native._digest_path(library).stat().st_mode) & 0o022 == 0
+    assert MODE(build._digest_path(library).stat().st_mode) & 0o022 == 0
 
 
 def test_the_one_that_compiles_says_so_in_one_line(folder, caplog):
-    library = native.build()
+    library = build.compile_library()
     (message,) = caplog.messages
     assert message.startswith("compiling the C++ kernels with ") and "about a minute, once a machine" in message
     assert message.endswith(f"{library}, there is none yet")
     assert caplog.records[0].levelno == logging.WARNING
     caplog.clear()
-    native.build()
+    build.compile_library()
     assert caplog.messages == []
     assert num_builds(folder) == 1
 
 
 def test_a_warning_needs_no_logging_set_up(tmp_path):
-    code = "from torchrec_compress.ops import native\nnative._run_all = lambda commands: 1 / 0\nnative.build()"
+    code = (
+        "from torchrec_compress.ops.cpp import build\nbuild._run_all = lambda commands: 1 / 0\nbuild.compile_library()"
+    )
     _, _, err = run(code, tmp_path)
     assert err.startswith("compiling the C++ kernels with "), err
 
@@ -80,7 +82,7 @@ DAMAGES = {
     "empty": (lambda path: path.write_bytes(b""), "it is not what its checksum says"),
     "flipped": (flip, "it is not what its checksum says"),
     "another": (lambda path: path.write_bytes(b"LIBRARY\n"), "it is not what its checksum says"),
-    "without a checksum": (lambda path: native._digest_path(path).unlink(), "it has no checksum"),
+    "without a checksum": (lambda path: build._digest_path(path).unlink(), "it has no checksum"),
     "group": (lambda path: path.chmod(0o770), r"others may write to it (mode 770)"),
     "others": (lambda path: path.chmod(0o702), r"others may write to it (mode 702)"),
     "link": (link, "it is no plain file"),
@@ -93,26 +95,26 @@ DAMAGES = {
 def test_a_library_that_must_not_be_loaded_is_compiled_anew_and_the_reason_said(folder, damage, caplog):
     if damage == "another user's" and os.geteuid() != 0:
         pytest.skip("only root may give files away")
-    library = native.build()
+    library = build.compile_library()
     caplog.clear()
     spoil, reason = DAMAGES[damage]
     spoil(library)
-    assert native.build() == library
+    assert build.compile_library() == library
     (message,) = caplog.messages
     assert message.endswith(f"{library}, {reason}")
     assert library.read_text() == "library\n" and not library.is_symlink()
     assert MODE(library.stat().st_mode) == 0o700
-    native.build()
+    build.compile_library()
     assert num_builds(folder) == 2
 
 
 def test_without_a_compiler_a_damaged_library_is_not_loaded(folder, monkeypatch):
-    library = native.build()
+    library = build.compile_library()
     library.write_bytes(b"")
     monkeypatch.setenv("CXX", "")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(CannotBuild, match="there is no C\\+\\+ compiler"):
-        native.build()
+        build.compile_library()
 
 
 @pytest.mark.parametrize("mode", [0o720, 0o702, 0o777, 0o1777])
@@ -122,15 +124,15 @@ def test_a_folder_that_others_write_to_is_refused(folder, mode):
     with pytest.raises(
         CannotBuild, match=rf"{folder} must not be writable by others.* got mode {mode:o}; run chmod go-w"
     ):
-        native.build()
+        build.compile_library()
     assert list(folder.iterdir()) == []
 
 
 def test_a_folder_that_others_came_to_write_to_is_refused_with_all_that_lies_there(folder):
-    native.build()
+    build.compile_library()
     folder.chmod(0o777)
     with pytest.raises(CannotBuild, match="must not be writable by others"):
-        native.build()
+        build.compile_library()
 
 
 def test_a_folder_that_is_a_link_is_refused(folder, tmp_path):
@@ -138,7 +140,7 @@ def test_a_folder_that_is_a_link_is_refused(folder, tmp_path):
     folder.parent.mkdir()
     folder.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CannotBuild, match=rf"{folder} must not be a symbolic link"):
-        native.build()
+        build.compile_library()
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
@@ -146,7 +148,7 @@ def test_another_users_folder_is_refused(folder, monkeypatch):
     folder.mkdir(parents=True, mode=0o700)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(CannotBuild, match=rf"{folder} must be of user 12345, .* got one of user {os.getuid()}"):
-        native.build()
+        build.compile_library()
     assert list(folder.iterdir()) == []
 
 
@@ -154,24 +156,24 @@ def test_the_folder_may_be_read_by_others(folder):
     folder.mkdir(parents=True, mode=0o755)
     folder.chmod(0o755)
     make_private(folder)
-    native.build()
+    build.compile_library()
 
 
 def test_a_library_that_another_process_has_replaced_is_not_compiled_again(folder):
-    library = native.build()
-    before = native.Refused(library.stat(), "wrong")
+    library = build.compile_library()
+    before = build.Refused(library.stat(), "wrong")
     library.rename(folder / "old")  # its inode stays taken
-    native.build()
-    native.build(before)
+    build.compile_library()
+    build.compile_library(before)
     assert num_builds(folder) == 2
-    native.build(native.Refused(library.stat(), "wrong"))
+    build.compile_library(build.Refused(library.stat(), "wrong"))
     assert num_builds(folder) == 3
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 @pytest.mark.parametrize("is_mended", [True, False])
 def test_a_library_that_does_not_load_is_compiled_anew_once(tmp_path, is_mended):
-    whole = native.build()
+    whole = build.compile_library()
     script = tmp_path / "c++"
     content = f'cp {whole} "$target"' if is_mended else 'echo "none" > "$target"'
     script.write_text(f"#!/bin/sh\nfor target; do :; done\n{content}\n")
@@ -180,7 +182,7 @@ def test_a_library_that_does_not_load_is_compiled_anew_once(tmp_path, is_mended)
     cache.mkdir(mode=0o700)
     (cache / whole.name).write_text("of another machine")
     (cache / whole.name).chmod(0o700)
-    native._digest_path(cache / whole.name).write_text(native._digest(cache / whole.name))
+    build._digest_path(cache / whole.name).write_text(build._digest(cache / whole.name))
     status, out, err = run(LOOKUP, cache, CXX=str(script))
     assert (status, out) == (0, RIGHT * 2 + ("['cpp']\n" if is_mended else "['fbgemm']\n")), err
     lines = err.splitlines()

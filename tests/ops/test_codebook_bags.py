@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.ops.bags import random_codes, reference
-from tests.ops.test_kernels import has_compiler
+from tests.ops.cpp.test_kernels import has_compiler
 from tests.tolerances import assert_near
 from torchrec_compress.ops import BagLookup, IdBags, Span, code_dtype, codebook_bags, pack_codes
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.made import Made
-from torchrec_compress.ops import codebook_bag, native, tiers
+from torchrec_compress.ops import codebook_bag, tiers
+from torchrec_compress.ops.cpp import build
 from torchrec_compress.ops.dispatch import cpp_serves, requested_backend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,8 +52,8 @@ def run_all(*given: tuple[str, Path, dict[str, str]]) -> list[tuple[int, str, st
 def counting_compiler(folder: Path) -> Path:
     """Return a compiler that writes a line to `folder`/calls whenever it runs."""
     try:
-        real = native.find_compiler()
-    except native.CannotBuild:
+        real = build.find_compiler()
+    except build.CannotBuild:
         pytest.skip("no C++ compiler")
     script = folder / "compiler"
     script.write_text(f'#!/bin/sh\necho call >> {folder / "calls"}\nexec {" ".join(real)} -O0 "$@" -O0\n')
@@ -104,8 +105,8 @@ def test_a_compiler_that_does_not_run_is_reported(tmp_path, monkeypatch):
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     monkeypatch.setenv("TORCHREC_COMPRESS_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(native.CannotBuild, match="does not run"):
-        native.build()
+    with pytest.raises(build.CannotBuild, match="does not run"):
+        build.compile_library()
 
 
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
@@ -115,8 +116,8 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
     for name in ("TORCHREC_COMPRESS_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", nowhere)
-    with pytest.raises(native.CannotBuild, match="home directory"):
-        native.build()
+    with pytest.raises(build.CannotBuild, match="home directory"):
+        build.compile_library()
 
 
 def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
@@ -200,7 +201,7 @@ def test_processes_that_start_at_once_build_once_and_later_ones_not_at_all(tmp_p
     # one of them says what takes so long
     said = "".join(err for _, err in ended)
     assert said.startswith("compiling the C++ kernels with ") and said.count("\n") == 1, said
-    sources = list(native.SOURCES.glob("*.cpp"))
+    sources = list(build.SOURCES.glob("*.cpp"))
     assert (tmp_path / "calls").read_text().count("call") == len(sources) + 1
     # a compiler is not even looked for once there is a library
     assert run(LOOKUP, cache, PATH=str(tmp_path), CXX="") == (0, RIGHT * 2 + "['cpp']\n", "")
@@ -214,8 +215,8 @@ def test_the_kernels_for_other_processors_equal_the_reference(capability, name):
     code = f"""
 import torch
 from tests.ops.bags import check
-from torchrec_compress.ops import native
-assert native.load() == {name!r}
+from torchrec_compress.ops.cpp import build
+assert build.load() == {name!r}
 for structure in ("product", "residual"):
     for width in (4, 5, 8, 16, 32, 40):
         check(130, [100, 0, 30], 11, 256, width, structure, 9, True, torch.float32)
@@ -224,10 +225,10 @@ for structure in ("product", "residual"):
         check(130, [100, 0, 30], 6, 1000, width, structure, 0, False, torch.float32)
 """
     try:
-        native.find_compiler()
-    except native.CannotBuild:
+        build.find_compiler()
+    except build.CannotBuild:
         pytest.skip("no C++ compiler")
-    status, _, err = run(code, native.cache_folder(), ATEN_CPU_CAPABILITY=capability)
+    status, _, err = run(code, build.cache_folder(), ATEN_CPU_CAPABILITY=capability)
     assert status == 0, err
 
 

@@ -9,7 +9,7 @@ import torch
 from tests.ops.bags import random_codes
 
 # the same cases, collected here once more and run with this file's fixtures
-from tests.ops.test_kernels import (  # noqa: F401
+from tests.ops.cpp.test_kernels import (  # noqa: F401
     STRUCTURES,
     inputs,
     run,

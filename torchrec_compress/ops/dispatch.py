@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from torchrec_compress.ops import native
+from torchrec_compress.ops.cpp import build
 from torchrec_compress.ops.gpu import program
 
 # "cpp" and "fbgemm" are about CPUs, "cuda" and "triton" about GPUs; on the other kind of device each means "auto"
@@ -82,8 +82,8 @@ def _load() -> tuple[str, str]:
 @functools.cache
 def _load_once() -> tuple[str, str]:
     try:
-        return native.load(), ""
-    except native.CannotBuild as error:
+        return build.load(), ""
+    except build.CannotBuild as error:
         return "", str(error)
 
 
@@ -275,5 +275,5 @@ def _cpu_tiers(backend: str | None) -> list[Tier]:
     instructions, reason = _load() if wanted not in ("fbgemm", "torch") else ("", "")
     reasons = {"cpp": reason, "fbgemm": "" if wanted == "torch" else _fbgemm_reason(), "torch": ""}
     _choose(reasons, {"fbgemm": "int64 codes", "torch": "float64 codebooks and other devices"}, backend)
-    kernels = f"C++ kernels ({instructions}), {native.library_path()}" if instructions else "C++ kernels"
+    kernels = f"C++ kernels ({instructions}), {build.library_path()}" if instructions else "C++ kernels"
     return [Tier(name, {"cpp": kernels, **_NAMES}[name], reason) for name, reason in reasons.items()]

@@ -7,7 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from torchrec_compress.ops import native
+from torchrec_compress.ops.cpp import build
 from torchrec_compress.ops.gpu.plan import Device
 from torchrec_compress.ops.gpu.program import Program
 
@@ -48,7 +48,7 @@ def _library(folder: Path, source: str) -> ctypes.CDLL:
     text = stem.with_suffix(".cpp")
     text.write_text(f'#include "{HEADER}"\n{source}\n{runners}')
     command = [
-        *native.find_compiler(),
+        *build.find_compiler(),
         "-std=c++17",
         "-O1",
         "-w",
@@ -65,5 +65,5 @@ def _library(folder: Path, source: str) -> ctypes.CDLL:
 
 def _selected(source: str) -> str:
     """Return what the preprocessor leaves of a source, includes aside."""
-    command = [*native.find_compiler(), "-x", "c++", "-E", "-P", "-D__global__=__global__", "-"]
+    command = [*build.find_compiler(), "-x", "c++", "-E", "-P", "-D__global__=__global__", "-"]
     return subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout

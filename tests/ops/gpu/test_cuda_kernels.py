@@ -7,7 +7,7 @@ import torch
 
 from tests.ops.gpu.cases import LARGE, SMALL, Case, check, draw
 from tests.ops.gpu.emulator import DEVICE, Emulator
-from torchrec_compress.ops import native
+from torchrec_compress.ops.cpp import build
 from torchrec_compress.ops.gpu import cuda_kernels, program
 from torchrec_compress.ops.gpu.lookup import pool_on_gpu
 from torchrec_compress.ops.gpu.operators import codebook_bags_gpu, codebook_bags_gpu_backward
@@ -18,8 +18,8 @@ from torchrec_compress.ops.gpu.task import Task
 
 def _has_compiler() -> bool:
     try:
-        return bool(native.find_compiler())
-    except native.CannotBuild:
+        return bool(build.find_compiler())
+    except build.CannotBuild:
         return False
 
 

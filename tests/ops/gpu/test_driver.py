@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchrec_compress.ops import native
+from torchrec_compress.ops.cpp import build
 from torchrec_compress.ops.gpu import program
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,8 +44,8 @@ def start(of, kernel=NAMES[0], grid=(5, 1, 1), shared=0):
 
 def _has_compiler() -> bool:
     try:
-        return bool(native.find_compiler())
-    except native.CannotBuild:
+        return bool(build.find_compiler())
+    except build.CannotBuild:
         return False
 
 
@@ -60,7 +60,7 @@ pytestmark = [
 def libraries(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("driver")
     source, library = Path(__file__).with_name("libcuda.c"), folder / "libcuda.so.1"
-    command = [*native.find_compiler(), "-x", "c", "-w", "-shared", "-fPIC", str(source), "-ldl", "-o", str(library)]
+    command = [*build.find_compiler(), "-x", "c", "-w", "-shared", "-fPIC", str(source), "-ldl", "-o", str(library)]
     subprocess.run(command, check=True)
     return folder
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.ops.bags import random_codes
+from tests.ops.cpp.test_kernels import has_compiler
 from tests.ops.gpu.emulator import Emulator
-from tests.ops.test_kernels import has_compiler
 from tests.tolerances import assert_near
 from torchrec_compress.ops import BagLookup, IdBags, Span, bags, codebook_bags, pack_codes
 from torchrec_compress.ops.gpu import cuda_kernels

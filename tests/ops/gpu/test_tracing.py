@@ -11,7 +11,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.ops.gpu.cases import SMALL, draw
 from tests.ops.gpu.emulator import Emulator
-from torchrec_compress.ops import BagLookup, IdBags, Span, bags, codebook_bags, native
+from torchrec_compress.ops import BagLookup, IdBags, Span, bags, codebook_bags
+from torchrec_compress.ops.cpp import build
 from torchrec_compress.ops.gpu import cuda_kernels
 from torchrec_compress.ops.gpu.lookup import pool_on_gpu
 from torchrec_compress.ops.gpu.operators import codebook_bags_gpu_backward
@@ -32,8 +33,8 @@ def tier(monkeypatch):
 @pytest.fixture
 def emulate(tmp_path, monkeypatch):
     try:
-        native.find_compiler()
-    except native.CannotBuild as error:
+        build.find_compiler()
+    except build.CannotBuild as error:
         pytest.skip(str(error))
     emulator = Emulator(tmp_path)
     monkeypatch.setattr(cuda_kernels, "driver_of", lambda index: emulator)

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from torchrec_compress.ops import cpu
 from torchrec_compress.ops.cache import CannotBuild, cache_folder, distrust, make_private
+from torchrec_compress.ops.cpp import operators
 
 SOURCES = Path(__file__).parent / "csrc"
 # The stable ABI of torch 2.11, the oldest torch that is supported: one library serves it and every later torch.
@@ -79,7 +79,7 @@ class Refused(NamedTuple):
     reason: str
 
 
-def build(refused: Refused | None = None) -> Path:
+def compile_library(refused: Refused | None = None) -> Path:
     """Compile the library unless the cache has it whole; of many processes that start at once, one compiles.
 
     The one that does logs a warning, which is on stderr wherever nobody has set logging up: a first look-up that takes
@@ -95,7 +95,7 @@ def build(refused: Refused | None = None) -> Path:
         CannotBuild: no compiler, a compiler error, or a cache folder that cannot or must not be used.
 
     Example:
-        >>> build().exists()  # doctest: +SKIP
+        >>> compile_library().exists()  # doctest: +SKIP
         True
     """
     library = library_path()
@@ -207,16 +207,16 @@ def load() -> str:
         >>> load()  # doctest: +SKIP
         'avx2'
     """
-    library = build()
+    library = compile_library()
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        library = build(Refused(library.stat(), str(error)))
+        library = compile_library(Refused(library.stat(), str(error)))
     try:
         torch.ops.load_library(str(library))  # a second time does nothing
         name = ctypes.CDLL(str(library)).torchrec_compress_instruction_set
     except (OSError, AttributeError) as error:
         raise CannotBuild(f"{library} does not load: {error}") from error
     name.restype = ctypes.c_char_p
-    cpu.register()
+    operators.register()
     return name().decode()

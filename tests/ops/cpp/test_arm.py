@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchrec_compress.ops import native
+from torchrec_compress.ops.cpp import build
 
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 DRIVER = Path(__file__).with_name("kernels_check.cpp")
@@ -20,12 +20,12 @@ pytestmark = [
 
 def compile_for_arm(*arguments: str) -> None:
     """Run the cross compiler with the flags of the library; a warning is an error."""
-    command = [str(COMPILER), *native.FLAGS, "-Wall", "-Wextra", "-Werror", *arguments]
+    command = [str(COMPILER), *build.FLAGS, "-Wall", "-Wextra", "-Werror", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("source", sorted(native.SOURCES.glob("*.cpp")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", sorted(build.SOURCES.glob("*.cpp")), ids=lambda path: path.stem)
 def test_compiles(source, tmp_path):
     home = Path(torch.__file__).parent / "include"
     includes = ["-isystem", str(home), "-isystem", str(home / "torch/csrc/api/include")]
@@ -35,7 +35,7 @@ def test_compiles(source, tmp_path):
 @pytest.mark.skipif(EMULATOR is None, reason="no qemu-aarch64; make check-arm installs it")
 def test_base_kernels_in_emulation(tmp_path):
     program = str(tmp_path / "check")
-    sources = [str(native.SOURCES / "kernels_base.cpp"), str(DRIVER)]
-    compile_for_arm("-static", "-DKERNELS=kernels_base", "-I", str(native.SOURCES), *sources, "-o", program)
+    sources = [str(build.SOURCES / "kernels_base.cpp"), str(DRIVER)]
+    compile_for_arm("-static", "-DKERNELS=kernels_base", "-I", str(build.SOURCES), *sources, "-o", program)
     done = subprocess.run([str(EMULATOR), program], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

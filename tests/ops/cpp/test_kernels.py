@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from tests.made import Made
 from tests.ops.bags import check, random_codes
-from torchrec_compress.ops import code_dtype, codebook_bag, native, num_escape_codes, pack_codes
+from torchrec_compress.ops import code_dtype, codebook_bag, num_escape_codes, pack_codes
+from torchrec_compress.ops.cpp import build
 from torchrec_compress.ops.dispatch import cpp_serves
 from torchrec_compress.ops.reference import reference_codebook_bag
 
@@ -17,8 +18,8 @@ STRUCTURES = ["product", "residual"]
 def has_compiler() -> bool:
     """Whether this machine can build the kernels."""
     try:
-        return bool(native.find_compiler())
-    except native.CannotBuild:
+        return bool(build.find_compiler())
+    except build.CannotBuild:
         return False
 
 
