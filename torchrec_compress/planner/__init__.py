@@ -6,7 +6,8 @@ from torchrec_compress.planner.enumerators import CompressedEnumerator
 from torchrec_compress.planner.estimators import CompressedPerfEstimator, CompressedStorageEstimator, estimators
 from torchrec_compress.planner.planners import EmbeddingShardingPlanner
 from torchrec_compress.planner.proposers import TradeOffProposer
-from torchrec_compress.planner.report import PartPlan, PlanReport, RankPlan, TablePlan
+from torchrec_compress.planner.records import PartPlan, RankPlan, TablePlan
+from torchrec_compress.planner.report import PlanReport
 from torchrec_compress.planner.reservation import DecodeReservation
 from torchrec_compress.planner.stats import PlanStats
 

@@ -10,20 +10,49 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
-from torchrec.distributed.planner.types import PlannerError, PlannerErrorType, ShardingOption, Storage, Topology
+from torchrec.distributed.planner.types import (
+    ParameterConstraints,
+    PlannerError,
+    PlannerErrorType,
+    ShardingOption,
+    Storage,
+    Topology,
+)
 from torchrec.distributed.planner.utils import reset_shard_rank
+from torchrec.distributed.types import ModuleSharder
 
 from torchrec_compress.methods import MethodConfig
+from torchrec_compress.planner.accounting import DenseOptimizer
 from torchrec_compress.planner.enumerators import CompressedEnumerator
 from torchrec_compress.planner.ladder import NUM_STEPS, step
 from torchrec_compress.planner.proposers import TradeOffProposer
 from torchrec_compress.planner.reservation import decode_bytes
 from torchrec_compress.planner.shell import Shell
-from torchrec_compress.planner.stats import Failure
 from torchrec_compress.planner.text import size
 
 _MOST_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Everything about a plan that was not found.
+
+    Args:
+        module: the model.
+        sharders, constraints, batch_size, dense_optimizer: of the planner.
+        topology: with what the reservations left.
+        options: everything that the planner could choose from, estimated.
+    """
+
+    module: nn.Module
+    sharders: list[ModuleSharder[nn.Module]]
+    constraints: dict[str, ParameterConstraints] | None
+    batch_size: int
+    dense_optimizer: DenseOptimizer
+    topology: Topology
+    options: list[ShardingOption]
 
 
 @dataclass(frozen=True)

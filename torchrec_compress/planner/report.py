@@ -3,138 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
-from torchrec.distributed.planner.types import Shard, ShardingOption, Storage, Topology
+from torchrec.distributed.planner.types import ShardingOption, Topology
 from torchrec.distributed.types import ModuleSharder
 
-from torchrec_compress.methods import dense_bytes
-from torchrec_compress.methods.base import MARK_BYTES
-from torchrec_compress.modules.decoder import Decoder
-from torchrec_compress.modules.parts import CompressedParts
-from torchrec_compress.modules.tables import CodeTableCollection
-from torchrec_compress.planner.accounting import DenseOptimizer, shard_bytes
+from torchrec_compress.planner.accounting import DenseOptimizer
+from torchrec_compress.planner.counting import Counting
+from torchrec_compress.planner.records import RankPlan, TablePlan, ratio_of
 from torchrec_compress.planner.text import rank_lines, table_lines
-
-Kind = Literal["codes", "native", "decoder"]
-_KINDS: tuple[Kind, ...] = ("codes", "native", "decoder")
-
-
-@dataclass(frozen=True)
-class PartPlan:
-    """One stored tensor of a table, as it is planned. Bytes other than `stored_bytes` are sums over all ranks.
-
-    Args:
-        kind: code table, native table (dense ones too), or replicated tensor of the decoder.
-        path: of its module in the model, and its name there.
-        sharding_type, compute_kernel: the planner's choice.
-        ranks: that hold a shard.
-        stored_bytes: of one copy.
-        weight_bytes: of all copies.
-        optimizer_bytes: state of the optimizer that trains it.
-        gradient_bytes: which are DDP's buckets too.
-        activation_bytes: ids, codes and embeddings of a step, and caches before the host's memory.
-    """
-
-    kind: Kind
-    path: str
-    sharding_type: str
-    compute_kernel: str
-    ranks: tuple[int, ...]
-    stored_bytes: int
-    weight_bytes: int
-    optimizer_bytes: int
-    gradient_bytes: int
-    activation_bytes: int
-
-
-@dataclass(frozen=True)
-class TablePlan:
-    """One of the user's tables.
-
-    Args:
-        method: how it is stored.
-        num_embeddings, embedding_dim: its size.
-        dense_bytes: what the user's own table would take.
-        parts: its stored tensors.
-        decoded_bytes: of embeddings that no stored tensor stands for, over all ranks.
-    """
-
-    method: str
-    num_embeddings: int
-    embedding_dim: int
-    dense_bytes: int
-    parts: tuple[PartPlan, ...]
-    decoded_bytes: int = 0
-
-    def stored(self, kind: Kind) -> int:
-        """Return the stored bytes of one kind, of one copy."""
-        return sum(part.stored_bytes for part in self.parts if part.kind == kind)
-
-    @property
-    def stored_bytes(self) -> int:
-        """All stored bytes, of one copy: as `footprint()` counts them."""
-        return sum(part.stored_bytes for part in self.parts)
-
-    @property
-    def ratio(self) -> float:
-        """Dense bytes over stored bytes; bigger is better."""
-        return self.dense_bytes / self.stored_bytes
-
-    @property
-    def optimizer_bytes(self) -> int:
-        """Optimizer state, over all ranks."""
-        return sum(part.optimizer_bytes for part in self.parts)
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Gradients, over all ranks."""
-        return sum(part.gradient_bytes for part in self.parts)
-
-    @property
-    def activation_bytes(self) -> int:
-        """Activations of a step, over all ranks."""
-        return self.decoded_bytes + sum(part.activation_bytes for part in self.parts)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data."""
-        kinds = {f"{kind}_bytes": self.stored(kind) for kind in _KINDS}
-        names = ("stored_bytes", "ratio", "optimizer_bytes", "gradient_bytes", "activation_bytes")
-        parts = [{**asdict(part), "ranks": list(part.ranks)} for part in self.parts]
-        return {**asdict(self), "parts": parts, **kinds, **{name: getattr(self, name) for name in names}}
-
-
-@dataclass
-class RankPlan:
-    """The bytes of one rank.
-
-    Args:
-        code_bytes, native_bytes, decoder_bytes: weights that it holds, by kind.
-        optimizer_bytes, gradient_bytes, activation_bytes: as for `PartPlan`.
-        device_bytes: what the planner charges to the memory of the device, reservations apart.
-        host_bytes: what it charges to the host's memory, for a device that has its own.
-        capacity_bytes: of the device's memory, less reservations.
-    """
-
-    code_bytes: int = 0
-    native_bytes: int = 0
-    decoder_bytes: int = 0
-    optimizer_bytes: int = 0
-    gradient_bytes: int = 0
-    activation_bytes: int = 0
-    device_bytes: int = 0
-    host_bytes: int = 0
-    capacity_bytes: int = 0
-
-    @property
-    def weight_bytes(self) -> int:
-        """All weights on the rank."""
-        return self.code_bytes + self.native_bytes + self.decoder_bytes
 
 
 @dataclass(frozen=True)
@@ -179,7 +60,8 @@ class PlanReport:
         Raises:
             ValueError: the options were not estimated by `estimators()`.
         """
-        return _Counter(module, options, topology, dense_optimizer, decoded or {}, sharders).report(batch_size)
+        tables, ranks = Counting(module, options, topology, dense_optimizer, decoded or {}, sharders).count()
+        return cls(tables, ranks, topology.compute_device, batch_size)
 
     @property
     def dense_bytes(self) -> int:
@@ -194,7 +76,7 @@ class PlanReport:
     @property
     def ratio(self) -> float:
         """Dense bytes over stored bytes, over all tables."""
-        return self.dense_bytes / self.stored_bytes
+        return ratio_of(self.tables.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data, for JSON."""
@@ -224,138 +106,5 @@ class PlanReport:
         paths[1].write_text(f"# Plan\n\n```\n{self}\n```\n\n![bytes per rank and table](plan.png)\n")
         from torchrec_compress.planner.plots import draw
 
-        draw(self, paths[2])
+        draw(self.tables, self.ranks, self.compute_device, paths[2])
         return paths
-
-
-class _Counter:
-    """Sum the shards of a plan up by table and by rank."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        options: Sequence[ShardingOption],
-        topology: Topology,
-        dense_optimizer: DenseOptimizer,
-        decoded: Mapping[str, int],
-        sharders: Iterable[ModuleSharder[Any]],
-    ) -> None:
-        self._options, self._topology, self._optimizer = options, topology, dense_optimizer
-        self._decoded = decoded
-        self._on_host = topology.compute_device == "cpu"
-        self._ranks = [
-            RankPlan(capacity_bytes=device.storage.ddr if self._on_host else device.storage.hbm)
-            for device in topology.devices
-        ]
-        self._fused = {sharder.module_type: getattr(sharder, "fused_params", None) for sharder in sharders}
-        self._collections = {path: part for path, part in module.named_modules() if isinstance(part, CompressedParts)}
-        self._native_names = {
-            (path, physical): name
-            for path, collection in self._collections.items()
-            for name in collection.methods()
-            for physical in collection._plan.native_names(name).values()
-        }
-
-    def report(self, batch_size: int) -> PlanReport:
-        parts: dict[tuple[str, str], list[PartPlan]] = {}
-        for option in self._options:
-            parts.setdefault(self._table_of(option), []).append(self._part(option))
-        for path, collection in self._collections.items():
-            for name in collection.methods():
-                parts.setdefault((path, name), []).extend(self._unplanned(path, name, parts.get((path, name), [])))
-        names = Counter(name for _, name in parts)
-        tables = {
-            name if names[name] == 1 else f"{path}.{name}": self._table(path, name, parts[path, name])
-            for path, name in sorted(parts, key=self._order)
-        }
-        for rank in self._ranks:
-            rank.activation_bytes += sum(self._decoded.values())
-        return PlanReport(tables, self._ranks, self._topology.compute_device, batch_size)
-
-    def _table_of(self, option: ShardingOption) -> tuple[str, str]:
-        """Return the path of the collection and the name of the user's table that an option belongs to."""
-        name = option.name.partition(".")[0] if isinstance(option.module[1], Decoder) else option.name
-        owners = [path for path in self._collections if not path or option.path.startswith(f"{path}.")]
-        if not owners:
-            return option.path, name
-        path = max(owners, key=len)
-        # a native table whose own sharder was not passed is planned by TorchRec's, by its own name
-        return path, self._native_names.get((path, name), name)
-
-    def _unplanned(self, path: str, name: str, parts: list[PartPlan]) -> list[PartPlan]:
-        """Return what no sharder was passed for, and so every rank holds."""
-        collection = self._collections[path]
-        table = collection._plan.by_table[name][0].table
-        rest = collection.methods()[name].stored_bytes(table) - sum(part.stored_bytes for part in parts)
-        if not rest:
-            return []
-        for rank in self._ranks:
-            rank.decoder_bytes += rest
-        ranks = tuple(range(len(self._ranks)))
-        return [PartPlan("decoder", f"{path}: {name}", "unplanned", "dense", ranks, rest, rest * len(ranks), 0, 0, 0)]
-
-    def _order(self, table: tuple[str, str]) -> tuple[str, int]:
-        """Return the place of a table: in the user's order where it is compressed."""
-        path, name = table
-        collection = self._collections.get(path)
-        return path, list(collection.methods()).index(name) if collection else 0
-
-    def _table(self, path: str, name: str, found: list[PartPlan]) -> TablePlan:
-        parts = tuple(sorted(found, key=lambda part: (_KINDS.index(part.kind), part.path)))
-        decoded = self._decoded.get(name, 0) * len(self._ranks)
-        collection = self._collections.get(path)
-        if collection is None:
-            option = next(option for option in self._options if (option.path, option.name) == (path, name))
-            rows, columns = option.tensor.shape
-            return TablePlan("dense", rows, columns, parts[0].stored_bytes, parts)
-        table = collection._plan.by_table[name][0].table
-        method = collection.methods()[name].method
-        return TablePlan(method, table.num_embeddings, table.embedding_dim, dense_bytes(table), parts, decoded)
-
-    def _part(self, option: ShardingOption) -> PartPlan:
-        kind: Kind = "native"
-        if isinstance(option.module[1], CodeTableCollection):
-            kind = "codes"
-        elif isinstance(option.module[1], Decoder):
-            kind = "decoder"
-        totals = [0, 0, 0, 0]
-        for shard in option.shards:
-            found = self._shard(option, shard)
-            totals = [total + value for total, value in zip(totals, found, strict=True)]
-            self._charge(kind, shard, found)
-        # the mark of a code table's integers, as in `footprint()`
-        stored = option.tensor.numel() * option.tensor.element_size() + MARK_BYTES * (kind == "codes")
-        ranks = tuple(sorted({int(shard.rank or 0) for shard in option.shards if shard.size[0]}))
-        return PartPlan(kind, option.fqn, option.sharding_type, option.compute_kernel, ranks, stored, *totals)
-
-    def _shard(self, option: ShardingOption, shard: Shard) -> tuple[int, int, int, int]:
-        """Return weights, optimizer state, gradient and activations of a shard."""
-        lasting = shard_bytes(option, shard, self._fused.get(type(option.module[1])), self._optimizer)
-        storage = _storage(shard)
-        activations = storage.hbm + storage.ddr + storage.ssd - lasting.total
-        if activations < 0:
-            raise ValueError(
-                f"PlanReport: {option.fqn} must be charged at least {lasting.total:,} bytes on rank {shard.rank}, got "
-                f"{lasting.total + activations:,}; plan with estimator=torchrec_compress.planner.estimators(...)"
-            )
-        return lasting.weights, lasting.optimizer, lasting.gradient, activations
-
-    def _charge(self, kind: Kind, shard: Shard, found: tuple[int, int, int, int]) -> None:
-        rank, storage = self._ranks[int(shard.rank or 0)], _storage(shard)
-        weights, optimizer, gradient, activations = found
-        if kind == "codes":
-            rank.code_bytes += weights
-        elif kind == "decoder":
-            rank.decoder_bytes += weights
-        else:
-            rank.native_bytes += weights
-        rank.optimizer_bytes += optimizer
-        rank.gradient_bytes += gradient
-        rank.activation_bytes += activations
-        rank.device_bytes += storage.ddr if self._on_host else storage.hbm
-        rank.host_bytes += 0 if self._on_host else storage.ddr
-
-
-def _storage(shard: Shard) -> Storage:
-    assert shard.storage is not None
-    return shard.storage

@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torchrec.distributed.planner.types import (
-    ParameterConstraints,
     PlannerError,
     PlannerErrorType,
-    ShardingOption,
     Stats,
-    Topology,
 )
-from torchrec.distributed.types import ModuleSharder
 
 from torchrec_compress.planner.accounting import DenseOptimizer, check_dense_optimizer
+from torchrec_compress.planner.advice import Failure, InsufficientStorageError
 from torchrec_compress.planner.report import PlanReport
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Everything about a plan that was not found.
-
-    Args:
-        module: the model.
-        sharders, constraints, batch_size, dense_optimizer: of the planner.
-        topology: with what the reservations left.
-        options: everything that the planner could choose from, estimated.
-    """
-
-    module: nn.Module
-    sharders: list[ModuleSharder[nn.Module]]
-    constraints: dict[str, ParameterConstraints] | None
-    batch_size: int
-    dense_optimizer: DenseOptimizer
-    topology: Topology
-    options: list[ShardingOption]
 
 
 class PlanStats(Stats):
@@ -112,6 +88,4 @@ class PlanStats(Stats):
         about_storage = (PlannerErrorType.INSUFFICIENT_STORAGE, PlannerErrorType.STRICT_CONSTRAINTS)
         if self.failure is None or error.error_type not in about_storage:
             return error
-        from torchrec_compress.planner.advice import InsufficientStorageError
-
         return InsufficientStorageError.of(self.failure, error)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:
-    from torchrec_compress.planner.report import RankPlan, TablePlan
+from torchrec_compress.planner.records import KINDS, RankPlan, TablePlan
 
 _MOST_TABLES, _MOST_RANKS = 40, 16
-_KINDS: tuple[Literal["codes", "native", "decoder"], ...] = ("codes", "native", "decoder")
 _RANK_COLUMNS = {
     "codes": "code_bytes",
     "native": "native_bytes",
@@ -44,15 +41,15 @@ def size(num_bytes: float) -> str:
 def table_lines(tables: Mapping[str, TablePlan]) -> list[str]:
     """Return a line per table, the largest dense ones first, and the sum."""
     spent = ("optimizer_bytes", "activation_bytes")
-    rows = [["table", "method", "rows", "dense", *_KINDS, "ratio", "optimizer", "activations", "how"]]
+    rows = [["table", "method", "rows", "dense", *KINDS, "ratio", "optimizer", "activations", "how"]]
     order = sorted(tables, key=lambda name: -tables[name].dense_bytes)
     for name in order[:_MOST_TABLES]:
         table = tables[name]
-        sizes = [table.dense_bytes, *(table.stored(kind) for kind in _KINDS)]
+        sizes = [table.dense_bytes, *(table.stored(kind) for kind in KINDS)]
         rows.append([name, table.method, f"{table.num_embeddings:,}", *map(size, sizes), f"{table.ratio:.1f}x"])
         rows[-1] += [*(size(getattr(table, field)) for field in spent), _how(table)]
     dense = sum(table.dense_bytes for table in tables.values())
-    kinds = [sum(table.stored(kind) for table in tables.values()) for kind in _KINDS]
+    kinds = [sum(table.stored(kind) for table in tables.values()) for kind in KINDS]
     number = sum(table.num_embeddings for table in tables.values())
     rows.append(["all tables", "", f"{number:,}", *map(size, (dense, *kinds)), f"{dense / sum(kinds):.1f}x"])
     rows[-1] += [*(size(sum(getattr(table, field) for table in tables.values())) for field in spent), ""]
