@@ -12,7 +12,7 @@ import pytest
 from tests.train.test_criteo import _config, _tsv
 from torchrec_compress.train import conversion, criteo_tsv, inputs
 from torchrec_compress.train.criteo_tsv import convert
-from torchrec_compress.train.data import load_data, open_data
+from torchrec_compress.train.open import load_data, open_data
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torchrec_compress.train import criteo_tsv
 from torchrec_compress.train.batch import Share
 from torchrec_compress.train.config import DataConfig, RunConfig, override
 from torchrec_compress.train.criteo_tsv import convert, convert_file
-from torchrec_compress.train.data import load_data, open_data
+from torchrec_compress.train.open import load_data, open_data
 from torchrec_compress.train.stages import run
 
 NAMES = [f"cat_{number}" for number in range(26)]

@@ -12,7 +12,7 @@ import torch
 
 from torchrec_compress.train.batch import Batch, Layout, Share
 from torchrec_compress.train.config import DataConfig, GeneratorConfig
-from torchrec_compress.train.data import load_data, open_data
+from torchrec_compress.train.open import load_data, open_data
 
 
 def _columns(num_rows: int = 90) -> dict[str, np.ndarray]:

@@ -15,10 +15,10 @@ from torchrec_compress.launch.preflight import check_output
 from torchrec_compress.train import sealed, stages
 from torchrec_compress.train.compare import _finished, _stamp
 from torchrec_compress.train.config import RunConfig, override
-from torchrec_compress.train.data import ClickData
 from torchrec_compress.train.identity import check_unchanged
 from torchrec_compress.train.inputs import identify
 from torchrec_compress.train.loop import train
+from torchrec_compress.train.memory import ClickData
 from torchrec_compress.train.scoring import check_labels
 
 CHANGES = [

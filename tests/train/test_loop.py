@@ -14,8 +14,8 @@ from torchrec_compress.train import loop, parallel
 from torchrec_compress.train.checkpoint import Checkpoints
 from torchrec_compress.train.checkpoint_reader import read
 from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig, override
-from torchrec_compress.train.data import ClickData, Split
 from torchrec_compress.train.loop import PREEMPTED, Preempted, Progress, Task, Trained, train
+from torchrec_compress.train.memory import ClickData, Split
 from torchrec_compress.train.models import make_model, make_tables
 from torchrec_compress.train.parallel import Trainable, load_plain, local_shards, make_constraints
 from torchrec_compress.train.stages import full_model

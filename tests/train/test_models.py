@@ -8,7 +8,7 @@ from torchrec.models.dlrm import DLRM_DCN
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.train.config import ModelConfig
-from torchrec_compress.train.data import ClickData, Split
+from torchrec_compress.train.memory import ClickData, Split
 from torchrec_compress.train.models import make_model, make_tables
 
 

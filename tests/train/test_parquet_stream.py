@@ -11,7 +11,7 @@ import torch
 
 from torchrec_compress.train.batch import Share
 from torchrec_compress.train.config import DataConfig
-from torchrec_compress.train.data import load_data, open_data
+from torchrec_compress.train.open import load_data, open_data
 
 
 def _columns(num_rows: int, seed: int = 0) -> dict:

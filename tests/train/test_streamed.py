@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from torchrec_compress.train.batch import Batch, Layout, Share
 from torchrec_compress.train.config import DataConfig
-from torchrec_compress.train.data import Split
+from torchrec_compress.train.memory import Split
 from torchrec_compress.train.prefetch import prefetch, read_ahead
 from torchrec_compress.train.streamed import Chunks, StreamedData
 

@@ -27,8 +27,9 @@ from torchrec_compress.train.config import (
     needs_pretrained,
     override,
 )
-from torchrec_compress.train.data import ClickSource, check_source
 from torchrec_compress.train.models import make_model, tables_of
+from torchrec_compress.train.open import check_source
+from torchrec_compress.train.source import ClickSource
 from torchrec_compress.train.splits import check_fractions
 
 # what a kind of data has no use for; a value there would be lost without a word

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from torchrec_compress.train.check import check_run, check_variants
 from torchrec_compress.train.config import ParallelConfig, RunConfig, fingerprint, lasting, needs_pretrained
-from torchrec_compress.train.data import open_data
 from torchrec_compress.train.inputs import identify
 from torchrec_compress.train.journal import write_atomically
+from torchrec_compress.train.open import open_data
 from torchrec_compress.train.sealed import is_done, read_text, to_json, write_text
 
 Job = tuple[str, RunConfig, str, str]

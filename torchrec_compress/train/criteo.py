@@ -17,9 +17,10 @@ from torchrec.datasets.criteo import CAT_FEATURE_COUNT, DEFAULT_CAT_NAMES, INT_F
 from torchrec_compress.train.batch import Layout
 from torchrec_compress.train.config import DataConfig
 from torchrec_compress.train.conversion import CheckedFile, read_manifest
-from torchrec_compress.train.data import SPLITS, ClickData, Split
 from torchrec_compress.train.inputs import MANIFEST, VOCAB_FILE
+from torchrec_compress.train.memory import ClickData, Split
 from torchrec_compress.train.sealed import read_json
+from torchrec_compress.train.source import SPLITS
 from torchrec_compress.train.splits import draw_split, split_ends
 from torchrec_compress.train.streamed import Chunks, StreamedData
 

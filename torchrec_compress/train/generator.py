@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from torchrec_compress.train.config import GeneratorConfig
-from torchrec_compress.train.data import ClickData, Split
+from torchrec_compress.train.memory import ClickData, Split
 from torchrec_compress.train.mlperf import MULTI_HOT_SIZES, TABLE_ROWS
 
 _RANK = 4

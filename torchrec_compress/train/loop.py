@@ -22,13 +22,13 @@ from tqdm import tqdm
 from torchrec_compress.train.batch import Batch, Share
 from torchrec_compress.train.checkpoint import Checkpoints
 from torchrec_compress.train.config import ParallelConfig, StageConfig, lasting
-from torchrec_compress.train.data import Batches, ClickSource
 from torchrec_compress.train.journal import Journal
 from torchrec_compress.train.models import ClickModel
 from torchrec_compress.train.parallel import Trainable
 from torchrec_compress.train.profile import Profile
 from torchrec_compress.train.ranks import Ranks, start
 from torchrec_compress.train.scoring import validate
+from torchrec_compress.train.source import Batches, ClickSource
 
 # what a scheduler takes for "try again later" (sysexits.h, EX_TEMPFAIL)
 PREEMPTED = 75

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrec_compress.train.data import Split
+from torchrec_compress.train.memory import Split
 
 
 def auc(labels: NDArray, scores: NDArray) -> float:

@@ -16,7 +16,7 @@ from torchrec.modules.mlp import MLP
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_compress.train.config import ModelConfig
-from torchrec_compress.train.data import ClickSource
+from torchrec_compress.train.source import ClickSource
 
 
 @torch.fx.wrap  # TorchRec's pipeline traces models with stand-ins for tensors

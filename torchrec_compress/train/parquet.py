@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from torchrec_compress.train.config import DataConfig
-from torchrec_compress.train.data import SPLITS, ClickData, Split
+from torchrec_compress.train.memory import ClickData, Split
 from torchrec_compress.train.parquet_schema import (
     Schema,
     check_columns,
@@ -21,6 +21,7 @@ from torchrec_compress.train.parquet_schema import (
     read_schema,
     warn_of_row_numbers,
 )
+from torchrec_compress.train.source import SPLITS
 from torchrec_compress.train.splits import draw_split
 
 _COMPARE = {

@@ -13,7 +13,7 @@ import torch
 
 from torchrec_compress.train.batch import Layout
 from torchrec_compress.train.config import DataConfig
-from torchrec_compress.train.data import SPLITS, Split
+from torchrec_compress.train.memory import Split
 from torchrec_compress.train.parquet import check_ids, column_values, to_labels
 from torchrec_compress.train.parquet_schema import (
     Schema,
@@ -24,6 +24,7 @@ from torchrec_compress.train.parquet_schema import (
     read_schema,
     warn_of_row_numbers,
 )
+from torchrec_compress.train.source import SPLITS
 from torchrec_compress.train.splits import draw_split
 from torchrec_compress.train.streamed import Chunks, StreamedData
 

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from torchrec_compress.train.batch import Batch, Share
 from torchrec_compress.train.config import DataConfig
-from torchrec_compress.train.data import ClickSource
 from torchrec_compress.train.metrics import evaluate, undefined
 from torchrec_compress.train.ranks import Ranks, on_first
+from torchrec_compress.train.source import ClickSource
 
 _BATCH = 16384  # rows of a rank
 

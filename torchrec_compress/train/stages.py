@@ -28,13 +28,14 @@ from torchrec_compress.train.config import (
     needs_pretrained,
     override,
 )
-from torchrec_compress.train.data import ClickData, ClickSource, open_data
 from torchrec_compress.train.fitting import best_checkpoint, choose, fit
 from torchrec_compress.train.identity import check_unchanged, identity_of, record
 from torchrec_compress.train.inputs import identify
 from torchrec_compress.train.loop import Task, Trained, train
+from torchrec_compress.train.memory import ClickData
 from torchrec_compress.train.metrics import bayes_metrics
 from torchrec_compress.train.models import ClickModel, make_model, make_tables
+from torchrec_compress.train.open import open_data
 from torchrec_compress.train.parallel import Trainable
 from torchrec_compress.train.ranks import Ranks, agree, on_first, start
 from torchrec_compress.train.scoring import check_labels, predict, score, total_counts
@@ -48,6 +49,7 @@ from torchrec_compress.train.sealed import (
     save_tensors,
     write_json,
 )
+from torchrec_compress.train.source import ClickSource
 from torchrec_compress.train.usage import code_usage
 
 _loaded: dict[str, ClickSource] = {}

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from torchrec_compress.train.batch import EVERYTHING, Batch, Layout, Share, share_weights
 from torchrec_compress.train.config import DataConfig
-from torchrec_compress.train.data import SPLITS, Batches, ClickSource, Split, to_batch
+from torchrec_compress.train.memory import Split, to_batch
 from torchrec_compress.train.prefetch import prefetch, read_ahead
+from torchrec_compress.train.source import SPLITS, Batches, ClickSource
 
 
 class Chunks(ABC):

@@ -1,77 +1,16 @@
-"""Click data: what every source of rows provides, and rows that are held in memory."""
+"""Click data that is held in memory."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchrec_compress.train.batch import EVERYTHING, Batch, Layout, Share, share_weights
-from torchrec_compress.train.config import DataConfig
 from torchrec_compress.train.prefetch import prefetch
-
-SPLITS = ("train", "valid", "test")
-
-
-class Batches(ABC):
-    """A rank's batches of a split.
-
-    What a global batch holds is a pure function of seed, epoch and batch size; the number of ranks only decides who
-    gets which part of it. All ranks have equally many batches.
-    """
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Return the steps of an epoch."""
-
-    @abstractmethod
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from step `first` on, as an uninterrupted epoch would."""
-
-
-class ClickSource(ABC):
-    """A data set, in memory or not.
-
-    Attributes:
-        features: F names, one table each.
-        vocab: rows per table, F numbers.
-        num_dense: dense columns, C.
-        layout: how many ids a row has of every feature.
-    """
-
-    features: list[str]
-    vocab: list[int]
-    num_dense: int
-
-    @property
-    @abstractmethod
-    def layout(self) -> Layout:
-        """Return how many ids a row has of every feature."""
-
-    @abstractmethod
-    def num_rows(self, split: str) -> int:
-        """Return the rows of "train", "valid" or "test"."""
-
-    @abstractmethod
-    def batches(self, split: str, batch_size: int, seed: int | None, share: Share = EVERYTHING) -> Batches:
-        """Return the batches of a split.
-
-        Args:
-            split: "train", "valid" or "test".
-            batch_size: rows of a global batch, over all ranks; the last one of an epoch may have fewer.
-            seed: of the order; None keeps the order of the rows.
-            share: which part of every batch to read.
-
-        Raises:
-            ValueError: a split without rows for every rank, or a batch size that the source cannot share out.
-        """
-
-    @abstractmethod
-    def counts(self, share: Share = EVERYTHING) -> dict[str, Tensor]:
-        """Return how often this share of train looks every id up: (rows,) int64 by feature; shares add up."""
+from torchrec_compress.train.source import SPLITS, Batches, ClickSource
 
 
 @dataclass(frozen=True)
@@ -218,64 +157,3 @@ class _MemoryBatches(Batches):
         if len(mine) < padded:
             mine = torch.cat([mine, rows[-1:].expand(padded - len(mine))])
         return to_batch(self._layout, split.take(mine), mine, weights)
-
-
-def open_data(config: DataConfig, pin_memory: bool = False) -> ClickSource:
-    """Return the data that a config asks for: in memory, or read as it is needed where `data.streaming` is set.
-
-    Args:
-        config: which data.
-        pin_memory: whether batches are put into page-locked memory, for a GPU.
-
-    Raises:
-        ValueError: a file that is missing, empty or malformed, see the readers.
-    """
-    if not config.streaming:
-        return replace(load_data(config), pin_memory=pin_memory)
-    check_source(config)
-    if config.kind == "criteo":
-        from torchrec_compress.train.criteo import stream_criteo
-
-        return stream_criteo(config, pin_memory)
-    from torchrec_compress.train.parquet_stream import stream_parquet
-
-    return stream_parquet(config, pin_memory)
-
-
-def check_source(config: DataConfig) -> None:
-    """Raise ValueError where a config names no files, or wants clicks streamed that are generated in memory."""
-    if config.kind == "generator":
-        if config.streaming:
-            raise ValueError("data.streaming: must be false with data.kind = 'generator', got true")
-    elif not config.path:
-        raise ValueError(
-            f"data.path: must be set with data.kind = {config.kind!r}, got {config.path!r}; pass --data.path FILE"
-        )
-
-
-def load_data(config: DataConfig) -> ClickData:
-    """Read or generate the data that a config asks for, all of it in memory.
-
-    Raises:
-        ValueError: a file that is missing, empty or malformed, see the readers, or data that is to be streamed.
-
-    Example:
-        >>> from torchrec_compress.train.config import GeneratorConfig
-        >>> small = GeneratorConfig(num_rows=2000, num_users=100, num_items=50)
-        >>> len(load_data(DataConfig(generator=small)).train)
-        1600
-    """
-    if config.streaming:
-        raise ValueError("data.streaming: must be false to hold all rows in memory, got true")
-    if config.kind == "generator":
-        from torchrec_compress.train.generator import generate
-
-        return generate(config.generator)
-    check_source(config)
-    if config.kind == "criteo":
-        from torchrec_compress.train.criteo import read_criteo
-
-        return read_criteo(config)
-    from torchrec_compress.train.parquet import read_parquet
-
-    return read_parquet(config)
