@@ -30,13 +30,13 @@ from torchrec import EmbeddingBagCollection
 
 from torchrec_compress import CompressedEmbeddingBagCollection, optimizer_bytes
 from torchrec_compress.compression import parse
-from torchrec_compress.train.batch import Batch, Share
-from torchrec_compress.train.checkpoint import Checkpoints
 from torchrec_compress.train.config import RunConfig, override
+from torchrec_compress.train.data.batch import Batch, Share
+from torchrec_compress.train.engine.checkpoint import Checkpoints
+from torchrec_compress.train.engine.trainable import Trainable
 from torchrec_compress.train.journal import versions
 from torchrec_compress.train.machine import prepare
-from torchrec_compress.train.models import make_model, make_tables
-from torchrec_compress.train.parallel import Trainable
+from torchrec_compress.train.models.click import make_model, make_tables
 from torchrec_compress.train.ranks import Ranks, gather, start, stop
 from torchrec_compress.train.stages import get_data
 

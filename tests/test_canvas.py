@@ -14,7 +14,7 @@ from torchrec_compress.train.plan_config import PlanConfig, TableSpec
 ROOT = Path(__file__).parents[1]
 DRAW = """
 from pathlib import Path
-from torchrec_compress.train.plots import draw
+from torchrec_compress.train.compare.plots import draw
 use = {"by_rows": 1.0, "by_lookups": 2.0, "codebook_size": 4}
 test = {"auc": {"mean": 0.7, "spread": 0.1}, "logloss": {"mean": 0.5, "spread": 0.1}}
 rows = {name: {"bytes": 9, "test": test, "usage": {"$_{$": use}} for name in ("$a$", "50 % {x}", "$^{$")}

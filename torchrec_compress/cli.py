@@ -150,7 +150,7 @@ def _run(command: str, config: RunConfig) -> None:
 
     prepare(config.num_threads)
     if command == "compare":
-        from torchrec_compress.train.compare import compare
+        from torchrec_compress.train.compare.runs import compare
 
         print((compare(config) / "report.md").read_text(), end="")
         return
@@ -161,7 +161,7 @@ def _train(config: RunConfig) -> None:
     """Train, alone or as one of the ranks that torchrun started; rank 0 speaks for all."""
     import traceback
 
-    from torchrec_compress.train.loop import Preempted
+    from torchrec_compress.train.engine.loop import Preempted
     from torchrec_compress.train.ranks import end_for_all, start, stop
     from torchrec_compress.train.stages import run
 
@@ -214,7 +214,7 @@ def _data(arguments: Sequence[str]) -> None:
         help="make ids contiguous, those seen less often share one (MLPerf: 0); without it ids stay hashes",
     )
     given = parser.parse_args(list(arguments))
-    from torchrec_compress.train.criteo_tsv import convert
+    from torchrec_compress.train.data.criteo_tsv import convert
 
     for path in convert(Path(given.source), Path(given.target), given.frequency_threshold):
         print(path)
@@ -247,7 +247,7 @@ def _info(arguments: Sequence[str]) -> None:
 def _report(arguments: Sequence[str]) -> None:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         _fail("usage: torchrec-compress report FOLDER")
-    from torchrec_compress.train.report import write_report
+    from torchrec_compress.train.compare.report import write_report
 
     print(write_report(Path(arguments[0])).read_text(), end="")
 

@@ -29,7 +29,7 @@ from torchrec_compress import (
 )
 from torchrec_compress.methods import TableData
 from torchrec_compress.planner import EmbeddingShardingPlanner
-from torchrec_compress.train.parallel import load_plain
+from torchrec_compress.train.engine.trainable import load_plain
 
 ROWS, DIM, BAGS, STEPS, RATE = 90, 8, 4, 2, 0.1
 METHODS = {method: configs[0] for method, configs in CASES.items()}

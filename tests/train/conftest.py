@@ -11,9 +11,9 @@ import torch
 
 from torchrec_compress.train import stages
 from torchrec_compress.train.config import DataConfig, GeneratorConfig, ParallelConfig, RunConfig, override
+from torchrec_compress.train.data.memory import ClickData
+from torchrec_compress.train.data.open import load_data
 from torchrec_compress.train.machine import prepare
-from torchrec_compress.train.memory import ClickData
-from torchrec_compress.train.open import load_data
 from torchrec_compress.train.ranks import Ranks, start
 
 SMALL = GeneratorConfig(num_rows=4000, num_users=300, num_items=80, num_clusters=4)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from torchrec_compress.train import compare as comparing
 from torchrec_compress.train import stages
 from torchrec_compress.train.check import check_config, check_run, check_tables, check_variants
+from torchrec_compress.train.compare import runs as comparing
 from torchrec_compress.train.config import RunConfig, override
 
 INT8 = {"method": "int8"}

@@ -13,13 +13,13 @@ import pytest
 
 from torchrec_compress.launch.preflight import check_output
 from torchrec_compress.train import sealed, stages
-from torchrec_compress.train.compare import _finished, _stamp
+from torchrec_compress.train.compare.runs import _finished, _stamp
 from torchrec_compress.train.config import RunConfig, override
+from torchrec_compress.train.data.inputs import identify
+from torchrec_compress.train.data.memory import ClickData
+from torchrec_compress.train.engine.loop import train
+from torchrec_compress.train.evaluate.scoring import check_labels
 from torchrec_compress.train.identity import check_unchanged
-from torchrec_compress.train.inputs import identify
-from torchrec_compress.train.loop import train
-from torchrec_compress.train.memory import ClickData
-from torchrec_compress.train.scoring import check_labels
 
 CHANGES = [
     {"seed": 1},

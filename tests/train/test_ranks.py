@@ -179,7 +179,7 @@ def test_others_wait_for_rank_0_longer_than_for_a_sign_of_life(two_ranks):
 _SUICIDAL = """
 import os, pathlib, signal, sys, time
 from torchrec_compress import cli
-from torchrec_compress.train.parallel import Trainable
+from torchrec_compress.train.engine.trainable import Trainable
 marks, number, kills = pathlib.Path(sys.argv.pop(1)), int(sys.argv.pop(1)), sys.argv.pop(1).split()
 marks.mkdir(exist_ok=True)
 starts = len(list(marks.iterdir()))

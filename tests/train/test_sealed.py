@@ -192,7 +192,7 @@ def test_a_run_of_an_older_version_is_made_again_from_its_checkpoints(finished, 
 
 
 def test_a_report_takes_no_number_that_is_not_verified(finished, tmp_path):
-    from torchrec_compress.train.report import write_report
+    from torchrec_compress.train.compare.report import write_report
 
     shutil.copytree(finished.folder, tmp_path / "runs" / "a" / "seed0", ignore=shutil.ignore_patterns("full"))
     assert write_report(tmp_path).is_file()

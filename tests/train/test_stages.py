@@ -9,10 +9,10 @@ import torch
 
 from torchrec_compress.train import sealed, stages
 from torchrec_compress.train.check import check_variants
-from torchrec_compress.train.checkpoint_reader import read
-from torchrec_compress.train.compare import compare
+from torchrec_compress.train.compare.report import collect, write_report
+from torchrec_compress.train.compare.runs import compare
 from torchrec_compress.train.config import RunConfig, override
-from torchrec_compress.train.report import collect, write_report
+from torchrec_compress.train.engine.checkpoint_reader import read
 from torchrec_compress.train.sealed import write_json
 
 PQ = {"*": {"method": "pq", "num_codes": 2, "codebook_size": 16}}

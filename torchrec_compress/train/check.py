@@ -17,7 +17,6 @@ from torchrec_compress.compression import parse, resolve
 from torchrec_compress.methods import CodebookConfig, MethodConfig
 from torchrec_compress.names import check_feature_names, check_folder_names, check_table_names
 from torchrec_compress.schema import nearest
-from torchrec_compress.train.batch import Share
 from torchrec_compress.train.byte_budget import Budget, budget_of
 from torchrec_compress.train.config import (
     DataConfig,
@@ -27,10 +26,11 @@ from torchrec_compress.train.config import (
     needs_pretrained,
     override,
 )
-from torchrec_compress.train.models import make_model, tables_of
-from torchrec_compress.train.open import check_source
-from torchrec_compress.train.source import ClickSource
-from torchrec_compress.train.splits import check_fractions
+from torchrec_compress.train.data.batch import Share
+from torchrec_compress.train.data.open import check_source
+from torchrec_compress.train.data.source import ClickSource
+from torchrec_compress.train.data.splits import check_fractions
+from torchrec_compress.train.models.click import make_model, tables_of
 
 # what a kind of data has no use for; a value there would be lost without a word
 _UNUSED = {
@@ -237,7 +237,7 @@ def _check_data(config: DataConfig) -> None:
         raise ValueError("data.generator.multi_hot: must be false without data.generator.criteo_rows, got true")
     check_fractions(config)
     if config.row_filter:
-        from torchrec_compress.train.parquet_schema import parse_filter  # needs pyarrow
+        from torchrec_compress.train.data.parquet_schema import parse_filter  # needs pyarrow
 
         parse_filter(config.row_filter)
     for key, names in _lists(config):

@@ -15,12 +15,12 @@ from torchrec_compress import CompressedEmbeddingBagCollection, compress_into
 from torchrec_compress.budget import for_budget
 from torchrec_compress.train.byte_budget import budget_of
 from torchrec_compress.train.check import base_of
-from torchrec_compress.train.checkpoint import check_identity
-from torchrec_compress.train.checkpoint_reader import read
 from torchrec_compress.train.config import RunConfig
-from torchrec_compress.train.models import ClickModel, make_tables
+from torchrec_compress.train.data.source import ClickSource
+from torchrec_compress.train.engine.checkpoint import check_identity
+from torchrec_compress.train.engine.checkpoint_reader import read
+from torchrec_compress.train.models.click import ClickModel, make_tables
 from torchrec_compress.train.sealed import is_done, read_json, save_tensors, write_json
-from torchrec_compress.train.source import ClickSource
 
 _MAX_PAIRS = 2_000_000
 _READ_ROWS = 65_536

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from torchrec_compress.train.checkpoint import check_same
 from torchrec_compress.train.command_line import load_yaml
 from torchrec_compress.train.config import RunConfig, lasting, needs_pretrained, override
+from torchrec_compress.train.engine.checkpoint import check_same
 from torchrec_compress.train.journal import versions
 from torchrec_compress.train.sealed import is_done, listed, read_json, read_text, write_json, write_text
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from torchrec_compress.schema import NonNegative, Positive, Range, Rate
 from torchrec_compress.train.byte_budget import budget_of
 from torchrec_compress.train.config import RunConfig, of_pattern
-from torchrec_compress.train.mlperf import FEATURES, MULTI_HOT_SIZES, TABLE_ROWS
+from torchrec_compress.train.data.mlperf import FEATURES, MULTI_HOT_SIZES, TABLE_ROWS
 
 # tables that train in the backward are never data-parallel
 _TRAINED_TYPES = ("table_wise", "column_wise", "row_wise", "table_row_wise", "table_column_wise", "grid_shard")
@@ -189,7 +189,7 @@ def known_rows(run: RunConfig) -> dict[str, int]:
     if data.kind == "generator" and data.generator.criteo_rows:
         return {name: min(size, data.generator.criteo_rows) for name, size in TABLE_ROWS.items()}
     if data.kind == "generator":
-        from torchrec_compress.train.generator import _CONTEXTS
+        from torchrec_compress.train.data.generator import _CONTEXTS
 
         return {"user": data.generator.num_users, "item": data.generator.num_items, **_CONTEXTS}
     names = FEATURES if data.kind == "criteo" else data.features or list(data.vocab)

@@ -18,8 +18,6 @@ from torchrec_compress.compression import parse, resolve
 from torchrec_compress.methods import CodebookConfig
 from torchrec_compress.train.byte_budget import budget_of
 from torchrec_compress.train.check import check_config, check_run
-from torchrec_compress.train.checkpoint import check_same
-from torchrec_compress.train.checkpoint_reader import read
 from torchrec_compress.train.config import (
     DataConfig,
     RunConfig,
@@ -28,17 +26,21 @@ from torchrec_compress.train.config import (
     needs_pretrained,
     override,
 )
+from torchrec_compress.train.data.inputs import identify
+from torchrec_compress.train.data.memory import ClickData
+from torchrec_compress.train.data.open import open_data
+from torchrec_compress.train.data.source import ClickSource
+from torchrec_compress.train.engine.checkpoint import check_same
+from torchrec_compress.train.engine.checkpoint_reader import read
+from torchrec_compress.train.engine.loop import Task, Trained, train
+from torchrec_compress.train.engine.trainable import Trainable
+from torchrec_compress.train.evaluate.metrics import bayes_metrics
+from torchrec_compress.train.evaluate.scoring import check_labels, predict, score, total_counts
+from torchrec_compress.train.evaluate.usage import code_usage
 from torchrec_compress.train.fitting import best_checkpoint, choose, fit
 from torchrec_compress.train.identity import check_unchanged, identity_of, record
-from torchrec_compress.train.inputs import identify
-from torchrec_compress.train.loop import Task, Trained, train
-from torchrec_compress.train.memory import ClickData
-from torchrec_compress.train.metrics import bayes_metrics
-from torchrec_compress.train.models import ClickModel, make_model, make_tables
-from torchrec_compress.train.open import open_data
-from torchrec_compress.train.parallel import Trainable
+from torchrec_compress.train.models.click import ClickModel, make_model, make_tables
 from torchrec_compress.train.ranks import Ranks, agree, on_first, start
-from torchrec_compress.train.scoring import check_labels, predict, score, total_counts
 from torchrec_compress.train.sealed import (
     is_done,
     listed,
@@ -49,8 +51,6 @@ from torchrec_compress.train.sealed import (
     save_tensors,
     write_json,
 )
-from torchrec_compress.train.source import ClickSource
-from torchrec_compress.train.usage import code_usage
 
 _loaded: dict[str, ClickSource] = {}
 

@@ -1,0 +1,1 @@
+"""Many runs side by side, and the report of them."""

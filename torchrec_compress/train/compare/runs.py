@@ -1,0 +1,201 @@
+"""Run variants over seeds, several at a time; what is finished is not run again."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import sys
+import threading
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from torchrec_compress.train.check import check_run, check_variants
+from torchrec_compress.train.config import ParallelConfig, RunConfig, fingerprint, lasting, needs_pretrained
+from torchrec_compress.train.data.inputs import identify
+from torchrec_compress.train.data.open import open_data
+from torchrec_compress.train.journal import write_atomically
+from torchrec_compress.train.sealed import is_done, read_text, to_json, write_text
+
+Job = tuple[str, RunConfig, str, str]
+
+
+def compare(config: RunConfig) -> Path:
+    """Run all variants over all seeds and write the report.
+
+    Full models are trained first, once per distinct (data, model, pretrain, seed), and shared by the variants. One
+    that fails is reported and does not stop the others.
+
+    Args:
+        config: with `compare` filled in.
+
+    Returns:
+        The folder of the report.
+
+    Raises:
+        ValueError: bad settings, found before anything is trained, or all variants failed.
+    """
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    jobs = _jobs(config, output)
+    # the report has the others too
+    others = [job for job in _jobs(_with_all_variants(config), output) if Path(job[2]).is_dir()]
+    finished = {job[2] for job in [*jobs, *others] if _finished(Path(job[2]), job[1])}
+    left = [job for job in jobs if job[2] not in finished]
+    _check_data(left)
+    shared = output / "full"
+    first: dict[str, Job] = {}
+    from torchrec_compress.train.stages import pretrained_key
+
+    for _, run, _, _ in jobs:
+        key = pretrained_key(run)
+        if needs_pretrained(run) and not is_done(shared / key / "summary.json"):
+            first.setdefault(
+                key, (f"full model {run.model.name} d={run.model.embedding_dim} seed {run.seed}", run, "", str(shared))
+            )
+    if len(left) < len(jobs):
+        tqdm.write(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already")
+    workers = min(config.compare.num_workers, max(len(left), 1))
+    with tqdm(total=len(first) + len(left), desc="compare", unit="run", position=0) as bar:
+        failed = _run_all([*first.values()], workers, bar) + _run_all(left, workers, bar)
+    if len(failed) == len(left) + len(first) and failed:
+        raise ValueError(f"compare: all runs failed; the first: {failed[0]}")
+    from torchrec_compress.train.compare.report import write_report
+
+    write_report(output, list(config.compare.variants))
+    return output
+
+
+def _with_all_variants(config: RunConfig) -> RunConfig:
+    return dataclasses.replace(config, compare=dataclasses.replace(config.compare, only=[]))
+
+
+def _jobs(config: RunConfig, output: Path) -> list[Job]:
+    jobs = []
+    for name, run in check_variants(config).items():
+        for seed in config.compare.seeds:
+            folder = output / "runs" / name / f"seed{seed}"
+            jobs.append((f"{name} seed {seed}", dataclasses.replace(run, seed=seed), str(folder), str(output / "full")))
+    return jobs
+
+
+def _check_data(jobs: list[Job]) -> None:
+    """Hold the runs that are left against their data, before hours are spent on the first of them.
+
+    Raises:
+        ValueError: data that cannot be read, or a run that would fail on it; the variant is named.
+    """
+    by_data: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_data.setdefault(fingerprint(job[1].data), []).append(job)
+    for same in by_data.values():
+        data = open_data(same[0][1].data)
+        for name, run, _, _ in same:
+            try:
+                check_run(run, data)
+            except ValueError as error:
+                raise ValueError(f"compare.variants.{name.rpartition(' seed ')[0]}: {error}") from error
+
+
+def _finished(folder: Path, config: RunConfig) -> bool:
+    """Return whether a run is done, with these very settings.
+
+    Raises:
+        ValueError: it was done or begun with others or with other data files, or a file of it is damaged.
+    """
+    from torchrec_compress.train.stages import check_unchanged
+
+    stamp, summary = folder / "fingerprint", folder / "summary.json"
+    is_stamped = is_done(stamp)
+    if stamp.is_file() and (read_text(stamp) if is_stamped else stamp.read_text()) != _stamp(config):
+        raise ValueError(
+            f"{folder}: was run with other settings (see its config.yaml); delete it, or choose another output folder"
+        )
+    if not is_stamped or not is_done(summary):
+        return False
+    read_text(summary)
+    check_unchanged(config, folder, identify(config.data))
+    return True
+
+
+def _stamp(config: RunConfig) -> str:
+    same = dataclasses.replace(config, output="", num_threads=1, tensorboard=True, parallel=ParallelConfig())
+    return fingerprint(lasting(same))
+
+
+def _run_all(jobs: list[Job], workers: int, bar: tqdm) -> list[str]:
+    """Run jobs in processes of their own, which keep their data; return what failed."""
+    failed: list[str] = []
+    if not jobs:
+        return failed
+    context = multiprocessing.get_context("spawn")
+    lock = context.RLock()
+    slots = context.Queue()
+    for slot in range(workers):
+        slots.put(slot + 1)
+    arguments = (lock, slots, os.getpid())
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=arguments) as pool:
+        for done in as_completed([pool.submit(_run_job, job) for job in jobs]):
+            try:
+                name, outcome, error = done.result()
+            except BrokenProcessPool as broken:
+                pool.shutdown(cancel_futures=True)
+                raise ValueError(
+                    "compare: a worker was killed (out of memory?); the same command continues"
+                ) from broken
+            bar.update()
+            if error:
+                failed.append(f"{name}: {error}")
+            tqdm.write(f"{name}: {error or outcome}", file=sys.stderr)
+    return failed
+
+
+_position: int | None = None
+
+
+def _begin(lock: Any, slots: Any, parent: int) -> None:
+    """Prepare a worker: its own line for a progress bar, and an end with its parent, also when that is killed."""
+    global _position
+    # the parent names itself: asked here, a parent that is killed early would be taken for the one that adopts us
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    tqdm.set_lock(lock)
+    _position = slots.get() if sys.stderr.isatty() else None
+
+
+def _end_with(parent: int) -> None:
+    """Leave as soon as the parent is gone; a killed `compare` would otherwise leave its workers training."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _run_job(job: Job) -> tuple[str, str, str]:
+    """Run one job; return its name, what to say about it, and what went wrong."""
+    name, config, folder, shared = job
+    from torchrec_compress.train import stages
+    from torchrec_compress.train.machine import prepare
+
+    prepare(config.num_threads)
+    try:
+        if not folder:
+            source = stages.pretrain(config, Path(shared), _position)
+            return name, f"trained, {source}", ""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(path / "fingerprint", _stamp(config))
+        summary = stages.run(config, path, Path(shared), _position)
+        test, size = summary["metrics"]["test"], summary["footprint"]
+        text = f"test AUC {test['auc']:.4f} logloss {test['logloss']:.4f}"
+        return name, f"{text}, {size['total_bytes']:,} bytes ({size['ratio']:.1f}x)", ""
+    except Exception as error:  # noqa: BLE001 (one failed variant must not stop the others)
+        where = Path(folder or shared)
+        where.mkdir(parents=True, exist_ok=True)
+        path = where / f"error-{os.getpid()}.json"
+        write_atomically(path, to_json(path, {"job": name, "traceback": traceback.format_exc()}))
+        return name, "", f"failed: {type(error).__name__}: {error}"

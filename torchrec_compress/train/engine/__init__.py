@@ -1,0 +1,1 @@
+"""One stage of training: the wrapped model, its steps, its checkpoints."""

@@ -1,0 +1,321 @@
+"""TorchRec's DistributedModelParallel around a model, on one rank or many, with its optimizers and its pipeline."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.train_pipelines import TrainPipeline
+from torchrec.distributed.types import ShardedModule, ShardingPlan, ShardingType
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from torchrec_compress.modules import native_parameters, optimizer_bytes
+from torchrec_compress.planner import EmbeddingShardingPlanner
+from torchrec_compress.sharding import get_default_sharders
+from torchrec_compress.train.check import check_optim
+from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig, of_pattern
+from torchrec_compress.train.data.batch import Batch
+from torchrec_compress.train.engine.checkpoint import Checkpoints, Saved
+from torchrec_compress.train.engine.checkpoint_reader import read
+from torchrec_compress.train.engine.objective import Loss, TrainStep
+from torchrec_compress.train.models.click import ClickModel
+from torchrec_compress.train.ranks import Ranks, gather
+
+_FUSED = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+_RESERVED = 0.15  # of the memory, for activations and buffers
+_PREFIX = "model."  # of the model inside TrainStep
+
+
+class Trainable:
+    """A model under DistributedModelParallel with its optimizers.
+
+    Args:
+        model: holds embedding collections; its weights are kept, unless they are on the meta device.
+        stage: which parts are trained, and how.
+        ranks: that train it together.
+        parallel: how tables may be sharded.
+        teacher: (train rows,) float32 logits to imitate, or None.
+        pooling: the most ids per row by feature, for the planner; one where it is silent.
+
+    Attributes:
+        module: wraps the model and its loss; takes a batch.
+        optimizer: all optimizers as one.
+
+    Raises:
+        ValueError: an l2 that the chosen optimizer does not support, or a sharding type that is not possible.
+    """
+
+    def __init__(
+        self,
+        model: ClickModel,
+        stage: StageConfig,
+        ranks: Ranks,
+        parallel: ParallelConfig,
+        teacher: Tensor | None = None,
+        pooling: Mapping[str, int] | None = None,
+    ) -> None:
+        config = stage.optim
+        check_optim(config, "optim")
+        self.ranks = ranks
+        is_meta = any(parameter.is_meta for parameter in model.parameters())
+        before = {} if is_meta else {name: value.detach().clone() for name, value in model.state_dict().items()}
+        weights = native_parameters(model)
+        fused = config.tables in _FUSED and bool(weights)
+        if fused:
+            # a fused table cannot be left out of the backward, so one that is not trained has the rate 0
+            rate = config.table_lr if stage.train_tables else 0.0
+            apply_optimizer_in_backward(_FUSED[config.tables], weights, {"lr": rate})
+        # before wrapping: DDP waits for a gradient of everything that requires one when it is made
+        train = {"tables": stage.train_tables or fused, "codebooks": stage.train_codebooks, "dense": stage.train_dense}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(train[_part(name)])
+        self._loss = Loss(stage, ranks, teacher)
+        step = TrainStep(model, self._loss)
+        shard = config.tables in _FUSED
+        constraints = make_constraints(model, ranks.world, parallel, pooling or {}) if shard else {}
+        self.module = _wrap(step, shard, stage, ranks, constraints)
+        if before:
+            load_plain(self.module, {_PREFIX + name: value for name, value in before.items()})
+        self._set_optimizers(stage, fused)
+
+    def _set_optimizers(self, stage: StageConfig, fused: bool) -> None:
+        """Group the replicated parameters by part and give each an optimizer with its own rate."""
+        config = stage.optim
+        rates = {
+            "tables": (config.table_lr, config.table_l2, stage.train_tables),
+            # MEmCom's multipliers start at 1: l2 towards 0 would shrink whole rows away
+            "scalars": (config.table_lr, 0.0, stage.train_tables),
+            "codebooks": (config.codebook_lr, 0.0, stage.train_codebooks),
+            "dense": (config.dense_lr, config.dense_l2, stage.train_dense),
+        }
+        groups: dict[str, dict[str, Any]] = {part: {} for part in rates}
+        for name, parameter in in_backward_optimizer_filter(self.module.named_parameters()):
+            short = name.removeprefix(_PREFIX)
+            part = "scalars" if name.endswith("__scalars.weight") else _part(short)
+            groups[part][name] = parameter
+        if stage.start_l2:
+            pulled = {**groups["dense"], **groups["codebooks"]}
+            self._loss.pulled = {name: (p, p.detach().clone()) for name, p in pulled.items()}
+        optimizers: list[Any] = [("fused", self.module.fused_optimizer)] if fused else []
+        for part, (rate, l2, train) in rates.items():
+            if groups[part] and train:
+                optimizers.append((part, KeyedOptimizerWrapper(groups[part], _dense_optimizer(config, rate, l2))))
+        self.optimizer = CombinedOptimizer(optimizers)
+        self._groups = [(group, group["lr"]) for group in self.optimizer.param_groups]
+
+    def pipeline(self) -> TrainPipeline[Batch, tuple[Tensor, Tensor, Batch]]:
+        """Return what does the steps: TorchRec's pipeline, which sends the ids of the next batch during this one."""
+        optimizer: Any = Skippable(self.optimizer, self._loss)
+        # one rank on a CPU has nothing to overlap, and without sharded tables there is nothing to send ahead
+        is_sharded = any(isinstance(module, ShardedModule) for module in self.module.modules())
+        if is_sharded and (self.ranks.world > 1 or self.ranks.device.type != "cpu"):
+            return TrainPipelineSparseDist(self.module, optimizer, self.ranks.device, execute_all_batches=True)
+        return TrainPipelineBase(self.module, optimizer, self.ranks.device)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the logits of a batch, (B,) float32, in evaluation mode; no pipeline may be attached."""
+        self.module.eval()
+        return self.module(batch.to(self.ranks.device))[1][1]
+
+    def set_rate(self, factor: float) -> None:
+        """Set every learning rate to `factor` times its configured value."""
+        for group, rate in self._groups:
+            group["lr"] = rate * factor  # type: ignore[index]
+
+    @property
+    def was_skipped(self) -> bool:
+        """Whether the last batch was left out for a loss that is not finite, on all ranks alike."""
+        return self._loss.was_skipped
+
+    def optimizer_bytes(self) -> int:
+        """Return the bytes of one copy of the optimizers' state over all ranks; every rank calls it."""
+        sizes = {name: optimizer_bytes(each) for name, each in self.optimizer.optimizers}
+        sharded = sizes.pop("fused", 0)
+        return sum(gather(sharded, self.ranks)) + sum(sizes.values())
+
+    def state(self) -> dict[str, Any]:
+        """Return the model's and the optimizers' state for a checkpoint; tensors are the live ones."""
+        return {"model": self._model_state(), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, store: Checkpoints, saved: Saved) -> None:
+        """Take back everything, this rank's random state included.
+
+        Raises:
+            ValueError: the checkpoint is of another model or of other optimizers.
+        """
+        if saved.step == 0:  # optimizers have no state before the first step
+            self.load_model(saved.path)
+            return
+        self.optimizer.init_state()  # fresh optimizers have none to load into; what this step does is overwritten
+        self.optimizer.zero_grad()
+        state = self.state()
+        store.load(saved, state, random=True)
+        self._load_model_state(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def load_model(self, path: Path) -> None:
+        """Take the model alone from a checkpoint's folder."""
+        state = {"model": self._model_state()}
+        read(path, state, self.ranks)
+        self._load_model_state(state["model"])
+
+    def _model_state(self) -> dict[str, Any]:
+        return {name.removeprefix(_PREFIX): value for name, value in self.module.state_dict().items()}
+
+    def _load_model_state(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(OrderedDict((_PREFIX + name, value) for name, value in state.items()))
+
+
+class Skippable:
+    """Optimizers that leave a step out where the loss says so."""
+
+    def __init__(self, optimizer: CombinedOptimizer, loss: Loss) -> None:
+        self._optimizer, self._loss = optimizer, loss
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self._optimizer.zero_grad()
+
+    def step(self) -> None:
+        """Update, unless the batch is left out; momentum alone would move the weights."""
+        if not self._loss.was_skipped:
+            self._optimizer.step()
+
+
+def _dense_optimizer(config: OptimConfig, rate: float, l2: float) -> Any:
+    if config.dense == "adagrad":
+        return lambda parameters: torch.optim.Adagrad(parameters, lr=rate, weight_decay=l2, foreach=True)
+    return lambda parameters: torch.optim.Adam(parameters, lr=rate, weight_decay=l2, foreach=True)
+
+
+def _part(name: str) -> str:
+    """Return which optimizer group a parameter belongs to, by its full name in the model."""
+    if not name.startswith("embeddings."):
+        return "dense"
+    return "codebooks" if ".decoder." in name else "tables"
+
+
+def _wrap(
+    step: TrainStep, shard: bool, stage: StageConfig, ranks: Ranks, constraints: dict[str, ParameterConstraints]
+) -> DistributedModelParallel:
+    """Plan and shard a model, or replicate all of it, so that its tables keep dense gradients.
+
+    Replicated tables are left as they are rather than made data-parallel by a sharder: TorchRec 1.8's data-parallel
+    `EmbeddingCollection` pools its rows on the CPU. Sharded tables are never data-parallel either: TorchRec would drop
+    their fused optimizer without a word, and they train in the backward or not at all.
+    """
+    group = dist.group.WORLD
+    assert group is not None
+    sharders, plan = get_default_sharders() if shard else [], ShardingPlan({})
+    if shard:
+        is_cpu = ranks.device.type == "cpu"
+        memory = None if is_cpu else torch.cuda.get_device_properties(ranks.device).total_memory
+        topology = Topology(
+            world_size=ranks.world,
+            local_world_size=ranks.local_world,
+            compute_device=ranks.device.type,
+            hbm_cap=memory,
+        )
+        local_batch = -(-stage.batch_size // ranks.world)
+        reserved = FixedPercentageStorageReservation(_RESERVED)
+        planner = EmbeddingShardingPlanner(topology, local_batch, constraints, storage_reservation=reserved, stats=[])
+        plan = planner.collective_plan(step, sharders, group)
+    # DDP refuses a module of which nothing is trained
+    trained = [name.removeprefix(_PREFIX) for name, value in step.named_parameters() if value.requires_grad]
+    return DistributedModelParallel(
+        step,
+        device=ranks.device,
+        plan=plan,
+        sharders=sharders,
+        init_data_parallel=any(not shard or _part(name) != "tables" for name in trained),
+    )
+
+
+def make_constraints(
+    model: ClickModel, world: int, parallel: ParallelConfig, pooling: Mapping[str, int]
+) -> dict[str, ParameterConstraints]:
+    """Return how each of the user's tables may be sharded.
+
+    Args:
+        model: unsharded.
+        world: number of ranks.
+        parallel: sharding types by table name or pattern.
+        pooling: the most ids per row by feature; one where it is silent.
+
+    Raises:
+        ValueError: a pattern fits no table, or a table that trains in the backward would be data-parallel.
+    """
+    configs = {table.name: table for table in model.embeddings.embedding_bag_configs()}
+    tables = {name: table.num_embeddings for name, table in configs.items()}
+    for pattern in parallel.sharding_types:
+        if pattern not in tables and not fnmatch.filter(tables, pattern):
+            raise ValueError(f"parallel.sharding_types: {pattern!r} must fit a table of {sorted(tables)}, got none")
+    native = {
+        name.split(".")[-2]: value.shape[0] for name, value in model.named_parameters() if _part(name) == "tables"
+    }
+    constraints = {}
+    for table, rows in tables.items():
+        parts = {name: size for name, size in native.items() if name == table or name.startswith(f"{table}__")}
+        wanted = of_pattern(parallel.sharding_types, table)
+        kinds = wanted or [kind.value for kind in ShardingType if kind.value != "data_parallel"]
+        if parts and "data_parallel" in kinds:
+            raise ValueError(
+                f"parallel.sharding_types: table {table!r} is trained in the backward and must not be data_parallel, "
+                f"got {kinds}; leave it out, or replicate all tables by optim.tables='adam'"
+            )
+        if not wanted and any(size <= -(-size // world) * (world - 1) for size in (rows, *parts.values())):
+            kinds = ["table_wise", "column_wise"]  # cut by rows, some rank would get none, which FBGEMM refuses
+        factors = [float(pooling.get(feature, 1)) for feature in configs[table].feature_names]
+        constraints[table] = ParameterConstraints(sharding_types=list(kinds), pooling_factors=factors)
+    return constraints
+
+
+def local_shards(value: object) -> list[tuple[Tensor, list[int] | None]]:
+    """Return this rank's shards of a tensor with their offsets in the whole; None for a plain tensor."""
+    if isinstance(value, ShardedTensor):
+        return [(shard.tensor, list(shard.metadata.shard_offsets)) for shard in value.local_shards()]
+    if hasattr(value, "local_shards"):
+        return list(zip(value.local_shards(), value.local_offsets(), strict=True))  # type: ignore[attr-defined]
+    if hasattr(value, "to_local"):
+        return local_shards(value.to_local())  # type: ignore[attr-defined]
+    return [(value, None)]  # type: ignore[list-item]
+
+
+@torch.no_grad()
+def load_plain(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy whole tensors into a sharded module.
+
+    Args:
+        module: wrapped or not.
+        state: whole tensors by the module's own names.
+
+    Raises:
+        ValueError: names or shapes do not fit.
+    """
+    own = module.state_dict()
+    if set(own) != set(state):
+        raise ValueError(f"load_plain: names must fit, got {sorted(set(own) ^ set(state))[:4]} on one side only")
+    for name, value in own.items():
+        for local, offsets in local_shards(value):
+            source = state[name]
+            for axis, first in enumerate(offsets or []):
+                source = source.narrow(axis, int(first), local.shape[axis])
+            if source.shape != local.shape:
+                raise ValueError(
+                    f"load_plain: {name!r} must have shape {tuple(local.shape)}, got {tuple(source.shape)}"
+                )
+            local.copy_(source)

@@ -1,0 +1,1 @@
+"""The models of the field over any embedding collection."""
