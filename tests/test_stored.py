@@ -18,7 +18,8 @@ from tests.cases import CASES, NUM_ROWS, batch, fresh
 from torchrec_compress.train import stages
 from torchrec_compress.train.check import check_variants
 from torchrec_compress.train.command_line import read
-from torchrec_compress.train.compare.runs import compare, runs
+from torchrec_compress.train.compare import runs
+from torchrec_compress.train.compare.runs import compare
 from torchrec_compress.train.config import RunConfig
 
 
