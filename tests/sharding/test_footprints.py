@@ -14,7 +14,7 @@ from torchrec.inference.modules import quantize_inference_model
 
 from tests.sharding.swaps import METHODS, Model, filled
 from torchrec_compress import get_default_sharders
-from torchrec_compress.modules.parts import CompressedParts
+from torchrec_compress.modules.collection import CompressedParts
 
 KINDS = ["table_wise", "column_wise", "data_parallel", "row_wise"]
 

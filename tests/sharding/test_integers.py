@@ -106,7 +106,7 @@ def start(how: str, device: str) -> tuple[list[str], list[int]]:
     configs = [table(name=name, feature_names=["item"]) for name in ("a", "b", "c")]
     compression = {"a": TIERS, "b": RandomCodesConfig(num_codes=2, codebook_size=16), "c": Int8Config()}
     made = CompressedEmbeddingBagCollection(configs, device=torch.device(device), compression=compression)
-    handler, logger = Lines(), logging.getLogger("torchrec_compress.modules.tables")
+    handler, logger = Lines(), logging.getLogger("torchrec_compress.modules.code_tables")
     logger.addHandler(handler)
     try:
         sharded = shard(Model(made), how)

@@ -13,7 +13,7 @@ from torchrec.distributed.utils import _group_sharded_modules
 
 from tests.sharding.swaps import METHODS, filled, sharded_as
 from torchrec_compress import native_parameters
-from torchrec_compress.modules.parts import CompressedParts
+from torchrec_compress.modules.collection import CompressedParts
 
 # by hasattr or getattr, on any module, in TorchRec 1.6 to 1.9
 WALKED = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrec.modules.embedding_modules import process_pooled_embeddings, reorder_inverse_indices
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_compress.modules.tables import CodeTable
+from torchrec_compress.modules.code_tables import CodeTable
 from torchrec_compress.ops import BagLookup, IdBags, Span, check_filled, codebook_bags, lookup_codes, low_bit_bag
 
 Codes = CodeTable | Tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +11,15 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 from torchrec.modules.embedding_modules import process_pooled_embeddings, reorder_inverse_indices
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_compress.methods.base import CodePart
 from torchrec_compress.methods.codebook import CodebookDecoder
 from torchrec_compress.methods.lowbit import LowBitDecoder
-from torchrec_compress.modules.backward import strip_where_replicated
+from torchrec_compress.modules.blueprint import Blueprint, Lookup
 from torchrec_compress.modules.codes import Codes, pool_codes, pool_low_bit, row_codes, unpooled_codes
 from torchrec_compress.modules.features import split_features
-from torchrec_compress.modules.plan import CollectionPlan, Lookup
-from torchrec_compress.modules.tables import FoundRows, found_rows
-from torchrec_compress.ops import SCALE_BYTES, BagLookup, keep_integers
+from torchrec_compress.modules.format import FORMAT_VERSION, StateFormat
+from torchrec_compress.modules.remapped import FoundRows, found_rows
+from torchrec_compress.modules.replicated import strip_where_replicated
+from torchrec_compress.ops import BagLookup, keep_integers
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("process_pooled_embeddings")
@@ -33,10 +32,6 @@ torch.fx.wrap("pool_low_bit")
 torch.fx.wrap("row_codes")
 torch.fx.wrap("split_features")
 torch.fx.wrap("unpooled_codes")
-
-FORMAT_VERSION = 1
-# what a checkpoint and a collection must agree on, table by table; their fingerprints are stored
-LAYOUT = ("method", "sizes", "seed")
 
 
 def bag_means(sums: Tensor, lengths: Tensor) -> Tensor:
@@ -64,18 +59,18 @@ class Decoder(nn.Module):
         layout: buffer, (tables, 3) int64: fingerprints of what each table is stored as, see `LAYOUT`.
     """
 
-    def __init__(self, plan: CollectionPlan, is_weighted: bool, device: torch.device | None) -> None:
+    def __init__(self, blueprint: Blueprint, is_weighted: bool, device: torch.device | None) -> None:
         super().__init__()
-        self._plan, self._is_weighted = plan, is_weighted
+        self.blueprint, self._is_weighted = blueprint, is_weighted
         self.banks: Any = nn.ModuleDict()  # Any: a ModuleDict forgets the type of its values
-        for table in plan.tables:
-            bank = plan.methods[table.name].decoder(table, device)
+        for table in blueprint.tables:
+            bank = blueprint.methods[table.name].decoder(table, device)
             if bank is not None:
                 self.banks[table.name] = bank
+        self._format = StateFormat(blueprint, self.banks)
         self.register_buffer("format_version", torch.full((1,), FORMAT_VERSION, device=device))
-        self._layout = [self._fingerprints(table, plan.parts[table.name].codes) for table in plan.tables]
-        self.register_buffer("layout", torch.tensor(self._layout, dtype=torch.int64, device=device))
-        self._decoded = [lookup for lookup in plan.lookups if lookup.table.name in self.banks]
+        self.register_buffer("layout", torch.tensor(self._format.layout, dtype=torch.int64, device=device))
+        self._decoded = [lookup for lookup in blueprint.lookups if lookup.table.name in self.banks]
         self._is_coded = [isinstance(self.banks[lookup.table.name], CodebookDecoder) for lookup in self._decoded]
         coded = [lookup for lookup, mine in zip(self._decoded, self._is_coded, strict=True) if mine]
         self._others = [lookup for lookup, mine in zip(self._decoded, self._is_coded, strict=True) if not mine]
@@ -104,31 +99,11 @@ class Decoder(nn.Module):
             bank.reset_parameters()  # type: ignore[operator]
         self._write_constants()
 
-    def _fingerprints(
-        self, table: BaseEmbeddingConfig, code_part: CodePart | None, low_bit: str = "scale first"
-    ) -> list[int]:
-        """Return a hash of each `LAYOUT` field of a table with this code table and format of low-bit rows."""
-        parts = self._plan.parts[table.name]
-        native = ((parts.bag,) if parts.bag else ()) + parts.rows
-        bank = self.banks[table.name] if table.name in self.banks else nn.Module()
-        tensors = [*bank.named_parameters(), *bank.named_buffers()]
-        codes = None
-        if code_part is not None:
-            codes = (code_part.row_size, str(code_part.dtype), *([code_part.num_packed] * (code_part.num_packed > 0)))
-        formats = [low_bit] if low_bit and getattr(bank, "has_low_bit_rows", False) else []
-        method = (codes is None, [(p.name, p.remap.kind) for p in native], [name for name, _ in tensors], *formats)
-        sizes = (
-            (table.num_embeddings, table.embedding_dim, codes),
-            [(p.num_embeddings, p.embedding_dim, p.remap.value) for p in native],
-            [(tuple(tensor.shape), str(tensor.dtype)) for _, tensor in tensors],
-        )
-        return [zlib.crc32(repr(field).encode()) for field in (method, sizes, [p.remap.salt for p in native])]
-
     def _write_constants(self) -> None:
         """Restore the buffers that never change; DistributedModelParallel takes them off the meta device as zeros."""
         if self.format_version.device.type != "meta":
             self.format_version.fill_(FORMAT_VERSION)  # type: ignore[operator]
-            self.layout.copy_(torch.tensor(self._layout))  # type: ignore[operator]
+            self.layout.copy_(torch.tensor(self._format.layout))  # type: ignore[operator]
 
     def replicated_tensors(self) -> dict[str, Tensor]:
         """Return the codebooks, hot rows and other two-dimensional tensors by "table.tensor"."""
@@ -146,43 +121,7 @@ class Decoder(nn.Module):
 
     def check_format(self, state_dict: dict, prefix: str) -> None:
         """Raise ValueError when a state dict was written by another version, or for tables stored otherwise."""
-        found = state_dict.get(prefix + "format_version")
-        if found is not None and int(found) != FORMAT_VERSION:
-            raise ValueError(
-                f"{prefix}format_version: must be {FORMAT_VERSION}, got {int(found)}; "
-                "convert the checkpoint, or load it with the release that wrote it"
-            )
-        layout = state_dict.get(prefix + "layout")
-        if layout is not None:
-            self._check_layout(layout.tolist(), prefix)
-
-    def _check_layout(self, found: list[list[int]], prefix: str) -> None:
-        if len(found) != len(self._layout):
-            raise ValueError(f"{prefix}layout: must be of {len(self._layout)} tables, got {len(found)}")
-        for table, theirs, ours in zip(self._plan.tables, found, self._layout, strict=True):
-            part = self._plan.parts[table.name].codes
-            num_packed = 0 if part is None else part.num_packed
-            if num_packed and theirs == self._fingerprints(table, CodePart(num_packed, torch.uint8)):
-                name = f"{prefix.removesuffix('decoder.')}code_tables.banks.{table.name}.codes"
-                raise ValueError(
-                    f"table {table.name!r}: the checkpoint's codes must be packed, two in a byte, got one in a byte; "
-                    f"put ops.pack_codes(codes) in place of its {name}, and this collection's {prefix}layout in place "
-                    "of its own"
-                )
-            if theirs != ours and theirs == self._fingerprints(table, part, low_bit=""):
-                raise ValueError(
-                    f"table {table.name!r}: the checkpoint's low-bit rows must have scale and bias before the values, "
-                    f"got them behind; put rows.roll({SCALE_BYTES}, dims=1) in place of its rows ({prefix}banks."
-                    f"{table.name}.hot_rows, or the codes of int8 and int4), and this collection's {prefix}layout in "
-                    "place of its own"
-                )
-            differ = [field for field, a, b in zip(LAYOUT, theirs, ours, strict=True) if a != b]
-            if differ:
-                raise ValueError(
-                    f"table {table.name!r}: the checkpoint's {' and '.join(differ)} must be those of "
-                    f"{self._plan.methods[table.name]} with seed {self._plan.seed}, got others; build the collection "
-                    "with the compression, table sizes and seed that the checkpoint was saved with"
-                )
+        self._format.check(state_dict, prefix)
 
     def forward(
         self, features: KeyedJaggedTensor, codes: dict[str, Codes] | None, rows: dict[str, dict[str, FoundRows]]
@@ -255,9 +194,9 @@ class Decoder(nn.Module):
             assert codes is not None
             return pool_low_bit(codes[lookup.key], bank.dtype, ids, offsets, weights, _where(lookup))
         found = None
-        if codes is not None and self._plan.parts[table].codes is not None:
+        if codes is not None and self.blueprint.parts[table].codes is not None:
             found = row_codes(codes[lookup.key], ids, _where(lookup))
-        native = [found_rows(rows[group][lookup.key]) for group in self._plan.row_groups(table)]
+        native = [found_rows(rows[group][lookup.key]) for group in self.blueprint.row_groups(table)]
         return bank(ids, offsets, weights, found, native)
 
 

@@ -12,10 +12,10 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_compress.compression import Compression
+from torchrec_compress.modules.blueprint import Blueprint
+from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.modules.features import check_features, split_features
-from torchrec_compress.modules.parts import CompressedParts
-from torchrec_compress.modules.plan import CollectionPlan
-from torchrec_compress.modules.tables import gathered_rows
+from torchrec_compress.modules.remapped import gathered_rows
 
 torch.fx.wrap("check_features")
 torch.fx.wrap("gathered_rows")
@@ -67,16 +67,16 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         super().__init__()
         if compression is None:
             raise ValueError(f"{type(self).__name__}: compression must be given, got None; pass compression=...")
-        plan = CollectionPlan.of(tables, compression, seed)
-        widths = {table.name: table.embedding_dim for table in plan.tables}
+        blueprint = Blueprint.of(tables, compression, seed)
+        widths = {table.name: table.embedding_dim for table in blueprint.tables}
         if len(set(widths.values())) > 1:
             raise ValueError(f"{type(self).__name__}: all tables must have one embedding_dim, got {widths}")
         self._need_indices = need_indices
-        self._build_shared(plan, False, device, will_fit)
-        dense = plan.dense_tables()
+        self._build_shared(blueprint, False, device, will_fit)
+        dense = blueprint.dense_tables()
         self.dense = EmbeddingCollection(dense, device) if dense else None
         self._guard_dense_tables([self.code_tables, *self.rows.values()])
-        self._features = sorted({lookup.feature for lookup in plan.lookups})
+        self._features = sorted({lookup.feature for lookup in blueprint.lookups})
         self._dense_lookups = self._names_in_dense(dense)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
@@ -92,26 +92,26 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
             found = {key: dense[name].values() for key, name in self._dense_lookups.items()}
         for lookup, values in zip(self.decoder.lookups, self.decoder.unpooled(features, codes, rows), strict=True):
             found[lookup.key] = values.float()  # whatever the parameters are cast to, as TorchRec's own are
-        for lookup in self._plan.lookups:
+        for lookup in self.blueprint.lookups:
             if lookup.key not in found:  # a native bag: its rows are the embedding
-                (group,) = self._plan.row_groups(lookup.table.name)
+                (group,) = self.blueprint.row_groups(lookup.table.name)
                 found[lookup.key] = gathered_rows(rows[group][lookup.key])
         return {
             lookup.output: jagged_rows(found[lookup.key], jagged[lookup.feature], self._need_indices)
-            for lookup in self._plan.lookups
+            for lookup in self.blueprint.lookups
         }
 
     def _names_in_dense(self, dense: list[EmbeddingConfig]) -> dict[str, str]:
         """Return, by look-up key, the name that the stock collection gives the output."""
         if self.dense is None:
             return {}
-        keys = [lookup.key for table in dense for lookup in self._plan.by_table[table.name]]
+        keys = [lookup.key for table in dense for lookup in self.blueprint.by_table[table.name]]
         names = [name for table_names in self.dense.embedding_names_by_table() for name in table_names]
         return dict(zip(keys, names, strict=True))
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
         """Return the user's own configs; where one names no features, a copy that names them."""
-        return self._plan.given
+        return self.blueprint.given
 
     def need_indices(self) -> bool:
         """Return whether outputs carry their ids."""
@@ -119,8 +119,8 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
 
     def embedding_dim(self) -> int:
         """Return the width of the embeddings."""
-        return self._plan.tables[0].embedding_dim
+        return self.blueprint.tables[0].embedding_dim
 
     def embedding_names_by_table(self) -> list[list[str]]:
         """Return the output names of every table."""
-        return [[lookup.output for lookup in self._plan.by_table[table.name]] for table in self._plan.tables]
+        return [[lookup.output for lookup in self.blueprint.by_table[table.name]] for table in self.blueprint.tables]

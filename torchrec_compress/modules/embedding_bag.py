@@ -19,10 +19,10 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_compress.compression import Compression
 from torchrec_compress.methods import MECConfig, MEmComConfig, PQConfig, RandomCodesConfig
+from torchrec_compress.modules.blueprint import Blueprint
+from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.modules.features import check_batch_weights, check_features
-from torchrec_compress.modules.parts import CompressedParts
-from torchrec_compress.modules.plan import CollectionPlan
-from torchrec_compress.modules.tables import (
+from torchrec_compress.modules.remapped import (
     RemappedEmbeddingBagCollection,
     RemappedEmbeddingBagRows,
     RemappedEmbeddingCollection,
@@ -90,18 +90,18 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
             raise ValueError(
                 f"{type(self).__name__}: device must be a torch.device, got {device}; pass is_weighted by name"
             )
-        plan = CollectionPlan.of(tables, compression, seed)
-        for table in plan.tables:
+        blueprint = Blueprint.of(tables, compression, seed)
+        for table in blueprint.tables:
             if is_weighted and table.pooling == PoolingType.MEAN:
                 raise ValueError(f"table {table.name!r}: pooling must be SUM with is_weighted=True, got MEAN")
         self._is_weighted = is_weighted
-        self._build_shared(plan, is_weighted, device, will_fit)
-        dense = plan.dense_tables()
+        self._build_shared(blueprint, is_weighted, device, will_fit)
+        dense = blueprint.dense_tables()
         self.dense = EmbeddingBagCollection(dense, is_weighted, device) if dense else None
-        bags, bag_plan = plan.bags()
-        self.bags = RemappedEmbeddingBagCollection(bags, bag_plan, is_weighted, device) if bags else None
+        bags, bag_remaps = blueprint.bags()
+        self.bags = RemappedEmbeddingBagCollection(bags, bag_remaps, is_weighted, device) if bags else None
         self._guard_dense_tables([self.code_tables, self.bags, *self.rows.values()])
-        self._features = sorted({lookup.feature for lookup in plan.lookups})
+        self._features = sorted({lookup.feature for lookup in blueprint.lookups})
         self._sources = self._find_sources(dense)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
@@ -122,8 +122,8 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
             pooled,
             decoded,
             self._sources,
-            [lookup.output for lookup in self._plan.lookups],
-            [lookup.table.embedding_dim for lookup in self._plan.lookups],
+            [lookup.output for lookup in self.blueprint.lookups],
+            [lookup.table.embedding_dim for lookup in self.blueprint.lookups],
         )
 
     def _native_dtypes(self) -> list[torch.dtype]:
@@ -134,23 +134,23 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
 
     def _find_sources(self, dense: list[EmbeddingBagConfig]) -> list[tuple[int, str, int]]:
         """Return (pooled piece, key there, 0) or (-1, "", number among the decoded) for each output."""
-        keys = [lookup.key for table in dense for lookup in self._plan.by_table[table.name]]
+        keys = [lookup.key for table in dense for lookup in self.blueprint.by_table[table.name]]
         names = [name for of_table in get_embedding_names_by_table(dense) for name in of_table]
         found = {key: (0, name, 0) for key, name in zip(keys, names, strict=True)}
         number = int(self.dense is not None)
-        for lookup in self._plan.lookups:
-            if self._plan.parts[lookup.table.name].bag is not None:
+        for lookup in self.blueprint.lookups:
+            if self.blueprint.parts[lookup.table.name].bag is not None:
                 found[lookup.key] = (number, lookup.key, 0)
         found |= {lookup.key: (-1, "", n) for n, lookup in enumerate(self.decoder.lookups)}
-        return [found[lookup.key] for lookup in self._plan.lookups]
+        return [found[lookup.key] for lookup in self.blueprint.lookups]
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """Return the user's own configs; where one names no features, a copy that names them."""
-        return self._plan.given
+        return self.blueprint.given
 
     def embedding_configs(self) -> list[EmbeddingBagConfig]:
         """Return the same; `ManagedCollisionEmbeddingBagCollection` asks every heir of the interface by this name."""
-        return self._plan.given
+        return self.blueprint.given
 
     def is_weighted(self) -> bool:
         """Return whether batches carry weights."""

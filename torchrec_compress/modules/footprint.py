@@ -12,7 +12,7 @@ import torch
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_compress.methods import dense_bytes
-from torchrec_compress.modules.plan import CollectionPlan
+from torchrec_compress.modules.blueprint import Blueprint
 
 
 @dataclass(frozen=True)
@@ -104,21 +104,21 @@ class Footprint:
         return "\n".join(lines)
 
 
-def count(state: Mapping[str, Any], plan: CollectionPlan) -> Footprint:
+def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
     """Return the bytes of a collection from its state dict, whose names and whole shapes no sharding changes.
 
     Args:
         state: of the collection; tensors, `ShardedTensor` or `DTensor`, on any device.
-        plan: that it was built from.
+        blueprint: that it was built from.
 
     Raises:
         ValueError: the state dict lacks a part of a table.
     """
-    owners = {physical: name for name in plan.methods for physical in plan.native_names(name).values()}
+    owners = {physical: name for name in blueprint.methods for physical in blueprint.native_names(name).values()}
     sizes: Counter[tuple[str, str]] = Counter()
-    missing = {("code", name) for name in plan.methods if plan.parts[name].codes is not None}
+    missing = {("code", name) for name in blueprint.methods if blueprint.parts[name].codes is not None}
     missing |= {("native", physical) for physical in owners}
-    missing |= {("dense", table.name) for table in plan.dense_tables()}
+    missing |= {("dense", table.name) for table in blueprint.dense_tables()}
     for key, value in state.items():
         stored = _stored(key)
         if stored is not None:
@@ -134,13 +134,13 @@ def count(state: Mapping[str, Any], plan: CollectionPlan) -> Footprint:
     return Footprint(
         {
             table.name: TableFootprint(
-                method=plan.methods[table.name].method,
+                method=blueprint.methods[table.name].method,
                 dense_bytes=dense_bytes(table),
                 code_bytes=sizes["code", table.name],
                 decoder_bytes=sizes["decoder", table.name],
                 native_bytes=sizes["native", table.name] + sizes["dense", table.name],
             )
-            for table in plan.tables
+            for table in blueprint.tables
         }
     )
 

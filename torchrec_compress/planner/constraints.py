@@ -15,9 +15,9 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.planner.utils import sharder_name
 from torchrec.distributed.types import ModuleSharder, ShardingType
 
+from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.decoder import Decoder
-from torchrec_compress.modules.tables import (
-    CodeTableCollection,
+from torchrec_compress.modules.remapped import (
     RemappedEmbeddingBagCollection,
     RemappedEmbeddingBagRows,
     RemappedEmbeddingCollection,

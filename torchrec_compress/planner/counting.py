@@ -12,9 +12,9 @@ from torchrec.distributed.types import ModuleSharder
 
 from torchrec_compress.methods import dense_bytes
 from torchrec_compress.methods.base import MARK_BYTES
+from torchrec_compress.modules.code_tables import CodeTableCollection
+from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.modules.decoder import Decoder
-from torchrec_compress.modules.parts import CompressedParts
-from torchrec_compress.modules.tables import CodeTableCollection
 from torchrec_compress.planner.accounting import DenseOptimizer, shard_bytes
 from torchrec_compress.planner.records import KINDS, Kind, PartPlan, RankPlan, TablePlan
 
@@ -44,7 +44,7 @@ class Counting:
             (path, physical): name
             for path, collection in self._collections.items()
             for name in collection.methods()
-            for physical in collection._plan.native_names(name).values()
+            for physical in collection.blueprint.native_names(name).values()
         }
 
     def count(self) -> tuple[dict[str, TablePlan], list[RankPlan]]:
@@ -81,7 +81,7 @@ class Counting:
     def _unplanned(self, path: str, name: str, parts: list[PartPlan]) -> list[PartPlan]:
         """Return what no sharder was passed for, and so every rank holds."""
         collection = self._collections[path]
-        table = collection._plan.by_table[name][0].table
+        table = collection.blueprint.by_table[name][0].table
         rest = collection.methods()[name].stored_bytes(table) - sum(part.stored_bytes for part in parts)
         if not rest:
             return []
@@ -104,7 +104,7 @@ class Counting:
             option = next(option for option in self._options if (option.path, option.name) == (path, name))
             rows, columns = option.tensor.shape
             return TablePlan("dense", rows, columns, parts[0].stored_bytes, parts)
-        table = collection._plan.by_table[name][0].table
+        table = collection.blueprint.by_table[name][0].table
         method = collection.methods()[name].method
         return TablePlan(method, table.num_embeddings, table.embedding_dim, dense_bytes(table), parts, decoded)
 

@@ -26,8 +26,9 @@ from torchrec.distributed.planner.types import (
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
 from torchrec_compress.methods import CodebookConfig
+from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.decoder import Decoder
-from torchrec_compress.modules.tables import CodeTableCollection, RemappedEmbeddingCollection
+from torchrec_compress.modules.remapped import RemappedEmbeddingCollection
 from torchrec_compress.ops import requested_backend
 from torchrec_compress.planner.accounting import (
     DenseOptimizer,
@@ -127,7 +128,7 @@ class _Estimator(ShardEstimator):
             lookups = lookups.unpooled()
         if tensor != "codebooks":  # hot rows share the look-up of the codebooks
             return lookups.scaled(1, 0)
-        method = decoder._plan.methods[table]
+        method = decoder.blueprint.methods[table]
         assert isinstance(method, CodebookConfig)
         # a residual row is the sum of M codewords, a product row is M of them side by side
         codes = method.num_codes
@@ -258,7 +259,7 @@ class CompressedStorageEstimator(_Estimator):
         table, _, tensor = option.name.partition(".")
         ids = Lookups.of(table, self._constraints, option.batch_size).num_ids
         if isinstance(part, Decoder) and tensor == "codebooks":
-            method = part._plan.methods[table]
+            method = part.blueprint.methods[table]
             assert isinstance(method, CodebookConfig)
             return 8 * method.num_codes * ids
         if isinstance(part, CodeTableCollection) and is_replicated(option) and self._topology.compute_device != "cpu":
@@ -289,4 +290,4 @@ def _travelling_bytes(option: ShardingOption) -> int:
 
 
 def _config(decoder: Decoder, table: str) -> BaseEmbeddingConfig:
-    return decoder._plan.by_table[table][0].table
+    return decoder.blueprint.by_table[table][0].table

@@ -26,7 +26,7 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.distributed.utils import get_device_type
 
-from torchrec_compress.modules.parts import CompressedParts
+from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.planner.accounting import DenseOptimizer
 from torchrec_compress.planner.constraints import translate_constraints
 from torchrec_compress.planner.enumerators import CompressedEnumerator

@@ -16,7 +16,7 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import ModuleSharder
 
 from torchrec_compress.methods.lowbit import LowBitConfig
-from torchrec_compress.modules.parts import CompressedParts
+from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.planner.lookups import Constraints, Lookups, decoded_bytes
 
 
@@ -37,9 +37,9 @@ def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size:
             charged = {name.partition(".")[0] for name in part.decoder.replicated_tensors()}
             for name in part.decoder.banks:
                 if name not in charged:
-                    table = part._plan.by_table[name][0].table
+                    table = part.blueprint.by_table[name][0].table
                     lookups = Lookups.of(name, constraints, batch_size)
-                    makes_rows = not isinstance(part._plan.methods[name], LowBitConfig)
+                    makes_rows = not isinstance(part.blueprint.methods[name], LowBitConfig)
                     found[name] = found.get(name, 0) + decoded_bytes(table, lookups, makes_rows)
     return found
 

@@ -13,10 +13,10 @@ from torchrec.distributed.types import ModuleSharder
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_compress.methods import DenseConfig, MethodConfig
+from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.embedding import CompressedEmbeddingCollection
 from torchrec_compress.modules.embedding_bag import CompressedEmbeddingBagCollection
-from torchrec_compress.modules.parts import CompressedParts
 from torchrec_compress.planner.constraints import shardable_modules, translate_constraints
 from torchrec_compress.sharding import compressed_sharders
 
@@ -57,7 +57,7 @@ class Shell:
             else:
                 self._others.append(part)
         for part in self._collections:
-            self.tables |= {table.name: table for table in part._plan.tables}
+            self.tables |= {table.name: table for table in part.blueprint.tables}
             self.methods |= part.methods()
         for part in self._stock:
             self.tables |= {table.name: table for table in _configs(part)}
@@ -102,5 +102,5 @@ class Shell:
 
 def _configs(part: Any) -> list[Any]:
     if isinstance(part, CompressedParts):
-        return part._plan.tables
+        return part.blueprint.tables
     return part.embedding_bag_configs() if isinstance(part, EmbeddingBagCollection) else part.embedding_configs()

@@ -19,9 +19,9 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_compress.modules.code_bank import CodeBank, CodeRows, CodeTableConfig
+from torchrec_compress.modules.code_tables import CodeTable, CodeTableCollection, warn_of_start_codes
 from torchrec_compress.modules.codes import Codes
 from torchrec_compress.modules.features import check_ranges, split_features
-from torchrec_compress.modules.tables import CodeTable, CodeTableCollection, warn_of_start_codes
 from torchrec_compress.ops import (
     NOT_FILLED,
     NOT_SUMMED,

@@ -16,7 +16,7 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_compress.modules.features import check_ranges, split_features
-from torchrec_compress.modules.tables import (
+from torchrec_compress.modules.remapped import (
     FoundRows,
     RemappedEmbeddingBagCollection,
     RemappedEmbeddingCollection,
@@ -52,7 +52,7 @@ class ShardedRemappedEmbeddingBagCollection(ShardedEmbeddingModule[Any, Any, Key
         sharder: EmbeddingBagCollectionSharder,
     ) -> None:
         super().__init__()
-        self._remaps, self._env, self._device = module.plan, env, device
+        self._remaps, self._env, self._device = module.remaps, env, device
         self._also_checked = module.also_checked
         self.native: Any = sharder.shard(module.native, plan, env, device)
         copy_values(module.native, self.native)
@@ -158,7 +158,7 @@ class ShardedRemappedEmbeddingCollection(ShardedEmbeddingModule[Any, Any, dict[s
         sharder: EmbeddingCollectionSharder,
     ) -> None:
         super().__init__()
-        self._remaps, self._env, self._device, self._kind = module.plan, env, device, type(module)
+        self._remaps, self._env, self._device, self._kind = module.remaps, env, device, type(module)
         self._also_checked = module.also_checked
         configs = module.native.embedding_configs()
         sharded = [config for config in configs if plan[config.name].sharding_type != _DATA_PARALLEL]

@@ -21,14 +21,14 @@ from torchrec.distributed.types import (
 )
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_compress.modules.backward import has_in_backward_optimizer, strip_in_backward_optimizers
+from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.decoder import Decoder
-from torchrec_compress.modules.tables import (
-    CodeTableCollection,
+from torchrec_compress.modules.remapped import (
     RemappedEmbeddingBagCollection,
     RemappedEmbeddingBagRows,
     RemappedEmbeddingCollection,
 )
+from torchrec_compress.modules.replicated import has_in_backward_optimizer, strip_in_backward_optimizers
 from torchrec_compress.sharding.code_tables import ShardedCodeTableCollection
 from torchrec_compress.sharding.remapped import (
     ShardedRemappedEmbeddingBagCollection,
@@ -132,7 +132,7 @@ class _RemappedSharder(BaseEmbeddingSharder[Module]):
 
     def _native_names(self, module: Module) -> dict[str, str]:
         """Return the physical table name by the name of the user's table."""
-        return {entry.table: entry.native_table for entry in module.plan}  # type: ignore[union-attr]
+        return {entry.table: entry.native_table for entry in module.remaps}  # type: ignore[union-attr]
 
     def _native_plan(
         self, module: Module, params: dict[str, ParameterSharding], device: torch.device, path: str | None

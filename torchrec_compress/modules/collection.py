@@ -12,12 +12,13 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_compress.methods import MethodConfig, TableState
-from torchrec_compress.modules.backward import strip_where_replicated
+from torchrec_compress.modules.blueprint import Blueprint
+from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.features import IdRange
 from torchrec_compress.modules.footprint import Footprint, count
-from torchrec_compress.modules.plan import CollectionPlan
-from torchrec_compress.modules.tables import CodeTableCollection, RemappedEmbeddingCollection
+from torchrec_compress.modules.remapped import RemappedEmbeddingCollection
+from torchrec_compress.modules.replicated import strip_where_replicated
 from torchrec_compress.ops import NOT_SUMMED, lookup_codes
 
 logger = logging.getLogger(__name__)
@@ -32,19 +33,21 @@ class CompressedParts(nn.Module):
         decoder: codebooks and other small parameters.
     """
 
-    _plan: CollectionPlan
+    blueprint: Blueprint
     dense: Any  # a stock collection, what DistributedModelParallel puts in its place, or None
     _rows_kind: ClassVar[type[RemappedEmbeddingCollection]] = RemappedEmbeddingCollection
 
     def _build_shared(
-        self, plan: CollectionPlan, is_weighted: bool, device: torch.device | None, will_fit: bool
+        self, blueprint: Blueprint, is_weighted: bool, device: torch.device | None, will_fit: bool
     ) -> None:
         """Make the code tables, the unpooled native tables and the decoder."""
-        self._plan, self._device = plan, torch.get_default_device() if device is None else torch.device(device)
-        code_tables = plan.code_tables(will_fit)
+        self.blueprint, self._device = blueprint, torch.get_default_device() if device is None else torch.device(device)
+        code_tables = blueprint.code_tables(will_fit)
         self.code_tables = CodeTableCollection(code_tables, device) if code_tables else None
-        self.rows = nn.ModuleDict({group: self._rows_kind(*members, device) for group, members in plan.rows().items()})
-        self.decoder = Decoder(plan, is_weighted, device)
+        self.rows = nn.ModuleDict(
+            {group: self._rows_kind(*members, device) for group, members in blueprint.rows().items()}
+        )
+        self.decoder = Decoder(blueprint, is_weighted, device)
         for name, bank in self._code_banks().items():
             if name in self.decoder.banks:
                 bank.stand_beside(self.decoder.banks[name])
@@ -89,8 +92,8 @@ class CompressedParts(nn.Module):
         """Have the first part that exists check the ids of dense tables too; sharded, TorchRec would only warn."""
         ranges = [
             IdRange(lookup.table.name, lookup.feature, lookup.table.num_embeddings)
-            for lookup in self._plan.lookups
-            if self._plan.parts[lookup.table.name].dense
+            for lookup in self.blueprint.lookups
+            if self.blueprint.parts[lookup.table.name].dense
         ]
         for part in parts:
             if part is not None:
@@ -105,15 +108,15 @@ class CompressedParts(nn.Module):
     @property
     def seed(self) -> int:
         """The seed of start codes and hashes."""
-        return self._plan.seed
+        return self.blueprint.seed
 
     def table_configs(self) -> list[Any]:
         """Return the user's own configs, pooled or not; where one names no features, a copy that names them."""
-        return self._plan.given
+        return self.blueprint.given
 
     def methods(self) -> dict[str, MethodConfig]:
         """Return the method of every table; those that compression would not shrink are dense."""
-        return dict(self._plan.methods)
+        return dict(self.blueprint.methods)
 
     def reset_parameters(self) -> None:
         """Initialise everything, start codes included; call it after materialising from the meta device."""
@@ -142,8 +145,8 @@ class CompressedParts(nn.Module):
         Raises:
             ValueError: there is no such table, or a tensor has the wrong name or shape.
         """
-        if name not in self._plan.methods:
-            raise ValueError(f"load_table: must name one of {sorted(self._plan.methods)}, got {name!r}")
+        if name not in self.blueprint.methods:
+            raise ValueError(f"load_table: must name one of {sorted(self.blueprint.methods)}, got {name!r}")
         bank = self._code_banks().get(name)
         targets = dict(self._native_weights(name))
         if name in self.decoder.banks:
@@ -179,7 +182,7 @@ class CompressedParts(nn.Module):
         Returns:
             (L, D) float32.
         """
-        parts, weights = self._plan.parts[name], dict(self._native_weights(name))
+        parts, weights = self.blueprint.parts[name], dict(self._native_weights(name))
         if parts.dense:
             return weights[""][ids].float()
         if parts.bag is not None:
@@ -201,11 +204,11 @@ class CompressedParts(nn.Module):
         Raises:
             ValueError: a part of a table was replaced by a module that stores it under other names.
         """
-        return count(self.state_dict(), self._plan)
+        return count(self.state_dict(), self.blueprint)
 
     def _native_weights(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """Yield (part name, weight) of a table's native parts; the dense table's part is ""."""
-        physical = {"": name} if self._plan.parts[name].dense else self._plan.native_names(name)
+        physical = {"": name} if self.blueprint.parts[name].dense else self.blueprint.native_names(name)
         for part, table in physical.items():
             for module in self.modules():
                 if isinstance(module, EmbeddingBagCollection) and table in module.embedding_bags:

@@ -17,7 +17,7 @@ from torchrec_compress.compression import Compression, resolve
 from torchrec_compress.methods import MethodConfig, NativePart, Parts
 from torchrec_compress.methods.base import init_like
 from torchrec_compress.modules.code_bank import CodeTableConfig
-from torchrec_compress.modules.tables import RemappedFeature
+from torchrec_compress.modules.remapped import RemappedFeature
 from torchrec_compress.names import check_feature_names, check_table_names
 
 TableConfig = TypeVar("TableConfig", EmbeddingBagConfig, EmbeddingConfig)
@@ -41,7 +41,7 @@ class Lookup:
 
 
 @dataclass(frozen=True)
-class CollectionPlan(Generic[TableConfig]):
+class Blueprint(Generic[TableConfig]):
     """Everything that a compressed collection is built from.
 
     Args:
@@ -68,8 +68,8 @@ class CollectionPlan(Generic[TableConfig]):
         object.__setattr__(self, "by_table", by_table)
 
     @classmethod
-    def of(cls, tables: Sequence[TableConfig], compression: Compression, seed: int) -> CollectionPlan[TableConfig]:
-        """Check the user's configs and plan their parts.
+    def of(cls, tables: Sequence[TableConfig], compression: Compression, seed: int) -> Blueprint[TableConfig]:
+        """Check the user's configs and lay out their parts.
 
         Raises:
             ValueError: the seed is no int, a name is missing, repeated or unfit for a module, or a method cannot store
@@ -113,14 +113,14 @@ class CollectionPlan(Generic[TableConfig]):
 
     def bags(self) -> tuple[list[EmbeddingBagConfig], list[RemappedFeature]]:
         """Return the physical tables that are pooled natively behind rewritten ids, and their look-ups."""
-        tables, plan = [], []
+        tables, remaps = [], []
         for table in self.tables:
             part = self.parts[table.name].bag
             if part is not None and isinstance(table, EmbeddingBagConfig):
                 keys = [lookup.key for lookup in self.by_table[table.name]]
                 tables.append(EmbeddingBagConfig(**_physical(table, part, keys), pooling=table.pooling))
-                plan += self._remapped(table, part)
-        return tables, plan
+                remaps += self._remapped(table, part)
+        return tables, remaps
 
     def rows(self) -> dict[str, tuple[list[EmbeddingConfig], list[RemappedFeature]]]:
         """Return the physical tables whose rows come back unpooled, and their look-ups, one group per width and part.
@@ -130,10 +130,10 @@ class CollectionPlan(Generic[TableConfig]):
         groups: dict[str, tuple[list[EmbeddingConfig], list[RemappedFeature]]] = {}
         for table in self.tables:
             for part in self._unpooled(table.name):
-                tables, plan = groups.setdefault(row_group(part), ([], []))
+                tables, remaps = groups.setdefault(row_group(part), ([], []))
                 keys = [lookup.key for lookup in self.by_table[table.name]]
                 tables.append(EmbeddingConfig(**_physical(table, part, keys)))
-                plan += self._remapped(table, part)
+                remaps += self._remapped(table, part)
         return groups
 
     def row_groups(self, table: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Optimizers that run in the backward pass, and the parameters that must not have them."""
+"""What every rank holds a copy of: parameters that must not train in the backward, and parts that no sharder took."""
 
 from __future__ import annotations
 
@@ -52,3 +52,14 @@ def strip_where_replicated(module: nn.Module) -> None:
     is_on_cpu = any(parameter.device.type == "cpu" for parameter in module.parameters())
     if torch.distributed.get_world_size() > 1 or is_on_cpu:
         strip_in_backward_optimizers(module)
+
+
+def warn_of_missing_sharders(tables: list[str], effect: str) -> None:
+    """Log, when there are several ranks, that TorchRec was not given the sharders of compressed collections."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        logger.warning(
+            "tables %s: %s; pass sharders=torchrec_compress.get_default_sharders() to the planner and to "
+            "DistributedModelParallel",
+            sorted(set(tables)),
+            effect,
+        )

@@ -1,0 +1,94 @@
+"""The format of a collection's state dict: its version, and what every table is stored as."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+
+from torchrec_compress.methods.base import CodePart
+from torchrec_compress.modules.blueprint import Blueprint
+from torchrec_compress.ops import SCALE_BYTES
+
+FORMAT_VERSION = 1
+# what a checkpoint and a collection must agree on, table by table; their fingerprints are stored
+LAYOUT = ("method", "sizes", "seed")
+
+
+class StateFormat:
+    """What a state dict must be to fit a collection.
+
+    Args:
+        blueprint: of the collection.
+        banks: its table decoders by table name, an `nn.ModuleDict`.
+
+    Attributes:
+        layout: for every table, in the user's order, a fingerprint of each `LAYOUT` field.
+    """
+
+    def __init__(self, blueprint: Blueprint, banks: Any) -> None:
+        self._blueprint, self._banks = blueprint, banks
+        self.layout = [self._fingerprints(table, blueprint.parts[table.name].codes) for table in blueprint.tables]
+
+    def check(self, state_dict: dict, prefix: str) -> None:
+        """Raise ValueError when a state dict was written by another version, or for tables stored otherwise."""
+        found = state_dict.get(prefix + "format_version")
+        if found is not None and int(found) != FORMAT_VERSION:
+            raise ValueError(
+                f"{prefix}format_version: must be {FORMAT_VERSION}, got {int(found)}; "
+                "convert the checkpoint, or load it with the release that wrote it"
+            )
+        layout = state_dict.get(prefix + "layout")
+        if layout is not None:
+            self._check_layout(layout.tolist(), prefix)
+
+    def _check_layout(self, found: list[list[int]], prefix: str) -> None:
+        if len(found) != len(self.layout):
+            raise ValueError(f"{prefix}layout: must be of {len(self.layout)} tables, got {len(found)}")
+        for table, theirs, ours in zip(self._blueprint.tables, found, self.layout, strict=True):
+            part = self._blueprint.parts[table.name].codes
+            num_packed = 0 if part is None else part.num_packed
+            if num_packed and theirs == self._fingerprints(table, CodePart(num_packed, torch.uint8)):
+                name = f"{prefix.removesuffix('decoder.')}code_tables.banks.{table.name}.codes"
+                raise ValueError(
+                    f"table {table.name!r}: the checkpoint's codes must be packed, two in a byte, got one in a byte; "
+                    f"put ops.pack_codes(codes) in place of its {name}, and this collection's {prefix}layout in place "
+                    "of its own"
+                )
+            if theirs != ours and theirs == self._fingerprints(table, part, low_bit=""):
+                raise ValueError(
+                    f"table {table.name!r}: the checkpoint's low-bit rows must have scale and bias before the values, "
+                    f"got them behind; put rows.roll({SCALE_BYTES}, dims=1) in place of its rows ({prefix}banks."
+                    f"{table.name}.hot_rows, or the codes of int8 and int4), and this collection's {prefix}layout in "
+                    "place of its own"
+                )
+            differ = [field for field, a, b in zip(LAYOUT, theirs, ours, strict=True) if a != b]
+            if differ:
+                raise ValueError(
+                    f"table {table.name!r}: the checkpoint's {' and '.join(differ)} must be those of "
+                    f"{self._blueprint.methods[table.name]} with seed {self._blueprint.seed}, got others; build the "
+                    "collection with the compression, table sizes and seed that the checkpoint was saved with"
+                )
+
+    def _fingerprints(
+        self, table: BaseEmbeddingConfig, code_part: CodePart | None, low_bit: str = "scale first"
+    ) -> list[int]:
+        """Return a hash of each `LAYOUT` field of a table with this code table and format of low-bit rows."""
+        parts = self._blueprint.parts[table.name]
+        native = ((parts.bag,) if parts.bag else ()) + parts.rows
+        bank = self._banks[table.name] if table.name in self._banks else nn.Module()
+        tensors = [*bank.named_parameters(), *bank.named_buffers()]
+        codes = None
+        if code_part is not None:
+            codes = (code_part.row_size, str(code_part.dtype), *([code_part.num_packed] * (code_part.num_packed > 0)))
+        formats = [low_bit] if low_bit and getattr(bank, "has_low_bit_rows", False) else []
+        method = (codes is None, [(p.name, p.remap.kind) for p in native], [name for name, _ in tensors], *formats)
+        sizes = (
+            (table.num_embeddings, table.embedding_dim, codes),
+            [(p.num_embeddings, p.embedding_dim, p.remap.value) for p in native],
+            [(tuple(tensor.shape), str(tensor.dtype)) for _, tensor in tensors],
+        )
+        return [zlib.crc32(repr(field).encode()) for field in (method, sizes, [p.remap.salt for p in native])]
