@@ -8,7 +8,7 @@ from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbe
 
 from tests.cases import CASES, CONFIGS, IDS, NUM_ROWS, contexts, counts, dense_collection, fitted, fresh, rows, table
 from torchrec_compress import CompressedEmbeddingBagCollection, compress, compress_into
-from torchrec_compress.budget import for_budget
+from torchrec_compress.compression.budget import for_budget
 from torchrec_compress.fit import fit_mec, fit_product, fit_residual, kmeans, quantile_codes
 from torchrec_compress.methods import HashConfig, MEmComConfig, MethodConfig, PQConfig, TableData
 

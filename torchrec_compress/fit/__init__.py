@@ -3,7 +3,6 @@
 Rows are float32 [N, D], weights [N] >= 0; every fit is a pure function of its arguments and a seed.
 """
 
-from torchrec_compress.fit.allocate import Allocation, Candidate, allocate
 from torchrec_compress.fit.codes import FittedCodes, refit_codebooks, weighted_error
 from torchrec_compress.fit.kmeans import KMeans, kmeans, nearest
 from torchrec_compress.fit.mec import MECFit, fit_mec
@@ -13,12 +12,9 @@ from torchrec_compress.fit.quantile import quantile_codes
 from torchrec_compress.fit.residual import fit_residual
 
 __all__ = [
-    "Allocation",
-    "Candidate",
     "FittedCodes",
     "KMeans",
     "MECFit",
-    "allocate",
     "fit_mec",
     "fit_product",
     "fit_residual",

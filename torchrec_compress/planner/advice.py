@@ -23,10 +23,10 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.planner.utils import reset_shard_rank
 from torchrec.distributed.types import ModuleSharder
 
+from torchrec_compress.compression.candidates import NUM_STEPS, step
 from torchrec_compress.methods import MethodConfig
 from torchrec_compress.planner.accounting import DenseOptimizer
 from torchrec_compress.planner.enumerators import CompressedEnumerator
-from torchrec_compress.planner.ladder import NUM_STEPS, step
 from torchrec_compress.planner.proposers import TradeOffProposer
 from torchrec_compress.planner.reservation import decode_bytes
 from torchrec_compress.planner.shell import Shell

@@ -12,8 +12,8 @@ from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_compress.budget import smallest_bytes
 from torchrec_compress.compression import parse, resolve
+from torchrec_compress.compression.budget import smallest_bytes
 from torchrec_compress.methods import CodebookConfig, MethodConfig
 from torchrec_compress.names import check_feature_names, check_folder_names, check_table_names
 from torchrec_compress.schema import nearest

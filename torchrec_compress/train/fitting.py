@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_compress import CompressedEmbeddingBagCollection, compress_into
-from torchrec_compress.budget import for_budget
+from torchrec_compress.compression.budget import for_budget
 from torchrec_compress.train.byte_budget import budget_of
 from torchrec_compress.train.check import base_of
 from torchrec_compress.train.config import RunConfig

@@ -9,11 +9,7 @@ from typing import Any, TypeAlias
 
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.budget import for_budget
-from torchrec_compress.methods import METHODS, DenseConfig, MethodConfig, dense_bytes
-from torchrec_compress.schema import build, nearest
-
-__all__ = ["Compression", "for_budget", "parse", "resolve"]
+from torchrec_compress.methods import DenseConfig, MethodConfig, dense_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -100,42 +96,3 @@ def _or_dense(table: BaseEmbeddingConfig, config: MethodConfig) -> MethodConfig:
     if isinstance(config, DenseConfig):
         config.check(table)
     return config
-
-
-def parse(text: Mapping[str, Any]) -> Compression:
-    """Read a compression from plain data, as YAML holds it.
-
-    Args:
-        text: {"method": name, option: value, ...} or {table name or pattern: such a mapping, ...}.
-
-    Returns:
-        The method, or methods by key.
-
-    Raises:
-        ValueError: an unknown method or option (the nearest name is given), or a missing or wrongly typed one.
-
-    Example:
-        >>> parse({"user": {"method": "pq", "num_codes": 4}, "*": {"method": "dense"}})["user"].num_codes
-        4
-    """
-    if "method" in text and not isinstance(text["method"], Mapping):  # which would be a table called "method"
-        return _parse_method(text, "compression")
-    if not text:
-        raise ValueError(
-            "compression: must name a method or tables, got nothing; {'*': {'method': 'dense'}} is no compression"
-        )
-    wrong = [key for key, value in text.items() if not isinstance(value, Mapping) or "method" not in value]
-    if wrong:
-        raise ValueError(f"compression.{wrong[0]}: must be a mapping with the key 'method', got {text[wrong[0]]!r}")
-    return {key: _parse_method(value, f"compression.{key}") for key, value in text.items()}
-
-
-def _parse_method(text: Mapping[str, Any], where: str) -> MethodConfig:
-    name = text["method"]
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"{where}.method: must be one of {sorted(METHODS)}, got {name!r}{nearest(str(name), METHODS)}")
-    options = {key: value for key, value in text.items() if key != "method"}
-    try:
-        return build(METHODS[name], options, where)
-    except ValueError as error:  # what a config checks itself names no key
-        raise error if str(error).startswith((where, "unknown key")) else ValueError(f"{where}: {error}") from error

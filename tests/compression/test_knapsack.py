@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrec_compress.fit.allocate import Candidate, allocate
+from torchrec_compress.compression.knapsack import Candidate, allocate
 
 TABLES = st.lists(
     st.lists(st.tuples(st.integers(0, 30), st.integers(0, 50)), min_size=1, max_size=5), min_size=1, max_size=4

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
-from torchrec_compress import budget, compress, decompress
-from torchrec_compress.budget import measure_candidates
-from torchrec_compress.compression import for_budget
+from torchrec_compress import compress, decompress
+from torchrec_compress.compression import budget, for_budget
+from torchrec_compress.compression.budget import measure_candidates
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods import PQConfig
 

@@ -3,8 +3,8 @@
 import pytest
 from torchrec import EmbeddingBagConfig
 
+from torchrec_compress.compression.candidates import NUM_STEPS, step
 from torchrec_compress.methods import DenseConfig, HashConfig, Int4Config, Int8Config, MECConfig, MEmComConfig, PQConfig
-from torchrec_compress.planner.ladder import NUM_STEPS, step
 
 
 def table(rows: int = 100_000, dim: int = 64) -> EmbeddingBagConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -14,14 +14,13 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from tqdm import tqdm
 
-from torchrec_compress.fit.allocate import Candidate, allocate
+from torchrec_compress.compression.candidates import candidates_of, with_finer_heads
+from torchrec_compress.compression.knapsack import Candidate, allocate
 from torchrec_compress.fit.checks import check_counts, check_seed
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods import (
     CodebookConfig,
     DenseConfig,
-    Int4Config,
-    Int8Config,
     MethodConfig,
     PQConfig,
     TableData,
@@ -29,9 +28,6 @@ from torchrec_compress.methods import (
 from torchrec_compress.methods.base import check_trained_rows
 from torchrec_compress.ops import dequantize_rows, quantize_rows
 
-# Hot heads that are tried, as shares of a table's rows, and the longest residual code: longer ones take minutes to fit.
-_HOT_SHARES = (0.01, 0.03, 0.07, 0.15, 0.25)
-_MAX_RESIDUAL_CODES = 4
 _USUAL = PQConfig(num_codes=1, popularity="count")
 # A larger table is measured on a sample of so many rows: enough to fit 256 codewords as well as all rows would.
 _MAX_MEASURED_ROWS = 65536
@@ -148,7 +144,7 @@ def measure_candidates(
     data = TableData(rows=rows, counts=counts, seed=seed)
     dense = DenseConfig()
     found: list[Candidate[MethodConfig]] = [Candidate(dense.stored_bytes(table), 0.0, dense)]
-    for config in _configs(table, base, num_codes):
+    for config in candidates_of(table, base, num_codes):
         measured = config
         if isinstance(config, CodebookConfig):  # the head is as large a share of the sample as of the table
             measured = replace(config, num_hot_rows=round(config.num_hot_rows * share))
@@ -159,7 +155,7 @@ def measure_candidates(
             continue  # this table cannot be stored this way
         if config.stored_bytes(table) < found[0].num_bytes:
             served = _served(measured, sample, data)
-            for choice in _with_finer_heads(config):
+            for choice in with_finer_heads(config):
                 if choice is not config:  # the tail is the same: it was fitted without the head
                     assert isinstance(measured, CodebookConfig)
                     hot = measured.hot_ids(sample, data)
@@ -179,18 +175,12 @@ def smallest_bytes(tables: Sequence[EmbeddingBagConfig], codes: CodebookConfig |
     total = 0
     for table in tables:
         sizes = [DenseConfig().stored_bytes(table)]
-        for config in _configs(table, codes or _USUAL, num_codes):
+        for config in candidates_of(table, codes or _USUAL, num_codes):
             with suppress(ValueError):  # this table cannot be stored this way
                 config.check(table)
                 sizes.append(config.stored_bytes(table))
         total += min(sizes)
     return total
-
-
-def _with_finer_heads(config: MethodConfig) -> list[MethodConfig]:
-    """Return a config and, where it has a hot head in int4, the same with one in int8."""
-    tiers = isinstance(config, CodebookConfig) and config.num_hot_rows > 0
-    return [config, replace(config, hot_dtype="int8")] if tiers else [config]  # type: ignore[type-var, list-item]
 
 
 def _table(name: str, rows: Tensor) -> EmbeddingBagConfig:
@@ -205,19 +195,6 @@ def _sample(rows: Tensor, counts: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         return rows, counts
     chosen = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))[:_MAX_MEASURED_ROWS]
     return rows[chosen], counts[chosen]
-
-
-def _configs(table: EmbeddingBagConfig, base: CodebookConfig, num_codes: Sequence[int]) -> Iterator[MethodConfig]:
-    """Yield everything that may be tried for a table."""
-    yield Int8Config()
-    yield Int4Config()
-    hot = sorted({0, *(round(table.num_embeddings * share) for share in _HOT_SHARES)})
-    residual = PQConfig(num_codes=1, codebook_size=base.codebook_size, structure="residual", popularity="count")
-    for length in num_codes:
-        for num_hot in hot:
-            yield replace(base, num_codes=length, num_hot_rows=num_hot, hot_dtype="int4")
-            if 1 < length <= _MAX_RESIDUAL_CODES:
-                yield replace(residual, num_codes=length, num_hot_rows=num_hot, hot_dtype="int4")
 
 
 @torch.no_grad()
