@@ -7,14 +7,9 @@ import logging
 import torch
 from torch import nn
 
+from torchrec_compress.seams import copy_backward_optimizer, steps_in_backward
+
 logger = logging.getLogger(__name__)
-
-_READ_BY_SHARDERS = ("_optimizer_classes", "_optimizer_kwargs")
-
-
-def has_in_backward_optimizer(parameter: nn.Parameter) -> bool:
-    """Return whether TorchRec's `apply_optimizer_in_backward` was told to train a parameter."""
-    return hasattr(parameter, _READ_BY_SHARDERS[0])
 
 
 def strip_in_backward_optimizers(module: nn.Module) -> list[str]:
@@ -27,11 +22,9 @@ def strip_in_backward_optimizers(module: nn.Module) -> list[str]:
     stripped = []
     for path, owner in module.named_modules():
         for name, parameter in list(owner._parameters.items()):
-            if parameter is not None and hasattr(parameter, "_in_backward_optimizers"):
+            if parameter is not None and steps_in_backward(parameter):
                 fresh = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-                for mark in _READ_BY_SHARDERS:
-                    if hasattr(parameter, mark):
-                        setattr(fresh, mark, getattr(parameter, mark))
+                copy_backward_optimizer(parameter, fresh)
                 owner._parameters[name] = fresh
                 stripped.append(f"{path}.{name}" if path else name)
     if stripped:

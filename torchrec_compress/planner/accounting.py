@@ -9,6 +9,8 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import Shard, ShardingOption
 from torchrec.distributed.types import ShardingType
 
+from torchrec_compress.seams import backward_optimizer
+
 DenseOptimizer: TypeAlias = str | float
 """Name of a dense optimizer, or its bytes of state per parameter."""
 
@@ -113,9 +115,9 @@ def fused_optimizer(option: ShardingOption, fused_params: dict[str, Any] | None)
         option: of the table; `apply_optimizer_in_backward` leaves its mark on the tensor.
         fused_params: of its sharder, which count where there is no mark.
     """
-    marked = getattr(option.tensor, "_optimizer_classes", None)
-    if marked:
-        return marked[0].__name__
+    marked = backward_optimizer(option.tensor)
+    if marked is not None:
+        return marked
     chosen = (fused_params or {}).get("optimizer")
     return None if chosen is None else str(chosen)
 

@@ -38,6 +38,7 @@ from torchrec_compress.planner.accounting import (
     shard_bytes,
 )
 from torchrec_compress.planner.lookups import Lookups
+from torchrec_compress.seams import plan_as
 
 # ids that fit go as int32; the stock estimators count 8 bytes each
 _INT32_ROWS = 2**31
@@ -105,16 +106,16 @@ class _Estimator(ShardEstimator):
         stand_in.shards = [Shard(list(size), [0, 0]) for size in _distinct(option)]
         if is_exact(option):
             # a bare tensor: without the mark of an optimizer, whose state is counted in `accounting`
-            stand_in._tensor = torch.empty(option.tensor.shape, dtype=option.tensor.dtype, device="meta")
+            plan_as(stand_in, torch.empty(option.tensor.shape, dtype=option.tensor.dtype, device="meta"))
         part = option.module[1]
         if isinstance(part, CodeTableCollection):
-            stand_in._is_pooled = False
             row_bytes = _travelling_bytes(option)
-            stand_in._tensor = torch.empty(option.tensor.shape[0], row_bytes, dtype=torch.uint8, device="meta")
+            rows = torch.empty(option.tensor.shape[0], row_bytes, dtype=torch.uint8, device="meta")
+            plan_as(stand_in, rows, is_pooled=False)
             for shard in stand_in.shards:
                 shard.size = [shard.size[0], row_bytes]
         elif isinstance(part, RemappedEmbeddingCollection):
-            stand_in._is_pooled = False
+            plan_as(stand_in, is_pooled=False)
         elif isinstance(part, Decoder):
             stand_in.name, _, tensor = option.name.partition(".")
             lookups = self._decoder_lookups(part, stand_in.name, tensor, option.batch_size)

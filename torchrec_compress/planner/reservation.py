@@ -18,6 +18,7 @@ from torchrec.distributed.types import ModuleSharder
 from torchrec_compress.methods.lowbit import LowBitConfig
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.planner.lookups import Constraints, Lookups, decoded_bytes
+from torchrec_compress.seams import reserved_share
 
 
 def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size: int) -> dict[str, int]:
@@ -60,8 +61,7 @@ class DecodeReservation(StorageReservation):
 
     def __init__(self, inner: StorageReservation | None = None) -> None:
         self._inner = HeuristicalStorageReservation(percentage=0.15) if inner is None else inner
-        # the stock planner prints it when it finds no plan
-        self._percentage = getattr(self._inner, "_percentage", 0.0)
+        self._percentage = reserved_share(self._inner)
         self._reserved: Topology | None = None
         self.decoded: dict[str, int] = {}
 

@@ -18,6 +18,7 @@ from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.embedding import CompressedEmbeddingCollection
 from torchrec_compress.modules.embedding_bag import CompressedEmbeddingBagCollection
 from torchrec_compress.planner.constraints import shardable_modules, translate_constraints
+from torchrec_compress.seams import backward_optimizer, copy_backward_optimizer
 from torchrec_compress.sharding import compressed_sharders
 
 _META = torch.device("meta")
@@ -91,12 +92,12 @@ class Shell:
         pooled = isinstance(part, EmbeddingBagCollection | CompressedEmbeddingBagCollection)
         kind: Any = CompressedEmbeddingBagCollection if pooled else CompressedEmbeddingCollection
         rebuilt = kind(configs, device=_META, compression=methods)
-        marked = [weight for weight in part.parameters() if hasattr(weight, "_optimizer_classes")]
+        marked = [weight for weight in part.parameters() if backward_optimizer(weight) is not None]
         if marked:
             for child in rebuilt.modules():
                 if isinstance(child, EmbeddingBagCollection | EmbeddingCollection):
                     for weight in child.parameters():
-                        weight._optimizer_classes = marked[0]._optimizer_classes  # type: ignore[attr-defined]
+                        copy_backward_optimizer(marked[0], weight)
         return rebuilt
 
 

@@ -36,8 +36,7 @@ from torchrec_compress.ops import (
     mark_of,
     total_of,
 )
-from torchrec_compress.sharding.agree import Recount, run_together
-from torchrec_compress.sharding.seams import (
+from torchrec_compress.seams import (
     EmbeddingCollectionContext,
     KJTList,
     KJTListSplitsAwaitable,
@@ -47,6 +46,7 @@ from torchrec_compress.sharding.seams import (
     shard_bounds,
     sharded_tensor,
 )
+from torchrec_compress.sharding.agree import Recount, run_together
 
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
 

@@ -24,8 +24,8 @@ from torchrec_compress.modules.remapped import (
     remapped_ids,
 )
 from torchrec_compress.ops import TableRows
+from torchrec_compress.seams import EmbeddingCollectionContext, KJTList, KJTListSplitsAwaitable
 from torchrec_compress.sharding.agree import run_together
-from torchrec_compress.sharding.seams import EmbeddingCollectionContext, KJTList, KJTListSplitsAwaitable
 
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
 

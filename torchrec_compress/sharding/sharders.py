@@ -28,7 +28,8 @@ from torchrec_compress.modules.remapped import (
     RemappedEmbeddingBagRows,
     RemappedEmbeddingCollection,
 )
-from torchrec_compress.modules.replicated import has_in_backward_optimizer, strip_in_backward_optimizers
+from torchrec_compress.modules.replicated import strip_in_backward_optimizers
+from torchrec_compress.seams import backward_optimizer
 from torchrec_compress.sharding.code_tables import ShardedCodeTableCollection
 from torchrec_compress.sharding.remapped import (
     ShardedRemappedEmbeddingBagCollection,
@@ -145,7 +146,7 @@ class _RemappedSharder(BaseEmbeddingSharder[Module]):
 
     def _tell_of_defaults(self, native: Any, tables: list[str]) -> None:
         """Log that nobody chose an optimizer: a sharder of the user's put behind ours does not reach native tables."""
-        is_chosen = all(has_in_backward_optimizer(weight) for weight in native.parameters())
+        is_chosen = all(backward_optimizer(weight) is not None for weight in native.parameters())
         if not is_chosen and not (self.fused_params or {}).keys() & {"optimizer", "learning_rate"}:
             logger.warning(
                 "tables %s: train with FBGEMM's default optimizer, as neither fused_params of these sharders nor "

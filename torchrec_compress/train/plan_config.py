@@ -189,9 +189,9 @@ def known_rows(run: RunConfig) -> dict[str, int]:
     if data.kind == "generator" and data.generator.criteo_rows:
         return {name: min(size, data.generator.criteo_rows) for name, size in TABLE_ROWS.items()}
     if data.kind == "generator":
-        from torchrec_compress.train.data.generator import _CONTEXTS
+        from torchrec_compress.train.data.generator import CONTEXTS
 
-        return {"user": data.generator.num_users, "item": data.generator.num_items, **_CONTEXTS}
+        return {"user": data.generator.num_users, "item": data.generator.num_items, **CONTEXTS}
     names = FEATURES if data.kind == "criteo" else data.features or list(data.vocab)
     if data.kind == "criteo" and data.hash_size is not None:
         return dict.fromkeys(names, data.hash_size) if isinstance(data.hash_size, int) else dict(data.hash_size)

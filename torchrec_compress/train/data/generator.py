@@ -13,7 +13,7 @@ from torchrec_compress.train.data.mlperf import MULTI_HOT_SIZES, TABLE_ROWS
 
 _RANK = 4
 _NUM_DENSE = 13
-_CONTEXTS = {"hour": 24, "device": 4, "region": 40}
+CONTEXTS = {"hour": 24, "device": 4, "region": 40}
 
 
 def generate(config: GeneratorConfig) -> ClickData:
@@ -47,7 +47,7 @@ def generate(config: GeneratorConfig) -> ClickData:
     rng = np.random.default_rng(config.seed)
     users = _popular_ids(rng, config.num_users, config.num_rows, config.zipf)
     items = _popular_ids(rng, config.num_items, config.num_rows, config.zipf)
-    contexts = {name: rng.integers(0, size, config.num_rows) for name, size in _CONTEXTS.items()}
+    contexts = {name: rng.integers(0, size, config.num_rows) for name, size in CONTEXTS.items()}
     user_rows, user_clusters = _clustered(rng, config.num_users, config.num_clusters)
     item_rows, item_clusters = _clustered(rng, config.num_items, config.num_clusters)
 
@@ -61,8 +61,8 @@ def generate(config: GeneratorConfig) -> ClickData:
     labels = rng.random(config.num_rows) < probabilities
 
     ids = np.stack([users, items, *contexts.values()], axis=1).astype(np.int32)
-    vocab = [config.num_users, config.num_items, *_CONTEXTS.values()]
-    return ClickData(["user", "item", *_CONTEXTS], vocab, 0, *_splits(ids, labels, probabilities))
+    vocab = [config.num_users, config.num_items, *CONTEXTS.values()]
+    return ClickData(["user", "item", *CONTEXTS], vocab, 0, *_splits(ids, labels, probabilities))
 
 
 def _splits(

@@ -19,7 +19,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from torchrec_compress.sharding.seams import copy_to_host
+from torchrec_compress.seams import copy_to_host
 from torchrec_compress.train.engine.checkpoint_reader import FORMAT, META, damage, read, read_meta, reason
 from torchrec_compress.train.ranks import Ranks, on_first
 from torchrec_compress.train.sealed import digest, listed, load_plain, to_json, write_sums

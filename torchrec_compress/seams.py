@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, TensorProperties
 from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo, KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.planner.types import ShardingOption, StorageReservation
 from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
 from torchrec.distributed.sharding.sequence_sharding import SequenceShardingContext
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
@@ -26,12 +27,20 @@ __all__ = [
     "KJTList",
     "KJTListSplitsAwaitable",
     "RowTable",
+    "backward_optimizer",
+    "copy_backward_optimizer",
     "copy_to_host",
+    "plan_as",
+    "reserved_share",
     "row_exchange",
     "sequence_context",
     "shard_bounds",
     "sharded_tensor",
+    "steps_in_backward",
 ]
+
+# what `apply_optimizer_in_backward` leaves on a parameter for TorchRec's sharders
+_READ_BY_SHARDERS = ("_optimizer_classes", "_optimizer_kwargs")
 
 
 @dataclass(frozen=True)
@@ -154,3 +163,34 @@ def copy_to_host(value: ShardedTensor) -> ShardedTensor:
         sharded_tensor_metadata=ShardedTensorMetadata(shards, whole.size, properties),
         process_group=value._process_group,
     )
+
+
+def backward_optimizer(parameter: Tensor) -> str | None:
+    """Return the name of the optimizer that `apply_optimizer_in_backward` gave a parameter, or None."""
+    classes = getattr(parameter, _READ_BY_SHARDERS[0], None)
+    return classes[0].__name__ if classes else None
+
+
+def copy_backward_optimizer(source: Tensor, target: Tensor) -> None:
+    """Have TorchRec's sharders train one parameter as `apply_optimizer_in_backward` said of another, if it did."""
+    for mark in _READ_BY_SHARDERS:
+        if hasattr(source, mark):
+            setattr(target, mark, getattr(source, mark))
+
+
+def steps_in_backward(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter steps in the backward, as long as no sharder has taken it."""
+    return hasattr(parameter, "_in_backward_optimizers")
+
+
+def plan_as(option: ShardingOption, tensor: Tensor | None = None, is_pooled: bool | None = None) -> None:
+    """Have the stock estimators see another tensor than an option's own, or other pooling; the option is changed."""
+    if tensor is not None:
+        option._tensor = tensor
+    if is_pooled is not None:
+        option._is_pooled = is_pooled
+
+
+def reserved_share(reservation: StorageReservation) -> float:
+    """Return the share of memory that a reservation holds back; the stock planner prints it when it finds no plan."""
+    return getattr(reservation, "_percentage", 0.0)
