@@ -110,10 +110,11 @@ def check_plan(config: RunConfig, hbm: str, job: Job) -> Finding:
         hbm: memory of a GPU.
         job: to be placed.
     """
+    from torchrec_compress.dry_run.config import PlanConfig, TableSpec
+    from torchrec_compress.dry_run.plan import quiet_plan
     from torchrec_compress.planner.text import size
     from torchrec_compress.train.check import check_tables
-    from torchrec_compress.train.plan import quiet_plan
-    from torchrec_compress.train.plan_config import PlanConfig, TableSpec, from_training, known_rows
+    from torchrec_compress.train.plan_from_training import from_training, known_rows
 
     try:
         rows = known_rows(config)

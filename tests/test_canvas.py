@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from torchrec_compress.train.plan import plan
-from torchrec_compress.train.plan_config import PlanConfig, TableSpec
+from torchrec_compress.dry_run.config import PlanConfig, TableSpec
+from torchrec_compress.dry_run.plan import plan
 
 ROOT = Path(__file__).parents[1]
 DRAW = """

@@ -27,6 +27,7 @@ LAYERS = {
     "modules": {"compression", "methods", "names", "ops", "seams"},
     "sharding": {"modules", "ops", "seams"},
     "planner": {"sharding", "modules", "seams", "compression", "methods", "ops", "canvas"},
+    "dry_run": {"planner", "modules", "compression", "schema"},
     "convert": {"modules", "compression", "methods", "fit", "ops"},
     "train": {
         "convert",
@@ -43,8 +44,8 @@ LAYERS = {
         "schema",
         "versions",
     },
-    "launch": {"train", "planner", "schema", "versions"},
-    "cli": {"launch", "train", "schema", "ops", "versions"},
+    "launch": {"train", "dry_run", "planner", "schema", "versions"},
+    "cli": {"launch", "train", "dry_run", "schema", "ops", "versions"},
     "__main__": {"cli"},
 }
 # what a part may import from outside the standard library
@@ -62,6 +63,7 @@ OUTSIDE = {
     "modules": {"torch", "torchrec"},
     "sharding": {"torch", "torchrec"},
     "planner": {"torch", "torchrec"},
+    "dry_run": {"torch", "torchrec"},
     "convert": {"torch", "torchrec", "tqdm"},
     "launch": {"torchx", "kubernetes"},
 }

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    from torchrec_compress.dry_run.config import PlanConfig
     from torchrec_compress.train.config import RunConfig
-    from torchrec_compress.train.plan_config import PlanConfig
 
 _USAGE = """usage: torchrec-compress COMMAND ...
 
@@ -42,9 +42,9 @@ def _located(error: str, command: str, arguments: Sequence[str]) -> str:
     """Return an error with the config file in front where it is about one of its keys."""
     if command not in ("train", "compare", "plan", "launch"):
         return error
+    from torchrec_compress.dry_run.config import PlanConfig
     from torchrec_compress.train.command_line import origin
     from torchrec_compress.train.config import RunConfig
-    from torchrec_compress.train.plan_config import PlanConfig
 
     return origin(error, arguments, [field.name for kind in (RunConfig, PlanConfig) for field in fields(kind)])
 
@@ -95,9 +95,10 @@ def parse_plan(arguments: Sequence[str]) -> PlanConfig:
         >>> parse_plan(["--world-size", "64", "--hbm", "80GB"]).world_size
         64
     """
+    from torchrec_compress.dry_run.config import PlanConfig
     from torchrec_compress.schema import build
     from torchrec_compress.train.command_line import read
-    from torchrec_compress.train.plan_config import PlanConfig, from_training
+    from torchrec_compress.train.plan_from_training import from_training
 
     if not arguments or not _is_training_config(arguments[0]):
         return read(PlanConfig(), arguments, _usage("plan"))
@@ -194,7 +195,7 @@ def _train(config: RunConfig) -> None:
 
 
 def _plan(config: PlanConfig) -> None:
-    from torchrec_compress.train.plan import run
+    from torchrec_compress.dry_run.plan import run
 
     print(run(config))
 

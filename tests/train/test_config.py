@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 from torchrec_compress import cli
+from torchrec_compress.dry_run.config import PlanConfig
 from torchrec_compress.schema import leaves
 from torchrec_compress.train.byte_budget import Budget, budget_of
 from torchrec_compress.train.command_line import read
 from torchrec_compress.train.config import ParallelConfig, RunConfig, of_pattern, override
-from torchrec_compress.train.plan_config import PlanConfig
 
 MARKER = "module_that_tells_of_its_import"
 # free-form data, of which other code makes something later

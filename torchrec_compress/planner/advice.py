@@ -29,8 +29,8 @@ from torchrec_compress.planner.accounting import DenseOptimizer
 from torchrec_compress.planner.enumerators import CompressedEnumerator
 from torchrec_compress.planner.proposers import TradeOffProposer
 from torchrec_compress.planner.reservation import decode_bytes
-from torchrec_compress.planner.shell import Shell
 from torchrec_compress.planner.text import size
+from torchrec_compress.planner.what_if import WhatIf
 
 _MOST_NAMED = 8
 
@@ -132,15 +132,17 @@ def advise(failure: Failure) -> Advice:
     returned.
     """
     missing = missing_bytes(failure.options, failure.topology)
-    shell = Shell(failure.module, failure.sharders)
-    stored = _stored_by_table(failure.options, shell)
+    what_if = WhatIf(failure.module, failure.sharders)
+    stored = _stored_by_table(failure.options, what_if)
     for level in range(NUM_STEPS):
-        steps = {name: step(shell.tables[name], shell.methods[name], level) for name in stored if name in shell.methods}
+        steps = {
+            name: step(what_if.tables[name], what_if.methods[name], level) for name in stored if name in what_if.methods
+        }
         changes = {name: method for name, method in steps.items() if method is not None}
         room = sum(_memory(device.storage, failure.topology) for device in failure.topology.devices)
-        if not changes or _least_bytes(shell, changes) > room:
+        if not changes or _least_bytes(what_if, changes) > room:
             continue
-        trial = _Trial(failure, shell, changes)
+        trial = _Trial(failure, what_if, changes)
         if trial.fits(len(changes)):
             changes = dict(list(changes.items())[: trial.fewest()])
             return Advice(missing, {name: stored[name] for name in changes}, changes)
@@ -178,13 +180,13 @@ class _Trial:
     The options of a table do not depend on other tables, so all are estimated once, whichever of them change.
     """
 
-    def __init__(self, failure: Failure, shell: Shell, changes: Mapping[str, MethodConfig]) -> None:
+    def __init__(self, failure: Failure, what_if: WhatIf, changes: Mapping[str, MethodConfig]) -> None:
         self._topology, self._names = failure.topology, list(changes)
-        model = shell.build(changes)
-        constraints = shell.constraints(model, failure.constraints, failure.topology.compute_device)
+        model = what_if.build(changes)
+        constraints = what_if.constraints(model, failure.constraints, failure.topology.compute_device)
         enumerator = CompressedEnumerator(failure.topology, failure.batch_size, constraints, failure.dense_optimizer)
-        self._before = [(shell.table_of(option), option) for option in failure.options]
-        self._after = [(shell.table_of(option), option) for option in enumerator.enumerate(model, shell.sharders)]
+        self._before = [(what_if.table_of(option), option) for option in failure.options]
+        self._after = [(what_if.table_of(option), option) for option in enumerator.enumerate(model, what_if.sharders)]
         decoded = decode_bytes(model, constraints, failure.batch_size)
         already = decode_bytes(failure.module, failure.constraints, failure.batch_size)
         self._decoded = {name: decoded.get(name, 0) - already.get(name, 0) for name in changes}
@@ -206,9 +208,9 @@ class _Trial:
         return high
 
 
-def _least_bytes(shell: Shell, changes: Mapping[str, MethodConfig]) -> int:
+def _least_bytes(what_if: WhatIf, changes: Mapping[str, MethodConfig]) -> int:
     """Return what the tables take at least, once: a quick look before all of them are estimated."""
-    return sum(changes.get(name, method).stored_bytes(shell.tables[name]) for name, method in shell.methods.items())
+    return sum(changes.get(name, method).stored_bytes(what_if.tables[name]) for name, method in what_if.methods.items())
 
 
 def _proposals(options: list[ShardingOption]) -> list[list[ShardingOption]]:
@@ -241,12 +243,12 @@ def _places(proposal: list[ShardingOption], topology: Topology, extra: int) -> b
     return True
 
 
-def _stored_by_table(options: list[ShardingOption], shell: Shell) -> dict[str, int]:
+def _stored_by_table(options: list[ShardingOption], what_if: WhatIf) -> dict[str, int]:
     """Return the least bytes of every table over all ranks, the largest first."""
     least: dict[tuple[str, str], int] = {}
     for option in options:
         total = option.total_storage
-        key = (shell.table_of(option), option.fqn)
+        key = (what_if.table_of(option), option.fqn)
         least[key] = min(least.get(key, total.hbm + total.ddr), total.hbm + total.ddr)
     found: dict[str, int] = {}
     for (name, _), num_bytes in least.items():

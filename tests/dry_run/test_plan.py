@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from torchrec_compress.cli import main, parse_plan
-from torchrec_compress.train.plan import make_tables, plan
-from torchrec_compress.train.plan_config import PlanConfig, TableSpec, memory, rank_batch_size
+from torchrec_compress.dry_run.config import PlanConfig, TableSpec, memory, rank_batch_size
+from torchrec_compress.dry_run.plan import make_tables, plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = """

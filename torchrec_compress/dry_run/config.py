@@ -9,12 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from torchrec_compress.schema import NonNegative, Positive, Range, Rate
-from torchrec_compress.train.byte_budget import budget_of
-from torchrec_compress.train.config import RunConfig, of_pattern
-from torchrec_compress.train.data.mlperf import FEATURES, MULTI_HOT_SIZES, TABLE_ROWS
 
-# tables that train in the backward are never data-parallel
-_TRAINED_TYPES = ("table_wise", "column_wise", "row_wise", "table_row_wise", "table_column_wise", "grid_shard")
 Width = Annotated[int, Range(4)]
 _UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 
@@ -127,78 +122,3 @@ def rank_batch_size(config: PlanConfig) -> int:
     if size < 1:
         raise ValueError(f"batch_size: must be positive, got {size}")
     return size
-
-
-def from_training(run: RunConfig) -> dict[str, Any]:
-    """Return the keys of a `PlanConfig` that a training config states.
-
-    Args:
-        run: whose tables' sizes are known without its data.
-
-    Raises:
-        ValueError: they are not, or the methods depend on the data.
-    """
-    from torchrec_compress.train.check import check_tables  # needs torch
-
-    if budget_of(run.compression) is not None:
-        raise ValueError(
-            "compression: must name the methods to be planned, got a budget, which is shared out by the data; give "
-            "methods by table"
-        )
-    sizes = known_rows(run)
-    check_tables(run, sizes)
-    pooling = _pooling(run)
-    stage = run.retrain if run.compression else run.pretrain
-    return {
-        "tables": {
-            name: {
-                "num_embeddings": size,
-                "embedding_dim": run.model.widths.get(name),
-                "pooling_factor": float(pooling.get(name, 1)),
-                "sharding_types": _sharding_types(run, name),
-            }
-            for name, size in sizes.items()
-        },
-        "embedding_dim": run.model.embedding_dim,
-        "compression": run.compression,
-        "global_batch_size": stage.batch_size,
-        "optimizer": stage.optim.tables,
-        "dense_optimizer": stage.optim.dense,
-    }
-
-
-def _sharding_types(run: RunConfig, name: str) -> list[str]:
-    """Return the sharding types that training allows for a table."""
-    return list(of_pattern(run.parallel.sharding_types, name) or _TRAINED_TYPES)
-
-
-def _pooling(run: RunConfig) -> dict[str, int]:
-    """Return the ids of a bag by table name, where there may be several."""
-    if run.data.kind == "generator":
-        return MULTI_HOT_SIZES if run.data.generator.multi_hot else {}
-    return run.data.pooling
-
-
-def known_rows(run: RunConfig) -> dict[str, int]:
-    """Return rows by table name.
-
-    Raises:
-        ValueError: the config leaves some to its data.
-    """
-    data = run.data
-    if data.kind == "generator" and data.generator.criteo_rows:
-        return {name: min(size, data.generator.criteo_rows) for name, size in TABLE_ROWS.items()}
-    if data.kind == "generator":
-        from torchrec_compress.train.data.generator import CONTEXTS
-
-        return {"user": data.generator.num_users, "item": data.generator.num_items, **CONTEXTS}
-    names = FEATURES if data.kind == "criteo" else data.features or list(data.vocab)
-    if data.kind == "criteo" and data.hash_size is not None:
-        return dict.fromkeys(names, data.hash_size) if isinstance(data.hash_size, int) else dict(data.hash_size)
-    missing = [name for name in names if name not in data.vocab]
-    if missing or not names:
-        raise ValueError(
-            f"data.vocab: must give the rows of every table to plan without data, got none for {missing or 'any'}; add "
-            "them, or write a config with `tables:` (see configs/plan_criteo_1tb.yaml)"
-        )
-    return {name: data.vocab[name] for name in names if name not in data.drop}

@@ -1,4 +1,4 @@
-"""The tables of a model without the model, on the meta device, to try other methods on them."""
+"""What if tables were stored otherwise: those of a model, built anew on the meta device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torchrec_compress.sharding import compressed_sharders
 _META = torch.device("meta")
 
 
-class Shell:
+class WhatIf:
     """Every collection of a model, to be built again with other methods; other shardable modules stay as they are.
 
     Args:

@@ -17,9 +17,9 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from torchrec_compress.compression import parse
+from torchrec_compress.dry_run.config import PlanConfig, TableSpec, memory, rank_batch_size
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, native_parameters
 from torchrec_compress.planner import EmbeddingShardingPlanner, PlanReport
-from torchrec_compress.train.plan_config import PlanConfig, TableSpec, memory, rank_batch_size
 
 _META = torch.device("meta")
 _OPTIMIZERS: dict[str, Any] = {
