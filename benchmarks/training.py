@@ -38,7 +38,7 @@ from torchrec_compress.train.journal import versions
 from torchrec_compress.train.machine import prepare
 from torchrec_compress.train.models.click import make_model, make_tables
 from torchrec_compress.train.ranks import Ranks, gather, start, stop
-from torchrec_compress.train.stages import get_data
+from torchrec_compress.train.stages import open_checked
 
 _VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -87,7 +87,7 @@ def work(arguments: argparse.Namespace) -> None:
         },
     )
     ranks = start(config.parallel)
-    data = get_data(config.data, {}, ranks)
+    data = open_checked(config.data, ranks)
     made = {name: _make(config, data, compression, ranks) for name, compression in _VARIANTS.items()}
     times: dict[str, list[float]] = {name: [] for name in made}
     for turn in range(arguments.rounds + 1):
@@ -101,7 +101,7 @@ def work(arguments: argparse.Namespace) -> None:
         result[name]["optimizer_bytes"] = sum(gather(optimizer_bytes(trainable.optimizer), ranks))
     if ranks.is_first:
         arguments.result.write_text(json.dumps(result))
-    stop()
+    stop(ranks)
 
 
 def _make(config: RunConfig, data: Any, compression: dict[str, Any], ranks: Ranks) -> tuple[Trainable, float]:

@@ -113,7 +113,7 @@ def check_plan(config: RunConfig, hbm: str, job: Job) -> Finding:
     from torchrec_compress.dry_run.config import PlanConfig, TableSpec
     from torchrec_compress.dry_run.plan import quiet_plan
     from torchrec_compress.planner.text import size
-    from torchrec_compress.train.check import check_tables
+    from torchrec_compress.train.check import check_tables, compression_of
     from torchrec_compress.train.plan_from_training import from_training, known_rows
 
     try:
@@ -121,7 +121,7 @@ def check_plan(config: RunConfig, hbm: str, job: Job) -> Finding:
     except ValueError as error:
         return Finding("plan", "skip", f"not known before the data is read: {error}")
     try:
-        check_tables(config, rows)
+        check_tables(config, compression_of(config.compression), rows)
     except ValueError as error:
         return Finding("config", "FAIL", str(error), f"mend it in {job.path} or on the command line")
     try:

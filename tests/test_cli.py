@@ -13,7 +13,6 @@ import yaml
 
 from torchrec_compress.cli import main, parse_run
 from torchrec_compress.train.check import check_config, check_variants
-from torchrec_compress.train.ranks import stop
 
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[1] / "configs").glob("*.yaml") if not path.stem.startswith("plan_")
@@ -24,7 +23,6 @@ CONFIGS = sorted(
 def _leave_no_process_group():
     """A training in this process keeps its group, and another file may start one of its own."""
     yield
-    stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -21,6 +21,7 @@ from torchrec_compress.train.command_line import read
 from torchrec_compress.train.compare import runs
 from torchrec_compress.train.compare.runs import compare
 from torchrec_compress.train.config import RunConfig
+from torchrec_compress.train.ranks import start
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(stored, tmp_path, monkeypatch, n
         (folder / lost).unlink()
     stamps = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.distcp")}
     run = check_variants(read(RunConfig(), ["config.yaml"], ""))[name]
-    after = stages.run(run, folder, Path("out/full"), None)
+    after = stages.run(run, folder, Path("out/full"), start(run.parallel), None)
     assert stamps == {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.distcp")}  # no step was made
     for split in ("valid", "test"):
         assert after["metrics"][split] == pytest.approx(before["metrics"][split], rel=1e-5)

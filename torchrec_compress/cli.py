@@ -168,8 +168,8 @@ def _train(config: RunConfig) -> None:
 
     folder, many = Path(config.output), int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
-        is_first = start(config.parallel).is_first
-        summary = run(config, folder, folder / "full")
+        ranks = start(config.parallel)
+        summary = run(config, folder, folder / "full", ranks)
     except Preempted as end:
         sys.stderr.write(f"torchrec-compress: {end.text}\n")
         raise
@@ -183,8 +183,8 @@ def _train(config: RunConfig) -> None:
             raise
         traceback.print_exc()
         end_for_all(error, 1)
-    stop()
-    if not is_first:
+    stop(ranks)
+    if not ranks.is_first:
         return
     for split, metrics in summary["metrics"].items():
         print(f"{split}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))

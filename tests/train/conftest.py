@@ -29,7 +29,7 @@ def data() -> ClickData:
     return load_data(DataConfig(generator=SMALL))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def ranks() -> Ranks:
     return start(ParallelConfig(device="cpu"))
 
@@ -72,5 +72,5 @@ def finished(data, tmp_path_factory) -> Finished:
         "compression": {"*": {"method": "pq", "num_codes": 2, "codebook_size": 4}},
     }
     config = override(RunConfig(), changes)
-    summary = stages.run(config, folder / "run", folder / "run" / "full", None)
+    summary = stages.run(config, folder / "run", folder / "run" / "full", start(config.parallel), None)
     return Finished(config, folder / "run", summary)

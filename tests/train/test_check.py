@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from torchrec_compress.train import stages
-from torchrec_compress.train.check import check_config, check_run, check_tables, check_variants
+from torchrec_compress.train.check import check_config, check_run, check_tables, check_variants, compression_of
 from torchrec_compress.train.compare import runs as comparing
 from torchrec_compress.train.config import RunConfig, override
 
@@ -127,8 +127,9 @@ def test_settings_of_a_stage_that_is_not_used_may_be_anything():
     ],
 )
 def test_settings_that_fit_no_table(config, changes, message):
+    config = override(config, changes)
     with pytest.raises(ValueError, match=message):
-        check_tables(override(config, changes), {"user": 400, "item": 300})
+        check_tables(config, compression_of(config.compression), {"user": 400, "item": 300})
 
 
 def test_names_that_are_no_tables():
@@ -139,7 +140,7 @@ def test_names_that_are_no_tables():
         ("", "printable"),
     ):
         with pytest.raises(ValueError, match=said):
-            check_tables(RunConfig(), {"user": 400, name: 300})
+            check_tables(RunConfig(), None, {"user": 400, name: 300})
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_names_that_are_no_tables():
 )
 def test_settings_that_do_not_fit_the_data(config, data, changes, message):
     with pytest.raises(ValueError, match=message):
-        check_run(override(config, changes), data)
+        check_run(override(config, changes), None, data)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_settings_that_do_not_fit_the_data(config, data, changes, message):
         {"pretrain.optim.table_l2": 0.5},
     ],
 )
-def test_nothing_is_trained_and_no_variant_begins_before_all_are_checked(config, tmp_path, monkeypatch, changes):
+def test_nothing_is_trained_and_no_variant_begins_before_all_are_checked(config, ranks, tmp_path, monkeypatch, changes):
     def trained(*_, **__):
         raise AssertionError("training began")
 
@@ -176,7 +177,7 @@ def test_nothing_is_trained_and_no_variant_begins_before_all_are_checked(config,
     with pytest.raises(
         ValueError, match=r"compression|pretrain\.epochs|data\.tail_tables|sharding_types|^pretrain\.optim\.table_l2"
     ):
-        stages.run(override(config, changes), tmp_path / "a", tmp_path / "full")
+        stages.run(override(config, changes), tmp_path / "a", tmp_path / "full", ranks)
     chosen = {"compare.variants": {"ok": {}, "bad": changes}}
     with pytest.raises(ValueError, match=r"^compare\.variants\.bad: "):
         comparing.compare(override(config, chosen))

@@ -13,13 +13,15 @@ import pytest
 
 from torchrec_compress.launch.preflight import check_output
 from torchrec_compress.train import sealed, stages
-from torchrec_compress.train.compare.runs import _finished, _stamp
+from torchrec_compress.train.compare.runs import _finished
+from torchrec_compress.train.compare.worker import Worker, stamp
 from torchrec_compress.train.config import RunConfig, override
 from torchrec_compress.train.data.inputs import identify
 from torchrec_compress.train.data.memory import ClickData
 from torchrec_compress.train.engine.loop import train
 from torchrec_compress.train.evaluate.scoring import check_labels
 from torchrec_compress.train.identity import check_unchanged
+from torchrec_compress.train.ranks import start
 
 CHANGES = [
     {"seed": 1},
@@ -37,7 +39,7 @@ def _copy(finished, tmp_path) -> Path:
 
 
 def _run(config, folder):
-    return stages.run(config, folder, folder / "full", None)
+    return stages.run(config, folder, folder / "full", start(config.parallel), None)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
@@ -73,15 +75,15 @@ def test_settings_that_change_no_number_may_change(finished, tmp_path):
     assert check_output(override(finished.config, {"output": str(finished.folder)})).outcome == "ok"
 
 
-def test_a_checkpoint_of_another_seed_is_refused_by_the_loop(finished, tmp_path):
+def test_a_checkpoint_of_another_seed_is_refused_by_the_loop(finished, ranks, tmp_path):
     """Whatever the folder's config.yaml says."""
     folder = _copy(finished, tmp_path)
     config = override(finished.config, {"seed": 1})
-    data = stages.get_data(config.data, {}, stages.start(config.parallel))
+    data, files = stages.open_checked(config.data, ranks), identify(config.data)
     for stage in ("pretrain", "retrain"):
         where = next(folder.glob("full/*")) if stage == "pretrain" else folder
         with pytest.raises(ValueError, match="seed must be 0 as when it was written, got 1"):
-            train(stages.full_model(config, data), stages._task(config, data, where, stage, None))
+            train(stages.full_model(config, data), stages._task(config, data, files, where, stage, None), ranks)
 
 
 def _with_data(finished, tmp_path) -> tuple[RunConfig, Path]:
@@ -113,10 +115,10 @@ def test_another_data_file_under_the_same_name_is_noticed(finished, tmp_path, le
     found = folder if left == "all" else tmp_path / "run2"
     if left != "all":
         shutil.copytree(folder / "full", found / "full")
-        stages.pretrain(config, found / "full", None)  # the same content, whatever its time
+        stages.pretrain(config, found / "full", start(config.parallel), None)  # the same content, whatever its time
     _change_a_label(path)
     with pytest.raises(ValueError, match=r"rows\.parquet\.sha256 must be"):
-        _run(config, found) if left == "all" else stages.pretrain(config, found / "full", None)
+        _run(config, found) if left == "all" else stages.pretrain(config, found / "full", start(config.parallel), None)
 
 
 def test_streamed_files_are_told_by_size_and_time(finished, tmp_path):
@@ -138,7 +140,7 @@ def test_a_comparison_takes_no_run_of_other_settings_or_data(finished, tmp_path)
     config, path = _with_data(finished, tmp_path)
     folder = tmp_path / "run"
     assert not _finished(folder, config)  # without a stamp it is not known to be this variant's
-    sealed.write_text(folder / "fingerprint", _stamp(config))
+    sealed.write_text(folder / "fingerprint", stamp(config))
     assert _finished(folder, config)
     for change in ({"seed": 1}, {"retrain.epochs": 3.0}, {"data.tail_count": 9}):
         with pytest.raises(ValueError, match="was run with other settings"):
@@ -177,14 +179,14 @@ def test_a_run_looks_at_the_labels_before_it_trains(finished, tmp_path):
     assert not list(tmp_path.glob("run/full/*/pretrain"))
 
 
-def test_a_process_reads_a_file_again_that_was_changed(finished, tmp_path):
+def test_a_process_reads_a_file_again_that_was_changed(finished, ranks, tmp_path):
     """A worker of a comparison keeps its data, and does several runs."""
     config, path = _with_data(finished, tmp_path)
-    ranks = stages.start(config.parallel)
-    first = stages.get_data(config.data, identify(config.data), ranks)
-    assert stages.get_data(config.data, identify(config.data), ranks) is first
+    worker = Worker()
+    first = worker.open(config.data, ranks)
+    assert worker.open(config.data, ranks) is first
     _change_a_label(path)
-    assert stages.get_data(config.data, identify(config.data), ranks) is not first
+    assert worker.open(config.data, ranks) is not first
 
 
 def test_a_tail_of_one_label_is_left_out_and_said_so(finished, tmp_path, capsys):

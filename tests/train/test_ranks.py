@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import torch.distributed as dist
 import yaml
 
 from torchrec_compress.train.config import ParallelConfig, RunConfig, override
-from torchrec_compress.train.ranks import agree, on_first, start
+from torchrec_compress.train.ranks import Ranks, agree, on_first, start
 
 METHODS = {
     "dense": {},
@@ -40,14 +41,19 @@ def _config(config: RunConfig, method: str, **changes) -> RunConfig:
     return override(config, {"compression": METHODS[method], **stages, **start_at, **changes})
 
 
+@functools.cache
+def _ranks() -> Ranks:
+    """Return this process among those of its pool, which it joins once."""
+    return start(ParallelConfig(device="cpu"))
+
+
 def _train(plain: dict, folder: str) -> dict:
     """Run on this rank of a pool."""
     from pathlib import Path
 
     from torchrec_compress.train.stages import run
 
-    config = override(RunConfig(), plain)
-    return run(config, Path(folder), Path(folder) / "full", None)
+    return run(override(RunConfig(), plain), Path(folder), Path(folder) / "full", _ranks(), None)
 
 
 def _close(first: dict, second: dict, atol: float = 1e-5) -> None:
@@ -128,7 +134,7 @@ def test_shards_start_on_their_device_where_no_host_holds_them(config, tmp_path,
 
 
 def _fail_on(rank: int) -> str:
-    ranks = start(ParallelConfig(device="cpu"))
+    ranks = _ranks()
 
     def work() -> int:
         if dist.get_rank() == rank:
@@ -149,7 +155,7 @@ def _fail_on_first(text: str) -> tuple[str, str]:
         return json.loads("{")
 
     try:
-        on_first(work, start(ParallelConfig(device="cpu")))
+        on_first(work, _ranks())
     except (OSError, ValueError) as error:
         return type(error).__name__, str(error)
     return "", ""
@@ -166,7 +172,7 @@ def test_an_error_of_one_rank_reaches_all(two_ranks):
 def _wait_for_first(timeout: float) -> float:
     import time as clock
 
-    ranks = dataclasses.replace(start(ParallelConfig(device="cpu")), timeout=timeout)
+    ranks = dataclasses.replace(_ranks(), timeout=timeout)
     return on_first(lambda: (clock.sleep(1.5), clock.monotonic())[1], ranks)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from torchrec_compress.train import sealed, stages
 from torchrec_compress.train.config import override
+from torchrec_compress.train.ranks import start
 
 # files of a finished run; a damaged one is an error that names it, or is made again with the same numbers
 ERRORS = (
@@ -47,7 +48,7 @@ def _copy(finished, tmp_path) -> Path:
 
 
 def _run(finished, folder):
-    return stages.run(finished.config, folder, folder / "full", None)
+    return stages.run(finished.config, folder, folder / "full", start(finished.config.parallel), None)
 
 
 def _flip(path, place):
@@ -115,7 +116,7 @@ def test_a_file_that_is_gone_is_made_again_or_named(finished, tmp_path, pattern)
 def test_a_file_of_another_run_is_refused(finished, tmp_path):
     """Its checksum is not listed; with its list and all that is beside it, its settings are others."""
     other = override(finished.config, {"seed": 1, "retrain.epochs": 0.0})
-    stages.run(other, tmp_path / "other", tmp_path / "other" / "full", None)
+    stages.run(other, tmp_path / "other", tmp_path / "other" / "full", start(other.parallel), None)
     folder = _copy(finished, tmp_path)
     [source], [target] = ((at / "full").iterdir() for at in (tmp_path / "other", folder))
     kept = (folder / "fitted.pt").read_bytes()
@@ -135,7 +136,7 @@ def test_a_file_of_another_run_is_refused(finished, tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(finished, tmp_path):
     """Whole, with all of its checksums: the fit must not start from it."""
     other = override(finished.config, {"seed": 1, "compression": {}})
-    stages.run(other, tmp_path / "other", tmp_path / "other" / "full", None)
+    stages.run(other, tmp_path / "other", tmp_path / "other" / "full", start(other.parallel), None)
     folder = _copy(finished, tmp_path)
     summary = json.loads(next(folder.glob("full/*/summary.json")).read_text())
     [source], [target] = ((at / "full").iterdir() for at in (tmp_path / "other", folder))
@@ -148,7 +149,7 @@ def test_a_checkpoint_of_another_run_is_refused(finished, tmp_path):
 
 def test_a_teacher_of_another_run_is_refused(finished, tmp_path):
     other = override(finished.config, {"seed": 1})
-    stages.run(other, tmp_path / "other", tmp_path / "other" / "full", None)
+    stages.run(other, tmp_path / "other", tmp_path / "other" / "full", start(other.parallel), None)
     folder = _copy(finished, tmp_path)
     [source], [target] = (at.glob("full/*/teacher") for at in (tmp_path / "other", folder))
     shutil.rmtree(target)

@@ -13,6 +13,7 @@ from torchrec_compress.train.compare.report import collect, write_report
 from torchrec_compress.train.compare.runs import compare
 from torchrec_compress.train.config import RunConfig, override
 from torchrec_compress.train.engine.checkpoint_reader import read
+from torchrec_compress.train.ranks import start
 from torchrec_compress.train.sealed import write_json
 
 PQ = {"*": {"method": "pq", "num_codes": 2, "codebook_size": 16}}
@@ -20,7 +21,7 @@ PQ = {"*": {"method": "pq", "num_codes": 2, "codebook_size": 16}}
 
 def _run(config, tmp_path, name, **changes):
     config = override(config, changes)
-    return stages.run(config, tmp_path / name, tmp_path / "full", None)
+    return stages.run(config, tmp_path / name, tmp_path / "full", start(config.parallel), None)
 
 
 @pytest.mark.parametrize(

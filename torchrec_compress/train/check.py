@@ -6,15 +6,16 @@ import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_compress.compression import parse, resolve
+from torchrec_compress.compression import Compression, parse, resolve
 from torchrec_compress.compression.budget import smallest_bytes
-from torchrec_compress.methods import CodebookConfig, MethodConfig
+from torchrec_compress.methods import CodebookConfig
 from torchrec_compress.names import check_feature_names, check_folder_names, check_table_names
 from torchrec_compress.schema import nearest
 from torchrec_compress.train.byte_budget import Budget, budget_of
@@ -40,13 +41,20 @@ _UNUSED = {
 }
 
 
-def check_config(config: RunConfig) -> None:
-    """Raise ValueError for settings that cannot work, whatever the data.
+def check_config(config: RunConfig) -> Compression | Budget | None:
+    """Return what `compression` asks for, having checked all settings as far as that goes without the data.
 
     Args:
         config: of a run; its variants are left to `check_variants`.
+
+    Raises:
+        ValueError: settings that cannot work.
     """
-    methods_of(config)
+    wanted = compression_of(config.compression)
+    if isinstance(wanted, Budget):
+        if config.start != "pretrained":
+            raise ValueError(f"start: must be 'pretrained' with a budget in compression, got {config.start!r}")
+        base_of(wanted)
     for name, stage in used_stages(config).items():
         _check_stage(name, stage)
     _check_data(config.data)
@@ -57,6 +65,7 @@ def check_config(config: RunConfig) -> None:
                 raise ValueError(
                     f"parallel.sharding_types.{pattern}: must be of {known}, got {kind!r}{nearest(kind, known)}"
                 )
+    return wanted
 
 
 def check_variants(config: RunConfig) -> dict[str, RunConfig]:
@@ -87,11 +96,14 @@ def check_variants(config: RunConfig) -> dict[str, RunConfig]:
     return found
 
 
-def check_tables(config: RunConfig, rows: Mapping[str, int]) -> list[EmbeddingBagConfig]:
+def check_tables(
+    config: RunConfig, wanted: Compression | Budget | None, rows: Mapping[str, int]
+) -> list[EmbeddingBagConfig]:
     """Return the full model's tables, having checked what names or stores them.
 
     Args:
         config: of a run.
+        wanted: what its `compression` asks for.
         rows: rows by table name.
 
     Raises:
@@ -111,7 +123,6 @@ def check_tables(config: RunConfig, rows: Mapping[str, int]) -> list[EmbeddingBa
     for pattern in config.parallel.sharding_types:
         if pattern not in rows and not fnmatch.filter(rows, pattern):
             raise ValueError(f"parallel.sharding_types: {pattern!r} must fit a table of {sorted(rows)}, got none")
-    wanted = methods_of(config)
     try:
         if isinstance(wanted, Budget):
             _check_budget(wanted, tables)
@@ -131,15 +142,16 @@ def check_tables(config: RunConfig, rows: Mapping[str, int]) -> list[EmbeddingBa
     return tables
 
 
-def check_run(config: RunConfig, data: ClickSource, world: int = 1) -> None:
+def check_run(config: RunConfig, wanted: Compression | Budget | None, data: ClickSource, world: int = 1) -> None:
     """Raise ValueError where a run would fail on its data later than now.
 
     Args:
         config: of the run.
+        wanted: what its `compression` asks for.
         data: opened; no row is read.
         world: number of ranks.
     """
-    tables = check_tables(config, dict(zip(data.features, data.vocab, strict=True)))
+    tables = check_tables(config, wanted, dict(zip(data.features, data.vocab, strict=True)))
     with torch.device("meta"):  # the nets' widths are checked where they are built
         make_model(EmbeddingBagCollection(tables=tables), data.num_dense, config.model)
     for name, stage in used_stages(config).items():
@@ -148,21 +160,17 @@ def check_run(config: RunConfig, data: ClickSource, world: int = 1) -> None:
             raise ValueError(f"{name}.epochs: must make a step, got {stage.epochs} of the {steps} steps of an epoch")
 
 
-def methods_of(config: RunConfig) -> Budget | MethodConfig | Mapping[str, MethodConfig] | None:
-    """Return what `compression` asks for: methods, a budget, or None where nothing is compressed.
+def compression_of(plain: Mapping[str, Any]) -> Compression | Budget | None:
+    """Return what the `compression` of a config asks for: methods, a budget, or None where nothing is compressed.
 
     Raises:
-        ValueError: it is not one of them, or a budget that nothing can be chosen by.
+        ValueError: it is none of them.
+
+    Example:
+        >>> compression_of({"budget_ratio": 50}).budget_ratio, compression_of({})
+        (50.0, None)
     """
-    if not config.compression:
-        return None
-    budget = budget_of(config.compression)
-    if budget is None:
-        return parse(config.compression)
-    if config.start != "pretrained":
-        raise ValueError(f"start: must be 'pretrained' with a budget in compression, got {config.start!r}")
-    base_of(budget)
-    return budget
+    return (budget_of(plain) or parse(plain)) if plain else None
 
 
 def base_of(budget: Budget) -> CodebookConfig | None:

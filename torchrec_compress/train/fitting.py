@@ -13,7 +13,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_compress import CompressedEmbeddingBagCollection, compress_into
 from torchrec_compress.compression.budget import for_budget
-from torchrec_compress.train.byte_budget import budget_of
+from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.check import base_of
 from torchrec_compress.train.config import RunConfig
 from torchrec_compress.train.data.source import ClickSource
@@ -89,32 +89,35 @@ def fit(
 
 
 def choose(
-    config: RunConfig, data: ClickSource, source: Path | None, folder: Path, counts: dict[str, Tensor]
+    budget: Budget,
+    tables: Sequence[EmbeddingBagConfig],
+    source: Path,
+    kept: Path,
+    counts: dict[str, Tensor],
+    seed: int,
 ) -> dict[str, Any]:
-    """Return the compression as plain data: given, or chosen for a budget of bytes and kept, as choosing takes long.
+    """Return the methods that are chosen for a budget, as plain data, and keep them, as choosing takes long.
 
-    Rank 0 alone calls it; arguments as for `fit`, and the folder of the run.
+    Rank 0 alone calls it.
 
-    Raises:
-        ValueError: a budget without a full model.
+    Args:
+        budget: of bytes, over all tables.
+        tables: the full model's.
+        source: folder of the trained full model.
+        kept: the file.
+        counts: look-ups per id in train, (rows,) int64 by table.
+        seed: of the fits that are tried.
     """
-    wanted = budget_of(config.compression)
-    if wanted is None:
-        return config.compression
-    if source is None:
-        raise ValueError("start: must be 'pretrained' with a budget in compression, got no full model")
-    kept = folder / "compression.json"
     if not is_done(kept):
-        tables = make_tables(config.model, data)
         rows = dict(_Tables(best_checkpoint(source), tables))
         dense = sum(4 * table.num_embeddings * table.embedding_dim for table in tables)
         chosen = for_budget(
             rows,
             counts,
-            wanted.num_bytes(dense),
-            num_codes=wanted.num_codes,
-            codes=base_of(wanted),
-            seed=config.seed,
+            budget.num_bytes(dense),
+            num_codes=budget.num_codes,
+            codes=base_of(budget),
+            seed=seed,
         )
         write_json(kept, {name: choice.to_dict() for name, choice in chosen.items()})
     return read_json(kept)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchrec_compress.train.byte_budget import budget_of
+from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.config import RunConfig, of_pattern
 from torchrec_compress.train.data.mlperf import FEATURES, MULTI_HOT_SIZES, TABLE_ROWS
 
@@ -24,15 +24,16 @@ def from_training(run: RunConfig) -> dict[str, Any]:
     Raises:
         ValueError: they are not, or the methods depend on the data.
     """
-    from torchrec_compress.train.check import check_tables  # needs torch
+    from torchrec_compress.train.check import check_tables, compression_of  # needs torch
 
-    if budget_of(run.compression) is not None:
+    wanted = compression_of(run.compression)
+    if isinstance(wanted, Budget):
         raise ValueError(
             "compression: must name the methods to be planned, got a budget, which is shared out by the data; give "
             "methods by table"
         )
     sizes = known_rows(run)
-    check_tables(run, sizes)
+    check_tables(run, wanted, sizes)
     pooling = _pooling(run)
     stage = run.retrain if run.compression else run.pretrain
     return {

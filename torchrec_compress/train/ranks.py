@@ -54,13 +54,11 @@ class Ranks:
         return self.rank == 0
 
 
-_started: Ranks | None = None
-
-
 def start(config: ParallelConfig) -> Ranks:
     """Join the other ranks, or start a process group of this process alone, without any port.
 
-    Later calls return the same.
+    What trains in this process is handed the result. Every rank calls it; a process group that is there already is
+    kept, and a device of another kind than it was begun for is not served by it.
 
     Args:
         config: device and timeout.
@@ -68,9 +66,6 @@ def start(config: ParallelConfig) -> Ranks:
     Raises:
         ValueError: a GPU is asked for and there is none, or there are fewer GPUs than ranks on this host.
     """
-    global _started
-    if _started is not None:
-        return _started
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     device = _device(config, local_world)
@@ -85,16 +80,13 @@ def start(config: ParallelConfig) -> Ranks:
     groups: list[Any] = [None, None]
     if world > 1:
         groups = [dist.new_group(backend="gloo", timeout=timeout) for _ in groups]
-    _started = Ranks(dist.get_rank(), world, local_world, device, config.timeout, *groups)
-    return _started
+    return Ranks(dist.get_rank(), world, local_world, device, config.timeout, *groups)
 
 
-def stop() -> None:
-    """Leave the process group that `start` joined, when all is done."""
-    global _started
-    if _started is not None and _started.world > 1:
+def stop(ranks: Ranks) -> None:
+    """Leave the process group of several ranks, when all is done; that of one process ends with it."""
+    if ranks.world > 1:
         dist.destroy_process_group()
-    _started = None
 
 
 def end_for_all(error: BaseException, status: int) -> NoReturn:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress import CompressedEmbeddingBagCollection
-from torchrec_compress.compression import parse, resolve
+from torchrec_compress.compression import Compression, parse, resolve
 from torchrec_compress.methods import CodebookConfig
-from torchrec_compress.train.byte_budget import budget_of
+from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.check import check_config, check_run
 from torchrec_compress.train.config import (
     DataConfig,
@@ -40,7 +40,7 @@ from torchrec_compress.train.evaluate.usage import code_usage
 from torchrec_compress.train.fitting import best_checkpoint, choose, fit
 from torchrec_compress.train.identity import check_unchanged, identity_of, record
 from torchrec_compress.train.models.click import ClickModel, make_model, make_tables
-from torchrec_compress.train.ranks import Ranks, agree, on_first, start
+from torchrec_compress.train.ranks import Ranks, agree, on_first
 from torchrec_compress.train.sealed import (
     is_done,
     listed,
@@ -52,18 +52,18 @@ from torchrec_compress.train.sealed import (
     write_json,
 )
 
-_loaded: dict[str, ClickSource] = {}
+Opener: TypeAlias = Callable[[DataConfig, Ranks], ClickSource]
 
 
-def get_data(config: DataConfig, files: dict[str, Any], ranks: Ranks) -> ClickSource:
-    """Load data, or return what this process loaded last for the same config and files; an error reaches all ranks."""
-    key = fingerprint(config, files)
-    if key not in _loaded:
-        _loaded.clear()
-        data = agree(lambda: open_data(config, ranks.device.type == "cuda"), ranks)
-        on_first(lambda: check_labels(data), ranks)
-        _loaded[key] = data
-    return _loaded[key]
+def open_checked(config: DataConfig, ranks: Ranks) -> ClickSource:
+    """Open data and look at its labels. Every rank calls it, and an error reaches all.
+
+    Raises:
+        ValueError: a file that is missing, empty or malformed, or labels on which no AUC is defined.
+    """
+    data = agree(lambda: open_data(config, ranks.device.type == "cuda"), ranks)
+    on_first(lambda: check_labels(data), ranks)
+    return data
 
 
 def pretrained_key(config: RunConfig) -> str:
@@ -71,13 +71,17 @@ def pretrained_key(config: RunConfig) -> str:
     return fingerprint(lasting(config.data), config.model, lasting(config.pretrain), config.seed)
 
 
-def pretrain(config: RunConfig, shared: Path, position: int | None = 0) -> Path:
+def pretrain(
+    config: RunConfig, shared: Path, ranks: Ranks, position: int | None = 0, open_source: Opener = open_checked
+) -> Path:
     """Train the full model, unless that was done already. Every rank calls it.
 
     Args:
         config: data, model, pretrain, seed and parallel matter.
         shared: folder of all full models.
+        ranks: that train it.
         position: of the progress bar; None shows none.
+        open_source: returns the rows, where they are needed.
 
     Returns:
         The folder with `summary.json`, which names the checkpoint of the best validation.
@@ -85,14 +89,13 @@ def pretrain(config: RunConfig, shared: Path, position: int | None = 0) -> Path:
     Raises:
         ValueError: what is there is damaged, or was trained with other settings or data files.
     """
-    ranks = start(config.parallel)
     folder, files = shared / pretrained_key(config), on_first(lambda: identify(config.data), ranks)
     identity = identity_of(config, "pretrain", files)
     if on_first(lambda: _is_pretrained(folder, identity), ranks):
         return folder
     on_first(lambda: record(config, folder, files), ranks)
-    data = get_data(config.data, files, ranks)
-    trained = train(full_model(config, data), _task(config, data, folder, "pretrain", position))
+    data = open_source(config.data, ranks)
+    trained = train(full_model(config, data), _task(config, data, files, folder, "pretrain", position), ranks)
     metrics, undefined = score(trained.trainable.logits, data, config.data, ranks)
     summary = {
         "identity": identity,
@@ -133,14 +136,23 @@ def full_model(config: RunConfig, data: ClickSource) -> ClickModel:
     return make_model(tables, data.num_dense, config.model)
 
 
-def run(config: RunConfig, folder: Path, shared: Path, position: int | None = 0) -> dict[str, Any]:
+def run(
+    config: RunConfig,
+    folder: Path,
+    shared: Path,
+    ranks: Ranks,
+    position: int | None = 0,
+    open_source: Opener = open_checked,
+) -> dict[str, Any]:
     """Do all stages of a config and write `summary.json`. Every rank calls it.
 
     Args:
         config: the whole run.
         folder: of the run; stages resume from what it holds.
         shared: folder of full models.
+        ranks: that train.
         position: of the progress bar; None shows none.
+        open_source: returns the rows.
 
     Returns:
         The summary: metrics of test and valid, bytes, training.
@@ -150,31 +162,29 @@ def run(config: RunConfig, folder: Path, shared: Path, position: int | None = 0)
         OSError: something could not be written.
         Preempted: SIGTERM came while a model was trained; everything is saved.
     """
-    check_config(config)
-    ranks = start(config.parallel)
+    wanted = check_config(config)
     files = on_first(lambda: identify(config.data), ranks)
     on_first(lambda: (check_unchanged(config, folder, files), record(config, folder, files))[0], ranks)
-    data = get_data(config.data, files, ranks)
-    check_run(config, data, ranks.world)
-    if not config.compression:
-        summary = _run_full(config, data, folder, shared, position)
+    data = open_source(config.data, ranks)
+    check_run(config, wanted, data, ranks.world)
+    source = pretrain(config, shared, ranks, position, lambda *_: data) if needs_pretrained(config) else None
+    if wanted is not None:
+        task = _task(config, data, files, folder, "retrain", position)
+        summary = _run_compressed(config, wanted, task, source, folder, ranks)
     else:
-        summary = _run_compressed(config, data, folder, shared, position)
+        assert source is not None
+        summary = _run_full(config, data, source, folder, ranks)
     summary["bayes"] = _bayes(data)
     on_first(lambda: write_json(folder / "summary.json", summary), ranks)
     return summary
 
 
-def _run_full(config: RunConfig, data: ClickSource, folder: Path, shared: Path, position: int | None) -> dict[str, Any]:
-    """Train the full model alone."""
-    source = pretrain(config, shared, position)
+def _run_full(config: RunConfig, data: ClickSource, source: Path, folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Return the summary of a run of the full model alone, and write `model.pt`."""
     full = read_json(source / "summary.json", keys=("metrics", "training", "dense_bytes"))
     size = full["dense_bytes"]
     if config.parallel.init == "host":
-        on_first(
-            lambda: save_tensors(folder / "model.pt", dict(_full(config, data, source).state_dict())),
-            start(config.parallel),
-        )
+        on_first(lambda: save_tensors(folder / "model.pt", dict(_full(config, data, source).state_dict())), ranks)
     return {
         "seed": config.seed,
         "footprint": {"dense_bytes": size, "total_bytes": size, "ratio": 1.0, "compressed_ratio": 1.0},
@@ -187,14 +197,16 @@ def _run_full(config: RunConfig, data: ClickSource, folder: Path, shared: Path, 
 
 
 def _run_compressed(
-    config: RunConfig, data: ClickSource, folder: Path, shared: Path, position: int | None
+    config: RunConfig, wanted: Compression | Budget, task: Task, source: Path | None, folder: Path, ranks: Ranks
 ) -> dict[str, Any]:
     """Fit the compressed tables and train on with them."""
-    ranks = start(config.parallel)
-    source = pretrain(config, shared, position) if needs_pretrained(config) else None
-    started = time.perf_counter()
-    counts = _counts(config, data, source, ranks)
-    model = _compressed(config, data, source, folder, counts)
+    data, started = task.data, time.perf_counter()
+    if isinstance(wanted, Budget):
+        assert source is not None  # a config with a budget and without a full model is refused
+        chosen, counts = _chosen(config, wanted, data, source, folder, ranks)
+    else:
+        chosen, counts = wanted, _counts(config, wanted, data, source, ranks)
+    model = _compressed(config, chosen, data, source, folder, counts, ranks)
     collection = model.embeddings
     assert isinstance(collection, CompressedEmbeddingBagCollection)
     methods, path = collection.methods(), None
@@ -208,7 +220,7 @@ def _run_compressed(
         summary["fitted"], summary["undefined"] = found
         summary["metrics"] = summary["fitted"]
     if config.retrain.epochs > 0:
-        trained = _retrain(config, data, model, source, folder, position)
+        trained = _retrain(config, task, model, source, ranks)
         summary["training"] = _training(trained)
         summary["optimizer_bytes"] = trained.optimizer_bytes
         summary["metrics"], summary["undefined"] = score(trained.trainable.logits, data, config.data, ranks)
@@ -218,10 +230,22 @@ def _run_compressed(
     return summary
 
 
-def _counts(config: RunConfig, data: ClickSource, source: Path | None, ranks: Ranks) -> dict[str, Tensor]:
+def _chosen(
+    config: RunConfig, budget: Budget, data: ClickSource, source: Path, folder: Path, ranks: Ranks
+) -> tuple[Compression, dict[str, Tensor]]:
+    """Return the methods that rank 0 chooses for a budget, and the look-ups per id in train that it chooses by."""
+    counts, tables = total_counts(data, ranks), make_tables(config.model, data)
+    kept = folder / "compression.json"
+    plain = on_first(lambda: choose(budget, tables, source, kept, counts, config.seed), ranks)
+    return parse(plain), counts
+
+
+def _counts(
+    config: RunConfig, chosen: Compression, data: ClickSource, source: Path | None, ranks: Ranks
+) -> dict[str, Tensor]:
     """Return look-ups per id in train, or nothing where no table is fitted or coded: streamed, they cost a pass."""
-    if source is None and budget_of(config.compression) is None:
-        methods = resolve(make_tables(config.model, data), parse(config.compression)).values()
+    if source is None:
+        methods = resolve(make_tables(config.model, data), chosen).values()
         if all(method.needs == "nothing" and not isinstance(method, CodebookConfig) for method in methods):
             return {}
     return total_counts(data, ranks)
@@ -255,12 +279,16 @@ def _read_model(path: Path, model: ClickModel) -> None:
 
 
 def _compressed(
-    config: RunConfig, data: ClickSource, source: Path | None, folder: Path, counts: dict[str, Tensor]
+    config: RunConfig,
+    chosen: Compression,
+    data: ClickSource,
+    source: Path | None,
+    folder: Path,
+    counts: dict[str, Tensor],
+    ranks: Ranks,
 ) -> ClickModel:
     """Return the fitted model; the fit is done by rank 0 and kept, so that a resumed run need not repeat it."""
-    ranks = start(config.parallel)
-    plain = on_first(lambda: choose(config, data, source, folder, counts), ranks)
-    kept, tables, chosen = folder / "fitted.pt", make_tables(config.model, data), parse(plain)
+    kept, tables = folder / "fitted.pt", make_tables(config.model, data)
     in_shards = source is None and config.parallel.init == "shards"
     device = torch.device("meta") if in_shards else None
     torch.manual_seed(config.seed)  # native tables are drawn, whatever this process did before
@@ -274,16 +302,13 @@ def _compressed(
     return model
 
 
-def _retrain(
-    config: RunConfig, data: ClickSource, model: ClickModel, source: Path | None, folder: Path, position: int | None
-) -> Trained:
+def _retrain(config: RunConfig, task: Task, model: ClickModel, source: Path | None, ranks: Ranks) -> Trained:
     """Train the compressed model on; it is wrapped in place."""
     teacher = None
     if config.retrain.distill_weight:
         assert source is not None
-        teacher = _teacher(config, data, source)
-    task = _task(config, data, folder, "retrain", position)
-    return train(model, dataclasses.replace(task, keep_start=source is not None, teacher=teacher))
+        teacher = _teacher(config, task.data, source, ranks)
+    return train(model, dataclasses.replace(task, keep_start=source is not None, teacher=teacher), ranks)
 
 
 def _fill(model: ClickModel, path: Path) -> None:
@@ -311,9 +336,9 @@ def _logits(path: Path, remedy: str, num_rows: int) -> Tensor:
     return logits
 
 
-def _teacher(config: RunConfig, data: ClickSource, source: Path) -> Tensor:
+def _teacher(config: RunConfig, data: ClickSource, source: Path, ranks: Ranks) -> Tensor:
     """Return the full model's logits of all train rows, computed once, each rank its share."""
-    ranks, folder = start(config.parallel), source / "teacher"
+    folder = source / "teacher"
     path, best = folder / "train_logits.pt", on_first(lambda: best_checkpoint(source), ranks)
     told = on_first(lambda: {**read_json(source / "summary.json")["identity"], "checkpoint": best.name}, ranks)
     if not on_first(lambda: is_done(path), ranks):
@@ -337,7 +362,9 @@ def _teacher(config: RunConfig, data: ClickSource, source: Path) -> Tensor:
     return _logits(path, remedy, data.num_rows("train"))
 
 
-def _task(config: RunConfig, data: ClickSource, folder: Path, stage: str, position: int | None) -> Task:
+def _task(
+    config: RunConfig, data: ClickSource, files: dict[str, Any], folder: Path, stage: str, position: int | None
+) -> Task:
     return Task(
         data=data,
         stage=getattr(config, stage),
@@ -346,7 +373,7 @@ def _task(config: RunConfig, data: ClickSource, folder: Path, stage: str, positi
         label=f"{stage} {folder.parent.name if stage == 'retrain' else 'full'} seed {config.seed}",
         tensorboard=config.tensorboard,
         position=position,
-        identity=identity_of(config, stage, on_first(lambda: identify(config.data), start(config.parallel))),
+        identity=identity_of(config, stage, files),
         parallel=config.parallel,
     )
 

@@ -9,7 +9,7 @@ CHILD = """
 import os, subprocess, sys
 watch = '''
 import sys
-from torchrec_compress.train.compare.runs import _end_with
+from torchrec_compress.train.compare.worker import _end_with
 print("up", flush=True)
 _end_with(int(sys.argv[1]))
 '''

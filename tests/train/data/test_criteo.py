@@ -76,7 +76,7 @@ def test_raw_counts_become_logarithms_of_four_more(tmp_path, largest):
     np.testing.assert_allclose(found, np.log(counts + 4) if largest > 50 else counts, rtol=1e-6)
 
 
-def test_streamed_rows_are_trained_on(tmp_path):
+def test_streamed_rows_are_trained_on(tmp_path, ranks):
     for number in range(3):
         _day(tmp_path, number, 400, multi_hot=True)
     stage = {"epochs": 1.0, "batch_size": 64, "evals_per_epoch": 2}
@@ -88,7 +88,7 @@ def test_streamed_rows_are_trained_on(tmp_path):
         "retrain": stage,
         "compression": {"*": {"method": "pq", "num_codes": 2, "codebook_size": 8}},
     }
-    found = run(override(RunConfig(), changes), tmp_path / "run", tmp_path / "full", None)
+    found = run(override(RunConfig(), changes), tmp_path / "run", tmp_path / "full", ranks, None)
     assert found["training"]["steps"] == 13 and 0.3 < found["metrics"]["test"]["auc"] < 0.7
 
 

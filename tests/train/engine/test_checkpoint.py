@@ -17,6 +17,7 @@ from torchrec_compress.train.config import RunConfig, override
 from torchrec_compress.train.engine import checkpoint
 from torchrec_compress.train.engine.checkpoint import Checkpoints
 from torchrec_compress.train.engine.trainable import Trainable, local_shards
+from torchrec_compress.train.ranks import start
 from torchrec_compress.train.stages import full_model, run
 
 CONFIG = {"stage": {"batch_size": 4}, "seed": 0}
@@ -201,7 +202,7 @@ def test_killed_at_any_step_it_resumes_and_ends_with_the_same_metrics(config, tm
     plain["compression"] = {"*": {"method": "pq", "num_codes": 2, "codebook_size": 16}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain))
     chosen, kills = override(RunConfig(), plain), 0
-    run(chosen, tmp_path / "whole", tmp_path / "whole" / "full", None)
+    run(chosen, tmp_path / "whole", tmp_path / "whole" / "full", start(chosen.parallel), None)
     for pattern in ("full/*/pretrain/checkpoints/step*", "retrain/checkpoints/step*"):
         process = _train(tmp_path / "config.yaml", tmp_path / "killed")
         deadline = time.monotonic() + 90
@@ -217,6 +218,7 @@ def test_killed_at_any_step_it_resumes_and_ends_with_the_same_metrics(config, tm
         dataclasses.replace(chosen, output=str(tmp_path / "killed")),
         tmp_path / "killed",
         tmp_path / "killed/full",
+        start(chosen.parallel),
         None,
     )
     first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed"))

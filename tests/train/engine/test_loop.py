@@ -19,9 +19,14 @@ from torchrec_compress.train.engine.checkpoint_reader import read
 from torchrec_compress.train.engine.loop import PREEMPTED, Preempted, Progress, Task, Trained, train
 from torchrec_compress.train.engine.trainable import Trainable, load_plain, local_shards, make_constraints
 from torchrec_compress.train.models.click import make_model, make_tables
+from torchrec_compress.train.ranks import start
 from torchrec_compress.train.stages import full_model
 
 STAGE = StageConfig(epochs=1.0, batch_size=256, evals_per_epoch=2, patience=0)
+
+
+def _train(config, task: Task) -> Trained:
+    return train(full_model(config, task.data), task, start(task.parallel))
 
 
 def _before(config, data):
@@ -42,7 +47,7 @@ def _trainable(config, data, ranks, stage=STAGE) -> Trainable:
 @pytest.mark.parametrize("tables", ["rowwise_adagrad", "adagrad", "sgd", "adam"])
 def test_every_table_optimizer_learns(config, data, tmp_path, tables):
     stage = dataclasses.replace(STAGE, epochs=3.0, optim=OptimConfig(tables=tables, table_lr=0.05, dense_lr=0.01))
-    trained = train(full_model(config, data), Task(data, stage, 0, tmp_path, position=None))
+    trained = _train(config, Task(data, stage, 0, tmp_path, position=None))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert max(line["auc"] for line in lines) > 0.55
     assert trained.steps == 39 and trained.optimizer_bytes > 0
@@ -65,7 +70,7 @@ def test_weights_survive_the_wrapping(config, data, ranks, tmp_path):
 @pytest.mark.parametrize("tables", ["adagrad", "adam"])
 def test_parts_can_be_frozen(config, data, tmp_path, part, tables):
     stage = dataclasses.replace(STAGE, **{f"train_{part}": False}, optim=OptimConfig(tables=tables))
-    trained = train(full_model(config, data), Task(data, stage, 0, tmp_path, position=None))
+    trained = _train(config, Task(data, stage, 0, tmp_path, position=None))
     after = _after(trained, config, data)
     for name, value in _before(config, data).items():
         frozen = name.startswith("embeddings.") == (part == "tables")
@@ -77,7 +82,7 @@ def test_l2_of_whole_tables_shrinks_rows_that_are_never_looked_up(config, data, 
     sizes = []
     for l2 in (0.0, 1.0):
         stage = dataclasses.replace(STAGE, optim=OptimConfig(tables="adam", table_lr=2e-4, table_l2=l2))
-        trained = train(full_model(config, data), Task(data, stage, 0, tmp_path / str(l2), position=None))
+        trained = _train(config, Task(data, stage, 0, tmp_path / str(l2), position=None))
         weight = _after(trained, config, data)["embeddings.embedding_bags.user.weight"]
         sizes.append(float(weight[untouched].abs().sum()))
     assert untouched.any() and sizes[1] < 0.9 * sizes[0]
@@ -93,7 +98,7 @@ def test_lookup_l2_and_start_l2_hold_parameters_back(config, data, tmp_path):
     def distance(name: str, **change) -> tuple[float, float]:
         optim = OptimConfig(tables="sgd", table_lr=1.0, lookup_l2=change.pop("lookup_l2", 0.0))
         stage = dataclasses.replace(STAGE, optim=optim, **change)
-        trained = train(full_model(config, data), Task(data, stage, 0, tmp_path / name, position=None))
+        trained = _train(config, Task(data, stage, 0, tmp_path / name, position=None))
         state = _after(trained, config, data)
         old = _before(config, data)
         net = [k for k in old if not k.startswith("embeddings.")]
@@ -115,20 +120,20 @@ def test_the_rate_falls_to_zero_with_the_schedule_on_fused_tables_too(config, da
 def test_the_seed_orders_the_rows_and_a_begun_folder_keeps_it(config, data, tmp_path):
     states = []
     for seed in (0, 1):
-        trained = train(full_model(config, data), Task(data, STAGE, seed, tmp_path / str(seed), position=None))
+        trained = _train(config, Task(data, STAGE, seed, tmp_path / str(seed), position=None))
         states.append(_after(trained, config, data))
     assert any(not torch.equal(value, states[1][name]) for name, value in states[0].items())
     for change, key in (({"seed": 1}, "seed"), ({"stage": dataclasses.replace(STAGE, epochs=2.0)}, r"stage\.epochs")):
         task = dataclasses.replace(Task(data, STAGE, 0, tmp_path / "0", position=None), **change)
         with pytest.raises(ValueError, match=rf"{key} must be .* as when it was written"):
-            train(full_model(config, data), task)
+            _train(config, task)
 
 
 def test_the_training_loss_of_a_line_is_the_mean_since_the_line_before(config, data, tmp_path):
     def losses(log_every: int) -> list[float]:
         folder = tmp_path / str(log_every)
         stage = dataclasses.replace(STAGE, log_every=log_every)
-        train(full_model(config, data), Task(data, stage, 0, folder, position=None))
+        _train(config, Task(data, stage, 0, folder, position=None))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return [line["train_logloss"] for line in lines if "train_logloss" in line]
 
@@ -140,7 +145,7 @@ def test_the_training_loss_of_a_line_is_the_mean_since_the_line_before(config, d
 def test_teacher_replaces_labels(config, data, tmp_path):
     stage = dataclasses.replace(STAGE, epochs=4.0, distill_weight=1.0, monitor="auc")
     wrong = torch.where(data.train.labels > 0.5, -4.0, 4.0)  # the opposite of every label
-    train(full_model(config, data), Task(data, stage, 0, tmp_path, teacher=wrong, position=None))
+    _train(config, Task(data, stage, 0, tmp_path, teacher=wrong, position=None))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["auc"] < 0.45
 
@@ -149,7 +154,7 @@ def test_early_stopping_keeps_the_best_and_the_start_competes(config, data, tmp_
     stage = dataclasses.replace(
         STAGE, epochs=30.0, patience=1, optim=OptimConfig(dense_lr=0.3, table_lr=3.0, decay="none")
     )
-    trained = train(full_model(config, data), Task(data, stage, 0, tmp_path, keep_start=True, position=None))
+    trained = _train(config, Task(data, stage, 0, tmp_path, keep_start=True, position=None))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert trained.steps < 30 * 13 and lines[0]["step"] == 0
     best = min(lines, key=lambda line: line["logloss"])
@@ -165,7 +170,7 @@ def _watched(config, data, folder, monkeypatch, found: list[tuple[float, float]]
     monkeypatch.setattr(loop, "validate", lambda *_: dict(zip(("logloss", "auc"), next(values), strict=True)))
     optim = OptimConfig(decay=change.pop("decay", "none"))
     stage = dataclasses.replace(STAGE, epochs=len(found) / 13, evals_per_epoch=13, optim=optim, **change)
-    trained = train(full_model(config, data), Task(data, stage, 0, folder, position=None))
+    trained = _train(config, Task(data, stage, 0, folder, position=None))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return trained, [line for line in lines if line["kind"] == "valid"]
 
@@ -244,7 +249,7 @@ def test_a_diverged_loss_names_step_ids_and_checkpoint(config, data, tmp_path):
     with pytest.raises(
         ValueError, match=r"must be finite, step [2-9]: got .* train rows \[\d+.*'user': \[\d+"
     ) as error:
-        train(full_model(config, data), Task(data, stage, 0, tmp_path, position=None))
+        _train(config, Task(data, stage, 0, tmp_path, position=None))
     newest = sorted((tmp_path / "checkpoints").glob("step*"))[-1]
     assert str(newest) in str(error.value)
 
@@ -267,7 +272,7 @@ def test_bad_batches_are_left_out_where_that_is_asked(config, data, tmp_path):
     """Two rows spoil at most two batches; the rest trains as it would without those batches."""
     bad = _poisoned(data, [5, 1000])
     stage = dataclasses.replace(STAGE, skip_bad_batches=2)
-    trained = train(full_model(config, bad), Task(bad, stage, 0, tmp_path / "a", position=None))
+    trained = _train(config, Task(bad, stage, 0, tmp_path / "a", position=None))
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     skipped = [line["step"] for line in lines if line["kind"] == "skipped"]
     assert 1 <= trained.skipped == len(skipped) <= 2
@@ -275,16 +280,16 @@ def test_bad_batches_are_left_out_where_that_is_asked(config, data, tmp_path):
         torch.isfinite(value).all() for value in _after(trained, config, bad).values() if value.is_floating_point()
     )
     with pytest.raises(ValueError, match="must be finite"):
-        train(full_model(config, bad), Task(bad, STAGE, 0, tmp_path / "b", position=None))
+        _train(config, Task(bad, STAGE, 0, tmp_path / "b", position=None))
 
 
 def test_a_training_that_stopped_at_a_bad_batch_goes_on_when_told_to_skip_it(config, data, tmp_path):
     bad = _poisoned(data, [5])
     stage = dataclasses.replace(STAGE, checkpoint_every=1)
     with pytest.raises(ValueError, match="set skip_bad_batches"):
-        train(full_model(config, bad), Task(bad, stage, 0, tmp_path, position=None))
+        _train(config, Task(bad, stage, 0, tmp_path, position=None))
     stage = dataclasses.replace(stage, skip_bad_batches=1, keep_checkpoints=3)
-    assert train(full_model(config, bad), Task(bad, stage, 0, tmp_path, position=None)).skipped == 1
+    assert _train(config, Task(bad, stage, 0, tmp_path, position=None)).skipped == 1
 
 
 def test_a_left_out_batch_moves_nothing(config, data, ranks):
@@ -315,7 +320,7 @@ def test_where_a_stage_stands_is_valid_json_before_the_first_validation():
 
 
 def test_sigterm_saves_and_ends_with_the_status_for_another_try(config, data, tmp_path, monkeypatch):
-    whole = train(full_model(config, data), Task(data, STAGE, 0, tmp_path / "a", position=None))
+    whole = _train(config, Task(data, STAGE, 0, tmp_path / "a", position=None))
     stage = Trainable.set_rate
 
     def interrupt(self, factor):
@@ -325,17 +330,17 @@ def test_sigterm_saves_and_ends_with_the_status_for_another_try(config, data, tm
     monkeypatch.setattr(Trainable, "set_rate", interrupt)
     task = Task(data, STAGE, 0, tmp_path / "b", position=None)
     with pytest.raises(Preempted) as end:
-        train(full_model(config, data), task)
+        _train(config, task)
     assert end.value.code == PREEMPTED and "saved at step 1;" in end.value.text
     monkeypatch.undo()
-    resumed = train(full_model(config, data), task)
+    resumed = _train(config, task)
     first, second = (_after(trained, config, data) for trained in (whole, resumed))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_profiler_trace_is_written_on_request(config, data, tmp_path):
     stage, parallel = dataclasses.replace(STAGE, patience=0), ParallelConfig(profile_steps=2)
-    train(full_model(config, data), Task(data, stage, 0, tmp_path, position=None, parallel=parallel))
+    _train(config, Task(data, stage, 0, tmp_path, position=None, parallel=parallel))
     events = json.loads((tmp_path / "trace_rank0.json").read_text())["traceEvents"]
     assert any("forward" in str(event.get("name")) for event in events)
 
@@ -379,13 +384,13 @@ def test_sharding_types_are_checked(config, data):
         make_constraints(model, 4, ParallelConfig(sharding_types={"user": ["data_parallel"]}), {})
 
 
-def test_l2_leaves_multipliers_of_memcom_alone(config, data, tmp_path):
+def test_l2_leaves_multipliers_of_memcom_alone(config, ranks, tmp_path):
     from torchrec_compress.train.stages import run
 
     changes = {"start": "scratch", "compression": {"*": {"method": "memcom", "num_buckets": 20}}}
     optim = {"tables": "adam", "table_lr": 0.01, "table_l2": 5.0}
     changes |= {"retrain": vars(config.pretrain), "retrain.epochs": 3.0, "retrain.optim": optim}
-    run(override(config, changes), tmp_path / "a", tmp_path / "full", None)
+    run(override(config, changes), tmp_path / "a", tmp_path / "full", ranks, None)
     state = torch.load(tmp_path / "a" / "model.pt", weights_only=True)
     scalars = torch.cat([value.flatten() for name, value in state.items() if name.endswith("__scalars.weight")])
     assert 0.9 < float(scalars.mean()) < 1.1

@@ -6,24 +6,20 @@ import dataclasses
 import multiprocessing
 import os
 import sys
-import threading
-import time
-import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from torchrec_compress.train.check import check_run, check_variants
-from torchrec_compress.train.config import ParallelConfig, RunConfig, fingerprint, lasting, needs_pretrained
+from torchrec_compress.train.check import check_run, check_variants, compression_of
+from torchrec_compress.train.compare.worker import Job, begin, run_job, stamp
+from torchrec_compress.train.config import RunConfig, fingerprint, needs_pretrained
 from torchrec_compress.train.data.inputs import identify
 from torchrec_compress.train.data.open import open_data
-from torchrec_compress.train.journal import write_atomically
-from torchrec_compress.train.sealed import is_done, read_text, to_json, write_text
-
-Job = tuple[str, RunConfig, str, str]
+from torchrec_compress.train.identity import check_unchanged
+from torchrec_compress.train.sealed import is_done, read_text
+from torchrec_compress.train.stages import pretrained_key
 
 
 def compare(config: RunConfig) -> Path:
@@ -51,8 +47,6 @@ def compare(config: RunConfig) -> Path:
     _check_data(left)
     shared = output / "full"
     first: dict[str, Job] = {}
-    from torchrec_compress.train.stages import pretrained_key
-
     for _, run, _, _ in jobs:
         key = pretrained_key(run)
         if needs_pretrained(run) and not is_done(shared / key / "summary.json"):
@@ -98,7 +92,7 @@ def _check_data(jobs: list[Job]) -> None:
         data = open_data(same[0][1].data)
         for name, run, _, _ in same:
             try:
-                check_run(run, data)
+                check_run(run, compression_of(run.compression), data)
             except ValueError as error:
                 raise ValueError(f"compare.variants.{name.rpartition(' seed ')[0]}: {error}") from error
 
@@ -109,11 +103,9 @@ def _finished(folder: Path, config: RunConfig) -> bool:
     Raises:
         ValueError: it was done or begun with others or with other data files, or a file of it is damaged.
     """
-    from torchrec_compress.train.stages import check_unchanged
-
-    stamp, summary = folder / "fingerprint", folder / "summary.json"
-    is_stamped = is_done(stamp)
-    if stamp.is_file() and (read_text(stamp) if is_stamped else stamp.read_text()) != _stamp(config):
+    told, summary = folder / "fingerprint", folder / "summary.json"
+    is_stamped = is_done(told)
+    if told.is_file() and (read_text(told) if is_stamped else told.read_text()) != stamp(config):
         raise ValueError(
             f"{folder}: was run with other settings (see its config.yaml); delete it, or choose another output folder"
         )
@@ -122,11 +114,6 @@ def _finished(folder: Path, config: RunConfig) -> bool:
     read_text(summary)
     check_unchanged(config, folder, identify(config.data))
     return True
-
-
-def _stamp(config: RunConfig) -> str:
-    same = dataclasses.replace(config, output="", num_threads=1, tensorboard=True, parallel=ParallelConfig())
-    return fingerprint(lasting(same))
 
 
 def _run_all(jobs: list[Job], workers: int, bar: tqdm) -> list[str]:
@@ -140,8 +127,8 @@ def _run_all(jobs: list[Job], workers: int, bar: tqdm) -> list[str]:
     for slot in range(workers):
         slots.put(slot + 1)
     arguments = (lock, slots, os.getpid())
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=arguments) as pool:
-        for done in as_completed([pool.submit(_run_job, job) for job in jobs]):
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=begin, initargs=arguments) as pool:
+        for done in as_completed([pool.submit(run_job, job) for job in jobs]):
             try:
                 name, outcome, error = done.result()
             except BrokenProcessPool as broken:
@@ -154,48 +141,3 @@ def _run_all(jobs: list[Job], workers: int, bar: tqdm) -> list[str]:
                 failed.append(f"{name}: {error}")
             tqdm.write(f"{name}: {error or outcome}", file=sys.stderr)
     return failed
-
-
-_position: int | None = None
-
-
-def _begin(lock: Any, slots: Any, parent: int) -> None:
-    """Prepare a worker: its own line for a progress bar, and an end with its parent, also when that is killed."""
-    global _position
-    # the parent names itself: asked here, a parent that is killed early would be taken for the one that adopts us
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    tqdm.set_lock(lock)
-    _position = slots.get() if sys.stderr.isatty() else None
-
-
-def _end_with(parent: int) -> None:
-    """Leave as soon as the parent is gone; a killed `compare` would otherwise leave its workers training."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _run_job(job: Job) -> tuple[str, str, str]:
-    """Run one job; return its name, what to say about it, and what went wrong."""
-    name, config, folder, shared = job
-    from torchrec_compress.train import stages
-    from torchrec_compress.train.machine import prepare
-
-    prepare(config.num_threads)
-    try:
-        if not folder:
-            source = stages.pretrain(config, Path(shared), _position)
-            return name, f"trained, {source}", ""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        write_text(path / "fingerprint", _stamp(config))
-        summary = stages.run(config, path, Path(shared), _position)
-        test, size = summary["metrics"]["test"], summary["footprint"]
-        text = f"test AUC {test['auc']:.4f} logloss {test['logloss']:.4f}"
-        return name, f"{text}, {size['total_bytes']:,} bytes ({size['ratio']:.1f}x)", ""
-    except Exception as error:  # noqa: BLE001 (one failed variant must not stop the others)
-        where = Path(folder or shared)
-        where.mkdir(parents=True, exist_ok=True)
-        path = where / f"error-{os.getpid()}.json"
-        write_atomically(path, to_json(path, {"job": name, "traceback": traceback.format_exc()}))
-        return name, "", f"failed: {type(error).__name__}: {error}"

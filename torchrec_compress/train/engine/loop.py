@@ -28,7 +28,7 @@ from torchrec_compress.train.engine.trainable import Trainable
 from torchrec_compress.train.evaluate.scoring import validate
 from torchrec_compress.train.journal import Journal
 from torchrec_compress.train.models.click import ClickModel
-from torchrec_compress.train.ranks import Ranks, start
+from torchrec_compress.train.ranks import Ranks
 
 # what a scheduler takes for "try again later" (sysexits.h, EX_TEMPFAIL)
 PREEMPTED = 75
@@ -57,7 +57,7 @@ class Task:
         tensorboard: whether to write TensorBoard logs.
         position: of the progress bar; None shows none.
         identity: plain data that must not change when the stage resumes.
-        parallel: ranks and devices.
+        parallel: how tables may be sharded, and the steps that are profiled.
     """
 
     data: ClickSource
@@ -123,12 +123,13 @@ class Trained:
     optimizer_bytes: int
 
 
-def train(model: ClickModel, task: Task) -> Trained:
+def train(model: ClickModel, task: Task, ranks: Ranks) -> Trained:
     """Train a model, from its newest checkpoint where there is one. Every rank calls it.
 
     Args:
         model: the same on every rank; it is wrapped in place, build it anew to use it unsharded.
         task: data, settings and folder.
+        ranks: all of which call this.
 
     Raises:
         ValueError: bad settings, a checkpoint of other settings, or a loss that is not finite; the message names step,
@@ -136,7 +137,6 @@ def train(model: ClickModel, task: Task) -> Trained:
         OSError: a checkpoint could not be written.
         Preempted: SIGTERM came and the state is saved.
     """
-    ranks = start(task.parallel)
     torch.manual_seed(task.seed)
     if ranks.world > 1:  # dropout differs over the ranks, and is the same in every run
         torch.manual_seed(task.seed * 65_537 + ranks.rank)
