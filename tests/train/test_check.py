@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from torchrec_compress.compression import parse
 from torchrec_compress.train import stages
+from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.check import check_config, check_run, check_tables, check_variants, compression_of
 from torchrec_compress.train.compare import runs as comparing
 from torchrec_compress.train.config import RunConfig, override
@@ -91,6 +93,15 @@ def test_settings_of_a_stage_that_is_not_used_may_be_anything():
         override(RunConfig(), {"pretrain.epochs": 0, "start": "scratch", "compression": HASH, "retrain.epochs": 1})
     )
     check_config(override(RunConfig(), {"retrain.optim.table_l2": 0.5, "retrain.distill_weight": 0.5}))
+
+
+def test_a_compression_is_methods_or_a_budget_or_nothing():
+    assert check_config(RunConfig()) is compression_of({}) is None
+    for plain in (INT8, {"user": INT8, "*": HASH}, {"budget_ratio": INT8}):  # a table may be called so
+        assert check_config(override(RunConfig(), {"compression": plain})) == compression_of(plain) == parse(plain)
+    plain = {"budget_bytes": 100, "num_codes": [2]}
+    wanted = check_config(override(RunConfig(), {"compression": plain}))
+    assert wanted == compression_of(plain) == Budget(budget_bytes=100, num_codes=[2])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import json
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +24,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from torchrec_compress import cli
 from torchrec_compress.train.config import ParallelConfig, RunConfig, override
 from torchrec_compress.train.ranks import Ranks, agree, on_first, start
 
@@ -49,8 +52,6 @@ def _ranks() -> Ranks:
 
 def _train(plain: dict, folder: str) -> dict:
     """Run on this rank of a pool."""
-    from pathlib import Path
-
     from torchrec_compress.train.stages import run
 
     return run(override(RunConfig(), plain), Path(folder), Path(folder) / "full", _ranks(), None)
@@ -167,6 +168,25 @@ def test_an_error_of_one_rank_reaches_all(two_ranks):
     assert two_ranks.run(_fail_on_first, "the disk is full") == [("OSError", "the disk is full")] * 2
     kind, message = two_ranks.run(_fail_on_first, "")[1]  # an error whose type takes other arguments
     assert kind == "ValueError" and message.startswith("Expecting property name")
+
+
+def test_every_start_has_its_own_settings():
+    found = [start(ParallelConfig(device="cpu", timeout=timeout)) for timeout in (5.0, 9.0)]
+    assert [ranks.timeout for ranks in found] == [5.0, 9.0]
+
+
+def test_ranks_are_joined_at_the_doors_alone():
+    """Whatever else trains is handed them."""
+    package = Path(cli.__file__).parent
+    doors = {package / "cli.py", package / "train" / "compare" / "worker.py"}
+    for path in package.rglob("*.py"):
+        imported = {
+            alias.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module == "torchrec_compress.train.ranks"
+            for alias in node.names
+        }
+        assert ("start" in imported) == (path in doors), path
 
 
 def _wait_for_first(timeout: float) -> float:

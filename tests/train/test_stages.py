@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchrec_compress.train import sealed, stages
+from torchrec_compress.train import check, sealed, stages
 from torchrec_compress.train.check import check_variants
 from torchrec_compress.train.compare.report import collect, write_report
 from torchrec_compress.train.compare.runs import compare
-from torchrec_compress.train.config import RunConfig, override
+from torchrec_compress.train.config import ParallelConfig, RunConfig, override
+from torchrec_compress.train.engine import loop
 from torchrec_compress.train.engine.checkpoint_reader import read
-from torchrec_compress.train.ranks import start
+from torchrec_compress.train.ranks import Ranks, start
 from torchrec_compress.train.sealed import write_json
 
+STAGE = {"epochs": 1.0, "batch_size": 256, "distill_weight": 0.5}
 PQ = {"*": {"method": "pq", "num_codes": 2, "codebook_size": 16}}
 
 
@@ -112,6 +114,33 @@ def test_a_byte_budget_is_kept_and_chosen_once(config, tmp_path):
     stamp = (tmp_path / "a" / "compression.json").stat().st_mtime_ns
     _run(config, tmp_path, "a", **changes)
     assert (tmp_path / "a" / "compression.json").stat().st_mtime_ns == stamp
+
+
+def test_a_budget_is_read_once(config, tmp_path, monkeypatch):
+    calls, read_budget = [], check.budget_of
+    monkeypatch.setattr(check, "budget_of", lambda plain: (calls.append(plain), read_budget(plain))[1])
+    for plain in ({"budget_ratio": 3.0, "num_codes": [1, 2]}, PQ):
+        _run(config, tmp_path, f"run{len(calls)}", compression=plain)
+    assert calls == [{"budget_ratio": 3.0, "num_codes": [1, 2]}, PQ]
+
+
+def test_a_run_has_no_ranks_but_those_it_is_handed(config, tmp_path, monkeypatch):
+    """Of all three stages and of a full model alone: whoever waits for, tells or counts with others does so on them."""
+    mine, seen = start(ParallelConfig(device="cpu", timeout=7.0)), {}
+    uses = [(stages, name) for name in ("agree", "on_first", "predict", "score", "total_counts", "train", "Trainable")]
+    for module, name in (*uses, (loop, "Trainable"), (loop, "Checkpoints"), (loop, "validate")):
+        used = getattr(module, name)
+
+        def watched(*given, key=f"{module.__name__}.{name}", used=used, **named):
+            seen.setdefault(key, []).append([value for value in given if isinstance(value, Ranks)])
+            return used(*given, **named)
+
+        monkeypatch.setattr(module, name, watched)
+    for name, change in {"full": {}, "pq": {"compression": PQ, "retrain": STAGE}}.items():
+        stages.run(override(config, change), tmp_path / name, tmp_path / "full", mine, None)
+    assert len(seen) == 10
+    for name, found in seen.items():
+        assert all(ranks is mine for [ranks] in found), name
 
 
 def test_a_folder_with_other_settings_is_refused_by_key(config, tmp_path):
