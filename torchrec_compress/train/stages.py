@@ -52,6 +52,7 @@ from torchrec_compress.train.sealed import (
     write_json,
 )
 
+# how a run comes by its rows; a worker of a comparison keeps those that it opened last
 Opener: TypeAlias = Callable[[DataConfig, Ranks], ClickSource]
 
 
