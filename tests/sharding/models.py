@@ -28,7 +28,7 @@ class Model(nn.Module):
     def __init__(self, embeddings: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection) -> None:
         super().__init__()
         self.embeddings = embeddings
-        widths = [lookup.table.embedding_dim for lookup in embeddings._plan.lookups]
+        widths = [lookup.table.embedding_dim for lookup in embeddings.blueprint.lookups]
         self.pooled = isinstance(embeddings, CompressedEmbeddingBagCollection)
         self.over = nn.Linear(sum(widths) if self.pooled else widths[0], 1)
 
