@@ -62,7 +62,7 @@ def remapped(pooled: bool, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
     """Return the batch with the bucket of every id, as a stock table is looked up."""
     collection = hashed(pooled)
     part = collection.bags if pooled else next(iter(collection.rows.values()))
-    ids = [entry.remap(features[entry.feature].values()) for entry in part.plan]
+    ids = [entry.remap(features[entry.feature].values()) for entry in part.remaps]
     return KeyedJaggedTensor(features.keys(), torch.cat(ids), lengths=features.lengths())
 
 
