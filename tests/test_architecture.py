@@ -135,3 +135,23 @@ def test_loggers_addressed_by_name_exist():
         loggers = [value for value in vars(module).values() if isinstance(value, logging.Logger)]
         is_package = hasattr(module, "__path__")
         assert is_package or name in {logger.name for logger in loggers}, name
+
+
+METHOD_CLASSES = {
+    node.name
+    for path in (PACKAGE / "methods").glob("*.py")
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "Decoder"))
+} - {"MethodConfig", "TableDecoder"}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent != PACKAGE / "methods"], ids=str)
+def test_nobody_asks_which_method_it_is(path):
+    """A method is a file: what others must know of it is a member of the abstract classes."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "type"):
+            asked = {name.id for argument in node.args for name in ast.walk(argument) if isinstance(name, ast.Name)}
+            assert not asked & METHOD_CLASSES, f"{path}:{node.lineno}: {asked & METHOD_CLASSES}"
+        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute) and node.left.attr == "method":
+            named = [value for value in node.comparators if isinstance(value, ast.Constant)]
+            assert not named, f"{path}:{node.lineno}: {ast.unparse(node)}"

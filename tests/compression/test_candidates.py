@@ -3,8 +3,9 @@
 import pytest
 from torchrec import EmbeddingBagConfig
 
-from torchrec_compress.compression.candidates import NUM_STEPS, step
+from torchrec_compress.compression.candidates import step
 from torchrec_compress.methods import DenseConfig, HashConfig, Int4Config, Int8Config, MECConfig, MEmComConfig, PQConfig
+from torchrec_compress.methods.base import NUM_LEVELS
 
 
 def table(rows: int = 100_000, dim: int = 64) -> EmbeddingBagConfig:
@@ -24,11 +25,11 @@ CODES = [PQConfig(num_codes=number) for number in (16, 8, 4, 2, 1)]
         (PQConfig(num_codes=4), [None, None, None, None, None, *CODES[3:]]),
         (MECConfig(num_codes=2, codebook_size=300), [*[None] * 6, MECConfig(num_codes=1, codebook_size=300)]),
         (HashConfig(num_buckets=1000), [HashConfig(num_buckets=n) for n in (500, 250, 125, 62, 31, 15, 7)]),
-        (HashConfig(num_buckets=1), [None] * NUM_STEPS),
+        (HashConfig(num_buckets=1), [None] * NUM_LEVELS),
     ],
 )
 def test_every_step_down(method, expected):
-    assert [step(table(), method, level) for level in range(NUM_STEPS)] == expected
+    assert [step(table(), method, level) for level in range(NUM_LEVELS)] == expected
 
 
 def test_what_cannot_store_the_table_or_saves_less_than_a_twentieth_is_no_step():

@@ -91,4 +91,4 @@ def test_the_walk_of_two_dimensional_sharding_passes_an_unsharded_decoder():
     """`DMPCollection` calls `named_children` on whatever a module called `_lookups` holds."""
     decoder = filled(list(METHODS), True).embeddings.decoder
     assert _group_sharded_modules(decoder) == [] and len(decoder.lookups) > 4
-    assert torch.equal(decoder.layout, torch.tensor(decoder._layout))
+    assert torch.equal(decoder.layout, torch.tensor(decoder._format.layout))

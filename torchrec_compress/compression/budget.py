@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,9 +23,9 @@ from torchrec_compress.methods import (
     MethodConfig,
     PQConfig,
     TableData,
+    as_codebook,
 )
 from torchrec_compress.methods.base import check_trained_rows
-from torchrec_compress.ops import dequantize_rows, quantize_rows
 
 _USUAL = PQConfig(num_codes=1, popularity="count")
 # A larger table is measured on a sample of so many rows: enough to fit 256 codewords as well as all rows would.
@@ -124,7 +123,7 @@ def _check_arguments(
         raise ValueError(f"for_budget: budget_bytes must be a number of bytes above 0, got {budget_bytes!r}")
     if not num_codes or any(isinstance(m, bool) or not isinstance(m, int) or m < 1 for m in num_codes):
         raise ValueError(f"for_budget: num_codes must be code lengths of at least 1, got {num_codes!r}")
-    if codes is not None and not isinstance(codes, CodebookConfig):
+    if codes is not None and as_codebook(codes) is None:
         raise ValueError(f"for_budget: codes must be a method of codes such as PQConfig(num_codes=1), got {codes!r}")
     check_seed("for_budget", seed)
 
@@ -145,9 +144,7 @@ def measure_candidates(
     dense = DenseConfig()
     found: list[Candidate[MethodConfig]] = [Candidate(dense.stored_bytes(table), 0.0, dense)]
     for config in candidates_of(table, base, num_codes):
-        measured = config
-        if isinstance(config, CodebookConfig):  # the head is as large a share of the sample as of the table
-            measured = replace(config, num_hot_rows=round(config.num_hot_rows * share))
+        measured = config.scaled(share)
         try:
             config.check(table)
             measured.check(sample)
@@ -157,9 +154,7 @@ def measure_candidates(
             served = _served(measured, sample, data)
             for choice in with_finer_heads(config):
                 if choice is not config:  # the tail is the same: it was fitted without the head
-                    assert isinstance(measured, CodebookConfig)
-                    hot = measured.hot_ids(sample, data)
-                    served[hot] = dequantize_rows(quantize_rows(rows[hot], "int8"), "int8")
+                    served = measured.serve_finer_head(served, sample, data)
                 error = float(((rows - served).square().sum(1).double() * weights).sum())
                 found.append(Candidate(choice.stored_bytes(table), error / share, choice))
     return found

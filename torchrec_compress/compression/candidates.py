@@ -7,10 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.methods import CodebookConfig, HashConfig, Int4Config, Int8Config, MethodConfig, PQConfig
+from torchrec_compress.methods import CodebookConfig, Int4Config, Int8Config, MethodConfig, PQConfig
 
-_CODES = (16, 8, 4, 2, 1)
-NUM_STEPS = 2 + len(_CODES)
 # a step that saves less than a twentieth is none
 _WORTH = 0.95
 # Hot heads that are tried, as shares of a table's rows, and the longest residual code: longer ones take minutes to fit.
@@ -27,7 +25,7 @@ def step(table: BaseEmbeddingConfig, method: MethodConfig, level: int) -> Method
     Args:
         table: the user's config.
         method: that it has now.
-        level: from 0, the gentlest, to NUM_STEPS - 1.
+        level: from 0, the gentlest, to NUM_LEVELS - 1.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig
@@ -36,17 +34,9 @@ def step(table: BaseEmbeddingConfig, method: MethodConfig, level: int) -> Method
         >>> [step(table, DenseConfig(), level).method for level in (0, 1, 3)], step(table, PQConfig(num_codes=2), 4)
         (['int8', 'int4', 'pq'], None)
     """
-    found: MethodConfig
-    if isinstance(method, HashConfig):
-        found = HashConfig(num_buckets=max(1, method.num_buckets >> (level + 1)))
-    elif isinstance(method, CodebookConfig):
-        if level < 2:
-            return None
-        found = dataclasses.replace(method, num_codes=_CODES[level - 2])
-    elif level < 2:
-        found = (Int8Config(), Int4Config())[level]
-    else:
-        found = PQConfig(num_codes=_CODES[level - 2])
+    found = method.smaller(level)
+    if found is None:
+        return None
     try:
         found.check(table)
     except ValueError:
@@ -69,5 +59,5 @@ def candidates_of(table: BaseEmbeddingConfig, base: CodebookConfig, num_codes: S
 
 def with_finer_heads(config: MethodConfig) -> list[MethodConfig]:
     """Return a config and, where it has a hot head in int4, the same with one in int8."""
-    tiers = isinstance(config, CodebookConfig) and config.num_hot_rows > 0
-    return [config, dataclasses.replace(config, hot_dtype="int8")] if tiers else [config]  # type: ignore[type-var, list-item]
+    finer = config.with_finer_head()
+    return [config] if finer is None else [config, finer]

@@ -83,16 +83,12 @@ def _by_key(compression: Any) -> dict[str, MethodConfig]:
 
 def _or_dense(table: BaseEmbeddingConfig, config: MethodConfig) -> MethodConfig:
     """Return the method, or dense where it would not save bytes; checked only where it is used."""
-    stored = table.num_embeddings * table.embedding_dim * 4
-    if not isinstance(config, DenseConfig):
-        too_small = getattr(config, "codebook_size", 0) > table.num_embeddings
-        too_small |= getattr(config, "num_buckets", 0) > table.num_embeddings
-        if not too_small:
-            config.check(table)
-            stored = config.stored_bytes(table)
-        if too_small or stored >= dense_bytes(table):
-            logger.info("table %r stays dense: %s would not save bytes", table.name, config.method)
-            config = DenseConfig()
-    if isinstance(config, DenseConfig):
+    fits = config.fits(table)
+    if fits:
         config.check(table)
-    return config
+    if not config.is_compressed or (fits and config.stored_bytes(table) < dense_bytes(table)):
+        return config
+    logger.info("table %r stays dense: %s would not save bytes", table.name, config.method)
+    dense = DenseConfig()
+    dense.check(table)
+    return dense

@@ -10,7 +10,7 @@ from torchrec_compress.methods.base import (
     TableState,
     dense_bytes,
 )
-from torchrec_compress.methods.codebook import CodebookConfig
+from torchrec_compress.methods.codebook import CodebookConfig, as_codebook
 from torchrec_compress.methods.dense import DenseConfig
 from torchrec_compress.methods.hash import HashConfig
 from torchrec_compress.methods.lowbit import Int4Config, Int8Config
@@ -38,5 +38,6 @@ __all__ = [
     "TableData",
     "TableDecoder",
     "TableState",
+    "as_codebook",
     "dense_bytes",
 ]

@@ -13,10 +13,18 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.fit.checks import check_contexts, check_counts, check_seed
-from torchrec_compress.ops import Rows, hash_ids
+from torchrec_compress.ops import BagLookup, Rows, hash_ids
 
 Config = TypeVar("Config", bound="MethodConfig")
 
+# how a table is stored at each level of fewer bytes, unless its method says otherwise
+CODE_LENGTHS = (16, 8, 4, 2, 1)
+_LADDER: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("int8", {}),
+    ("int4", {}),
+    *(("pq", {"num_codes": length}) for length in CODE_LENGTHS),
+)
+NUM_LEVELS = len(_LADDER)
 MARK_BYTES = 4  # the flag of a code table, which holds the mark of its integers
 METHODS: dict[str, type[MethodConfig]] = {}
 
@@ -84,6 +92,7 @@ class NativePart:
         num_embeddings, embedding_dim: its size.
         remap: from the user's ids to its rows.
         init_fn: initialises its weight in place; None: as the user's table.
+        decay: whether l2 may pull it towards zero.
     """
 
     name: str
@@ -91,6 +100,7 @@ class NativePart:
     embedding_dim: int
     remap: Remap
     init_fn: Callable[[Tensor], Tensor | None] | None = None
+    decay: bool = True
 
 
 @dataclass(frozen=True)
@@ -115,9 +125,24 @@ class TableDecoder(nn.Module, ABC):
 
     Attributes:
         has_low_bit_rows: whether bytes of the table are rows of `ops.quantize_rows`.
+        row_dtype: "int8" or "int4" where the code table's rows are such rows, which are pooled where they lie.
     """
 
     has_low_bit_rows = False
+    row_dtype: Literal["int8", "int4"] | None = None
+
+    def bag_lookup(self, number: int, feature: str, where: str, is_mean: bool) -> BagLookup | None:
+        """Return a look-up of `ops.codebook_bags`, which serves all tables that have one in one call, or None.
+
+        A decoder that has one has `codebooks` and `hot_rows`, a tensor or None.
+
+        Args:
+            number: of the table's codebooks in that call.
+            feature: name of the feature.
+            where: names table and feature in errors.
+            is_mean: whether sums are divided by the ids of a bag.
+        """
+        return None
 
     @abstractmethod
     def forward(
@@ -212,6 +237,60 @@ class MethodConfig(ABC):
     """What its stored state must be fitted to before it means anything; "nothing" can be trained from the start."""
     new_ids: ClassVar[str]
     """What an id that the fit never saw is served."""
+    is_compressed: ClassVar[bool] = True
+    """Whether it is another way to store a table than the user's own."""
+    makes_rows: ClassVar[bool] = True
+    """Whether a float row per id is made before bags are pooled, where no stored tensor is charged for it."""
+
+    @property
+    def uses_counts(self) -> bool:
+        """Whether look-ups per id matter to it: to its fit, or to how its codes are used."""
+        return self.needs != "nothing"
+
+    @property
+    def codewords(self) -> int:
+        """Codewords of a codebook, 0 where rows are no codes."""
+        return 0
+
+    @property
+    def codewords_per_id(self) -> int:
+        """Codewords that a row is made of."""
+        return 0
+
+    @property
+    def sums_codewords(self) -> bool:
+        """Whether a row is the sum of its codewords; else they lie side by side."""
+        return False
+
+    @property
+    def num_packed(self) -> int:
+        """Codes per row where two share a byte, or 0 where every integer is a code."""
+        return 0
+
+    def fits(self, table: BaseEmbeddingConfig) -> bool:
+        """Return whether the table has rows enough for it to save any; a smaller one stays dense."""
+        return True
+
+    def smaller(self, level: int) -> MethodConfig | None:
+        """Return the way to store the same table at a level of fewer bytes, or None where there is none.
+
+        Args:
+            level: from 0, the gentlest, to `NUM_LEVELS` - 1.
+        """
+        name, options = _LADDER[level]
+        return METHODS[name](**options)
+
+    def scaled(self, share: float) -> MethodConfig:
+        """Return the method for a sample of a table's rows that is this share of them."""
+        return self
+
+    def with_finer_head(self) -> MethodConfig | None:
+        """Return the method with hot rows in more bits, which changes nothing else of a fit, or None without any."""
+        return None
+
+    def serve_finer_head(self, served: Tensor, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
+        """Return the rows of `with_finer_head`, (N, D) float32, from those that a fit serves, without a fit."""
+        return served
 
     def check(self, table: BaseEmbeddingConfig) -> None:
         """Raise ValueError when the table cannot be stored this way."""

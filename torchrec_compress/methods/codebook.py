@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -14,6 +14,8 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec_compress.fit.codes import FittedCodes
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods.base import (
+    CODE_LENGTHS,
+    NUM_LEVELS,
     CodePart,
     MethodConfig,
     Parts,
@@ -24,9 +26,11 @@ from torchrec_compress.methods.base import (
     init_like,
 )
 from torchrec_compress.ops import (
+    BagLookup,
     Rows,
     code_dtype,
     codebook_bag,
+    dequantize_rows,
     hash_codes,
     hot_row_codes,
     is_packed,
@@ -104,9 +108,52 @@ class CodebookConfig(MethodConfig):
         return self.codebook_size - num_escape_codes(self.num_hot_rows, self.num_codes, self.codebook_size)
 
     @property
+    def uses_counts(self) -> bool:
+        """Whether look-ups per id matter: always, to how codes are used."""
+        return True
+
+    @property
+    def codewords(self) -> int:
+        """Codewords of a codebook, K."""
+        return self.codebook_size
+
+    @property
+    def codewords_per_id(self) -> int:
+        """Codewords that a row is made of, M."""
+        return self.num_codes
+
+    @property
+    def sums_codewords(self) -> bool:
+        """Whether a row is the sum of its codewords; else they lie side by side."""
+        return self.structure == "residual"
+
+    @property
     def num_packed(self) -> int:
         """Codes per row where two share a byte, or 0 where every integer is a code."""
         return self.num_codes if is_packed(self.codebook_size) else 0
+
+    def fits(self, table: BaseEmbeddingConfig) -> bool:
+        """Return whether there are rows enough for the codewords of a codebook."""
+        return self.codebook_size <= table.num_embeddings
+
+    def smaller(self, level: int) -> CodebookConfig | None:
+        """Return the same with fewer codes; they begin where int8 and int4 rows end."""
+        place = level - (NUM_LEVELS - len(CODE_LENGTHS))
+        return replace(self, num_codes=CODE_LENGTHS[place]) if place >= 0 else None
+
+    def scaled(self, share: float) -> CodebookConfig:
+        """Return the same with a hot head that is as large a share of a sample as of the table."""
+        return replace(self, num_hot_rows=round(self.num_hot_rows * share))
+
+    def with_finer_head(self) -> CodebookConfig | None:
+        """Return the same with hot rows in int8: the tail is fitted without the head."""
+        return replace(self, hot_dtype="int8") if self.num_hot_rows else None
+
+    def serve_finer_head(self, served: Tensor, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
+        """Return the rows, (N, D) float32, with int8 hot rows in their places."""
+        hot = self.hot_ids(table, data)
+        finer = dequantize_rows(quantize_rows(data.trained_rows(table)[hot], "int8"), "int8")
+        return served.index_copy(0, hot, finer)
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the code table; it starts from hashed codes."""
@@ -166,6 +213,11 @@ class CodebookConfig(MethodConfig):
         assert data.counts is not None
         # stable, so that equal counts are broken by id on every machine
         return torch.argsort(data.counts, descending=True, stable=True)[: self.num_hot_rows]
+
+
+def as_codebook(method: object) -> CodebookConfig | None:
+    """Return a method of codes as what it is, or None for anything else."""
+    return method if isinstance(method, CodebookConfig) else None
 
 
 def _stored_codes(codes: Tensor, codebook_size: int) -> Tensor:
@@ -243,6 +295,10 @@ class CodebookDecoder(TableDecoder):
                 init_like(self._table, self.hot_rows)
             elif self.hot_rows is not None:
                 self.hot_rows.zero_()
+
+    def bag_lookup(self, number: int, feature: str, where: str, is_mean: bool) -> BagLookup:
+        """Return the look-up that pools its rows with those of all other codebooks."""
+        return BagLookup(number, feature, where, self.structure, is_mean, self.num_packed)
 
     def forward(
         self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Rows]

@@ -25,6 +25,7 @@ class DenseConfig(MethodConfig):
     method: ClassVar[str] = "dense"
     needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "nothing"
     new_ids: ClassVar[str] = "its untrained row"
+    is_compressed: ClassVar[bool] = False
 
     def check(self, table: BaseEmbeddingConfig) -> None:
         """Raise ValueError for a data type that TorchRec would change without a word."""

@@ -49,6 +49,14 @@ class HashConfig(MethodConfig):
                 f"table {table.name!r}: num_buckets must be in [1, {table.num_embeddings}], got {self.num_buckets}"
             )
 
+    def fits(self, table: BaseEmbeddingConfig) -> bool:
+        """Return whether there are as many rows as buckets."""
+        return self.num_buckets <= table.num_embeddings
+
+    def smaller(self, level: int) -> HashConfig:
+        """Return the same with half the buckets, a quarter, and so on."""
+        return HashConfig(num_buckets=max(1, self.num_buckets >> (level + 1)))
+
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return one native table of buckets."""
         return Parts(bag=NativePart("buckets", self.num_buckets, table.embedding_dim, self._remap(table, seed)))

@@ -40,6 +40,7 @@ class LowBitConfig(MethodConfig):
 
     dtype: ClassVar[Literal["int8", "int4"]]
     new_ids: ClassVar[str] = "its untrained row until the next fit"
+    makes_rows: ClassVar[bool] = False
 
     def check(self, table: BaseEmbeddingConfig) -> None:
         """Raise ValueError for a row that does not end on FBGEMM's two-byte boundary."""
@@ -126,18 +127,19 @@ class LowBitDecoder(TableDecoder):
     """Dequantise rows and pool them.
 
     Attributes:
-        dtype: "int8" or "int4".
+        row_dtype: "int8" or "int4".
     """
 
     has_low_bit_rows = True
+    row_dtype: Literal["int8", "int4"]
 
     def __init__(self, dtype: Literal["int8", "int4"]) -> None:
         super().__init__()
-        self.dtype: Literal["int8", "int4"] = dtype
+        self.row_dtype = dtype
 
     def forward(
         self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Rows]
     ) -> Tensor:
         """Return the sums over bags; `codes` are (L, bytes per row) uint8."""
         assert codes is not None
-        return low_bit_bag(codes, self.dtype, offsets, weights=weights)
+        return low_bit_bag(codes, self.row_dtype, offsets, weights=weights)

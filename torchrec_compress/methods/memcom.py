@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -69,11 +69,16 @@ class MEmComConfig(MethodConfig):
                 f"got {table.embedding_dim}"
             )
 
+    def fits(self, table: BaseEmbeddingConfig) -> bool:
+        """Return whether there are as many rows as buckets."""
+        return self.num_buckets <= table.num_embeddings
+
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the shared rows, the scalars and, where asked for, the biases."""
         rows = [
             NativePart("buckets", self.num_buckets, table.embedding_dim, Remap("mod", self.num_buckets)),
-            self._per_id("scalars", table, nn.init.ones_, packed=self.scalars == "packed"),
+            # they start at 1: l2 towards 0 would shrink whole rows away
+            replace(self._per_id("scalars", table, nn.init.ones_, packed=self.scalars == "packed"), decay=False),
         ]
         if self.bias:
             rows.append(self._per_id("biases", table, nn.init.zeros_, packed=True))

@@ -145,6 +145,15 @@ class Blueprint(Generic[TableConfig]):
         parts = self.parts[table]
         return {part.name: physical_name(table, part) for part in ((parts.bag,) if parts.bag else ()) + parts.rows}
 
+    def undecayed(self) -> set[str]:
+        """Return the physical names of native tables that l2 must not pull towards zero."""
+        return {
+            physical_name(table, part)
+            for table, parts in self.parts.items()
+            for part in ((parts.bag,) if parts.bag else ()) + parts.rows
+            if not part.decay
+        }
+
     def _unpooled(self, table: str) -> tuple[NativePart, ...]:
         """Return a table's unpooled parts; in an unpooled collection its bag is one of them."""
         parts = self.parts[table]

@@ -11,8 +11,6 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 from torchrec.modules.embedding_modules import process_pooled_embeddings, reorder_inverse_indices
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_compress.methods.codebook import CodebookDecoder
-from torchrec_compress.methods.lowbit import LowBitDecoder
 from torchrec_compress.modules.blueprint import Blueprint, Lookup
 from torchrec_compress.modules.codes import Codes, pool_codes, pool_low_bit, row_codes, unpooled_codes
 from torchrec_compress.modules.features import split_features
@@ -71,22 +69,28 @@ class Decoder(nn.Module):
         self.register_buffer("format_version", torch.full((1,), FORMAT_VERSION, device=device))
         self.register_buffer("layout", torch.tensor(self._format.layout, dtype=torch.int64, device=device))
         self._decoded = [lookup for lookup in blueprint.lookups if lookup.table.name in self.banks]
-        self._is_coded = [isinstance(self.banks[lookup.table.name], CodebookDecoder) for lookup in self._decoded]
-        coded = [lookup for lookup, mine in zip(self._decoded, self._is_coded, strict=True) if mine]
-        self._others = [lookup for lookup, mine in zip(self._decoded, self._is_coded, strict=True) if not mine]
-        self._coded_keys = [lookup.key for lookup in coded]
-        self._coded_tables = list(dict.fromkeys(lookup.table.name for lookup in coded))
-        self._bag_lookups = [
-            BagLookup(
-                self._coded_tables.index(lookup.table.name),
-                lookup.feature,
-                _where(lookup),
-                self.banks[lookup.table.name].structure,
-                _is_mean(lookup.table),
-                self.banks[lookup.table.name].num_packed,
-            )
-            for lookup in coded
-        ]
+        self._bag_lookups: list[BagLookup] = []
+        self._coded_keys: list[str] = []
+        self._coded_tables: list[str] = []
+        self._is_coded: list[bool] = []
+        self._others: list[Lookup] = []
+        for lookup in self._decoded:
+            bag = self._bag_lookup(lookup)
+            self._is_coded.append(bag is not None)
+            if bag is None:
+                self._others.append(lookup)
+            else:
+                self._bag_lookups.append(bag)
+                self._coded_keys.append(lookup.key)
+
+    def _bag_lookup(self, lookup: Lookup) -> BagLookup | None:
+        """Return the look-up of codes that a table's decoder shares with others, or None where it decodes by itself."""
+        name, tables = lookup.table.name, self._coded_tables
+        number = tables.index(name) if name in tables else len(tables)
+        found = self.banks[name].bag_lookup(number, lookup.feature, _where(lookup), _is_mean(lookup.table))
+        if found is not None and number == len(tables):
+            tables.append(name)
+        return found
 
     @property
     def lookups(self) -> list[Lookup]:
@@ -190,9 +194,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         table = lookup.table.name
         bank = self.banks[table]
-        if isinstance(bank, LowBitDecoder):
+        if bank.row_dtype is not None:
             assert codes is not None
-            return pool_low_bit(codes[lookup.key], bank.dtype, ids, offsets, weights, _where(lookup))
+            return pool_low_bit(codes[lookup.key], bank.row_dtype, ids, offsets, weights, _where(lookup))
         found = None
         if codes is not None and self.blueprint.parts[table].codes is not None:
             found = row_codes(codes[lookup.key], ids, _where(lookup))

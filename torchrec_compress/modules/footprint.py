@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torchrec.optim.keyed import KeyedOptimizer
 
-from torchrec_compress.methods import dense_bytes
+from torchrec_compress.methods import METHODS, dense_bytes
 from torchrec_compress.modules.blueprint import Blueprint
 
 
@@ -76,7 +76,7 @@ class Footprint:
     @property
     def compressed_ratio(self) -> float:
         """The same over the compressed tables alone; 1.0 where there are none."""
-        tables = [table for table in self.tables.values() if table.method != "dense"]
+        tables = [table for table in self.tables.values() if METHODS[table.method].is_compressed]
         stored = sum(table.total_bytes for table in tables)
         return sum(table.dense_bytes for table in tables) / stored if stored else 1.0
 

@@ -6,10 +6,9 @@ import zlib
 from typing import Any
 
 import torch
-from torch import nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.methods.base import CodePart
+from torchrec_compress.methods.base import CodePart, TableDecoder
 from torchrec_compress.modules.blueprint import Blueprint
 from torchrec_compress.ops import SCALE_BYTES
 
@@ -79,12 +78,12 @@ class StateFormat:
         """Return a hash of each `LAYOUT` field of a table with this code table and format of low-bit rows."""
         parts = self._blueprint.parts[table.name]
         native = ((parts.bag,) if parts.bag else ()) + parts.rows
-        bank = self._banks[table.name] if table.name in self._banks else nn.Module()
-        tensors = [*bank.named_parameters(), *bank.named_buffers()]
+        bank: TableDecoder | None = dict(self._banks.items()).get(table.name)
+        tensors = [] if bank is None else [*bank.named_parameters(), *bank.named_buffers()]
         codes = None
         if code_part is not None:
             codes = (code_part.row_size, str(code_part.dtype), *([code_part.num_packed] * (code_part.num_packed > 0)))
-        formats = [low_bit] if low_bit and getattr(bank, "has_low_bit_rows", False) else []
+        formats = [low_bit] if low_bit and bank is not None and bank.has_low_bit_rows else []
         method = (codes is None, [(p.name, p.remap.kind) for p in native], [name for name, _ in tensors], *formats)
         sizes = (
             (table.num_embeddings, table.embedding_dim, codes),

@@ -23,8 +23,9 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.planner.utils import reset_shard_rank
 from torchrec.distributed.types import ModuleSharder
 
-from torchrec_compress.compression.candidates import NUM_STEPS, step
+from torchrec_compress.compression.candidates import step
 from torchrec_compress.methods import MethodConfig
+from torchrec_compress.methods.base import NUM_LEVELS
 from torchrec_compress.planner.accounting import DenseOptimizer
 from torchrec_compress.planner.enumerators import CompressedEnumerator
 from torchrec_compress.planner.proposers import TradeOffProposer
@@ -134,7 +135,7 @@ def advise(failure: Failure) -> Advice:
     missing = missing_bytes(failure.options, failure.topology)
     what_if = WhatIf(failure.module, failure.sharders)
     stored = _stored_by_table(failure.options, what_if)
-    for level in range(NUM_STEPS):
+    for level in range(NUM_LEVELS):
         steps = {
             name: step(what_if.tables[name], what_if.methods[name], level) for name in stored if name in what_if.methods
         }

@@ -25,7 +25,6 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
-from torchrec_compress.methods import CodebookConfig
 from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.remapped import RemappedEmbeddingCollection
@@ -130,10 +129,8 @@ class _Estimator(ShardEstimator):
         if tensor != "codebooks":  # hot rows share the look-up of the codebooks
             return lookups.scaled(1, 0)
         method = decoder.blueprint.methods[table]
-        assert isinstance(method, CodebookConfig)
-        # a residual row is the sum of M codewords, a product row is M of them side by side
-        codes = method.num_codes
-        return lookups.scaled(codes, 1) if method.structure == "residual" else lookups.scaled(1, codes)
+        codes = method.codewords_per_id
+        return lookups.scaled(codes, 1) if method.sums_codewords else lookups.scaled(1, codes)
 
     @abstractmethod
     def _correct(
@@ -261,8 +258,7 @@ class CompressedStorageEstimator(_Estimator):
         ids = Lookups.of(table, self._constraints, option.batch_size).num_ids
         if isinstance(part, Decoder) and tensor == "codebooks":
             method = part.blueprint.methods[table]
-            assert isinstance(method, CodebookConfig)
-            return 8 * method.num_codes * ids
+            return 8 * method.codewords_per_id * ids
         if isinstance(part, CodeTableCollection) and is_replicated(option) and self._topology.compute_device != "cpu":
             return _travelling_bytes(option) * ids
         return 0

@@ -15,7 +15,6 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ModuleSharder
 
-from torchrec_compress.methods.lowbit import LowBitConfig
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.planner.lookups import Constraints, Lookups, decoded_bytes
 from torchrec_compress.seams import reserved_share
@@ -40,7 +39,7 @@ def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size:
                 if name not in charged:
                     table = part.blueprint.by_table[name][0].table
                     lookups = Lookups.of(name, constraints, batch_size)
-                    makes_rows = not isinstance(part.blueprint.methods[name], LowBitConfig)
+                    makes_rows = part.blueprint.methods[name].makes_rows
                     found[name] = found.get(name, 0) + decoded_bytes(table, lookups, makes_rows)
     return found
 

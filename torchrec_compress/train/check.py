@@ -15,7 +15,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.compression import Compression, parse, resolve
 from torchrec_compress.compression.budget import smallest_bytes
-from torchrec_compress.methods import CodebookConfig
+from torchrec_compress.methods import CodebookConfig, as_codebook
 from torchrec_compress.names import check_feature_names, check_folder_names, check_table_names
 from torchrec_compress.schema import nearest
 from torchrec_compress.train.byte_budget import Budget, budget_of
@@ -182,10 +182,10 @@ def base_of(budget: Budget) -> CodebookConfig | None:
     if not budget.codes:
         return None
     try:
-        found = parse(budget.codes)
+        found = as_codebook(parse(budget.codes))
     except ValueError as error:
         raise ValueError(str(error).replace("compression", "compression.codes", 1)) from error
-    if not isinstance(found, CodebookConfig):
+    if found is None:
         raise ValueError(f"compression.codes: must be one method of codes, got {budget.codes}")
     return found
 

@@ -126,7 +126,7 @@ def choose(
 def _contexts(config: RunConfig, data: ClickSource, methods: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the pairs of ids that occur together in clicks, for the tables whose method asks for them."""
     others = {}
-    for name in (name for name, method in methods.items() if method.method == "quantile"):
+    for name in (name for name, method in methods.items() if method.needs == "contexts"):
         rest = [other for other in data.features if other != name]
         other = config.context.get(name) or max(rest, key=lambda key: data.vocab[data.features.index(key)])
         if other not in data.features or other == name:

@@ -15,7 +15,6 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.compression import Compression, parse, resolve
-from torchrec_compress.methods import CodebookConfig
 from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.check import check_config, check_run
 from torchrec_compress.train.config import (
@@ -247,7 +246,7 @@ def _counts(
     """Return look-ups per id in train, or nothing where no table is fitted or coded: streamed, they cost a pass."""
     if source is None:
         methods = resolve(make_tables(config.model, data), chosen).values()
-        if all(method.needs == "nothing" and not isinstance(method, CodebookConfig) for method in methods):
+        if not any(method.uses_counts for method in methods):
             return {}
     return total_counts(data, ranks)
 

@@ -24,6 +24,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_compress.modules import native_parameters, optimizer_bytes
+from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.sharding import get_default_sharders
 from torchrec_compress.train.check import check_optim
@@ -83,6 +84,8 @@ class Trainable:
         train = {"tables": stage.train_tables or fused, "codebooks": stage.train_codebooks, "dense": stage.train_dense}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(train[_part(name)])
+        collections = [part for part in model.modules() if isinstance(part, CompressedParts)]
+        self._undecayed = {name for part in collections for name in part.blueprint.undecayed()}
         self._loss = Loss(stage, ranks, teacher)
         step = TrainStep(model, self._loss)
         shard = config.tables in _FUSED
@@ -97,7 +100,7 @@ class Trainable:
         config = stage.optim
         rates = {
             "tables": (config.table_lr, config.table_l2, stage.train_tables),
-            # MEmCom's multipliers start at 1: l2 towards 0 would shrink whole rows away
+            # those that l2 must not pull; the name is in checkpoints
             "scalars": (config.table_lr, 0.0, stage.train_tables),
             "codebooks": (config.codebook_lr, 0.0, stage.train_codebooks),
             "dense": (config.dense_lr, config.dense_l2, stage.train_dense),
@@ -105,7 +108,8 @@ class Trainable:
         groups: dict[str, dict[str, Any]] = {part: {} for part in rates}
         for name, parameter in in_backward_optimizer_filter(self.module.named_parameters()):
             short = name.removeprefix(_PREFIX)
-            part = "scalars" if name.endswith("__scalars.weight") else _part(short)
+            owner = short.rpartition(".")[0].rpartition(".")[2]
+            part = "scalars" if owner in self._undecayed else _part(short)
             groups[part][name] = parameter
         if stage.start_l2:
             pulled = {**groups["dense"], **groups["codebooks"]}

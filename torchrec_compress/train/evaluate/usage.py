@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from torchrec_compress import CompressedEmbeddingBagCollection
-from torchrec_compress.methods import CodebookConfig
 from torchrec_compress.ops import unpack_codes
 
 
@@ -23,7 +22,7 @@ def code_usage(collection: CompressedEmbeddingBagCollection, counts: dict[str, T
     """
     usage = {}
     for name, method in collection.methods().items():
-        if not isinstance(method, CodebookConfig):
+        if not method.codewords:
             continue
         assert collection.code_tables is not None
         codes: Tensor = collection.code_tables.banks[name].codes  # type: ignore[assignment]
@@ -31,9 +30,9 @@ def code_usage(collection: CompressedEmbeddingBagCollection, counts: dict[str, T
             codes = unpack_codes(codes, method.num_packed)
         rows = torch.ones(len(codes), dtype=torch.float64)
         usage[name] = {
-            "by_rows": _perplexity(codes, rows, method.codebook_size),
-            "by_lookups": _perplexity(codes, counts[name].double(), method.codebook_size),
-            "codebook_size": float(method.codebook_size),
+            "by_rows": _perplexity(codes, rows, method.codewords),
+            "by_lookups": _perplexity(codes, counts[name].double(), method.codewords),
+            "codebook_size": float(method.codewords),
         }
     return usage
 
