@@ -110,8 +110,8 @@ def test_medium_ids_add_a_second_row_and_take_the_sum_along():
     look_up(manager, [7, 8])
     manager.after_step(owned, 0)
     assert rows(manager, [7])[0][1] == -1
-    slot = manager.sketch.find(torch.tensor([7])).slot
-    manager.sketch.scores.view(-1)[slot] = 1.5
+    found = manager.sketch.find(torch.tensor([7]))
+    manager.sketch.scores[found.bucket, found.slot] = 1.5
     ((cold, medium),) = rows(manager, [7])
     assert cold in range(3, 8)
     assert medium in range(8, 10)

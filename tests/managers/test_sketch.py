@@ -91,7 +91,8 @@ def test_find_agrees_with_what_is_held(batches):
 def test_a_newcomer_takes_the_smallest_slot_and_its_row_is_lost():
     sketch = Sketch(1, 40, 1, 2, salt=0)
     add(sketch, [(1, 5), (2, 3)])
-    sketch.set_rows(sketch.find(torch.tensor([1, 2])).slot, torch.tensor([7, 9]))
+    found = sketch.find(torch.tensor([1, 2]))
+    sketch.change_rows(found.bucket, found.slot, torch.tensor([7, 9]))
     assert sketch.find(torch.tensor([1, 2])).row.tolist() == [6, 8]
     add(sketch, [(3, 1)])
     found = sketch.find(torch.tensor([1, 2, 3]))

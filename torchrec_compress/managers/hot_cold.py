@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchrec_compress.managers.manager import OwnedTable, RowManager, move_rows
 from torchrec_compress.managers.segments import Distinct, distinct, ranked
-from torchrec_compress.managers.sketch import UNIT, Sketch
+from torchrec_compress.managers.sketch import UNIT, Found, Sketch
 from torchrec_compress.ops import hash_ids
 
 # a hot id gives its row up to one that scores this much more, so that equals do not take turns
@@ -108,7 +108,7 @@ class HotCold(RowManager):
         """Note the ids of a look-up and, where they count, the norms of its gradients; not finite ones as zeros."""
         norms = None
         if self._sizes.importance == "gradient":
-            norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0)
+            norms = torch.linalg.vector_norm(gradients.float(), dim=1).nan_to_num(0.0, 0.0, 0.0)
         self._noted.append((places.long(), norms))
 
     def discard(self) -> None:
@@ -163,7 +163,7 @@ class HotCold(RowManager):
         """Give hot rows to ids of a batch: rows that are free, then of those who score least."""
         sizes, places = self._sizes, seen.values
         found, block = self.sketch.find(places), torch.div(places, self._ids_per_block, rounding_mode="floor")
-        holder, is_held, score = self._holders()
+        holder, score = self._holders()
         wants = seen.is_valid & found.is_held & (found.row < 0) & (found.score >= sizes.threshold)
         order, _, rank, _ = ranked(torch.where(wants, block, self._num_blocks), found.score)
         # the r-th best of a block asks for the row of its r-th worst holder
@@ -180,21 +180,22 @@ class HotCold(RowManager):
             kept[:, 0] = cold
             source = torch.where(takes.unsqueeze(1), source, kept)
             move_rows(table, "rows", source, torch.where(takes, self._first_row(mine) + row, cold))
-        loses = takes & is_held.index_select(0, hot)
-        self.sketch.set_rows(holder.index_select(0, hot), torch.where(loses, -1 - row, 0))
-        self.sketch.set_rows(found.slot.index_select(0, order), torch.where(takes, 1 + row, 0))
-        ids = self.hot_ids.view(-1)
+        loser = Found(*(each.index_select(0, hot) for each in holder))
+        self.sketch.change_rows(loser.bucket, loser.slot, torch.where(takes & loser.is_held, -1 - row, 0))
+        taker = Found(*(each.index_select(0, order) for each in found))
+        self.sketch.change_rows(taker.bucket, taker.slot, torch.where(takes, 1 + row, 0))
+        ids = self.hot_ids[:, 0]
         change = self._in_block(mine) + 1 - ids.index_select(0, hot)
         ids.index_add_(0, hot, torch.where(takes, change, 0).to(ids.dtype))
 
-    def _holders(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return of every hot row its holder's slot, whether it has one, and the score: -1 where it has none."""
+    def _holders(self) -> tuple[Found, Tensor]:
+        """Return where the holder of every hot row is in the sketch, and its score: -1 where the row is free."""
         row = torch.arange(len(self.hot_ids), device=self.hot_ids.device)
         block = torch.div(row, self._sizes.hot_rows, rounding_mode="floor")
-        place = (self.hot_ids.view(-1).long() - 1).clamp(min=0) + block * self._ids_per_block
+        place = (self.hot_ids[:, 0].long() - 1).clamp(min=0) + block * self._ids_per_block
         found = self.sketch.find(place)
         is_held = found.is_held & (found.row == row % self._sizes.hot_rows)
-        return found.slot, is_held, torch.where(is_held, found.score, -1.0)
+        return found._replace(is_held=is_held), torch.where(is_held, found.score, -1.0)
 
     def _in_block(self, places: Tensor) -> Tensor:
         return places.long() % self._ids_per_block

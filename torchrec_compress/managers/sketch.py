@@ -23,12 +23,14 @@ class Found(NamedTuple):
     """Where ids are in the sketch.
 
     Args:
-        slot: (L,) int64 number of the slot; of an id without one, of any slot of its bucket.
+        bucket: (L,) int64.
+        slot: (L,) int64 place in the bucket; any where an id has none.
         is_held: (L,) bool, whether it has one.
         score: (L,) float32; zero without one.
         row: (L,) int64 hot row of its block; -1 without one.
     """
 
+    bucket: Tensor
     slot: Tensor
     is_held: Tensor
     score: Tensor
@@ -80,12 +82,10 @@ class Sketch(nn.Module):
         """Return where ids are: (L,) integer places, counted from the first that is held here."""
         bucket, name = self._buckets(places)
         is_mine = self.ids.index_select(0, bucket) == name.unsqueeze(1)
-        slot = is_mine.to(torch.uint8).argmax(1)
-        is_held = is_mine.any(1)
-        flat = bucket * self.ids.shape[1] + slot
-        score = torch.where(is_held, self.scores.view(-1).index_select(0, flat), 0.0)
-        row = torch.where(is_held, self.rows.view(-1).index_select(0, flat), 0)
-        return Found(flat, is_held, score, row.long() - 1)
+        slot, is_held = is_mine.to(torch.uint8).argmax(1), is_mine.any(1)
+        score = torch.where(is_mine, self.scores.index_select(0, bucket), 0.0).sum(1)
+        row = torch.where(is_mine, self.rows.index_select(0, bucket), 0).sum(1)
+        return Found(bucket, slot, is_held, score, row - 1)
 
     def add(self, seen: Distinct) -> None:
         """Add what a batch says of its ids: totals in `UNIT`s."""
@@ -94,14 +94,15 @@ class Sketch(nn.Module):
         found = self.find(seen.values)
         is_hit = found.is_held & seen.is_valid
         gain = seen.totals.float() / UNIT
-        self.scores.view(-1).index_add_(0, found.slot, torch.where(is_hit, gain, torch.zeros_like(gain)))
+        hits = torch.where(is_hit, gain, 0.0)
+        self.scores.index_put_((bucket, found.slot), hits, accumulate=True)  # what is no hit adds nothing
         is_new = seen.is_valid & ~found.is_held
         none = torch.full_like(bucket, self.ids.shape[0])
         self._admit(torch.where(is_new, bucket, none), name, gain, floor)
 
-    def set_rows(self, slot: Tensor, change: Tensor) -> None:
+    def change_rows(self, bucket: Tensor, slot: Tensor, change: Tensor) -> None:
         """Change the hot rows of slots by (L,) differences; slots that stay as they are may be named often, by 0."""
-        self.rows.view(-1).index_add_(0, slot, change.to(torch.int32))
+        self.rows.index_put_((bucket, slot), change.to(torch.int32), accumulate=True)
 
     def _admit(self, bucket: Tensor, name: Tensor, gain: Tensor, floor: Tensor) -> None:
         """Give newcomers slots where they score more than who holds them.

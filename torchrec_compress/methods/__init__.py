@@ -10,6 +10,7 @@ from torchrec_compress.methods.base import (
     TableState,
     dense_bytes,
 )
+from torchrec_compress.methods.cafe import CafeConfig
 from torchrec_compress.methods.codebook import CodebookConfig
 from torchrec_compress.methods.dense import DenseConfig
 from torchrec_compress.methods.hash import HashConfig
@@ -22,6 +23,7 @@ from torchrec_compress.methods.random_codes import RandomCodesConfig
 
 __all__ = [
     "METHODS",
+    "CafeConfig",
     "CodebookConfig",
     "DenseConfig",
     "HashConfig",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.fit.checks import check_contexts, check_counts, check_seed
+from torchrec_compress.managers import Blocks, RowManager
 from torchrec_compress.ops import Rows, hash_ids
 
 Config = TypeVar("Config", bound="MethodConfig")
@@ -94,6 +95,41 @@ class NativePart:
 
 
 @dataclass(frozen=True)
+class ManagedPart:
+    """A native table whose rows an id is given, and loses, while it is trained; unpooled rows go to the decoder.
+
+    Args:
+        rows: the table; as many rows for each block, and `rows.remap` says no more than its salt.
+        blocks: of its ids.
+        manager: number of blocks and device -> what manages them.
+    """
+
+    rows: NativePart
+    blocks: Blocks
+    manager: Callable[[int, torch.device | None], RowManager]
+
+    @property
+    def rows_per_block(self) -> int:
+        """Rows of the native table that belong to a block."""
+        return self.rows.num_embeddings // self.blocks.num_blocks
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the buffers of the whole table's manager by name, on the meta device."""
+        return dict(self.manager(self.blocks.num_blocks, torch.device("meta")).named_buffers())
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the manager of the whole table keeps."""
+        return sum(buffer.nbytes for buffer in self.state().values())
+
+    @property
+    def training_bytes(self) -> int:
+        """Of `state_bytes`, those that no look-up of a trained model reads."""
+        names = self.manager(0, torch.device("meta")).training_only
+        return sum(buffer.nbytes for name, buffer in self.state().items() if name in names)
+
+
+@dataclass(frozen=True)
 class Parts:
     """What one table is stored as.
 
@@ -101,13 +137,21 @@ class Parts:
         codes: its code table.
         bag: a native table that is pooled natively and is the embedding already.
         rows: native tables whose unpooled rows go to the decoder.
+        managed: a native table whose ids get rows while they are trained.
         dense: the user's own table, untouched.
     """
 
     codes: CodePart | None = None
     bag: NativePart | None = None
     rows: tuple[NativePart, ...] = ()
+    managed: ManagedPart | None = None
     dense: bool = False
+
+    @property
+    def native(self) -> tuple[NativePart, ...]:
+        """All native parts."""
+        bag = () if self.bag is None else (self.bag,)
+        return bag + self.rows + (() if self.managed is None else (self.managed.rows,))
 
 
 class TableDecoder(nn.Module, ABC):
@@ -194,11 +238,13 @@ class TableState:
         codes: (N, row_size) integer, or None.
         decoder: parameters and buffers of the decoder by name.
         native: weights of native parts by part name ("" is the dense table).
+        managed: buffers of the manager by name.
     """
 
     codes: Tensor | None = None
     decoder: dict[str, Tensor] = field(default_factory=dict)
     native: dict[str, Tensor] = field(default_factory=dict)
+    managed: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,15 +298,21 @@ class MethodConfig(ABC):
     def stored_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return all bytes that storing the table takes, from its config alone.
 
-        Codes, native rows, codebooks and hot rows; the four-byte mark of a code table's integers too.
+        Codes, native rows, codebooks and hot rows; the four-byte mark of a code table's integers, and what a manager
+        keeps for training alone, too.
         """
         parts = self.parts(table, seed=0)
         total = self.decoder_bytes(table)
         if parts.codes is not None:
             total += table.num_embeddings * parts.codes.row_size * parts.codes.dtype.itemsize + MARK_BYTES
-        for native in parts.rows if parts.bag is None else (parts.bag, *parts.rows):
-            total += native.num_embeddings * native.embedding_dim * 4
+        total += sum(native.num_embeddings * native.embedding_dim * 4 for native in parts.native)
+        total += 0 if parts.managed is None else parts.managed.state_bytes
         return total + (dense_bytes(table) if parts.dense else 0)
+
+    def served_bytes(self, table: BaseEmbeddingConfig) -> int:
+        """Return the bytes that look-ups of a trained table read: `stored_bytes` without what only training needs."""
+        managed = self.parts(table, seed=0).managed
+        return self.stored_bytes(table) - (0 if managed is None else managed.training_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain data, with the method's name; `torchrec_compress.compression.parse` reads it."""

@@ -109,7 +109,7 @@ class Decoder(nn.Module):
     ) -> list[int]:
         """Return a hash of each `LAYOUT` field of a table with this code table and format of low-bit rows."""
         parts = self._plan.parts[table.name]
-        native = ((parts.bag,) if parts.bag else ()) + parts.rows
+        native = parts.native
         bank = self.banks[table.name] if table.name in self.banks else nn.Module()
         tensors = [*bank.named_parameters(), *bank.named_buffers()]
         codes = None
@@ -122,6 +122,10 @@ class Decoder(nn.Module):
             [(p.num_embeddings, p.embedding_dim, p.remap.value) for p in native],
             [(tuple(tensor.shape), str(tensor.dtype)) for _, tensor in tensors],
         )
+        if parts.managed is not None:
+            state = parts.managed.state()
+            method += tuple(state)
+            sizes += (parts.managed.blocks.num_blocks, [tuple(buffer.shape) for buffer in state.values()])
         return [zlib.crc32(repr(field).encode()) for field in (method, sizes, [p.remap.salt for p in native])]
 
     def _write_constants(self) -> None:

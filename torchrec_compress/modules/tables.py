@@ -28,7 +28,7 @@ torch.fx.wrap("remapped_ids")
 torch.fx.wrap("split_features")
 
 
-FoundRows = JaggedTensor | TableRows
+FoundRows = JaggedTensor | TableRows | Tensor
 
 
 class CodeTable(NamedTuple):
@@ -311,10 +311,10 @@ class RemappedEmbeddingBagRows(RemappedEmbeddingCollection):
 
 def found_rows(found: FoundRows) -> Rows:
     """Return rows, (L, width), without bags around them, or where they are."""
-    return found if isinstance(found, TableRows) else found.values()
+    return found.values() if isinstance(found, JaggedTensor) else found
 
 
-def gathered_rows(found: FoundRows) -> Tensor:
+def gathered_rows(found: JaggedTensor | TableRows) -> Tensor:
     """Return rows, (L, width), without bags: float32, or the `output_dtype` of TorchRec's sharded tables."""
     return found.gather().float() if isinstance(found, TableRows) else found.values()
 
