@@ -26,7 +26,7 @@ LAYERS = {
     "budget": {"methods", "fit", "ops"},
     "compression": {"budget", "methods", "schema"},
     "modules": {"compression", "methods", "managers", "names", "ops"},
-    "sharding": {"modules", "ops"},
+    "sharding": {"modules", "managers", "ops"},
     "planner": {"sharding", "modules", "methods", "ops", "canvas"},
     "convert": {"modules", "compression", "methods", "fit", "ops"},
     "train": {

@@ -109,6 +109,18 @@ def test_equals_do_not_take_a_slot_from_each_other():
     assert sorted(held_names(sketch)) == [4, 6]
 
 
+def test_a_batch_without_newcomers_leaves_all_slots_where_they_are():
+    """Where they are decides between equals, so that it may not hang on which buckets a rank holds."""
+    sketch = made()
+    add(sketch, [(place, 1) for place in range(BLOCKS * PER_BLOCK)])
+    before = sketch.ids.clone()
+    add(sketch, [(int(sketch.ids[0, 3]) - 1, 9)])
+    for bucket in range(BLOCKS * BUCKETS):
+        last = int(sketch.ids[bucket, 3]) - 1 + bucket // BUCKETS * PER_BLOCK
+        add(sketch, [(last, 9)])  # now the largest of its bucket, in the last slot
+    assert torch.equal(sketch.ids, before)
+
+
 def held_names(sketch: Sketch) -> list[int]:
     return [name - 1 for name in sketch.ids.view(-1).tolist() if name]
 

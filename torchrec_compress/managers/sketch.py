@@ -122,7 +122,7 @@ class Sketch(nn.Module):
         scores = (floor + gain).index_select(0, order)
         scores = scores.new_full((behind + 1,), -1.0).scatter_(0, cell, scores)[:-1].view(-1, num_slots)
         target = torch.full_like(key, num_buckets).scatter_(0, group, key)
-        # padding repeats the first group, so that equal writes meet; without newcomers bucket 0 is written as it is
+        # padding repeats the first group, so that equal writes meet
         source = torch.where(target < num_buckets, torch.arange(len(key), device=key.device), 0)
         target, ids, scores = (each.index_select(0, source) for each in (target, ids, scores))
         target = target.clamp(max=num_buckets - 1)
@@ -131,6 +131,9 @@ class Sketch(nn.Module):
         both = [torch.cat(pair, dim=1) for pair in zip(held, (ids, scores, torch.zeros_like(held[2])), strict=True)]
         # stable: of equal scores who holds the slot keeps it, then the first in the order of ids
         best = both[1].sort(dim=1, descending=True, stable=True).indices[:, :num_slots]
+        # without newcomers some bucket, which hangs on what this rank holds, is written: as it is
+        as_it_is = torch.arange(num_slots, device=best.device)
+        best = torch.where((ids > 0).any(1, keepdim=True), best, as_it_is)
         for buffer, values in zip((self.ids, self.scores, self.rows), both, strict=True):
             buffer.index_copy_(0, target, values.gather(1, best))
 

@@ -188,6 +188,8 @@ def _init_rows(table: BaseEmbeddingConfig, sizes: HotColdSizes, weight: Tensor) 
 
     So an id that comes to add its medium row, which none has trained yet, is served what it was.
     """
+    if not weight.numel():  # of a rank that holds none, without a shape
+        return
     init_like(table, weight)
     weight.view(-1, sizes.rows, weight.shape[1])[:, sizes.hot_rows + sizes.cold_rows :].zero_()
 
