@@ -200,6 +200,10 @@ class ManagedCollection(ManagedOwner):
         """Return the configs of the tables."""
         return self._tables
 
+    def managed_bytes(self, name: str) -> int:
+        """Return the bytes that the manager of a table keeps beside its rows."""
+        return sum(buffer.nbytes for buffer in self.managers[name].buffers())
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ManagedCollection:
         # the last call before DistributedDataParallel wraps tables that no sharder has taken
         for native in self.native.values():

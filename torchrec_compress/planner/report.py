@@ -16,13 +16,14 @@ from torchrec.distributed.types import ModuleSharder
 from torchrec_compress.methods import dense_bytes
 from torchrec_compress.methods.base import MARK_BYTES
 from torchrec_compress.modules.decoder import Decoder
+from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.modules.parts import CompressedParts
 from torchrec_compress.modules.tables import CodeTableCollection
-from torchrec_compress.planner.accounting import DenseOptimizer, shard_bytes
+from torchrec_compress.planner.accounting import DenseOptimizer, managed_bytes, shard_bytes
 from torchrec_compress.planner.text import rank_lines, table_lines
 
-Kind = Literal["codes", "native", "decoder"]
-_KINDS: tuple[Kind, ...] = ("codes", "native", "decoder")
+Kind = Literal["codes", "native", "managed", "decoder"]
+_KINDS: tuple[Kind, ...] = ("codes", "native", "managed", "decoder")
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,16 @@ class PartPlan:
     """One stored tensor of a table, as it is planned. Bytes other than `stored_bytes` are sums over all ranks.
 
     Args:
-        kind: code table, native table (dense ones too), or replicated tensor of the decoder.
+        kind: code table, native table (dense ones too), table with a manager, or replicated tensor of the decoder.
         path: of its module in the model, and its name there.
         sharding_type, compute_kernel: the planner's choice.
         ranks: that hold a shard.
-        stored_bytes: of one copy.
-        weight_bytes: of all copies.
+        stored_bytes: of one copy, what a manager keeps included.
+        weight_bytes: of all copies, the same.
         optimizer_bytes: state of the optimizer that trains it.
         gradient_bytes: which are DDP's buckets too.
         activation_bytes: ids, codes and embeddings of a step, and caches before the host's memory.
+        training_bytes: of `stored_bytes`, those that no look-up of a trained model reads.
     """
 
     kind: Kind
@@ -51,6 +53,7 @@ class PartPlan:
     optimizer_bytes: int
     gradient_bytes: int
     activation_bytes: int
+    training_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,16 @@ class TablePlan:
         return sum(part.stored_bytes for part in self.parts)
 
     @property
+    def served_bytes(self) -> int:
+        """Stored bytes that serving the trained table takes, of one copy."""
+        return self.stored_bytes - sum(part.training_bytes for part in self.parts)
+
+    @property
+    def held_bytes(self) -> int:
+        """All that lasts while the table is trained, over all ranks: stored bytes, optimizer state and gradients."""
+        return sum(part.weight_bytes for part in self.parts) + self.optimizer_bytes + self.gradient_bytes
+
+    @property
     def ratio(self) -> float:
         """Dense bytes over stored bytes; bigger is better."""
         return self.dense_bytes / self.stored_bytes
@@ -104,7 +117,8 @@ class TablePlan:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
         kinds = {f"{kind}_bytes": self.stored(kind) for kind in _KINDS}
-        names = ("stored_bytes", "ratio", "optimizer_bytes", "gradient_bytes", "activation_bytes")
+        names = ("stored_bytes", "served_bytes", "held_bytes", "ratio", "optimizer_bytes")
+        names += ("gradient_bytes", "activation_bytes")
         parts = [{**asdict(part), "ranks": list(part.ranks)} for part in self.parts]
         return {**asdict(self), "parts": parts, **kinds, **{name: getattr(self, name) for name in names}}
 
@@ -114,7 +128,7 @@ class RankPlan:
     """The bytes of one rank.
 
     Args:
-        code_bytes, native_bytes, decoder_bytes: weights that it holds, by kind.
+        code_bytes, native_bytes, managed_bytes, decoder_bytes: weights that it holds, by kind; what managers keep too.
         optimizer_bytes, gradient_bytes, activation_bytes: as for `PartPlan`.
         device_bytes: what the planner charges to the memory of the device, reservations apart.
         host_bytes: what it charges to the host's memory, for a device that has its own.
@@ -123,6 +137,7 @@ class RankPlan:
 
     code_bytes: int = 0
     native_bytes: int = 0
+    managed_bytes: int = 0
     decoder_bytes: int = 0
     optimizer_bytes: int = 0
     gradient_bytes: int = 0
@@ -134,7 +149,7 @@ class RankPlan:
     @property
     def weight_bytes(self) -> int:
         """All weights on the rank."""
-        return self.code_bytes + self.native_bytes + self.decoder_bytes
+        return self.code_bytes + self.native_bytes + self.managed_bytes + self.decoder_bytes
 
 
 @dataclass(frozen=True)
@@ -318,6 +333,8 @@ class _Counter:
             kind = "codes"
         elif isinstance(option.module[1], Decoder):
             kind = "decoder"
+        elif isinstance(option.module[1], ManagedCollection):
+            kind = "managed"
         totals = [0, 0, 0, 0]
         for shard in option.shards:
             found = self._shard(option, shard)
@@ -325,8 +342,16 @@ class _Counter:
             self._charge(kind, shard, found)
         # the mark of a code table's integers, as in `footprint()`
         stored = option.tensor.numel() * option.tensor.element_size() + MARK_BYTES * (kind == "codes")
+        stored += managed_bytes(option)
         ranks = tuple(sorted({int(shard.rank or 0) for shard in option.shards if shard.size[0]}))
-        return PartPlan(kind, option.fqn, option.sharding_type, option.compute_kernel, ranks, stored, *totals)
+        how, extra = (option.sharding_type, option.compute_kernel), self._training_bytes(option)
+        return PartPlan(kind, option.fqn, *how, ranks, stored, *totals, training_bytes=extra)
+
+    def _training_bytes(self, option: ShardingOption) -> int:
+        path, name = self._table_of(option)
+        collection = self._collections.get(path)
+        managed = None if collection is None else collection._plan.parts[name].managed
+        return 0 if managed is None else managed.training_bytes
 
     def _shard(self, option: ShardingOption, shard: Shard) -> tuple[int, int, int, int]:
         """Return weights, optimizer state, gradient and activations of a shard."""
@@ -338,7 +363,7 @@ class _Counter:
                 f"PlanReport: {option.fqn} must be charged at least {lasting.total:,} bytes on rank {shard.rank}, got "
                 f"{lasting.total + activations:,}; plan with estimator=torchrec_compress.planner.estimators(...)"
             )
-        return lasting.weights, lasting.optimizer, lasting.gradient, activations
+        return lasting.weights + lasting.managed, lasting.optimizer, lasting.gradient, activations
 
     def _charge(self, kind: Kind, shard: Shard, found: tuple[int, int, int, int]) -> None:
         rank, storage = self._ranks[int(shard.rank or 0)], _storage(shard)
@@ -347,6 +372,8 @@ class _Counter:
             rank.code_bytes += weights
         elif kind == "decoder":
             rank.decoder_bytes += weights
+        elif kind == "managed":
+            rank.managed_bytes += weights
         else:
             rank.native_bytes += weights
         rank.optimizer_bytes += optimizer

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from torchrec_compress.planner.report import RankPlan, TablePlan
 
 _MOST_TABLES, _MOST_RANKS = 40, 16
-_KINDS: tuple[Literal["codes", "native", "decoder"], ...] = ("codes", "native", "decoder")
+_KINDS: tuple[Literal["codes", "native", "managed", "decoder"], ...] = ("codes", "native", "managed", "decoder")
 _RANK_COLUMNS = {
     "codes": "code_bytes",
     "native": "native_bytes",
+    "managed": "managed_bytes",
     "decoder": "decoder_bytes",
     "optimizer": "optimizer_bytes",
     "gradient": "gradient_bytes",
