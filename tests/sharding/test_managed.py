@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner as StockPlanner
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -142,7 +143,8 @@ def refusal(case: str, config: MethodConfig) -> str:
             sharded(KeyedJaggedTensor.from_lengths_sync(["item"], wrong, torch.tensor([1])))
         else:
             wishes = {"item": ParameterConstraints(sharding_types=["row_wise"])}
-            planner = EmbeddingShardingPlanner(Topology(world_size=world, compute_device="cpu"), None, wishes, stats=[])
+            # TorchRec's own, which knows nothing of blocks
+            planner = StockPlanner(topology=Topology(world_size=world, compute_device="cpu"), constraints=wishes)
             plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
             how = plan.plan["embeddings.managed"]["item"]
             how.sharding_type = case
@@ -177,6 +179,39 @@ ODD = CafeConfig(num_hot_rows=6, num_cold_rows=21, num_blocks=3, threshold=1.5)
 def test_what_cannot_be_is_said_on_every_rank(two_ranks, case, config, message):
     for found in two_ranks.run(refusal, case, config):
         assert message in found
+
+
+def numbered(first: int) -> Model:
+    """Return a model whose managers' buffers say which of their entries is which."""
+    model = model_of(pooled=True, weighted=False)
+    for buffer in model.embeddings.managed.managers.buffers():
+        buffer.copy_(torch.arange(first, first + buffer.numel()).view(buffer.shape))
+    return model
+
+
+def taken(how: str) -> tuple[dict, dict]:
+    """Return the states that a sharded model takes from the one that it is made of, and from a state dict."""
+    model = numbered(0)
+    wishes = {name: ParameterConstraints(sharding_types=[how]) for name in ("item", "user", "word")}
+    machines = Topology(world_size=dist.get_world_size(), compute_device="cpu")
+    planner = EmbeddingShardingPlanner(machines, 8, wishes, stats=[])
+    sharders = get_default_sharders(fused_params={})
+    plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    made = local_state(sharded)
+    sharded.load_state_dict(numbered(1000).state_dict())
+    return made, local_state(sharded)
+
+
+@pytest.mark.parametrize("how", ["row_wise", "table_wise"])
+def test_every_rank_takes_what_is_of_its_blocks(two_ranks, how):
+    results = two_ranks.run(taken, how)
+    for number, first in enumerate((0, 1000)):
+        expected = numbered(first).state_dict()
+        got = whole_state([states[number] for states in results], expected)
+        names = [name for name in expected if ".managed." in name]
+        assert len(names) > 8
+        assert all(torch.equal(got[name], expected[name]) for name in names)
 
 
 def wrong_shape() -> str:
