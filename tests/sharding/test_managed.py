@@ -13,6 +13,7 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner as StockPlanne
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from tests.sharding.models import Model, local_state, loss_of, optimizer_of, whole_state
 from torchrec_compress import (
@@ -22,6 +23,7 @@ from torchrec_compress import (
     native_parameters,
 )
 from torchrec_compress.methods import CafeConfig, DenseConfig, MethodConfig, PQConfig
+from torchrec_compress.modules.after_step import managed_owners
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.sharding import get_default_sharders
 
@@ -212,6 +214,47 @@ def test_every_rank_takes_what_is_of_its_blocks(two_ranks, how):
         names = [name for name in expected if ".managed." in name]
         assert len(names) > 8
         assert all(torch.equal(got[name], expected[name]) for name in names)
+
+
+def promoted() -> int:
+    """Train, and check whatever moves: an id that gets a hot row is served what it was, from the same state."""
+    torch.manual_seed(0)
+    model, number = numbered(0), 0
+    for buffer in model.embeddings.managed.managers.buffers():
+        buffer.zero_()
+    apply_optimizer_in_backward(RowWiseAdagrad, native_parameters(model), {"lr": 0.5})
+    machines, sharders = Topology(world_size=dist.get_world_size(), compute_device="cpu"), get_default_sharders()
+    wishes = {name: ParameterConstraints(sharding_types=["row_wise"]) for name in ("item", "user", "word")}
+    planner = EmbeddingShardingPlanner(machines, 8, wishes, stats=[])
+    plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    (owner,) = managed_owners(sharded)
+
+    def now(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the first rows of all ids here, what they are served, and the state of the first rows."""
+        table = owner.owned(name, None)
+        rows = owner.managers[name].remap(torch.arange(table.num_places), train=False)
+        weight, (state,) = table.weights["rows"], table.optimizer_state["rows"].values()
+        read = weight[rows.clamp(min=0)] * (rows >= 0).unsqueeze(2)
+        return rows[:, 0], read.sum(1).clone(), state[rows[:, 0]].clone()
+
+    for step in range(8):
+        loss_of(sharded, draw("plain", step, dist.get_rank(), False)).backward()
+        before = {name: now(name) for name in owner.managers}
+        after_step(sharded, step)
+        for name in owner.managers:
+            (was, served, state), (rows, serves, has) = before[name], now(name)
+            per_block = 28 if name == "item" else 36
+            gained = (rows != was) & (rows % per_block < 2)
+            assert torch.equal(served[gained], serves[gained])
+            assert torch.equal(state[gained], has[gained])
+            assert state[gained].gt(0).all()
+            number += int(gained.sum())
+    return number
+
+
+def test_moved_rows_keep_their_values_and_their_optimizer_state(two_ranks):
+    assert min(two_ranks.run(promoted)) > 3
 
 
 def wrong_shape() -> str:
