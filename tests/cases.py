@@ -11,6 +11,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 from torchrec_compress import CompressedEmbeddingBagCollection, compress
 from torchrec_compress.fit.mec import MECFit
 from torchrec_compress.methods import (
+    CafeConfig,
     DenseConfig,
     HashConfig,
     Int4Config,
@@ -26,6 +27,10 @@ from torchrec_compress.methods import (
 NUM_ROWS, DIM = 403, 16  # not a multiple of 4, so that packed scalars are padded
 
 CASES: dict[str, list[MethodConfig]] = {
+    "cafe": [
+        CafeConfig(num_hot_rows=16, num_cold_rows=40, num_blocks=4),
+        CafeConfig(num_hot_rows=8, num_cold_rows=40, num_medium_rows=16, num_blocks=4, importance="frequency"),
+    ],
     "dense": [DenseConfig()],
     "hash": [HashConfig(num_buckets=40)],
     "int4": [Int4Config()],
@@ -123,6 +128,11 @@ def batch(bags: list[list[int]], weights: list[float] | None = None, key: str = 
         torch.tensor([len(bag) for bag in bags], dtype=torch.int64),
         None if weights is None else torch.tensor(weights),
     )
+
+
+def is_managed(config: MethodConfig) -> bool:
+    """Return whether rows of the method change other than by gradient."""
+    return config.parts(table(), 0).managed is not None
 
 
 def code_size(config: MethodConfig) -> int:

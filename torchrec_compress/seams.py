@@ -6,7 +6,8 @@ Checked on TorchRec 1.6 to 1.9; where a release moves one, this is the file to c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,13 @@ from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.planner.types import ShardingOption, StorageReservation
 from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
 from torchrec.distributed.sharding.sequence_sharding import SequenceShardingContext
-from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
+from torchrec.distributed.types import (
+    EnumerableShardingSpec,
+    ParameterSharding,
+    QuantizedCommCodecs,
+    ShardingEnv,
+    ShardingType,
+)
 from torchrec.modules.embedding_configs import DataType, EmbeddingTableConfig, PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -30,13 +37,18 @@ __all__ = [
     "backward_optimizer",
     "copy_backward_optimizer",
     "copy_to_host",
+    "fused_rows",
+    "look_up_local",
+    "optimizers_in_backward",
     "plan_as",
+    "rescaled",
     "reserved_share",
     "row_exchange",
     "sequence_context",
     "shard_bounds",
     "sharded_tensor",
     "steps_in_backward",
+    "without_input_exchange",
 ]
 
 # what `apply_optimizer_in_backward` leaves on a parameter for TorchRec's sharders
@@ -63,11 +75,22 @@ class RowTable:
 
 
 def row_exchange(
-    sharding_type: str, tables: Sequence[RowTable], env: ShardingEnv, device: torch.device
+    sharding_type: str,
+    tables: Sequence[RowTable],
+    env: ShardingEnv,
+    device: torch.device,
+    codecs: dict[str, QuantizedCommCodecs] | None = None,
 ) -> EmbeddingSharding:
     """Return TorchRec's own sequence sharding of tables, used for its input and output exchange only.
 
     Its lookup, which holds floating-point tables, is never created.
+
+    Args:
+        sharding_type: of all of them.
+        tables: of one width.
+        env: ranks and process group.
+        device: of the shards.
+        codecs: of what travels back; None: rows travel as they are.
     """
     infos = [
         EmbeddingShardingInfo(
@@ -86,7 +109,7 @@ def row_exchange(
         )
         for table in tables
     ]
-    return ShardedEmbeddingCollection.create_embedding_sharding(sharding_type, infos, env, device)
+    return ShardedEmbeddingCollection.create_embedding_sharding(sharding_type, infos, env, device, codecs)
 
 
 def sequence_context(features: KeyedJaggedTensor, input_dist: torch.nn.Module) -> SequenceShardingContext:
@@ -121,6 +144,61 @@ def shard_bounds(name: str, num_rows: int, sharding: ParameterSharding, env: Sha
         if rank == env.rank:
             mine = (first, first + size)
     return mine
+
+
+def rescaled(sharding: ParameterSharding, rows: int, to_rows: int, width: int) -> ParameterSharding:
+    """Return the sharding of another tensor whose rows lie with those of a table.
+
+    Args:
+        sharding: of the table, whole rows.
+        rows: of the table that belong together, as those of a block; its shards are multiples of them.
+        to_rows: of the other tensor that belong to as many.
+        width: of the other tensor.
+    """
+    shards = [
+        ShardMetadata(
+            [shard.shard_offsets[0] // rows * to_rows, 0],
+            [shard.shard_sizes[0] // rows * to_rows, width],
+            shard.placement,
+        )
+        for shard in sharding.sharding_spec.shards  # type: ignore[union-attr]
+    ]
+    return replace(sharding, sharding_spec=EnumerableShardingSpec(shards))
+
+
+def without_input_exchange(collection: ShardedEmbeddingCollection) -> ShardedEmbeddingCollection:
+    """Return TorchRec's sharded collection, kept for its look-up alone, so that train pipelines leave it so."""
+    collection._has_uninitialized_input_dist = False
+    collection._input_dists = []
+    return collection
+
+
+def look_up_local(collection: ShardedEmbeddingCollection, feature: str, rows: Tensor, width: int) -> Tensor:
+    """Return rows of the one table of a sharded collection that this rank holds: (L,) int64 -> (L, D).
+
+    Args:
+        collection: of one table, of which this rank holds some.
+        feature: of the table.
+        rows: counted from the first that is held here.
+        width: of the table, D.
+    """
+    lengths = torch.full((1,), len(rows), dtype=rows.dtype, device=rows.device)
+    asked = KeyedJaggedTensor([feature], rows, lengths=lengths, stride=1, length_per_key=[len(rows)])
+    return collection._lookups[0](asked).view(-1, width)
+
+
+def fused_rows(collection: ShardedEmbeddingCollection) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the weight of the one table of a sharded collection and its optimizer state by name, as live tensors.
+
+    Args:
+        collection: of one table, of which this rank holds some, with an optimizer in the backward.
+    """
+    lookup: Any = collection._lookups[0]
+    kernel = lookup._emb_modules[0].emb_module
+    weight = kernel.split_embedding_weights()[0]
+    of_table = kernel.get_optimizer_state()
+    state = of_table[0] if of_table else {}  # plain SGD keeps none
+    return weight, {name: value for name, value in state.items() if value.shape[:1] == weight.shape[:1]}
 
 
 def sharded_tensor(local: Tensor, num_rows: int, sharding: ParameterSharding, env: ShardingEnv) -> ShardedTensor:
@@ -181,6 +259,11 @@ def copy_backward_optimizer(source: Tensor, target: Tensor) -> None:
 def steps_in_backward(parameter: nn.Parameter) -> bool:
     """Return whether a parameter steps in the backward, as long as no sharder has taken it."""
     return hasattr(parameter, "_in_backward_optimizers")
+
+
+def optimizers_in_backward(parameter: Tensor) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that train a parameter in its own backward, as long as no sharder has taken it."""
+    return list(getattr(parameter, "_in_backward_optimizers", ()))
 
 
 def plan_as(option: ShardingOption, tensor: Tensor | None = None, is_pooled: bool | None = None) -> None:

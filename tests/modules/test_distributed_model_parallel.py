@@ -61,7 +61,14 @@ def values_of(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("method", sorted(CASES))
+def test_tables_with_managers_are_refused():
+    """Their ids must be managed where their rows are, which TorchRec's sharders know nothing of."""
+    sharded = shard(Model(fit(CASES["cafe"][0]), 16))
+    with pytest.raises(ValueError, match=r"table 'item': a table with a manager must be sharded by the sharders"):
+        sharded(BATCH)
+
+
+@pytest.mark.parametrize("method", sorted(set(CASES) - {"cafe"}))
 def test_forward_and_two_training_steps_equal_the_unsharded_model(method):
     """Native tables by SGD in backward, all else by a dense Adam."""
     rate = 0.1

@@ -8,7 +8,7 @@ from torchrec.distributed.planner import ParameterConstraints
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from tests.cases import CONFIGS, IDS, fresh
+from tests.cases import CONFIGS, IDS, fresh, is_managed
 from tests.planner.plans import BATCH, DIM, RANKS, model, options, topology
 from torchrec_compress import native_parameters
 from torchrec_compress.methods import DenseConfig, HashConfig, Int8Config, MEmComConfig, MethodConfig, PQConfig
@@ -161,7 +161,9 @@ def test_stored_bytes_are_the_footprint_of_the_real_tensors(config, ranks):
     planner = EmbeddingShardingPlanner(topology("cpu", ranks), BATCH, stats=[])
     planner.plan(torch.nn.ModuleList([collection]))
     table, real = planner.report.tables["item"], collection.footprint().tables["item"]
-    assert (table.stored("codes"), table.stored("native")) == (real.code_bytes, real.native_bytes)
+    assert table.stored("codes") == real.code_bytes
+    assert table.stored("native") + table.stored("managed") == real.native_bytes + real.managed_bytes
+    assert (table.stored("managed") > 0, table.served_bytes) == (is_managed(config), real.served_bytes)
     assert (table.stored("decoder"), table.stored_bytes) == (real.decoder_bytes, real.total_bytes)
     assert (table.dense_bytes, table.ratio, table.method) == (real.dense_bytes, real.ratio, real.method)
     once = {part.path: part.stored_bytes - 4 * (part.kind == "codes") for part in table.parts}

@@ -12,7 +12,7 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.types import ShardingPlan
 from torchrec.inference.modules import quantize_inference_model
 
-from tests.sharding.swaps import METHODS, Model, filled
+from tests.sharding.swaps import METHODS, STORED, Model, filled
 from torchrec_compress import get_default_sharders
 from torchrec_compress.modules.collection import CompressedParts
 
@@ -26,7 +26,7 @@ def footprint_of(model: torch.nn.Module) -> dict[str, Any]:
 
 def sharded_sizes(pooled: bool) -> dict[str, Any]:
     """Return the footprint by way of sharding, of all methods side by side."""
-    methods, sharders = list(METHODS), get_default_sharders()
+    methods, sharders = list(STORED), get_default_sharders()
     topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
     group: Any = dist.GroupMember.WORLD
     found = {"unsharded": footprint_of(filled(methods, pooled)), "meta": footprint_of(Model(methods, pooled, "meta"))}
@@ -37,6 +37,7 @@ def sharded_sizes(pooled: bool) -> dict[str, Any]:
             can_be_cut = not (kind == "row_wise" and name == "dense" and pooled)  # no row-wise bags on a CPU
             coded = name not in ("dense", "hash", "memcom")
             how = "row_wise" if coded and kind == "column_wise" else kind if can_be_cut else "table_wise"
+            how = "row_wise" if name not in METHODS and kind == "data_parallel" else how
             wishes[name] = ParameterConstraints(sharding_types=[how], min_partition=4)
         planner = EmbeddingShardingPlanner(topology, batch_size=4, constraints=wishes)
         sharded = DistributedModelParallel(
@@ -54,9 +55,9 @@ def test_every_rank_counts_every_table_whole(two_ranks, pooled):
     for result in two_ranks.run(sharded_sizes, pooled):
         expected = result["unsharded"]
         assert {how: size["total_bytes"] for how, size in result.items() if size != expected} == {}
-        collection = filled(list(METHODS), pooled).embeddings
+        collection = filled(list(STORED), pooled).embeddings
         for table in collection.table_configs():  # what the config promises, without a tensor
-            assert expected["tables"][table.name]["total_bytes"] == METHODS[table.name].stored_bytes(table)
+            assert expected["tables"][table.name]["total_bytes"] == STORED[table.name].stored_bytes(table)
 
 
 def test_tables_quantised_for_inference_are_counted_as_they_are_stored():

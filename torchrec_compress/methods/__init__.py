@@ -1,15 +1,7 @@
 """Compression methods. A new one is a file here, a line below, a test case, a config and a README row."""
 
-from torchrec_compress.methods.base import (
-    METHODS,
-    MethodConfig,
-    NativePart,
-    Parts,
-    TableData,
-    TableDecoder,
-    TableState,
-    dense_bytes,
-)
+from torchrec_compress.methods.base import METHODS, MethodConfig, TableData, TableDecoder, TableState, dense_bytes
+from torchrec_compress.methods.cafe import CafeConfig
 from torchrec_compress.methods.codebook import CodebookConfig, as_codebook
 from torchrec_compress.methods.dense import DenseConfig
 from torchrec_compress.methods.hash import HashConfig
@@ -19,9 +11,11 @@ from torchrec_compress.methods.memcom import MEmComConfig
 from torchrec_compress.methods.pq import PQConfig
 from torchrec_compress.methods.quantile import QuantileCodesConfig
 from torchrec_compress.methods.random_codes import RandomCodesConfig
+from torchrec_compress.methods.storage import NativePart, Parts
 
 __all__ = [
     "METHODS",
+    "CafeConfig",
     "CodebookConfig",
     "DenseConfig",
     "HashConfig",

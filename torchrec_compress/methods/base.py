@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.fit.checks import check_contexts, check_counts, check_seed
-from torchrec_compress.ops import BagLookup, Rows, hash_ids
+from torchrec_compress.methods.storage import Parts
+from torchrec_compress.ops import BagLookup, Rows
 
 Config = TypeVar("Config", bound="MethodConfig")
 
@@ -35,89 +35,6 @@ def register(config: type[Config]) -> type[Config]:
         raise ValueError(f"method {config.method!r} must be registered once, got {config.__qualname__} as well")
     METHODS[config.method] = config
     return config
-
-
-@dataclass(frozen=True)
-class Remap:
-    """How an id of the user's table becomes a row number of a native table.
-
-    "identity": id; "mod": id % value; "div": id // value; "hash": seeded hash of the id into `value` buckets.
-
-    Example:
-        >>> Remap("div", 4)(torch.tensor([3, 4, 9]))
-        tensor([0, 1, 2])
-    """
-
-    kind: Literal["identity", "mod", "div", "hash"] = "identity"
-    value: int = 1
-    salt: int = 0
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Return the row numbers: (L,) integer -> (L,), same dtype."""
-        if self.kind == "mod":
-            return ids % self.value
-        if self.kind == "div":
-            return torch.div(ids, self.value, rounding_mode="floor")
-        if self.kind == "hash":
-            return hash_ids(ids, self.value, self.salt).to(ids.dtype)
-        return ids
-
-
-@dataclass(frozen=True)
-class CodePart:
-    """A code table: integers [num_embeddings, row_size], not trained by gradient.
-
-    Args:
-        row_size: integers per row.
-        dtype: of the table.
-        start: row numbers (L,) int64 -> start codes (L, row_size), or None where only fitting or a checkpoint fills it.
-        num_packed: codes per row where an integer holds two of them (see `ops.pack_codes`), else 0.
-        unfitted: what start codes serve until a fit replaces them, said once when they are looked up; "" where they
-            need no fit.
-    """
-
-    row_size: int
-    dtype: torch.dtype
-    start: Callable[[Tensor], Tensor] | None = None
-    num_packed: int = 0
-    unfitted: str = ""
-
-
-@dataclass(frozen=True)
-class NativePart:
-    """A stock TorchRec table, trained as any other, whose ids are rewritten first.
-
-    Args:
-        name: of the part; the physical table is called "<table>__<name>".
-        num_embeddings, embedding_dim: its size.
-        remap: from the user's ids to its rows.
-        init_fn: initialises its weight in place; None: as the user's table.
-        decay: whether l2 may pull it towards zero.
-    """
-
-    name: str
-    num_embeddings: int
-    embedding_dim: int
-    remap: Remap
-    init_fn: Callable[[Tensor], Tensor | None] | None = None
-    decay: bool = True
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What one table is stored as.
-
-    Args:
-        codes: its code table.
-        bag: a native table that is pooled natively and is the embedding already.
-        rows: native tables whose unpooled rows go to the decoder.
-        dense: the user's own table, untouched.
-    """
-
-    codes: CodePart | None = None
-    bag: NativePart | None = None
-    rows: tuple[NativePart, ...] = ()
-    dense: bool = False
 
 
 class TableDecoder(nn.Module, ABC):
@@ -219,11 +136,13 @@ class TableState:
         codes: (N, row_size) integer, or None.
         decoder: parameters and buffers of the decoder by name.
         native: weights of native parts by part name ("" is the dense table).
+        managed: buffers of the manager by name.
     """
 
     codes: Tensor | None = None
     decoder: dict[str, Tensor] = field(default_factory=dict)
     native: dict[str, Tensor] = field(default_factory=dict)
+    managed: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,15 +250,21 @@ class MethodConfig(ABC):
     def stored_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return all bytes that storing the table takes, from its config alone.
 
-        Codes, native rows, codebooks and hot rows; the four-byte mark of a code table's integers too.
+        Codes, native rows, codebooks and hot rows; the four-byte mark of a code table's integers, and what a manager
+        keeps for training alone, too.
         """
         parts = self.parts(table, seed=0)
         total = self.decoder_bytes(table)
         if parts.codes is not None:
             total += table.num_embeddings * parts.codes.row_size * parts.codes.dtype.itemsize + MARK_BYTES
-        for native in parts.rows if parts.bag is None else (parts.bag, *parts.rows):
-            total += native.num_embeddings * native.embedding_dim * 4
+        total += sum(native.num_embeddings * native.embedding_dim * 4 for native in parts.native)
+        total += 0 if parts.managed is None else parts.managed.state_bytes
         return total + (dense_bytes(table) if parts.dense else 0)
+
+    def served_bytes(self, table: BaseEmbeddingConfig) -> int:
+        """Return the bytes that look-ups of a trained table read: `stored_bytes` without what only training needs."""
+        managed = self.parts(table, seed=0).managed
+        return self.stored_bytes(table) - (0 if managed is None else managed.training_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain data, with the method's name; `torchrec_compress.compression.parse` reads it."""

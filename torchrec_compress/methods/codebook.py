@@ -16,15 +16,14 @@ from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods.base import (
     CODE_LENGTHS,
     NUM_LEVELS,
-    CodePart,
     MethodConfig,
-    Parts,
     TableData,
     TableDecoder,
     TableState,
     check_low_bit_width,
     init_like,
 )
+from torchrec_compress.methods.storage import CodePart, Parts
 from torchrec_compress.ops import (
     BagLookup,
     Rows,

@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
-from torchrec_compress.methods.base import MethodConfig, Parts, TableData, TableState, register
+from torchrec_compress.methods.base import MethodConfig, TableData, TableState, register
+from torchrec_compress.methods.storage import Parts
 
 
 @register

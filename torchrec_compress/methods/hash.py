@@ -8,16 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.methods.base import (
-    MethodConfig,
-    NativePart,
-    Parts,
-    Remap,
-    TableData,
-    TableState,
-    bucket_means,
-    register,
-)
+from torchrec_compress.methods.base import MethodConfig, TableData, TableState, bucket_means, register
+from torchrec_compress.methods.storage import NativePart, Parts, Remap
 from torchrec_compress.ops import stable_salt
 
 

@@ -11,9 +11,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.methods.base import (
-    CodePart,
     MethodConfig,
-    Parts,
     TableData,
     TableDecoder,
     TableState,
@@ -21,6 +19,7 @@ from torchrec_compress.methods.base import (
     init_like,
     register,
 )
+from torchrec_compress.methods.storage import CodePart, Parts
 from torchrec_compress.ops import Rows, hash_ids, low_bit_bag, quantize_rows, quantized_row_bytes, stable_salt
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used

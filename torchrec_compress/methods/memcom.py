@@ -10,17 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.methods.base import (
-    MethodConfig,
-    NativePart,
-    Parts,
-    Remap,
-    TableData,
-    TableDecoder,
-    TableState,
-    bucket_means,
-    register,
-)
+from torchrec_compress.methods.base import MethodConfig, TableData, TableDecoder, TableState, bucket_means, register
+from torchrec_compress.methods.storage import NativePart, Parts, Remap
 from torchrec_compress.ops import Rows, TableRows, pool_rows, pool_table, scale_rows
 
 # FBGEMM wants row widths that are multiples of 4.

@@ -1,5 +1,6 @@
 """The unsharded compressed collections: the definition of correctness."""
 
+from torchrec_compress.modules.after_step import after_step, discard
 from torchrec_compress.modules.embedding import CompressedEmbeddingCollection
 from torchrec_compress.modules.embedding_bag import (
     CompressedEmbeddingBagCollection,
@@ -20,6 +21,8 @@ __all__ = [
     "PQEmbeddingBagCollection",
     "RandomCodesEmbeddingBagCollection",
     "TableFootprint",
+    "after_step",
+    "discard",
     "native_parameters",
     "optimizer_bytes",
 ]

@@ -17,8 +17,11 @@ from torchrec_compress.compression import Compression, resolve
 from torchrec_compress.methods import MethodConfig, NativePart, Parts
 from torchrec_compress.methods.base import init_like
 from torchrec_compress.modules.code_bank import CodeTableConfig
+from torchrec_compress.modules.managed import ManagedTable
 from torchrec_compress.modules.remapped import RemappedFeature
 from torchrec_compress.names import check_feature_names, check_table_names
+
+MANAGED = "managed"  # the group of all rows with managers; no group of native tables is called so
 
 TableConfig = TypeVar("TableConfig", EmbeddingBagConfig, EmbeddingConfig)
 
@@ -136,22 +139,32 @@ class Blueprint(Generic[TableConfig]):
                 remaps += self._remapped(table, part)
         return groups
 
+    def managed(self) -> list[ManagedTable]:
+        """Return the tables with managers."""
+        found = []
+        for table in self.tables:
+            part = self.parts[table.name].managed
+            if part is not None:
+                native = EmbeddingConfig(**_physical(table, part.rows, [table.name]))
+                keys = tuple(lookup.key for lookup in self.by_table[table.name])
+                names = tuple(table.feature_names)
+                found.append(ManagedTable(table.name, table.num_embeddings, part, native, names, keys))
+        return found
+
     def row_groups(self, table: str) -> list[str]:
         """Return the group of each of a table's unpooled parts, in the order that its decoder takes them."""
+        if self.parts[table].managed is not None:
+            return [MANAGED]
         return [row_group(part) for part in self._unpooled(table)]
 
     def native_names(self, table: str) -> dict[str, str]:
         """Return the physical table name of every native part of a table, by part name."""
-        parts = self.parts[table]
-        return {part.name: physical_name(table, part) for part in ((parts.bag,) if parts.bag else ()) + parts.rows}
+        return {part.name: physical_name(table, part) for part in self.parts[table].native}
 
     def undecayed(self) -> set[str]:
         """Return the physical names of native tables that l2 must not pull towards zero."""
         return {
-            physical_name(table, part)
-            for table, parts in self.parts.items()
-            for part in ((parts.bag,) if parts.bag else ()) + parts.rows
-            if not part.decay
+            physical_name(table, part) for table, parts in self.parts.items() for part in parts.native if not part.decay
         }
 
     def _unpooled(self, table: str) -> tuple[NativePart, ...]:
@@ -211,7 +224,7 @@ def _check_made_names(tables: Sequence[BaseEmbeddingConfig], parts: Mapping[str,
     """Raise ValueError where a name that is made of the user's names is another one of them."""
     names = {table.name for table in tables}
     for table, stored in parts.items():
-        made = {physical_name(table, part) for part in ((stored.bag,) if stored.bag else ()) + stored.rows}
+        made = {physical_name(table, part) for part in stored.native}
         if made & names:
             raise ValueError(
                 f"compressed collection: table {table!r} is stored as {sorted(made)}, which must not be names of other "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrec_compress.methods.base import CodePart
+from torchrec_compress.methods.storage import CodePart
 from torchrec_compress.ops import NOT_FILLED, can_check, check_intact, flag_of, keep_integers, mark_of, total_of
 
 

@@ -12,11 +12,12 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_compress.methods import MethodConfig, TableState
-from torchrec_compress.modules.blueprint import Blueprint
+from torchrec_compress.modules.blueprint import MANAGED, Blueprint
 from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.features import IdRange
 from torchrec_compress.modules.footprint import Footprint, count
+from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.modules.remapped import RemappedEmbeddingCollection
 from torchrec_compress.modules.replicated import strip_where_replicated
 from torchrec_compress.ops import NOT_SUMMED, lookup_codes
@@ -30,12 +31,14 @@ class CompressedParts(nn.Module):
     Attributes:
         code_tables: code tables, or None.
         rows: groups of native tables whose rows come back unpooled.
+        managed: tables with managers, or None.
         decoder: codebooks and other small parameters.
     """
 
     blueprint: Blueprint
     dense: Any  # a stock collection, what DistributedModelParallel puts in its place, or None
     _rows_kind: ClassVar[type[RemappedEmbeddingCollection]] = RemappedEmbeddingCollection
+    _managed_kind: ClassVar[type[ManagedCollection]] = ManagedCollection
 
     def _build_shared(
         self, blueprint: Blueprint, is_weighted: bool, device: torch.device | None, will_fit: bool
@@ -44,14 +47,21 @@ class CompressedParts(nn.Module):
         self.blueprint, self._device = blueprint, torch.get_default_device() if device is None else torch.device(device)
         code_tables = blueprint.code_tables(will_fit)
         self.code_tables = CodeTableCollection(code_tables, device) if code_tables else None
-        self.rows = nn.ModuleDict(
-            {group: self._rows_kind(*members, device) for group, members in blueprint.rows().items()}
-        )
+        rows, managed = blueprint.rows(), blueprint.managed()
+        self.rows = nn.ModuleDict({group: self._rows_kind(*members, device) for group, members in rows.items()})
+        self.managed = self._managed_kind(managed, device) if managed else None
         self.decoder = Decoder(blueprint, is_weighted, device)
         for name, bank in self._code_banks().items():
             if name in self.decoder.banks:
                 bank.stand_beside(self.decoder.banks[name])
         self.register_load_state_dict_post_hook(_check_loaded)
+
+    def _unpooled_rows(self, features: Any) -> dict[str, Any]:
+        """Return the rows of a batch by group, and by look-up key."""
+        rows = {group: module(features) for group, module in self.rows.items()}
+        if self.managed is not None:
+            rows[MANAGED] = self.managed(features)
+        return rows
 
     def _code_banks(self) -> dict[str, Any]:
         """Return the code tables of this rank, whole or not, by table name."""
@@ -123,6 +133,8 @@ class CompressedParts(nn.Module):
         if self.code_tables is not None:
             self.code_tables.reset_parameters()
         self.decoder.reset_parameters()
+        if self.managed is not None:
+            self.managed.reset_parameters()
         for bank in self._code_banks().values():
             if bank.is_filled:
                 bank.seal()  # over low-bit rows too, which the decoder has just reset
@@ -152,7 +164,9 @@ class CompressedParts(nn.Module):
         if name in self.decoder.banks:
             decoder = self.decoder.banks[name]
             targets |= dict(decoder.named_parameters()) | dict(decoder.named_buffers())
-        tensors = {**state.decoder, **state.native}
+        if self.managed is not None and name in self.managed.managers:
+            targets |= dict(self.managed.managers[name].named_buffers())
+        tensors = {**state.decoder, **state.native, **state.managed}
         for key, value in tensors.items():
             if key not in targets or targets[key].shape != value.shape:
                 have = {part: tuple(tensor.shape) for part, tensor in targets.items()}
@@ -187,6 +201,9 @@ class CompressedParts(nn.Module):
             return weights[""][ids].float()
         if parts.bag is not None:
             return weights[parts.bag.name][parts.bag.remap(ids)]
+        if parts.managed is not None:
+            assert self.managed is not None
+            return self.managed.served(name, ids)
         codes = None
         if parts.codes is not None:
             assert self.code_tables is not None

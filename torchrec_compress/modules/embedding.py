@@ -75,7 +75,7 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         self._build_shared(blueprint, False, device, will_fit)
         dense = blueprint.dense_tables()
         self.dense = EmbeddingCollection(dense, device) if dense else None
-        self._guard_dense_tables([self.code_tables, *self.rows.values()])
+        self._guard_dense_tables([self.code_tables, *self.rows.values(), self.managed])
         self._features = sorted({lookup.feature for lookup in blueprint.lookups})
         self._dense_lookups = self._names_in_dense(dense)
 
@@ -84,7 +84,7 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         features = maybe_td_to_kjt(features, None)
         check_features(features, self._features, type(self).__name__)
         codes = self.code_tables(features) if self.code_tables is not None else None
-        rows = {group: module(features) for group, module in self.rows.items()}
+        rows = self._unpooled_rows(features)
         jagged = split_features(features)
         found: dict[str, Tensor] = {}
         if self.dense is not None:

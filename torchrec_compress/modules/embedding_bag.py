@@ -22,6 +22,7 @@ from torchrec_compress.methods import MECConfig, MEmComConfig, PQConfig, RandomC
 from torchrec_compress.modules.blueprint import Blueprint
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.modules.features import check_batch_weights, check_features
+from torchrec_compress.modules.managed import ManagedBagRows, ManagedCollection
 from torchrec_compress.modules.remapped import (
     RemappedEmbeddingBagCollection,
     RemappedEmbeddingBagRows,
@@ -33,6 +34,7 @@ _NATIVE = (
     EmbeddingCollection,
     RemappedEmbeddingBagCollection,
     RemappedEmbeddingCollection,
+    ManagedCollection,
 )
 
 torch.fx.wrap("check_batch_weights")
@@ -69,6 +71,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
 
     default_compression: ClassVar[Compression | None] = None
     _rows_kind = RemappedEmbeddingBagRows
+    _managed_kind = ManagedBagRows
 
     def __init__(
         self,
@@ -100,7 +103,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         self.dense = EmbeddingBagCollection(dense, is_weighted, device) if dense else None
         bags, bag_remaps = blueprint.bags()
         self.bags = RemappedEmbeddingBagCollection(bags, bag_remaps, is_weighted, device) if bags else None
-        self._guard_dense_tables([self.code_tables, self.bags, *self.rows.values()])
+        self._guard_dense_tables([self.code_tables, self.bags, *self.rows.values(), self.managed])
         self._features = sorted({lookup.feature for lookup in blueprint.lookups})
         self._sources = self._find_sources(dense)
 
@@ -111,7 +114,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         if self._is_weighted:
             check_batch_weights(features, type(self).__name__, self._native_dtypes())
         codes = self.code_tables(features) if self.code_tables is not None else None
-        rows = {group: module(features) for group, module in self.rows.items()}
+        rows = self._unpooled_rows(features)
         pooled: list[KeyedTensor] = []
         if self.dense is not None:
             pooled.append(self.dense(features))

@@ -1,4 +1,4 @@
-"""Bytes counted whole: codes, codebooks, hot rows and native rows, beside what the dense tables would take."""
+"""Bytes counted whole: codes, codebooks, native rows and sketches too, beside what the dense tables would take."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class TableFootprint:
         code_bytes: code table (and the four-byte mark of its integers).
         decoder_bytes: codebooks and hot rows.
         native_bytes: rows of native tables.
+        managed_bytes: what the manager of a table keeps, as a sketch.
+        training_bytes: of `managed_bytes`, those that no look-up of a trained model reads.
     """
 
     method: str
@@ -32,11 +34,18 @@ class TableFootprint:
     code_bytes: int
     decoder_bytes: int
     native_bytes: int
+    managed_bytes: int = 0
+    training_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All stored bytes."""
-        return self.code_bytes + self.decoder_bytes + self.native_bytes
+        return self.code_bytes + self.decoder_bytes + self.native_bytes + self.managed_bytes
+
+    @property
+    def served_bytes(self) -> int:
+        """The bytes that serving a trained table takes."""
+        return self.total_bytes - self.training_bytes
 
     @property
     def ratio(self) -> float:
@@ -69,6 +78,11 @@ class Footprint:
         return sum(table.total_bytes for table in self.tables.values())
 
     @property
+    def served_bytes(self) -> int:
+        """The bytes that serving the trained tables takes."""
+        return sum(table.served_bytes for table in self.tables.values())
+
+    @property
     def ratio(self) -> float:
         """Dense bytes over all stored bytes, over all tables."""
         return self.dense_bytes / self.total_bytes
@@ -85,6 +99,7 @@ class Footprint:
         return {
             "dense_bytes": self.dense_bytes,
             "total_bytes": self.total_bytes,
+            "served_bytes": self.served_bytes,
             "ratio": self.ratio,
             "compressed_ratio": self.compressed_ratio,
             "tables": {
@@ -119,6 +134,7 @@ def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
     missing = {("code", name) for name in blueprint.methods if blueprint.parts[name].codes is not None}
     missing |= {("native", physical) for physical in owners}
     missing |= {("dense", table.name) for table in blueprint.dense_tables()}
+    missing |= {("managed", table.name) for table in blueprint.managed()}
     for key, value in state.items():
         stored = _stored(key)
         if stored is not None:
@@ -139,8 +155,11 @@ def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
                 code_bytes=sizes["code", table.name],
                 decoder_bytes=sizes["decoder", table.name],
                 native_bytes=sizes["native", table.name] + sizes["dense", table.name],
+                managed_bytes=sizes["managed", table.name],
+                training_bytes=0 if managed is None else managed.training_bytes,
             )
             for table in blueprint.tables
+            for managed in (blueprint.parts[table.name].managed,)
         }
     )
 
@@ -148,6 +167,8 @@ def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
 def _stored(key: str) -> tuple[str, str] | None:
     """Return the kind of a tensor and the name of its stored table, by its own name; None where it is of no table."""
     path = key.split(".")
+    if path[0] == "managed" and path[1] == "managers":
+        return "managed", path[2]
     if path[0] in ("code_tables", "decoder") and "banks" in path:
         return path[0].removesuffix("_tables"), path[path.index("banks") + 1]
     if len(path) > 2 and path[-3] in ("embedding_bags", "embeddings"):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.methods.base import CodePart, TableDecoder
+from torchrec_compress.methods.base import TableDecoder
+from torchrec_compress.methods.storage import CodePart
 from torchrec_compress.modules.blueprint import Blueprint
 from torchrec_compress.ops import SCALE_BYTES
 
@@ -77,7 +78,7 @@ class StateFormat:
     ) -> list[int]:
         """Return a hash of each `LAYOUT` field of a table with this code table and format of low-bit rows."""
         parts = self._blueprint.parts[table.name]
-        native = ((parts.bag,) if parts.bag else ()) + parts.rows
+        native = parts.native
         bank: TableDecoder | None = dict(self._banks.items()).get(table.name)
         tensors = [] if bank is None else [*bank.named_parameters(), *bank.named_buffers()]
         codes = None
@@ -90,4 +91,8 @@ class StateFormat:
             [(p.num_embeddings, p.embedding_dim, p.remap.value) for p in native],
             [(tuple(tensor.shape), str(tensor.dtype)) for _, tensor in tensors],
         )
+        if parts.managed is not None:
+            state = parts.managed.state()
+            method += tuple(state)
+            sizes += (parts.managed.blocks.num_blocks, [tuple(buffer.shape) for buffer in state.values()])
         return [zlib.crc32(repr(field).encode()) for field in (method, sizes, [p.remap.salt for p in native])]

@@ -12,7 +12,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from torchrec_compress.methods.base import Remap
+from torchrec_compress.methods.storage import Remap
 from torchrec_compress.modules.features import IdRange, split_features
 from torchrec_compress.modules.replicated import strip_where_replicated, warn_of_missing_sharders
 from torchrec_compress.ops import Rows, TableRows, check_ids, check_offsets, check_weight_count
@@ -22,7 +22,7 @@ torch.fx.wrap("remap_features")
 torch.fx.wrap("remapped_ids")
 torch.fx.wrap("split_features")
 
-FoundRows = JaggedTensor | TableRows
+FoundRows = JaggedTensor | TableRows | Tensor
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,10 @@ class RemappedEmbeddingBagRows(RemappedEmbeddingCollection):
 
 def found_rows(found: FoundRows) -> Rows:
     """Return rows, (L, width), without bags around them, or where they are."""
-    return found if isinstance(found, TableRows) else found.values()
+    return found.values() if isinstance(found, JaggedTensor) else found
 
 
-def gathered_rows(found: FoundRows) -> Tensor:
+def gathered_rows(found: JaggedTensor | TableRows) -> Tensor:
     """Return rows, (L, width), without bags: float32, or the `output_dtype` of TorchRec's sharded tables."""
     return found.gather().float() if isinstance(found, TableRows) else found.values()
 

@@ -9,6 +9,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import Shard, ShardingOption
 from torchrec.distributed.types import ShardingType
 
+from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.seams import backward_optimizer
 
 DenseOptimizer: TypeAlias = str | float
@@ -56,16 +57,18 @@ class ShardBytes:
         weights: the stored tensor itself.
         optimizer: state of the optimizer that trains it.
         gradient: its gradient, which with `DistributedModelParallel` is a view into DDP's bucket, so both at once.
+        managed: what the manager of the table keeps beside its rows, as a sketch.
     """
 
     weights: int
     optimizer: int
     gradient: int
+    managed: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.optimizer + self.gradient
+        return self.weights + self.optimizer + self.gradient + self.managed
 
 
 def check_dense_optimizer(optimizer: DenseOptimizer) -> None:
@@ -152,4 +155,11 @@ def shard_bytes(
         return ShardBytes(weights, 0, 0)
     if is_replicated(option):
         return ShardBytes(weights, dense_state_bytes(rows * columns, dense_optimizer), weights)
-    return ShardBytes(weights, fused_state_bytes(rows, columns, fused_optimizer(option, fused_params)), 0)
+    managed = managed_bytes(option) * rows // option.tensor.shape[0]
+    return ShardBytes(weights, fused_state_bytes(rows, columns, fused_optimizer(option, fused_params)), 0, managed)
+
+
+def managed_bytes(option: ShardingOption) -> int:
+    """Return the bytes that the manager of a table keeps beside its rows; none where it has none."""
+    part = option.module[1]
+    return part.managed_bytes(option.name) if isinstance(part, ManagedCollection) else 0

@@ -17,6 +17,7 @@ from torchrec.distributed.types import ModuleSharder, ShardingType
 
 from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.decoder import Decoder
+from torchrec_compress.modules.managed import ManagedBagRows, ManagedCollection
 from torchrec_compress.modules.remapped import (
     RemappedEmbeddingBagCollection,
     RemappedEmbeddingBagRows,
@@ -31,6 +32,8 @@ _PARTS: dict[type[nn.Module], str] = {
     RemappedEmbeddingBagCollection: "native table of pooled rows",
     RemappedEmbeddingCollection: "native table of unpooled rows",
     RemappedEmbeddingBagRows: "native table of unpooled rows",
+    ManagedCollection: "table with a manager",
+    ManagedBagRows: "table with a manager",
     Decoder: "replicated decoder",
 }
 # what to do instead, nearest first: what a sharding type is wished for is how it spreads bytes and traffic

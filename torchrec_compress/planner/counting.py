@@ -15,7 +15,8 @@ from torchrec_compress.methods.base import MARK_BYTES
 from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.modules.decoder import Decoder
-from torchrec_compress.planner.accounting import DenseOptimizer, shard_bytes
+from torchrec_compress.modules.managed import ManagedCollection
+from torchrec_compress.planner.accounting import DenseOptimizer, managed_bytes, shard_bytes
 from torchrec_compress.planner.records import KINDS, Kind, PartPlan, RankPlan, TablePlan
 
 
@@ -114,6 +115,8 @@ class Counting:
             kind = "codes"
         elif isinstance(option.module[1], Decoder):
             kind = "decoder"
+        elif isinstance(option.module[1], ManagedCollection):
+            kind = "managed"
         totals = [0, 0, 0, 0]
         for shard in option.shards:
             found = self._shard(option, shard)
@@ -121,8 +124,16 @@ class Counting:
             self._charge(kind, shard, found)
         # the mark of a code table's integers, as in `footprint()`
         stored = option.tensor.numel() * option.tensor.element_size() + MARK_BYTES * (kind == "codes")
+        stored += managed_bytes(option)
         ranks = tuple(sorted({int(shard.rank or 0) for shard in option.shards if shard.size[0]}))
-        return PartPlan(kind, option.fqn, option.sharding_type, option.compute_kernel, ranks, stored, *totals)
+        how, extra = (option.sharding_type, option.compute_kernel), self._training_bytes(option)
+        return PartPlan(kind, option.fqn, *how, ranks, stored, *totals, training_bytes=extra)
+
+    def _training_bytes(self, option: ShardingOption) -> int:
+        path, name = self._table_of(option)
+        collection = self._collections.get(path)
+        managed = None if collection is None else collection.blueprint.parts[name].managed
+        return 0 if managed is None else managed.training_bytes
 
     def _shard(self, option: ShardingOption, shard: Shard) -> tuple[int, int, int, int]:
         """Return weights, optimizer state, gradient and activations of a shard."""
@@ -134,7 +145,7 @@ class Counting:
                 f"PlanReport: {option.fqn} must be charged at least {lasting.total:,} bytes on rank {shard.rank}, got "
                 f"{lasting.total + activations:,}; plan with estimator=torchrec_compress.planner.estimators(...)"
             )
-        return lasting.weights, lasting.optimizer, lasting.gradient, activations
+        return lasting.weights + lasting.managed, lasting.optimizer, lasting.gradient, activations
 
     def _charge(self, kind: Kind, shard: Shard, found: tuple[int, int, int, int]) -> None:
         rank, storage = self._ranks[int(shard.rank or 0)], _storage(shard)
@@ -143,6 +154,8 @@ class Counting:
             rank.code_bytes += weights
         elif kind == "decoder":
             rank.decoder_bytes += weights
+        elif kind == "managed":
+            rank.managed_bytes += weights
         else:
             rank.native_bytes += weights
         rank.optimizer_bytes += optimizer

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator as StockEnumerator
 from torchrec.distributed.planner.types import ParameterConstraints, Shard, ShardingOption, Topology
-from torchrec.distributed.types import ModuleSharder
+from torchrec.distributed.types import ModuleSharder, ShardingType
 
+from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.planner.accounting import DenseOptimizer
 from torchrec_compress.planner.estimators import estimators
 
@@ -43,8 +44,11 @@ class CompressedEnumerator(StockEnumerator):
 
         TorchRec goes over sets of names, whose order changes from process to process, and with it which of two equally
         good plans is found.
+
+        Raises:
+            ValueError: a table with a manager may only be cut by rows, over ranks that do not divide its blocks.
         """
-        options = super().enumerate(module, sharders)
+        options = _with_whole_blocks(super().enumerate(module, sharders))
         tables = {name: number for number, name in enumerate(dict.fromkeys(option.fqn for option in options))}
         return sorted(options, key=lambda option: (tables[option.fqn], option.sharding_type, option.compute_kernel))
 
@@ -53,6 +57,27 @@ class CompressedEnumerator(StockEnumerator):
         super().populate_estimates(sharding_options)
         for option in sharding_options:
             option.shards = _Shards(option.shards)
+
+
+def _with_whole_blocks(options: list[ShardingOption]) -> list[ShardingOption]:
+    """Leave out what would part a block of a table with a manager, or raise ValueError where nothing else is left."""
+    kept = [option for option in options if not _cuts_blocks(option)]
+    lost = sorted({option.name for option in options} - {option.name for option in kept})
+    if lost:
+        (world,) = {len(option.shards) for option in options if option.name == lost[0]}
+        raise ValueError(
+            f"tables {lost}: num_blocks must be a multiple of the {world} ranks that would share them row_wise; choose "
+            "another num_blocks, or allow table_wise"
+        )
+    return kept
+
+
+def _cuts_blocks(option: ShardingOption) -> bool:
+    part = option.module[1]
+    if not isinstance(part, ManagedCollection) or option.sharding_type != ShardingType.ROW_WISE.value:
+        return False
+    (blocks,) = (table.part.blocks for table in part.configs() if table.name == option.name)
+    return blocks.num_blocks % len(option.shards) != 0
 
 
 class _Shards(list[Shard]):

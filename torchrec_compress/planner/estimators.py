@@ -2,7 +2,8 @@
 
 The stock estimators take every table for one of trained, pooled floats. Here codes have no backward and no optimizer
 state and come back one row per id; codebooks are charged with their gradient and the dense optimizer's state on every
-rank, and with the embeddings that are decoded there; and rows behind rewritten ids count unpooled where they are.
+rank, and with the embeddings that are decoded there; rows behind rewritten ids count unpooled where they are; and what
+a manager keeps counts with its table's rows.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 
 from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.decoder import Decoder
+from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.modules.remapped import RemappedEmbeddingCollection
 from torchrec_compress.ops import requested_backend
 from torchrec_compress.planner.accounting import (
@@ -113,7 +115,7 @@ class _Estimator(ShardEstimator):
             plan_as(stand_in, rows, is_pooled=False)
             for shard in stand_in.shards:
                 shard.size = [shard.size[0], row_bytes]
-        elif isinstance(part, RemappedEmbeddingCollection):
+        elif isinstance(part, RemappedEmbeddingCollection | ManagedCollection):
             plan_as(stand_in, is_pooled=False)
         elif isinstance(part, Decoder):
             stand_in.name, _, tensor = option.name.partition(".")

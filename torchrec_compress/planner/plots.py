@@ -14,6 +14,7 @@ _MOST_TABLES = 30
 _LAYERS = {
     "codes": "code_bytes",
     "native tables": "native_bytes",
+    "managed tables": "managed_bytes",
     "decoders": "decoder_bytes",
     "optimizer state": "optimizer_bytes",
     "gradients": "gradient_bytes",

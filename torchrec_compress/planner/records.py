@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Kind = Literal["codes", "native", "decoder"]
-KINDS: tuple[Kind, ...] = ("codes", "native", "decoder")
+Kind = Literal["codes", "native", "managed", "decoder"]
+KINDS: tuple[Kind, ...] = ("codes", "native", "managed", "decoder")
 
 
 @dataclass(frozen=True)
@@ -15,15 +15,16 @@ class PartPlan:
     """One stored tensor of a table, as it is planned. Bytes other than `stored_bytes` are sums over all ranks.
 
     Args:
-        kind: code table, native table (dense ones too), or replicated tensor of the decoder.
+        kind: code table, native table (dense ones too), table with a manager, or replicated tensor of the decoder.
         path: of its module in the model, and its name there.
         sharding_type, compute_kernel: the planner's choice.
         ranks: that hold a shard.
-        stored_bytes: of one copy.
-        weight_bytes: of all copies.
+        stored_bytes: of one copy, what a manager keeps included.
+        weight_bytes: of all copies, the same.
         optimizer_bytes: state of the optimizer that trains it.
         gradient_bytes: which are DDP's buckets too.
         activation_bytes: ids, codes and embeddings of a step, and caches before the host's memory.
+        training_bytes: of `stored_bytes`, those that no look-up of a trained model reads.
     """
 
     kind: Kind
@@ -36,6 +37,7 @@ class PartPlan:
     optimizer_bytes: int
     gradient_bytes: int
     activation_bytes: int
+    training_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,16 @@ class TablePlan:
         return sum(part.stored_bytes for part in self.parts)
 
     @property
+    def served_bytes(self) -> int:
+        """Stored bytes that serving the trained table takes, of one copy."""
+        return self.stored_bytes - sum(part.training_bytes for part in self.parts)
+
+    @property
+    def held_bytes(self) -> int:
+        """All that lasts while the table is trained, over all ranks: stored bytes, optimizer state and gradients."""
+        return sum(part.weight_bytes for part in self.parts) + self.optimizer_bytes + self.gradient_bytes
+
+    @property
     def ratio(self) -> float:
         """Dense bytes over stored bytes; bigger is better."""
         return self.dense_bytes / self.stored_bytes
@@ -89,7 +101,8 @@ class TablePlan:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
         kinds = {f"{kind}_bytes": self.stored(kind) for kind in KINDS}
-        names = ("stored_bytes", "ratio", "optimizer_bytes", "gradient_bytes", "activation_bytes")
+        names = ("stored_bytes", "served_bytes", "held_bytes", "ratio", "optimizer_bytes")
+        names += ("gradient_bytes", "activation_bytes")
         parts = [{**asdict(part), "ranks": list(part.ranks)} for part in self.parts]
         return {**asdict(self), "parts": parts, **kinds, **{name: getattr(self, name) for name in names}}
 
@@ -105,7 +118,7 @@ class RankPlan:
     """The bytes of one rank.
 
     Args:
-        code_bytes, native_bytes, decoder_bytes: weights that it holds, by kind.
+        code_bytes, native_bytes, managed_bytes, decoder_bytes: weights that it holds, by kind; what managers keep too.
         optimizer_bytes, gradient_bytes, activation_bytes: as for `PartPlan`.
         device_bytes: what the planner charges to the memory of the device, reservations apart.
         host_bytes: what it charges to the host's memory, for a device that has its own.
@@ -114,6 +127,7 @@ class RankPlan:
 
     code_bytes: int = 0
     native_bytes: int = 0
+    managed_bytes: int = 0
     decoder_bytes: int = 0
     optimizer_bytes: int = 0
     gradient_bytes: int = 0
@@ -125,4 +139,4 @@ class RankPlan:
     @property
     def weight_bytes(self) -> int:
         """All weights on the rank."""
-        return self.code_bytes + self.native_bytes + self.decoder_bytes
+        return self.code_bytes + self.native_bytes + self.managed_bytes + self.decoder_bytes

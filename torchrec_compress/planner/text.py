@@ -11,6 +11,7 @@ _MOST_TABLES, _MOST_RANKS = 40, 16
 _RANK_COLUMNS = {
     "codes": "code_bytes",
     "native": "native_bytes",
+    "managed": "managed_bytes",
     "decoder": "decoder_bytes",
     "optimizer": "optimizer_bytes",
     "gradient": "gradient_bytes",

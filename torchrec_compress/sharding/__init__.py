@@ -1,5 +1,6 @@
 """Compressed collections over many ranks: their parts sharded, each by its own sharder."""
 
+from torchrec_compress.sharding.managed_sharders import ManagedBagRowsSharder, ManagedCollectionSharder
 from torchrec_compress.sharding.settings import compressed_sharders, get_default_sharders
 from torchrec_compress.sharding.sharders import (
     CodeTableCollectionSharder,
@@ -12,6 +13,8 @@ from torchrec_compress.sharding.sharders import (
 __all__ = [
     "CodeTableCollectionSharder",
     "DecoderSharder",
+    "ManagedBagRowsSharder",
+    "ManagedCollectionSharder",
     "RemappedEmbeddingBagCollectionSharder",
     "RemappedEmbeddingBagRowsSharder",
     "RemappedEmbeddingCollectionSharder",

@@ -14,6 +14,7 @@ from torchrec.distributed.model_parallel import get_default_sharders as get_stoc
 from torchrec.distributed.types import ModuleSharder, QuantizedCommCodecs
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from torchrec_compress.sharding.managed_sharders import ManagedBagRowsSharder, ManagedCollectionSharder
 from torchrec_compress.sharding.sharders import (
     CodeTableCollectionSharder,
     DecoderSharder,
@@ -81,6 +82,8 @@ def compressed_sharders(
         RemappedEmbeddingBagCollectionSharder(bags),
         RemappedEmbeddingCollectionSharder(rows),
         RemappedEmbeddingBagRowsSharder(bags),
+        ManagedCollectionSharder(rows),
+        ManagedBagRowsSharder(bags),
         DecoderSharder({**(rows.fused_params or {}), **(bags.fused_params or {})}),
     ]  # type: ignore[list-item]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -12,11 +12,9 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import (
-    CommOp,
     ParameterSharding,
     QuantizedCommCodecs,
     ShardingEnv,
-    ShardingEnv2D,
     ShardingType,
 )
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -29,7 +27,13 @@ from torchrec_compress.modules.remapped import (
     RemappedEmbeddingCollection,
 )
 from torchrec_compress.modules.replicated import strip_in_backward_optimizers
-from torchrec_compress.seams import backward_optimizer
+from torchrec_compress.sharding.checks import (
+    check_env,
+    check_names,
+    check_no_empty_shard,
+    tell_of_defaults,
+    tell_of_missing_codec,
+)
 from torchrec_compress.sharding.code_tables import ShardedCodeTableCollection
 from torchrec_compress.sharding.remapped import (
     ShardedRemappedEmbeddingBagCollection,
@@ -43,41 +47,8 @@ Module = TypeVar("Module", bound=nn.Module)
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
 
 
-def _check_env(env: ShardingEnv, where: str) -> None:
-    if isinstance(env, ShardingEnv2D) or env.output_dtensor:
-        raise ValueError(
-            f"{where}: the sharding environment must be one-dimensional with ShardedTensor output, got "
-            f"{type(env).__name__} with output_dtensor={env.output_dtensor}; use DistributedModelParallel"
-        )
-
-
 def _device(device: torch.device | None) -> torch.device:
     return torch.device("cpu") if device is None else device
-
-
-def _check_names(where: str, plan: Mapping[str, ParameterSharding], names: Collection[str], optional: bool) -> None:
-    """Raise ValueError where a plan, made by hand or for another model, does not fit the tables of a part.
-
-    Entries too many are left alone, as by TorchRec, but where none is needed: there they must be misspelt.
-    """
-    missing = [] if optional else sorted(set(names) - set(plan))
-    unknown = sorted(set(plan) - set(names))
-    if missing or (optional and unknown):
-        raise ValueError(
-            f"{where}: the plan must have an entry for each of {sorted(names)}, got none for {missing}, and unknown "
-            f"entries {unknown}; let a planner make it, or see 'A plan made by hand' in docs/planner.md"
-        )
-
-
-def _check_no_empty_shard(plan: dict[str, ParameterSharding]) -> None:
-    """Raise ValueError, on every rank alike, for what FBGEMM refuses on the one rank that would hold no rows."""
-    for table, sharding in plan.items():
-        for shard in getattr(sharding.sharding_spec, "shards", ()):
-            if shard.shard_sizes[0] == 0:
-                raise ValueError(
-                    f"table {table!r}: every rank must hold a row of its native table on a CPU, got a plan that is "
-                    f"{sharding.sharding_type} and gives rank {shard.placement.rank()} none; constrain it to table_wise"
-                )
 
 
 class CodeTableCollectionSharder(BaseEmbeddingSharder[CodeTableCollection]):
@@ -100,8 +71,8 @@ class CodeTableCollectionSharder(BaseEmbeddingSharder[CodeTableCollection]):
         module_fqn: str | None = None,
     ) -> ShardedCodeTableCollection:
         """Return the sharded collection."""
-        _check_env(env, "code tables")
-        _check_names(module_fqn or "code tables", params, module.banks.keys(), optional=False)
+        check_env(env, "code tables")
+        check_names(module_fqn or "code tables", params, module.banks.keys(), optional=False)
         return ShardedCodeTableCollection(module, params, env, _device(device), self._deduplicate)
 
     def shardable_parameters(self, module: CodeTableCollection) -> dict[str, nn.Parameter]:
@@ -138,22 +109,11 @@ class _RemappedSharder(BaseEmbeddingSharder[Module]):
     def _native_plan(
         self, module: Module, params: dict[str, ParameterSharding], device: torch.device, path: str | None
     ) -> dict[str, ParameterSharding]:
-        _check_names(path or "native tables", params, self._native_names(module), optional=False)
+        check_names(path or "native tables", params, self._native_names(module), optional=False)
         if device.type == "cpu":
-            _check_no_empty_shard(params)
-        self._tell_of_defaults(module.native, sorted(params))
+            check_no_empty_shard(params)
+        tell_of_defaults(module.native.parameters(), sorted(params), self.fused_params)  # type: ignore[union-attr]
         return {physical: params[table] for table, physical in self._native_names(module).items()}
-
-    def _tell_of_defaults(self, native: Any, tables: list[str]) -> None:
-        """Log that nobody chose an optimizer: a sharder of the user's put behind ours does not reach native tables."""
-        is_chosen = all(backward_optimizer(weight) is not None for weight in native.parameters())
-        if not is_chosen and not (self.fused_params or {}).keys() & {"optimizer", "learning_rate"}:
-            logger.warning(
-                "tables %s: train with FBGEMM's default optimizer, as neither fused_params of these sharders nor "
-                "apply_optimizer_in_backward names one; other sharders in the list do not reach them, pass "
-                "get_default_sharders(fused_params=...) or compressed_sharders(mine)",
-                tables,
-            )
 
     def shardable_parameters(self, module: Module) -> dict[str, nn.Parameter]:
         """Return the native tables by the names of the user's tables."""
@@ -204,7 +164,7 @@ class RemappedEmbeddingBagCollectionSharder(_RemappedSharder[RemappedEmbeddingBa
         module_fqn: str | None = None,
     ) -> ShardedRemappedEmbeddingBagCollection:
         """Return the sharded collection."""
-        _check_env(env, "native tables")
+        check_env(env, "native tables")
         plan = self._native_plan(module, params, _device(device), module_fqn)
         return ShardedRemappedEmbeddingBagCollection(module, plan, env, _device(device), self._stock)
 
@@ -234,7 +194,7 @@ class RemappedEmbeddingCollectionSharder(_RemappedSharder[RemappedEmbeddingColle
         module_fqn: str | None = None,
     ) -> ShardedRemappedEmbeddingCollection:
         """Return the sharded collection."""
-        _check_env(env, "native tables")
+        check_env(env, "native tables")
         plan = self._native_plan(module, params, _device(device), module_fqn)
         return ShardedRemappedEmbeddingCollection(module, plan, env, _device(device), self._stock)
 
@@ -264,14 +224,7 @@ class RemappedEmbeddingBagRowsSharder(RemappedEmbeddingCollectionSharder):
         module_fqn: str | None = None,
     ) -> ShardedRemappedEmbeddingCollection:
         """Return the sharded collection."""
-        registry, needed = self.qcomm_codecs_registry, CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name
-        if registry and needed not in registry:
-            logger.warning(
-                "tables %s: rows travel unpooled and as they are, since qcomm_codecs_registry has no %s, got %s",
-                sorted(params),
-                needed,
-                sorted(registry),
-            )
+        tell_of_missing_codec(self.qcomm_codecs_registry, params)
         return super().shard(module, params, env, device, module_fqn)
 
     @property
@@ -300,9 +253,9 @@ class DecoderSharder(BaseEmbeddingSharder[Decoder]):
         module_fqn: str | None = None,
     ) -> Decoder:
         """Return the decoder itself, with optimizers for the backward pass taken off its parameters."""
-        _check_env(env, "decoder")
+        check_env(env, "decoder")
         where = module_fqn or "decoder"
-        _check_names(where, params, module.replicated_tensors(), optional=True)
+        check_names(where, params, module.replicated_tensors(), optional=True)
         wrong = {name: how.sharding_type for name, how in params.items() if how.sharding_type != _DATA_PARALLEL}
         if wrong:
             raise ValueError(

@@ -191,7 +191,7 @@ class _Stage:
     def _train_until(self, stop: int, bar: tqdm, asked: threading.Event) -> None:
         """Do the steps up to `stop`, where the pipeline has run empty."""
         progress, stage = self._progress, self._stage
-        batches, pipeline = _steps(self._batches, progress.step, stop), self._trainable.pipeline()
+        batches, pipeline = _steps(self._batches, progress.step, stop), self._trainable.pipeline(progress.step)
         self._trainable.module.train()
         while progress.step < stop:
             started = time.perf_counter()

@@ -23,7 +23,8 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from torchrec_compress.modules import native_parameters, optimizer_bytes
+from torchrec_compress.modules import after_step, discard, native_parameters, optimizer_bytes
+from torchrec_compress.modules.after_step import managed_owners
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.sharding import get_default_sharders
@@ -86,9 +87,14 @@ class Trainable:
             parameter.requires_grad_(train[_part(name)])
         collections = [part for part in model.modules() if isinstance(part, CompressedParts)]
         self._undecayed = {name for part in collections for name in part.blueprint.undecayed()}
-        self._loss = Loss(stage, ranks, teacher)
+        self._loss, self._moves_rows = Loss(stage, ranks, teacher), stage.train_tables
         step = TrainStep(model, self._loss)
         shard = config.tables in _FUSED
+        if not shard and ranks.world > 1 and managed_owners(model):
+            raise ValueError(
+                f"optim.tables: several ranks must train tables with managers in the backward, by one of "
+                f"{sorted(_FUSED)}, got {config.tables!r}, of whose tables each rank has a copy"
+            )
         constraints = make_constraints(model, ranks.world, parallel, pooling or {}) if shard else {}
         self.module = _wrap(step, shard, stage, ranks, constraints)
         if before:
@@ -121,9 +127,9 @@ class Trainable:
         self.optimizer = CombinedOptimizer(optimizers)
         self._groups = [(group, group["lr"]) for group in self.optimizer.param_groups]
 
-    def pipeline(self) -> TrainPipeline[Batch, tuple[Tensor, Tensor, Batch]]:
-        """Return what does the steps: TorchRec's pipeline, which sends the ids of the next batch during this one."""
-        optimizer: Any = Skippable(self.optimizer, self._loss)
+    def pipeline(self, step: int = 0) -> TrainPipeline[Batch, tuple[Tensor, Tensor, Batch]]:
+        """Return what does the steps from `step` on: TorchRec's pipeline, which sends the next ids during this step."""
+        optimizer: Any = Skippable(self.optimizer, self._loss, self.module, step, self._moves_rows)
         # one rank on a CPU has nothing to overlap, and without sharded tables there is nothing to send ahead
         is_sharded = any(isinstance(module, ShardedModule) for module in self.module.modules())
         if is_sharded and (self.ranks.world > 1 or self.ranks.device.type != "cpu"):
@@ -185,10 +191,21 @@ class Trainable:
 
 
 class Skippable:
-    """Optimizers that leave a step out where the loss says so."""
+    """Optimizers that leave a step out where the loss says so, and tell tables with managers how each step ended.
 
-    def __init__(self, optimizer: CombinedOptimizer, loss: Loss) -> None:
-        self._optimizer, self._loss = optimizer, loss
+    Args:
+        optimizer: all of them as one.
+        loss: says what is left out.
+        module: of which they train the parameters.
+        step: the number of the first step.
+        moves_rows: whether tables are trained, so that managers may move their rows.
+    """
+
+    def __init__(
+        self, optimizer: CombinedOptimizer, loss: Loss, module: nn.Module, step: int, moves_rows: bool
+    ) -> None:
+        self._optimizer, self._loss, self._module, self._step = optimizer, loss, module, step
+        self._has_managers, self._moves_rows = bool(managed_owners(module)), moves_rows
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -198,6 +215,12 @@ class Skippable:
         """Update, unless the batch is left out; momentum alone would move the weights."""
         if not self._loss.was_skipped:
             self._optimizer.step()
+        if self._has_managers:
+            if self._loss.was_skipped or not self._moves_rows:
+                discard(self._module)
+            else:
+                after_step(self._module, self._step, self._optimizer)
+        self._step += 1
 
 
 def _dense_optimizer(config: OptimConfig, rate: float, l2: float) -> Any:

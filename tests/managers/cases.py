@@ -1,0 +1,22 @@
+"""The managers that the contract is held against, each by a method that stores a table with it."""
+
+from __future__ import annotations
+
+from torchrec_compress.methods import CafeConfig, MethodConfig
+
+# few blocks and rows, so that ids come and go within some steps
+CASES: dict[str, MethodConfig] = {
+    "hot and cold by gradient": CafeConfig(num_hot_rows=8, num_cold_rows=20, num_blocks=4, threshold=1.5, decay=0.9),
+    "hot, medium and cold by frequency": CafeConfig(
+        num_hot_rows=8,
+        num_cold_rows=20,
+        num_medium_rows=8,
+        num_blocks=4,
+        num_sketch_slots=32,
+        importance="frequency",
+        threshold=3.0,
+        medium_threshold=1.5,
+        decay=0.8,
+        every=2,
+    ),
+}

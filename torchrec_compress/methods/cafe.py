@@ -1,0 +1,211 @@
+"""CAFE: rows of their own for the ids that matter most now, shared rows for the rest (arXiv 2312.03256)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+
+from torchrec_compress.managers import Blocks, HotCold, HotColdSizes
+from torchrec_compress.methods.base import (
+    MethodConfig,
+    TableData,
+    TableDecoder,
+    TableState,
+    bucket_means,
+    init_like,
+    register,
+)
+from torchrec_compress.methods.storage import ManagedPart, NativePart, Parts, Remap
+from torchrec_compress.ops import Rows, TableRows, pool_rows, scale_rows, stable_salt
+
+_SLOTS_PER_HOT_ROW = 4  # the paper's
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class CafeConfig(MethodConfig):
+    """Store `num_hot_rows` rows of one id each and `num_cold_rows` that ids share by hash; a sketch says who is hot.
+
+    It is trained from the start, with a call of `torchrec_compress.after_step(model, step)` after every step of the
+    optimizers, which promotes ids with all that their row has learned. Ids are dealt to `num_blocks` blocks, which are
+    never cut over ranks; a block has an equal share of everything, so that all sizes are multiples of it.
+
+    Bytes: 4 D (hot + cold + medium rows) + 4 hot rows + 12 slots of the sketch + 8 num_blocks, of which a trained
+    table's look-ups read rows and 8 (with medium rows 12) bytes per slot.
+
+    Args:
+        num_hot_rows: rows of one id each, H.
+        num_cold_rows: rows that the others share, C.
+        num_medium_rows: rows of the two-level variant, which ids with a score of at least `medium_threshold` add to
+            their cold row; 0: one level.
+        num_blocks: a multiple of the number of ranks that share a table.
+        num_sketch_slots: ids with a score; None: four for each hot row.
+        slots_per_bucket: of the sketch; an id with more than one part in this many of what its bucket is given has a
+            slot for certain.
+        importance: what a look-up adds to the score of its id: "gradient", the norm of its gradient over the mean of
+            its block, or "frequency", 1. Both work with any optimizer: gradients are seen before it steps.
+        threshold: the least score of an id that gets a hot row.
+        medium_threshold: the least score of an id that adds a medium row.
+        decay: factor of all scores in a step.
+        every: steps from one round of promotions to the next.
+
+    Example:
+        >>> CafeConfig(num_hot_rows=64, num_cold_rows=320).to_dict()["importance"]
+        'gradient'
+    """
+
+    method: ClassVar[str] = "cafe"
+    needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "nothing"
+    new_ids: ClassVar[str] = "the row of its bucket, until it matters enough for one of its own"
+    num_hot_rows: int
+    num_cold_rows: int
+    num_medium_rows: int = 0
+    num_blocks: int = 16
+    num_sketch_slots: int | None = None
+    slots_per_bucket: int = 4
+    importance: Literal["gradient", "frequency"] = "gradient"
+    threshold: float = 2.0
+    medium_threshold: float = 1.0
+    decay: float = 0.999
+    every: int = 1
+
+    def check(self, table: BaseEmbeddingConfig) -> None:
+        """Raise ValueError unless every block gets as many rows and slots as any other, and rules are numbers."""
+        super().check(table)
+        where = f"table {table.name!r}"
+        if self.num_blocks < 1 or self.slots_per_bucket < 1 or self.every < 1:
+            raise ValueError(
+                f"{where}: num_blocks, slots_per_bucket and every must be at least 1, got {self.num_blocks}, "
+                f"{self.slots_per_bucket} and {self.every}"
+            )
+        for name, size, least in (
+            ("num_hot_rows", self.num_hot_rows, self.num_blocks),
+            ("num_cold_rows", self.num_cold_rows, self.num_blocks),
+            ("num_medium_rows", self.num_medium_rows, 0),
+        ):
+            _check_multiple(f"{where}: {name}", size, self.num_blocks, least)
+        if self.num_sketch_slots is not None:
+            multiple = self.num_blocks * self.slots_per_bucket
+            _check_multiple(f"{where}: num_sketch_slots", self.num_sketch_slots, multiple, multiple)
+        if self.importance not in ("gradient", "frequency"):
+            raise ValueError(f"{where}: importance must be 'gradient' or 'frequency', got {self.importance!r}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"{where}: decay must be in (0, 1], got {self.decay}")
+        for name, value in (("threshold", self.threshold), ("medium_threshold", self.medium_threshold)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{where}: {name} must be a finite score of at least 0, got {value}")
+
+    def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
+        """Return the rows of all blocks and their manager."""
+        blocks = Blocks(table.num_embeddings, self.num_blocks)
+        sizes = self._sizes(stable_salt(seed, table.name))
+        rows = NativePart(
+            "rows",
+            self.num_blocks * sizes.rows,
+            table.embedding_dim,
+            Remap(salt=sizes.salt),
+            partial(_init_rows, table, sizes),
+        )
+        return Parts(managed=ManagedPart(rows, blocks, partial(_manager, blocks, sizes)))
+
+    def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> ManagedRowsDecoder:
+        """Return the pooling of rows that are embeddings already."""
+        return ManagedRowsDecoder()
+
+    def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:
+        """Raise ValueError where a fit would fail; it needs counts to know which ids are hot."""
+        super().check_fit(table, data)
+        if data.counts is None:
+            raise ValueError(
+                f"table {table.name!r}: a fit of {self.method!r} must be given look-ups per id, got no counts; pass "
+                "counts={table: (N,) look-ups}, or train the collection from the start"
+            )
+
+    def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
+        """Give hot rows to the ids with the most look-ups, and fill the cold ones with the mean of their ids."""
+        self.check_fit(table, data)
+        assert data.counts is not None
+        rows, counts = data.trained_rows(table), data.counts
+        part, sizes = self.parts(table, data.seed).managed, self._sizes(stable_salt(data.seed, table.name))
+        assert part is not None
+        manager = _manager(part.blocks, sizes, self.num_blocks, None)
+        places = part.blocks.places(torch.arange(table.num_embeddings))
+        manager.fill(counts.new_zeros(part.blocks.num_places).index_copy_(0, places, counts))
+        found = manager.remap(places, train=False)[:, 0]
+        is_hot = found % sizes.rows < sizes.hot_rows
+        weight = bucket_means(rows[~is_hot], found[~is_hot], part.rows.num_embeddings, counts[~is_hot])
+        weight[found[is_hot]] = rows[is_hot]
+        return TableState(native={"rows": weight}, managed=dict(manager.named_buffers()))
+
+    def _sizes(self, salt: int) -> HotColdSizes:
+        """Return the share of a block."""
+        slots = self.num_sketch_slots
+        if slots is None:
+            slots = self.num_blocks * _round_up(
+                _SLOTS_PER_HOT_ROW * self.num_hot_rows // self.num_blocks, self.slots_per_bucket
+            )
+        return HotColdSizes(
+            hot_rows=self.num_hot_rows // self.num_blocks,
+            cold_rows=self.num_cold_rows // self.num_blocks,
+            medium_rows=self.num_medium_rows // self.num_blocks,
+            buckets=slots // (self.num_blocks * self.slots_per_bucket),
+            slots=self.slots_per_bucket,
+            importance=self.importance,
+            threshold=self.threshold,
+            medium_threshold=self.medium_threshold,
+            decay=self.decay,
+            every=self.every,
+            salt=salt,
+        )
+
+
+def _check_multiple(where: str, size: int, multiple: int, least: int) -> None:
+    if size < least or size % multiple:
+        nearest = max(least, multiple * round(size / multiple))
+        raise ValueError(f"{where} must be a multiple of {multiple} and at least {least}, got {size}; take {nearest}")
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _manager(blocks: Blocks, sizes: HotColdSizes, num_blocks: int, device: torch.device | None) -> HotCold:
+    return HotCold(num_blocks, blocks.ids_per_block, sizes, device)
+
+
+@torch.no_grad()
+def _init_rows(table: BaseEmbeddingConfig, sizes: HotColdSizes, weight: Tensor) -> None:
+    """Initialise the rows of whole blocks in place: as the user's table, and medium rows as zeros.
+
+    So an id that comes to add its medium row, which none has trained yet, is served what it was.
+    """
+    if not weight.numel():  # of a rank that holds none, without a shape
+        return
+    init_like(table, weight)
+    weight.view(-1, sizes.rows, weight.shape[1])[:, sizes.hot_rows + sizes.cold_rows :].zero_()
+
+
+class ManagedRowsDecoder(TableDecoder):
+    """Pool rows that are embeddings already."""
+
+    def forward(
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Rows]
+    ) -> Tensor:
+        """Return the sums over bags; `rows` are one (L, D)."""
+        return pool_managed(offsets, weights, rows)
+
+
+@torch.fx.wrap
+def pool_managed(offsets: Tensor | None, weights: Tensor | None, rows: list[Rows]) -> Tensor:
+    """Return the sums over bags, (B, D); arguments as in `TableDecoder.forward`."""
+    (found,) = rows
+    gathered = found.gather() if isinstance(found, TableRows) else found
+    if offsets is not None:
+        return pool_rows(gathered, offsets, weights)
+    return gathered if weights is None else scale_rows(gathered, weights, "cafe")

@@ -1,0 +1,139 @@
+"""What one table is stored as: the parts that modules, sharding and the planner are made for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torchrec_compress.managers import Blocks, RowManager
+from torchrec_compress.ops import hash_ids
+
+
+@dataclass(frozen=True)
+class Remap:
+    """How an id of the user's table becomes a row number of a native table.
+
+    "identity": id; "mod": id % value; "div": id // value; "hash": seeded hash of the id into `value` buckets.
+
+    Example:
+        >>> Remap("div", 4)(torch.tensor([3, 4, 9]))
+        tensor([0, 1, 2])
+    """
+
+    kind: Literal["identity", "mod", "div", "hash"] = "identity"
+    value: int = 1
+    salt: int = 0
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Return the row numbers: (L,) integer -> (L,), same dtype."""
+        if self.kind == "mod":
+            return ids % self.value
+        if self.kind == "div":
+            return torch.div(ids, self.value, rounding_mode="floor")
+        if self.kind == "hash":
+            return hash_ids(ids, self.value, self.salt).to(ids.dtype)
+        return ids
+
+
+@dataclass(frozen=True)
+class CodePart:
+    """A code table: integers [num_embeddings, row_size], not trained by gradient.
+
+    Args:
+        row_size: integers per row.
+        dtype: of the table.
+        start: row numbers (L,) int64 -> start codes (L, row_size), or None where only fitting or a checkpoint fills it.
+        num_packed: codes per row where an integer holds two of them (see `ops.pack_codes`), else 0.
+        unfitted: what start codes serve until a fit replaces them, said once when they are looked up; "" where they
+            need no fit.
+    """
+
+    row_size: int
+    dtype: torch.dtype
+    start: Callable[[Tensor], Tensor] | None = None
+    num_packed: int = 0
+    unfitted: str = ""
+
+
+@dataclass(frozen=True)
+class NativePart:
+    """A stock TorchRec table, trained as any other, whose ids are rewritten first.
+
+    Args:
+        name: of the part; the physical table is called "<table>__<name>".
+        num_embeddings, embedding_dim: its size.
+        remap: from the user's ids to its rows.
+        init_fn: initialises its weight in place; None: as the user's table.
+        decay: whether l2 may pull it towards zero.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    remap: Remap
+    init_fn: Callable[[Tensor], Tensor | None] | None = None
+    decay: bool = True
+
+
+@dataclass(frozen=True)
+class ManagedPart:
+    """A native table whose rows an id is given, and loses, while it is trained; unpooled rows go to the decoder.
+
+    Args:
+        rows: the table; as many rows for each block, and `rows.remap` says no more than its salt.
+        blocks: of its ids.
+        manager: number of blocks and device -> what manages them.
+    """
+
+    rows: NativePart
+    blocks: Blocks
+    manager: Callable[[int, torch.device | None], RowManager]
+
+    @property
+    def rows_per_block(self) -> int:
+        """Rows of the native table that belong to a block."""
+        return self.rows.num_embeddings // self.blocks.num_blocks
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the buffers of the whole table's manager by name, on the meta device."""
+        return dict(self.manager(self.blocks.num_blocks, torch.device("meta")).named_buffers())
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the manager of the whole table keeps."""
+        return sum(buffer.nbytes for buffer in self.state().values())
+
+    @property
+    def training_bytes(self) -> int:
+        """Of `state_bytes`, those that no look-up of a trained model reads."""
+        names = self.manager(0, torch.device("meta")).training_only
+        return sum(buffer.nbytes for name, buffer in self.state().items() if name in names)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one table is stored as.
+
+    Args:
+        codes: its code table.
+        bag: a native table that is pooled natively and is the embedding already.
+        rows: native tables whose unpooled rows go to the decoder.
+        managed: a native table whose ids get rows while they are trained.
+        dense: the user's own table, untouched.
+    """
+
+    codes: CodePart | None = None
+    bag: NativePart | None = None
+    rows: tuple[NativePart, ...] = ()
+    managed: ManagedPart | None = None
+    dense: bool = False
+
+    @property
+    def native(self) -> tuple[NativePart, ...]:
+        """All native parts."""
+        bag = () if self.bag is None else (self.bag,)
+        return bag + self.rows + (() if self.managed is None else (self.managed.rows,))

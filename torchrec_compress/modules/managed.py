@@ -1,0 +1,320 @@
+"""Native tables with managers: whose ids get other rows while they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from torchrec_compress.managers import OwnedTable
+from torchrec_compress.methods.storage import ManagedPart
+from torchrec_compress.modules.features import IdRange, split_features
+from torchrec_compress.modules.replicated import strip_where_replicated
+from torchrec_compress.ops import check_ids
+from torchrec_compress.seams import optimizers_in_backward
+
+# fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
+torch.fx.wrap("check_ids")
+torch.fx.wrap("split_features")
+
+# what a loop that accumulates gradients may do before it must have stepped
+MOST_BACKWARDS = 64
+SHARDERS = "pass sharders=torchrec_compress.get_default_sharders() to the planner and to DistributedModelParallel"
+
+
+@dataclass(frozen=True)
+class ManagedTable:
+    """A table with a manager.
+
+    Args:
+        name: of the user's table.
+        num_embeddings: its rows, the range of the ids.
+        part: what it is stored as.
+        native: config of the native table "rows"; its one feature is the table's name.
+        features: that look it up.
+        keys: of their outputs.
+    """
+
+    name: str
+    num_embeddings: int
+    part: ManagedPart
+    native: EmbeddingConfig
+    features: tuple[str, ...]
+    keys: tuple[str, ...]
+
+    def ids(self, jagged: Mapping[str, JaggedTensor]) -> list[Tensor]:
+        """Return the ids of every feature of a batch.
+
+        Raises:
+            ValueError: an id is out of range.
+        """
+        return [
+            check_ids(jagged[name].values(), self.num_embeddings, f"table {self.name!r}, feature {name!r}")
+            for name in self.features
+        ]
+
+
+class _Turn:
+    """The look-ups of one table between two ends of a step.
+
+    Attributes:
+        backwards: that came.
+        is_over: whether the step has ended, and rows may have moved.
+        is_discarded: whether its batch was left out.
+    """
+
+    def __init__(self) -> None:
+        self.backwards, self.is_over, self.is_discarded = 0, False, False
+
+    def check_told(self, table: str) -> None:
+        """Raise RuntimeError where a loop seems to have forgotten to tell the end of its steps."""
+        if self.backwards >= MOST_BACKWARDS:
+            raise RuntimeError(
+                f"table {table!r}: the end of a step must be told before {MOST_BACKWARDS} backwards, got none; call "
+                "torchrec_compress.after_step(model, step) after every optimizer.step()"
+            )
+
+    def check_open(self, table: str) -> None:
+        """Raise RuntimeError where gradients come for rows that may have moved since they were looked up."""
+        if self.is_over:
+            raise RuntimeError(
+                f"table {table!r}: the backward of a look-up must come before the end of its step, got it after "
+                "torchrec_compress.after_step; look up after it, and use no pipeline that looks up ahead of the last "
+                "step (TrainPipelineSemiSync)"
+            )
+
+
+class ManagedOwner(nn.Module):
+    """Whoever holds the rows of tables with managers, sharded or not: does look-ups, and ends steps.
+
+    Attributes:
+        managers: by table name.
+    """
+
+    managers: Any  # Any: a ModuleDict forgets the type of its values
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._turns: dict[str, _Turn] = {}
+
+    def owned(self, name: str, optimizer: Any) -> OwnedTable | None:
+        """Return a table as this rank holds it, or None where it holds none of it.
+
+        Args:
+            name: of the table.
+            optimizer: that trains it outside of the backward, or None.
+        """
+        raise NotImplementedError
+
+    def rows(self, name: str, places: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what the ids at some places are served, (L, D), and have the manager see its gradient.
+
+        Args:
+            name: of the table.
+            places: (L,) integer, counted from the first that is held here.
+            gather: (n,) int64 rows of the native table -> (n, D).
+
+        Raises:
+            RuntimeError: in training, long after the last `after_step`; in the backward, where one came before it.
+        """
+        trains = self.training and torch.is_grad_enabled()
+        turn = self._turns.setdefault(name, _Turn())
+        if trains:
+            if isinstance(places, torch.fx.Proxy):
+                raise ValueError(
+                    f"table {name!r}: a table with a manager must be traced in evaluation mode, got it in training, "
+                    "whose gradients a trace would not show it; call eval() first, or shard it"
+                )
+            turn.check_told(name)
+        with torch.no_grad():
+            rows = self.managers[name].remap(places, train=trains)
+        found = gather(rows[:, 0]) if self.managers[name].reads == 1 else _sum_of_reads(rows, gather)
+        if trains and found.requires_grad:
+            found.register_hook(partial(self._profile, name, turn, places))
+        return found
+
+    def _profile(self, name: str, turn: _Turn, places: Tensor, gradients: Tensor) -> None:
+        turn.check_open(name)
+        if not turn.is_discarded:
+            turn.backwards += 1
+            self.managers[name].profile(places, gradients.detach())
+
+    @torch.no_grad()
+    def after_step(self, step: int, optimizer: Any = None) -> None:
+        """Have every manager end a step; arguments as for `torchrec_compress.after_step`."""
+        for name, manager in self.managers.items():
+            table = self.owned(name, optimizer)
+            if table is not None:
+                manager.after_step(table, step)
+            if name in self._turns:
+                self._turns.pop(name).is_over = True
+
+    def discard(self) -> None:
+        """Forget what was looked up since the last step."""
+        for name, manager in self.managers.items():
+            manager.discard()
+            if name in self._turns:
+                self._turns.pop(name).is_discarded = True
+
+
+def _sum_of_reads(rows: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the sums of the rows that ids read, (L, D): (L, reads) int64, where -1 is none."""
+    exists = rows >= 0
+    # what there is none of is the id's first row times zero: no row is touched that is not read anyway
+    read = torch.where(exists, rows, rows[:, :1])
+    found = gather(read.flatten()).unflatten(0, rows.shape)
+    return (found * exists.unsqueeze(2).to(found.dtype)).sum(1)
+
+
+class ManagedCollection(ManagedOwner):
+    """Hold whole tables with managers, and look up their rows.
+
+    Args:
+        tables: one config per table.
+        device: of rows and managers.
+
+    Attributes:
+        native: stock collections of one table each, by table name.
+        also_checked: ids of dense tables beside it, which its sharded form checks before any rank waits for another.
+    """
+
+    also_checked: Sequence[IdRange] = ()
+
+    def __init__(self, tables: Sequence[ManagedTable], device: torch.device | None = None) -> None:
+        super().__init__()
+        self._tables = tuple(tables)
+        self.native: Any = nn.ModuleDict(
+            {table.name: EmbeddingCollection(tables=[table.native], device=device) for table in tables}
+        )
+        self.managers = nn.ModuleDict(
+            {table.name: table.part.manager(table.part.blocks.num_blocks, device) for table in tables}
+        )
+
+    def configs(self) -> tuple[ManagedTable, ...]:
+        """Return the configs of the tables."""
+        return self._tables
+
+    def managed_bytes(self, name: str) -> int:
+        """Return the bytes that the manager of a table keeps beside its rows."""
+        return sum(buffer.nbytes for buffer in self.managers[name].buffers())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ManagedCollection:
+        # the last call before DistributedDataParallel wraps tables that no sharder has taken
+        for native in self.native.values():
+            if type(native) is EmbeddingCollection:
+                strip_where_replicated(native)
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
+
+    def reset_parameters(self) -> None:
+        """Have all managers start anew; the rows are reset by the collection."""
+        for manager in self.managers.values():
+            manager.reset_parameters()
+
+    def weight(self, name: str) -> Tensor:
+        """Return the rows of a table, (rows, D).
+
+        Raises:
+            ValueError: TorchRec's sharders have taken them, or several ranks would train copies of them.
+        """
+        native = self.native[name]
+        (config,) = (table.native for table in self._tables if table.name == name)
+        if type(native) is not EmbeddingCollection:
+            raise ValueError(
+                f"table {name!r}: a table with a manager must be sharded by the sharders of compressed collections, "
+                f"got {type(native).__name__}; {SHARDERS}"
+            )
+        many = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        if many and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                f"table {name!r}: several ranks must share a table with a manager, got a copy on each, which would "
+                f"drift apart; {SHARDERS}"
+            )
+        weight: Tensor = native.embeddings[config.name].weight  # type: ignore[assignment]
+        return weight
+
+    def served(self, name: str, ids: Tensor) -> Tensor:
+        """Return what ids are served, (L, D), without a batch around them."""
+        (part,) = (table.part for table in self._tables if table.name == name)
+        return self.rows(name, part.blocks.places(ids), partial(nn.functional.embedding, weight=self.weight(name)))
+
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
+        """Return the rows of every look-up, (L, D) by its key.
+
+        Raises:
+            ValueError: an id is out of range, or a table is not sharded as it must be.
+            RuntimeError: as `rows`.
+        """
+        jagged = split_features(features)
+        found: dict[str, Tensor] = {}
+        for table in self._tables:
+            for key, ids in zip(table.keys, table.ids(jagged), strict=True):
+                found[key] = self.served(table.name, ids)
+        return found
+
+    def owned(self, name: str, optimizer: Any) -> OwnedTable:
+        """Return a table, all of it.
+
+        Raises:
+            ValueError: no optimizer is known to train it, or one keeps a state whose rows are not the table's.
+        """
+        weight = self.weight(name)
+        (part,) = (table.part for table in self._tables if table.name == name)
+        state = row_states(weight, optimizer, f"table {name!r}")
+        return OwnedTable(0, part.blocks.num_places, {"rows": weight.detach()}, {"rows": state})
+
+
+class ManagedBagRows(ManagedCollection):
+    """Tables with managers of a pooled collection, whose sharder takes the settings of the user's bags."""
+
+
+def row_states(weight: Tensor, optimizer: Any, where: str) -> dict[str, Tensor]:
+    """Return the state that an optimizer keeps for each row of an unsharded weight, by name.
+
+    Args:
+        weight: the parameter.
+        optimizer: that trains it; ignored where one does in the backward.
+        where: names the table in errors.
+
+    Raises:
+        ValueError: there is no optimizer, it does not train the weight, or a state has other rows.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(3, 2))
+        >>> weight.grad = torch.ones(3, 2)
+        >>> optimizer = torch.optim.Adam([weight])
+        >>> optimizer.step()
+        >>> {name: tuple(state.shape) for name, state in row_states(weight, optimizer, "table 'user'").items()}
+        {'exp_avg': (3, 2), 'exp_avg_sq': (3, 2)}
+    """
+    if not weight.requires_grad:
+        return {}
+    holders = optimizers_in_backward(weight) or ([] if optimizer is None else [optimizer])
+    if not holders:
+        raise ValueError(
+            f"{where}: the optimizer that trains its rows must be known, so that their state moves with them, got "
+            "none; call after_step(model, step, optimizer)"
+        )
+    found: dict[str, Tensor] = {}
+    for holder in holders:
+        if not any(each is weight for group in holder.param_groups for each in group["params"]):
+            raise ValueError(
+                f"{where}: the optimizer given to after_step must train its rows, got {type(holder).__name__} of other "
+                "parameters; give it all of the model's optimizers as one (torchrec.optim.keyed.CombinedOptimizer)"
+            )
+        for name, value in holder.state.get(weight, {}).items():
+            if not isinstance(value, Tensor) or value.numel() <= 1:
+                continue  # kept once for all rows, as the count of steps
+            if value.shape[0] != weight.shape[0]:
+                raise ValueError(
+                    f"{where}: an optimizer's state must have a row for each of {weight.shape[0]}, got {name!r} of "
+                    f"shape {tuple(value.shape)}; train it by another optimizer"
+                )
+            found[name] = value
+    return found

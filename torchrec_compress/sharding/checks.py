@@ -1,0 +1,72 @@
+"""What sharders check, and tell, before they shard."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torchrec.distributed.types import CommOp, ParameterSharding, QuantizedCommCodecs, ShardingEnv, ShardingEnv2D
+
+from torchrec_compress.seams import backward_optimizer
+
+logger = logging.getLogger(__name__)
+
+
+def check_env(env: ShardingEnv, where: str) -> None:
+    """Raise ValueError for a sharding environment that compressed collections do not know."""
+    if isinstance(env, ShardingEnv2D) or env.output_dtensor:
+        raise ValueError(
+            f"{where}: the sharding environment must be one-dimensional with ShardedTensor output, got "
+            f"{type(env).__name__} with output_dtensor={env.output_dtensor}; use DistributedModelParallel"
+        )
+
+
+def check_names(where: str, plan: Mapping[str, ParameterSharding], names: Collection[str], optional: bool) -> None:
+    """Raise ValueError where a plan, made by hand or for another model, does not fit the tables of a part.
+
+    Entries too many are left alone, as by TorchRec, but where none is needed: there they must be misspelt.
+    """
+    missing = [] if optional else sorted(set(names) - set(plan))
+    unknown = sorted(set(plan) - set(names))
+    if missing or (optional and unknown):
+        raise ValueError(
+            f"{where}: the plan must have an entry for each of {sorted(names)}, got none for {missing}, and unknown "
+            f"entries {unknown}; let a planner make it, or see 'A plan made by hand' in docs/planner.md"
+        )
+
+
+def check_no_empty_shard(plan: dict[str, ParameterSharding]) -> None:
+    """Raise ValueError, on every rank alike, for what FBGEMM refuses on the one rank that would hold no rows."""
+    for table, sharding in plan.items():
+        for shard in getattr(sharding.sharding_spec, "shards", ()):
+            if shard.shard_sizes[0] == 0:
+                raise ValueError(
+                    f"table {table!r}: every rank must hold a row of its native table on a CPU, got a plan that is "
+                    f"{sharding.sharding_type} and gives rank {shard.placement.rank()} none; constrain it to table_wise"
+                )
+
+
+def tell_of_defaults(weights: Iterable[nn.Parameter], tables: list[str], fused_params: dict[str, Any] | None) -> None:
+    """Log that nobody chose an optimizer: a sharder of the user's put behind ours does not reach native tables."""
+    is_chosen = all(backward_optimizer(weight) is not None for weight in weights)
+    if not is_chosen and not (fused_params or {}).keys() & {"optimizer", "learning_rate"}:
+        logger.warning(
+            "tables %s: train with FBGEMM's default optimizer, as neither fused_params of these sharders nor "
+            "apply_optimizer_in_backward names one; other sharders in the list do not reach them, pass "
+            "get_default_sharders(fused_params=...) or compressed_sharders(mine)",
+            tables,
+        )
+
+
+def tell_of_missing_codec(registry: dict[str, QuantizedCommCodecs] | None, tables: Collection[str]) -> None:
+    """Log that rows travel as they are where the codecs of the user's bags have none for them."""
+    needed = CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name
+    if registry and needed not in registry:
+        logger.warning(
+            "tables %s: rows travel unpooled and as they are, since qcomm_codecs_registry has no %s, got %s",
+            sorted(tables),
+            needed,
+            sorted(registry),
+        )
