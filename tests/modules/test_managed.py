@@ -277,3 +277,11 @@ def test_training_goes_on_from_a_state_dict():
     train(one, ours, 2, [[2, 2, 2], [9]])
     train(other, theirs, 2, [[2, 2, 2], [9]])
     assert all(torch.equal(value, state(other)[name]) for name, value in state(one).items())
+
+
+def test_rows_without_a_batch_are_no_training_look_up():
+    model = fresh(SMALL)
+    before = state(model)
+    model.table_rows("item", torch.tensor([5, 5, 5])).sum().backward()
+    after_step(model, 0, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert all(torch.equal(before[name], value) for name, value in state(model).items())

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.planner import EmbeddingShardingPlanner as StockPlanner
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.types import ShardingPlan
@@ -255,6 +256,26 @@ def promoted() -> int:
 
 def test_moved_rows_keep_their_values_and_their_optimizer_state(two_ranks):
     assert min(two_ranks.run(promoted)) > 3
+
+
+def travelled() -> tuple[bool, bool]:
+    """Return whether rows travel as float16 and, among them, whether some are not as they are stored."""
+    codecs = QCommsConfig(forward_precision=CommType.FP16, backward_precision=CommType.BF16)
+    sharders = get_default_sharders({"learning_rate": 0.1}, get_qcomm_codecs_registry(codecs))
+    model = model_of(pooled=True, weighted=False)
+    features = draw("plain", 0, dist.get_rank(), False)
+    stored = model.embeddings.table_rows("item", features["item"].values()).detach()
+    planner = EmbeddingShardingPlanner(Topology(world_size=2, compute_device="cpu"), 8, {}, stats=[])
+    plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    (owner,) = managed_owners(sharded)
+    with torch.no_grad():
+        found = owner(features).wait()["item:item"]
+    return torch.equal(found, stored.half().float()), not torch.equal(found, stored)
+
+
+def test_the_users_codecs_reach_managed_rows(two_ranks):
+    assert two_ranks.run(travelled) == [(True, True), (True, True)]
 
 
 def wrong_shape() -> str:

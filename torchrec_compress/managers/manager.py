@@ -47,7 +47,8 @@ class Blocks:
         return self.ids_per_block * self.num_blocks
 
     def places(self, ids: Tensor) -> Tensor:
-        """Return where ids are in the order of the blocks: (L,) integer -> (L,), same dtype, in [0, num_places)."""
+        """Return where ids are in the order of the blocks: (L,) integer -> (L,) int64 in [0, num_places)."""
+        ids = ids.long()
         of_block = torch.div(ids, self.num_blocks, rounding_mode="floor")
         return ids % self.num_blocks * self.ids_per_block + of_block
 

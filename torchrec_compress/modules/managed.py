@@ -113,18 +113,23 @@ class ManagedOwner(nn.Module):
         """
         raise NotImplementedError
 
-    def rows(self, name: str, places: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    @property
+    def trains(self) -> bool:
+        """Whether a look-up of a batch, now, is one of a training step."""
+        return self.training and torch.is_grad_enabled()
+
+    def rows(self, name: str, places: Tensor, gather: Callable[[Tensor], Tensor], trains: bool) -> Tensor:
         """Return what the ids at some places are served, (L, D), and have the manager see its gradient.
 
         Args:
             name: of the table.
             places: (L,) integer, counted from the first that is held here.
             gather: (n,) int64 rows of the native table -> (n, D).
+            trains: whether the look-up is one of a training step.
 
         Raises:
             RuntimeError: in training, long after the last `after_step`; in the backward, where one came before it.
         """
-        trains = self.training and torch.is_grad_enabled()
         turn = self._turns.setdefault(name, _Turn())
         if trains:
             if isinstance(places, torch.fx.Proxy):
@@ -217,8 +222,8 @@ class ManagedCollection(ManagedOwner):
         for manager in self.managers.values():
             manager.reset_parameters()
 
-    def weight(self, name: str) -> Tensor:
-        """Return the rows of a table, (rows, D).
+    def weight(self, name: str, trains: bool = False) -> Tensor:
+        """Return the rows of a table, (rows, D), to be trained or not.
 
         Raises:
             ValueError: TorchRec's sharders have taken them, or several ranks would train copies of them.
@@ -230,8 +235,7 @@ class ManagedCollection(ManagedOwner):
                 f"table {name!r}: a table with a manager must be sharded by the sharders of compressed collections, "
                 f"got {type(native).__name__}; {SHARDERS}"
             )
-        many = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        if many and self.training and torch.is_grad_enabled():
+        if trains and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ValueError(
                 f"table {name!r}: several ranks must share a table with a manager, got a copy on each, which would "
                 f"drift apart; {SHARDERS}"
@@ -239,10 +243,11 @@ class ManagedCollection(ManagedOwner):
         weight: Tensor = native.embeddings[config.name].weight  # type: ignore[assignment]
         return weight
 
-    def served(self, name: str, ids: Tensor) -> Tensor:
-        """Return what ids are served, (L, D), without a batch around them."""
+    def served(self, name: str, ids: Tensor, trains: bool = False) -> Tensor:
+        """Return what ids are served, (L, D), without a batch around them, in a training step or not."""
         (part,) = (table.part for table in self._tables if table.name == name)
-        return self.rows(name, part.blocks.places(ids), partial(nn.functional.embedding, weight=self.weight(name)))
+        gather = partial(nn.functional.embedding, weight=self.weight(name, trains))
+        return self.rows(name, part.blocks.places(ids), gather, trains)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Return the rows of every look-up, (L, D) by its key.
@@ -255,7 +260,7 @@ class ManagedCollection(ManagedOwner):
         found: dict[str, Tensor] = {}
         for table in self._tables:
             for key, ids in zip(table.keys, table.ids(jagged), strict=True):
-                found[key] = self.served(table.name, ids)
+                found[key] = self.served(table.name, ids, self.trains)
         return found
 
     def owned(self, name: str, optimizer: Any) -> OwnedTable:

@@ -199,7 +199,7 @@ class ShardedManagedCollection(ShardedEmbeddingModule[KJTList, list[Tensor], dic
         for name, table in self._configs.items():
             ids = table.ids(jagged)
             ctx.num_ids[name] = [len(part) for part in ids]
-            found[name] = table.part.blocks.places(torch.cat(ids).long()).to(self._id_dtype)
+            found[name] = table.part.blocks.places(torch.cat(ids)).to(self._id_dtype)
         return [[found[table.name] for table in tables] for tables in self._tables]
 
     def compute(self, ctx: ManagedContext, dist_input: KJTList) -> list[Tensor]:  # type: ignore[override]
@@ -219,7 +219,9 @@ class ShardedManagedCollection(ShardedEmbeddingModule[KJTList, list[Tensor], dic
 
     def _rows_here(self, table: ManagedTable, places: Tensor) -> Tensor:
         native, width = self.native[table.name], table.native.embedding_dim
-        return self.rows(table.name, places, lambda rows: look_up_local(native, table.name, rows, width).float())
+        return self.rows(
+            table.name, places, lambda rows: look_up_local(native, table.name, rows, width).float(), self.trains
+        )
 
     def _holds(self, name: str) -> bool:
         return self._env.rank in (self._plan[name].ranks or [])
