@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchrec.optim
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, PoolingType
 from torchrec.distributed.planner import ParameterConstraints, Topology
@@ -20,14 +19,9 @@ from torchrec_compress.compression import parse
 from torchrec_compress.dry_run.config import PlanConfig, TableSpec, memory, rank_batch_size
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, native_parameters
 from torchrec_compress.planner import EmbeddingShardingPlanner, PlanReport
+from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS, fused_state_bytes
 
 _META = torch.device("meta")
-_OPTIMIZERS: dict[str, Any] = {
-    "rowwise_adagrad": torchrec.optim.RowWiseAdagrad,
-    "adagrad": torch.optim.Adagrad,
-    "adam": torch.optim.Adam,
-    "sgd": torch.optim.SGD,
-}
 
 
 def plan(config: PlanConfig) -> PlanReport:
@@ -51,7 +45,7 @@ def plan(config: PlanConfig) -> PlanReport:
     """
     tables = make_tables(config)
     model = nn.ModuleDict({"embeddings": make_collection(config, tables)})
-    apply_optimizer_in_backward(_OPTIMIZERS[config.optimizer], native_parameters(model), {"lr": 0.1})
+    apply_optimizer_in_backward(FUSED_OPTIMIZERS[config.optimizer], native_parameters(model), {"lr": 0.1})
     planner = EmbeddingShardingPlanner(
         make_topology(config),
         rank_batch_size(config),
@@ -178,11 +172,10 @@ def summary(config: PlanConfig, report: PlanReport, seconds: float) -> str:
         report: of the plan.
         seconds: that planning took.
     """
-    from torchrec_compress.planner.accounting import fused_state_bytes
     from torchrec_compress.planner.text import size
 
     state = sum(
-        fused_state_bytes(table.num_embeddings, table.embedding_dim, _OPTIMIZERS[config.optimizer].__name__)
+        fused_state_bytes(table.num_embeddings, table.embedding_dim, FUSED_OPTIMIZERS[config.optimizer].__name__)
         for table in report.tables.values()
     )
     ranks = len(report.ranks)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import Shard, ShardingOption
 from torchrec.distributed.types import ShardingType
+from torchrec.optim import RowWiseAdagrad
 
 from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.seams import backward_optimizer
@@ -15,6 +17,13 @@ from torchrec_compress.seams import backward_optimizer
 DenseOptimizer: TypeAlias = str | float
 """Name of a dense optimizer, or its bytes of state per parameter."""
 
+# what native tables may be trained with in their backward, by the names in configs
+FUSED_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adagrad": torch.optim.Adagrad,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+}
 # Float32 values of state that FBGEMM keeps in a fused optimizer: per weight, per row of a shard. By the class that
 # `apply_optimizer_in_backward` was given (torch's and TorchRec's share their names) or the sharder's `fused_params`.
 _FUSED_STATE: dict[str, tuple[int, int]] = {

@@ -28,8 +28,8 @@ from torchrec_compress.methods import MethodConfig
 from torchrec_compress.methods.base import NUM_LEVELS
 from torchrec_compress.planner.accounting import DenseOptimizer
 from torchrec_compress.planner.enumerators import CompressedEnumerator
+from torchrec_compress.planner.lookups import decode_bytes
 from torchrec_compress.planner.proposers import TradeOffProposer
-from torchrec_compress.planner.reservation import decode_bytes
 from torchrec_compress.planner.text import size
 from torchrec_compress.planner.what_if import WhatIf
 

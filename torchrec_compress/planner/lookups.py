@@ -6,8 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import nn
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
+
+from torchrec_compress.modules.collection import CompressedParts
 
 Constraints = Mapping[str, ParameterConstraints]
 
@@ -89,3 +92,27 @@ def decoded_bytes(table: BaseEmbeddingConfig, lookups: Lookups, makes_rows: bool
     pooled = isinstance(table, EmbeddingBagConfig)
     num_rows = lookups.num_bags * pooled + lookups.num_ids * (makes_rows or not pooled)
     return 4 * num_rows * table.embedding_dim
+
+
+def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size: int) -> dict[str, int]:
+    """Return the bytes of a step's embeddings that no stored tensor of a decoder stands for, by table name.
+
+    Low-bit rows and MEmCom are decoded without codebooks, so the estimators have no option to charge it to. MEmCom
+    makes a row per id before it pools; low-bit rows are pooled where they lie, on a GPU a piece at a time.
+
+    Args:
+        module: the model.
+        constraints: by table name, for pooling factors.
+        batch_size: of a rank.
+    """
+    found: dict[str, int] = {}
+    for part in module.modules():
+        if isinstance(part, CompressedParts):
+            charged = {name.partition(".")[0] for name in part.decoder.replicated_tensors()}
+            for name in part.decoder.banks:
+                if name not in charged:
+                    table = part.blueprint.by_table[name][0].table
+                    lookups = Lookups.of(name, constraints, batch_size)
+                    makes_rows = part.blueprint.methods[name].makes_rows
+                    found[name] = found.get(name, 0) + decoded_bytes(table, lookups, makes_rows)
+    return found

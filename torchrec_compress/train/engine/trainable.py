@@ -21,12 +21,12 @@ from torchrec.distributed.types import ShardedModule, ShardingPlan, ShardingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_compress.modules import after_step, discard, native_parameters, optimizer_bytes
 from torchrec_compress.modules.after_step import managed_owners
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.planner import EmbeddingShardingPlanner
+from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS
 from torchrec_compress.sharding import get_default_sharders
 from torchrec_compress.train.check import check_optim
 from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig, of_pattern
@@ -37,7 +37,7 @@ from torchrec_compress.train.engine.objective import Loss, TrainStep
 from torchrec_compress.train.models.click import ClickModel
 from torchrec_compress.train.ranks import Ranks, gather
 
-_FUSED = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+_FUSED = ("rowwise_adagrad", "adagrad", "sgd")  # Adam trains replicated tables: element-wise, and with l2
 _RESERVED = 0.15  # of the memory, for activations and buffers
 _PREFIX = "model."  # of the model inside TrainStep
 
@@ -80,7 +80,7 @@ class Trainable:
         if fused:
             # a fused table cannot be left out of the backward, so one that is not trained has the rate 0
             rate = config.table_lr if stage.train_tables else 0.0
-            apply_optimizer_in_backward(_FUSED[config.tables], weights, {"lr": rate})
+            apply_optimizer_in_backward(FUSED_OPTIMIZERS[config.tables], weights, {"lr": rate})
         # before wrapping: DDP waits for a gradient of everything that requires one when it is made
         train = {"tables": stage.train_tables or fused, "codebooks": stage.train_codebooks, "dense": stage.train_dense}
         for name, parameter in model.named_parameters():
