@@ -167,6 +167,15 @@ def test_an_unknown_optimizer_is_an_error():
     after_step(model, 0)  # nothing trains them
 
 
+def test_features_that_share_a_table_count_a_batch_once():
+    model = CompressedEmbeddingBagCollection([table(feature_names=["a", "b"])], compression=SMALL)
+    features = KeyedJaggedTensor.from_lengths_sync(["a", "b"], torch.tensor([5, 5]), torch.tensor([1, 1]))
+    for _ in range(MOST_BACKWARDS):
+        model(features).values().sum().backward()
+    with pytest.raises(RuntimeError, match="must be told before 64 backwards"):
+        model(features)
+
+
 def test_features_that_share_a_table_share_its_sketch():
     tables = [table(feature_names=["a", "b"])]
     model = CompressedEmbeddingBagCollection(tables, compression=SMALL)

@@ -73,9 +73,9 @@ class _Turn:
     def __init__(self) -> None:
         self.backwards, self.is_over, self.is_discarded = 0, False, False
 
-    def check_told(self, table: str) -> None:
-        """Raise RuntimeError where a loop seems to have forgotten to tell the end of its steps."""
-        if self.backwards >= MOST_BACKWARDS:
+    def check_told(self, table: str, of_batch: int) -> None:
+        """Raise RuntimeError where a loop, of so many look-ups a batch, forgets to tell the end of its steps."""
+        if self.backwards >= MOST_BACKWARDS * of_batch:
             raise RuntimeError(
                 f"table {table!r}: the end of a step must be told before {MOST_BACKWARDS} backwards, got none; call "
                 "torchrec_compress.after_step(model, step) after every optimizer.step()"
@@ -113,6 +113,10 @@ class ManagedOwner(nn.Module):
         """
         raise NotImplementedError
 
+    def lookups_of_batch(self, name: str) -> int:
+        """Return how often a batch looks a table up; sharded, its features travel together."""
+        return 1
+
     @property
     def trains(self) -> bool:
         """Whether a look-up of a batch, now, is one of a training step."""
@@ -137,7 +141,7 @@ class ManagedOwner(nn.Module):
                     f"table {name!r}: a table with a manager must be traced in evaluation mode, got it in training, "
                     "whose gradients a trace would not show it; call eval() first, or shard it"
                 )
-            turn.check_told(name)
+            turn.check_told(name, self.lookups_of_batch(name))
         with torch.no_grad():
             rows = self.managers[name].remap(places, train=trains)
         found = gather(rows[:, 0]) if self.managers[name].reads == 1 else _sum_of_reads(rows, gather)
@@ -262,6 +266,11 @@ class ManagedCollection(ManagedOwner):
             for key, ids in zip(table.keys, table.ids(jagged), strict=True):
                 found[key] = self.served(table.name, ids, self.trains)
         return found
+
+    def lookups_of_batch(self, name: str) -> int:
+        """Return how often a batch looks a table up: once for each of its features."""
+        (table,) = (table for table in self._tables if table.name == name)
+        return len(table.features)
 
     def owned(self, name: str, optimizer: Any) -> OwnedTable:
         """Return a table, all of it.
