@@ -20,7 +20,7 @@ from torchrec_compress.train.check import check_variants
 from torchrec_compress.train.command_line import read
 from torchrec_compress.train.compare import runs
 from torchrec_compress.train.compare.runs import compare
-from torchrec_compress.train.config import RunConfig
+from torchrec_compress.train.config import RunConfig, override
 from torchrec_compress.train.ranks import start
 
 
@@ -57,6 +57,20 @@ def test_a_comparison_goes_on_where_it_stood(stored, tmp_path, monkeypatch):
     assert summaries == {path: path.read_text() for path in summaries}
     report = json.loads(Path("out/report.json").read_text())
     assert set(report["variants"]) == {"full", "pq", "hash"}
+
+
+def test_a_report_is_of_the_runs_that_its_config_stands_for(stored, tmp_path, monkeypatch, capsys):
+    shutil.copytree(stored, tmp_path / "in")
+    monkeypatch.chdir(tmp_path / "in")
+    config = read(RunConfig(), ["config.yaml"], "")
+    assert len(runs._reported(config, Path("out"))) == 3
+    changed = override(config, {"pretrain.epochs": 2.0, "compare.seeds": [1]})
+    assert runs._reported(changed, Path("out")) == []
+    renamed = dict(config.compare.variants)
+    renamed["other"] = renamed.pop("hash")
+    kept = runs._reported(override(config, {"compare.variants": renamed}), Path("out"))
+    assert [path.parent.name for path in kept] == ["full", "pq"]
+    assert "hash/seed0: left out of the report: its name is none of compare.variants" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["pq", "hash"])

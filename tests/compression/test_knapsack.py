@@ -4,6 +4,7 @@ import itertools
 import random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,3 +84,15 @@ def test_a_larger_option_that_is_worse_is_never_chosen() -> None:
 def test_bad_input(candidates: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"allocate: .*{message}"):
         allocate(candidates, 100)
+
+
+def test_a_budget_that_takes_everything_as_it_is():
+    """The least error is then 0, beside which no rounding of bounds may count."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        errors = torch.rand(6, 9, generator=generator) * 1e6
+        tables = {
+            str(n): [*(Candidate(10 + m, float(e), m) for m, e in enumerate(row)), Candidate(100, 0.0, "dense")]
+            for n, row in enumerate(errors)
+        }
+        assert {c.option for c in allocate(tables, 10**6).choices.values()} == {"dense"}

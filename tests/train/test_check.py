@@ -15,6 +15,9 @@ INT8 = {"method": "int8"}
 HASH = {"method": "hash", "num_buckets": 20}
 
 
+PARQUET = {"data.kind": "parquet", "data.path": "x"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -63,11 +66,20 @@ HASH = {"method": "hash", "num_buckets": 20}
             {"pretrain": {"train_dense": False, "train_tables": False, "train_codebooks": False}},
             "pretrain: must train something",
         ),
+        ({"compression": {"budget_ratio": 2, "num_codes": []}}, "compression.num_codes: must hold a code length"),
         ({"parallel.sharding_types": {"user": ["rowwise"]}}, "parallel.sharding_types.user: .*did you mean 'row_wise'"),
         ({"data.kind": "parquet"}, "data.path: must be set"),
         ({"data.kind": "parquet", "data.path": ""}, "data.path: must be set"),
         ({"data.streaming": True}, "data.streaming: must be false with data.kind = 'generator'"),
-        ({"data.fractions": [0.9, 0.2]}, "data.fractions: must be the shares"),
+        ({"data.path": "x"}, "data.path: has no meaning with data.kind = 'generator'"),
+        ({"data.label": "y"}, "data.label: has no meaning with data.kind = 'generator'"),
+        ({"data.split_seed": 5}, "data.split_seed: has no meaning with data.kind = 'generator'"),
+        ({"data.fractions": [0.7, 0.2]}, "data.fractions: has no meaning with data.kind = 'generator'"),
+        ({"data.subsample": 0.1}, "data.subsample: has no meaning with data.kind = 'generator'"),
+        (
+            {"data.kind": "parquet", "data.path": "x", "data.fractions": [0.9, 0.2]},
+            "data.fractions: must be the shares",
+        ),
         ({"data.generator.multi_hot": True}, "data.generator.multi_hot: must be false"),
         ({"data.features": ["user"]}, "data.features: has no meaning with data.kind = 'generator'"),
         ({"data": {"kind": "parquet", "path": "x", "hash_size": 9}}, "data.hash_size: has no meaning"),
@@ -211,3 +223,22 @@ def test_comparisons_have_names_and_seeds(config):
     ):
         with pytest.raises(ValueError, match=message):
             check_variants(override(config, {"compare": changes}))
+
+
+@pytest.mark.parametrize(("method", "part"), [("int8", "tables"), ("int8", "codebooks"), ("hash", "codebooks")])
+def test_a_stage_trains_something_of_these_methods(method, part):
+    options = {"num_buckets": 9} if method == "hash" else {}
+    flags = {f"retrain.train_{name}": name == part for name in ("dense", "tables", "codebooks")}
+    config = override(
+        RunConfig(), {"compression": {"*": {"method": method, **options}}, "retrain.epochs": 1.0, **flags}
+    )
+    with pytest.raises(ValueError, match="retrain: must train something, got train_dense false"):
+        check_tables(config, compression_of(config.compression), {"user": 400, "item": 300})
+    fine = override(config, {"compression": {"*": {"method": "pq", "num_codes": 2}}, "retrain.train_codebooks": True})
+    check_tables(fine, compression_of(fine.compression), {"user": 400, "item": 300})
+
+
+def test_threads_are_bounded():
+    """FBGEMM's kernels end the process when they cannot start as many as they are told."""
+    with pytest.raises(ValueError, match=r"num_threads: must be in \[1, 1024\], got 100000"):
+        override(RunConfig(), {"num_threads": 100000})

@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from torchrec_compress.launch.preflight import check_output
-from torchrec_compress.train import sealed, stages
+from torchrec_compress.train import identity, sealed, stages
 from torchrec_compress.train.compare.runs import _finished
 from torchrec_compress.train.compare.worker import Worker, stamp
 from torchrec_compress.train.config import RunConfig, override
 from torchrec_compress.train.data.inputs import identify
 from torchrec_compress.train.data.memory import ClickData
+from torchrec_compress.train.engine.checkpoint import check_same
 from torchrec_compress.train.engine.loop import train
 from torchrec_compress.train.evaluate.scoring import check_labels
 from torchrec_compress.train.identity import check_unchanged
@@ -203,3 +204,24 @@ def test_a_tail_of_one_label_is_left_out_and_said_so(finished, tmp_path, capsys)
     assert "tail_logloss" in summary["metrics"]["test"] and "tail_auc" not in summary["metrics"]["test"]
     assert summary["undefined"]["test tail_auc"].endswith("rows have the label 0")
     assert "test tail_auc is not defined and left out: all" in capsys.readouterr().out
+
+
+def test_the_order_of_patterns_is_part_of_what_a_run_is():
+    pq, int8 = {"method": "pq", "num_codes": 2}, {"method": "int8"}
+    old = {"compression": {"user*": pq, "item": int8, "*": int8}}
+    check_same(Path("run"), old, {"compression": {"item": int8, "user*": pq, "*": int8}})  # names come first anyway
+    with pytest.raises(ValueError, match=r"the patterns of compression must come in the order \['user\*', '\*'\]"):
+        check_same(Path("run"), old, {"compression": {"*": int8, "user*": pq, "item": int8}})
+
+
+def test_a_finished_run_keeps_the_versions_that_made_it(finished, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    before = (folder / "versions.json").read_text()
+    monkeypatch.setattr(identity, "versions", lambda: {"torch": "9.9"})
+    identity.record(finished.config, folder, {})
+    assert (folder / "versions.json").read_text() == before
+    assert "(now 9.9)" in "".join(capsys.readouterr())
+    (folder / "summary.json").unlink()
+    identity.record(finished.config, folder, {})
+    assert "9.9" in (folder / "versions.json").read_text()

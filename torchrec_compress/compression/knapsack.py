@@ -178,7 +178,8 @@ def _search(
     tables: list[list[Candidate[Option]]], budget: int, known: float, max_states: int
 ) -> list[Candidate[Option]] | None:
     """Return the best choice, or None where it takes more than `max_states` states for one table."""
-    slack = 1e-9 * max(known, 1e-300)  # rounding must not cut the best state off
+    # rounding must not cut the best state off, where its error is zero either
+    slack = max(1e-9 * known, 1e-12 * sum(front[0].error for front in tables), 1e-300)
     states: list[tuple[int, float, tuple]] = [(0, 0.0, ())]  # bytes, error, (candidate, the state before it)
     for number, front in enumerate(tables):
         rest = _Relaxed(tables[number + 1 :])

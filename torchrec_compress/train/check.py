@@ -15,7 +15,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.compression import Compression, parse, resolve
 from torchrec_compress.compression.budget import smallest_bytes
-from torchrec_compress.methods import CodebookConfig, as_codebook
+from torchrec_compress.methods import CodebookConfig, MethodConfig, as_codebook
 from torchrec_compress.names import check_feature_names, check_folder_names, check_table_names
 from torchrec_compress.schema import nearest
 from torchrec_compress.train.byte_budget import Budget, budget_of
@@ -35,7 +35,10 @@ from torchrec_compress.train.models.click import make_model, tables_of
 
 # what a kind of data has no use for; a value there would be lost without a word
 _UNUSED = {
-    "generator": ("features", "drop", "row_filter", "dense", "positive_from", "pooling", "vocab", "hash_size"),
+    "generator": (
+        *("path", "label", "features", "drop", "row_filter", "dense", "positive_from", "pooling", "split", "split_by"),
+        *("fractions", "split_seed", "subsample", "subsample_by", "kind_column", "vocab", "hash_size"),
+    ),
     "criteo": ("features", "drop", "row_filter", "dense", "positive_from", "subsample_by", "kind_column"),
     "parquet": ("hash_size",),
 }
@@ -54,6 +57,8 @@ def check_config(config: RunConfig) -> Compression | Budget | None:
     if isinstance(wanted, Budget):
         if config.start != "pretrained":
             raise ValueError(f"start: must be 'pretrained' with a budget in compression, got {config.start!r}")
+        if not wanted.num_codes:
+            raise ValueError("compression.num_codes: must hold a code length, got none")
         base_of(wanted)
     for name, stage in used_stages(config).items():
         _check_stage(name, stage)
@@ -128,6 +133,7 @@ def check_tables(
             _check_budget(wanted, tables)
         elif wanted is not None:
             chosen = resolve(tables, wanted)
+            _check_trains(config, tables, chosen)
             unfit = sorted(name for name, method in chosen.items() if method.needs != "nothing")
             if unfit and config.start == "scratch" and config.parallel.init == "shards":
                 raise ValueError(f"parallel.init: must be 'host' for tables that are fitted, got 'shards' and {unfit}")
@@ -257,6 +263,21 @@ def _check_data(config: DataConfig) -> None:
 def _lists(config: DataConfig) -> Iterator[tuple[str, list[str]]]:
     for key in ("features", "drop", "dense", "tail_tables"):
         yield key, getattr(config, key)
+
+
+def _check_trains(config: RunConfig, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]) -> None:
+    """Raise ValueError where nothing of these tables would train on, and the dense net does not either."""
+    stage = config.retrain
+    if stage.epochs <= 0 or stage.train_dense:
+        return
+    parts = [(chosen[table.name], chosen[table.name].parts(table, config.seed)) for table in tables]
+    has_tables = any(stored.dense or stored.native for _, stored in parts)
+    if (stage.train_tables and has_tables) or (stage.train_codebooks and any(method.codewords for method, _ in parts)):
+        return
+    raise ValueError(
+        "retrain: must train something, got train_dense false and tables of which nothing that is switched on trains: "
+        f"{sorted({method.method for method, _ in parts})}"
+    )
 
 
 def _check_budget(budget: Budget, tables: list[EmbeddingBagConfig]) -> None:

@@ -288,7 +288,7 @@ class RunConfig:
 
     output: str = "runs/default"
     seed: Seed = 0
-    num_threads: Positive = 1
+    num_threads: Annotated[int, Range(1, 1024)] = 1
     tensorboard: bool = True
     start: Literal["pretrained", "scratch"] = "pretrained"
     compression: dict[str, Any] = field(default_factory=dict)

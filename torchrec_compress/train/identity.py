@@ -89,5 +89,22 @@ def record(config: RunConfig, folder: Path, files: dict[str, Any]) -> None:
     """Write the resolved config, the versions and what tells the data files beside a run."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-    write_json(folder / "versions.json", versions())
+    _record_versions(folder)
     write_json(folder / "inputs.json", files)
+
+
+def _record_versions(folder: Path) -> None:
+    """Write the versions beside a run; where it is finished, keep those that it was made with, and say so."""
+    path, now = folder / "versions.json", versions()
+    if is_done(folder / "summary.json") and is_done(path):
+        try:
+            made = read_json(path)
+        except ValueError:  # changed by hand; no result depends on it
+            write_json(path, now)
+            return
+        differ = [name for name in sorted({*made, *now}) if made.get(name) != now.get(name)]
+        if differ:
+            changes = ", ".join(f"{name} {made.get(name)} (now {now.get(name)})" for name in differ)
+            tqdm.write(f"{folder}: finished with {changes}; its results are those of then")
+        return
+    write_json(path, now)

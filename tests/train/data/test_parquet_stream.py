@@ -11,19 +11,22 @@ import torch
 
 from torchrec_compress.train.config import DataConfig
 from torchrec_compress.train.data.batch import Share
+from torchrec_compress.train.data.inputs import identify
 from torchrec_compress.train.data.open import load_data, open_data
+from torchrec_compress.train.data.parquet_schema import parquet_files
 
 
 def _columns(num_rows: int, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(0, 4, num_rows)
+    labels = rng.integers(0, 2, num_rows)
     return {
-        "label": rng.integers(0, 2, num_rows),
+        "label": labels,
         "user": rng.integers(0, 9, num_rows),
         "tags": pa.array([rng.integers(0, 6, length).tolist() for length in lengths], pa.list_(pa.int64())),
         "price": rng.random(num_rows).astype(np.float32),
         "split": np.sort(rng.integers(0, 3, num_rows)),
-        "kind": rng.integers(0, 3, num_rows),
+        "kind": np.where(labels == 1, 0, rng.integers(1, 3, num_rows)),
     }
 
 
@@ -107,7 +110,7 @@ def test_metadata_states_the_rows_of_tables(tmp_path):
     [
         ({"user": np.arange(90)}, r"a\.parquet: ids of column 'user' must be in \[0, 9\), got 9 in row 9"),
         ({"user": np.arange(90) - 40}, r"must be in \[0, 9\), got -40 in row 0"),
-        ({"label": np.arange(90) // 45 * 2}, "must hold 0 and 1, got 2 in row 45"),
+        ({"label": np.arange(90) // 45 * 2, "kind": np.ones(90, np.int64)}, "must hold 0 and 1, got 2 in row 45"),
         ({"price": np.where(np.arange(90) == 7, np.nan, 1.0)}, "'price' must be finite, got nan in row 7"),
         ({"user": pa.array([*range(8), None, *([1] * 81)], pa.int64())}, "missing values, got 1, first in row 8"),
         ({"tags": pa.array([[1, 2, 3, 4]] * 90)}, "at most data.pooling = 3 ids per row, got 4 in row 0"),
@@ -136,7 +139,7 @@ def test_bad_rows_are_named_when_they_are_read(tmp_path, change, message, num_wo
         ({"features": ["usr"]}, "must have the column 'usr'.*did you mean 'user'"),
         ({"features": ["price", "tags"], "dense": []}, "'price' must be of an int type"),
         ({"label": "tags"}, "'tags' must be of an int type"),
-        ({"split": "user"}, "must lie in one split, but its column 'user' holds 0 to 8; sort"),
+        ({"split": "user", "features": ["tags"]}, "must lie in one split, but its column 'user' holds 0 to 8; sort"),
         ({"vocab": {"usr": 4}}, r"data\.vocab: must name features"),
         ({"kind": "generator"}, r"data\.streaming: must be false with data.kind = 'generator'"),
     ],
@@ -174,3 +177,56 @@ def test_too_few_row_groups_for_the_lanes_are_refused(tmp_path):
     _write(tmp_path / "a.parquet", _columns(90), rows=1000)
     with pytest.raises(ValueError, match=r"at least as many row groups as data\.lanes = 4, got 1"):
         open_data(_config(tmp_path)).batches("train", 4, 0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dense": ["label"]}, r"data\.dense: must not hold the column 'label', which is data\.label"),
+        ({"dense": ["split"]}, r"data\.dense: must not hold the column 'split', which is data\.split"),
+        ({"features": ["user", "split"]}, r"data\.features: must not hold the column 'split', which is data\.split"),
+        ({"dense": ["user"]}, r"data\.features: must not hold the column 'user', which is data\.dense"),
+        ({"drop": ["user"]}, r"data\.features: must not hold the column 'user', which is data\.drop"),
+        ({"drop": ["label"]}, r"data\.drop: must not hold the column 'label', which is data\.label"),
+        (
+            {"features": ["user", "kind"]},
+            r"data\.features: .* the column 'kind', which is data\.kind_column",
+        ),
+    ],
+)
+def test_a_column_has_one_use(tmp_path, streaming, change, message):
+    _write(tmp_path / "a.parquet", _columns(40))
+    with pytest.raises(ValueError, match=message):
+        open_data(_config(tmp_path, streaming=streaming, **change))
+
+
+def test_rows_without_a_split_are_refused(tmp_path):
+    columns = _columns(40)
+    columns["split"] = pa.array([None if n == 3 else 0 for n in range(20)] + [1] * 10 + [2] * 10)
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=10)
+    with pytest.raises(ValueError, match="row group 0 must have no missing values in its column 'split', got 1; fill"):
+        open_data(_config(tmp_path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("wrong", [256, 300, -1, 0])
+def test_kinds_are_those_of_negatives_and_not_cut(tmp_path, streaming, wrong):
+    columns = _columns(40)
+    row = int(np.flatnonzero(columns["label"] == 0)[0])
+    columns["kind"][row] = wrong
+    _write(tmp_path / "a.parquet", columns)
+    message = rf"column 'kind' must be 0 for clicks and 1 to 127 for others, got {wrong} with label 0 in row {row}"
+    with pytest.raises(ValueError, match=message):
+        data = open_data(_config(tmp_path, streaming=streaming))
+        for split in ("train", "valid", "test"):
+            for _ in data.batches(split, 40, None).epoch(0):
+                pass
+
+
+def test_hidden_files_are_neither_read_nor_noted(tmp_path):
+    for name in ("a.parquet", ".b.parquet", "_c.parquet"):
+        _write(tmp_path / name, _columns(40))
+    (tmp_path / "._a.parquet").write_bytes(b"of a file manager")
+    config = _config(tmp_path)
+    assert [path.name for path in parquet_files(tmp_path)] == ["a.parquet"] == list(identify(config))

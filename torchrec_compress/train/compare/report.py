@@ -27,12 +27,13 @@ _NOTE = (
 )
 
 
-def collect(output: Path, order: Sequence[str] = ()) -> dict[str, Any]:
+def collect(output: Path, order: Sequence[str] = (), folders: Sequence[Path] | None = None) -> dict[str, Any]:
     """Gather the summaries of a comparison.
 
     Args:
         output: folder that `compare` wrote.
         order: names of variants in the order of the report; others follow.
+        folders: of the runs to gather; None is all that there are.
 
     Returns:
         By variant: seeds, bytes, how many times smaller than the variant `full`, and mean and spread (sample standard
@@ -43,6 +44,8 @@ def collect(output: Path, order: Sequence[str] = ()) -> dict[str, Any]:
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(output.glob("runs/*/seed*/summary.json")):
+        if folders is not None and path.parent not in folders:
+            continue
         found.setdefault(path.parent.parent.name, []).append(read_json(path, "run the same compare again"))
     if not found:
         raise ValueError(f"{output}: must hold finished runs (runs/*/seed*/summary.json), got none; run compare first")
@@ -95,12 +98,13 @@ def _spread(runs: list[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def write_report(output: Path, order: Sequence[str] = ()) -> Path:
+def write_report(output: Path, order: Sequence[str] = (), folders: Sequence[Path] | None = None) -> Path:
     """Write report.md, report.json and the plots of a comparison.
 
     Args:
         output: folder that `compare` wrote.
         order: names of variants in the order of the report.
+        folders: of the runs that it is about; None is all that there are.
 
     Returns:
         The path of report.md.
@@ -110,7 +114,7 @@ def write_report(output: Path, order: Sequence[str] = ()) -> Path:
     """
     if not order and is_done(output / "report.json"):
         order = list(read_json(output / "report.json")["variants"])
-    report = collect(output, order)
+    report = collect(output, order, folders)
     write_json(output / "report.json", report)
     from torchrec_compress.train.compare.plots import draw
 

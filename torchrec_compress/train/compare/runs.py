@@ -62,8 +62,26 @@ def compare(config: RunConfig) -> Path:
         raise ValueError(f"compare: all runs failed; the first: {failed[0]}")
     from torchrec_compress.train.compare.report import write_report
 
-    write_report(output, list(config.compare.variants))
+    write_report(output, list(config.compare.variants), _reported(config, output))
     return output
+
+
+def _reported(config: RunConfig, output: Path) -> list[Path]:
+    """Return the folders of finished runs that this config stands for; what others there are is said."""
+    runs, kept = check_variants(_with_all_variants(config)), []
+    for folder in sorted(path.parent for path in output.glob("runs/*/seed*/summary.json")):
+        name, seed = folder.parent.name, folder.name.removeprefix("seed")
+        why = "its name is none of compare.variants"
+        if name in runs and seed.isdigit():
+            try:
+                _finished(folder, dataclasses.replace(runs[name], seed=int(seed)))
+            except ValueError as error:
+                why = str(error)
+            else:
+                kept.append(folder)
+                continue
+        tqdm.write(f"{folder}: left out of the report: {why}", file=sys.stderr)
+    return kept
 
 
 def _with_all_variants(config: RunConfig) -> RunConfig:

@@ -28,10 +28,15 @@ def identify(config: DataConfig) -> dict[str, Any]:
     if path.is_file():  # a TSV is converted once, by the size and time of it
         return {path.name: _identify(path, by_time=config.streaming or config.kind == "criteo")}
     found = sorted({file for pattern in _PATTERNS[config.kind] for file in path.glob(pattern)})
-    files = [file for file in found if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in found if file.is_file() and is_data(file)]
     if path / MANIFEST in files:
         return {MANIFEST: _identify(path / MANIFEST, by_time=False)}
     return {str(file.relative_to(path)): _identify(file, by_time=config.streaming) for file in files}
+
+
+def is_data(path: Path) -> bool:
+    """Return whether a file of a folder is one of its data: hidden and half-written ones, "." and "_", are not."""
+    return not path.name.startswith((".", "_"))
 
 
 def _identify(path: Path, *, by_time: bool) -> dict[str, Any]:

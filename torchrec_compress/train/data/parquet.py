@@ -64,7 +64,7 @@ def read_parquet(config: DataConfig) -> ClickData:
     ids, vocab, widths = _ids(path, config, columns, schema)
     split = _split(path, config, columns, [len(part[config.label]) for part in parts])
     dense = np.stack([columns[name] for name in schema.dense], axis=1) if schema.dense else None
-    kinds = columns[config.kind_column].astype(np.int8) if config.kind_column else None
+    kinds = to_kinds(path, config, columns[config.kind_column], labels) if config.kind_column else None
     splits = []
     for number, name in enumerate(SPLITS):
         rows = np.flatnonzero(kept & (split == number))
@@ -167,6 +167,22 @@ def to_labels(path: Path, config: DataConfig, column: np.ndarray, first: int = 0
             "data.positive_from"
         )
     return labels
+
+
+def to_kinds(path: Path, config: DataConfig, column: np.ndarray, labels: np.ndarray, first: int = 0) -> np.ndarray:
+    """Return the kinds of negatives, int8; 0 is a click.
+
+    Raises:
+        ValueError: a kind is outside [0, 127], or a click has another kind than 0, or another row has it.
+    """
+    wrong = np.flatnonzero((column < 0) | (column > 127) | ((column == 0) != (labels == 1)))
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"{path}: column {config.kind_column!r} must be 0 for clicks and 1 to 127 for others, got {column[row]} "
+            f"with label {int(labels[row])} in row {first + row}"
+        )
+    return column.astype(np.int8)
 
 
 def check_ids(path: Path, name: str, ids: np.ndarray, size: int, first: int = 0) -> None:

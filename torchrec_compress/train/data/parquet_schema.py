@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from torchrec_compress.names import check_feature_names, check_table_names
 from torchrec_compress.schema import nearest
 from torchrec_compress.train.config import DataConfig
+from torchrec_compress.train.data.inputs import is_data
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def parquet_files(path: Path) -> list[Path]:
     Raises:
         ValueError: there are none.
     """
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    files = sorted(file for file in path.glob("*.parquet") if is_data(file)) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         state = "which has none" if path.is_dir() else "which does not exist"
         raise ValueError(f"data.path: must be a Parquet file or a folder of *.parquet, got {str(path)!r}, {state}")
@@ -98,9 +99,7 @@ def read_schema(file: pq.ParquetFile, path: Path, config: DataConfig) -> Schema:
     check_columns(file, path, schema)
     if not features:
         raise ValueError(f"{path}: must have id columns besides {sorted(map(str, special))}, got {names}")
-    for name in (config.label, config.kind_column):
-        if name in features:
-            raise ValueError(f"data.features: must not hold the column {name!r}, which is the label or made of it")
+    _check_uses(config, features)
     check_table_names(features, f"{path}: column")
     check_feature_names(features, f"{path}: column")
     for key, given in (("vocab", config.vocab), ("pooling", config.pooling)):
@@ -108,6 +107,25 @@ def read_schema(file: pq.ParquetFile, path: Path, config: DataConfig) -> Schema:
         if unknown:
             raise ValueError(f"data.{key}: must name features of {features}, got {unknown}")
     return schema
+
+
+def _check_uses(config: DataConfig, features: list[str]) -> None:
+    """Raise ValueError where a column has two uses, of which the model would see one that it must not."""
+    uses = {
+        "label": [config.label],
+        "kind_column": [config.kind_column],
+        "split": [config.split],
+        "drop": config.drop,
+        "dense": config.dense,
+        "features": features,
+    }
+    first: dict[str | None, str] = {None: ""}
+    for key, names in uses.items():
+        for name in names:
+            if name is not None and first.setdefault(name, key) != key:
+                raise ValueError(
+                    f"data.{key}: must not hold the column {name!r}, which is data.{first[name]}; give a column one use"
+                )
 
 
 def check_columns(file: pq.ParquetFile, path: Path, schema: Schema) -> None:

@@ -14,7 +14,7 @@ import torch
 from torchrec_compress.train.config import DataConfig
 from torchrec_compress.train.data.batch import Layout
 from torchrec_compress.train.data.memory import Split
-from torchrec_compress.train.data.parquet import check_ids, column_values, to_labels
+from torchrec_compress.train.data.parquet import check_ids, column_values, to_kinds, to_labels
 from torchrec_compress.train.data.parquet_schema import (
     Schema,
     check_columns,
@@ -86,7 +86,8 @@ class ParquetChunks(Chunks):
         label = column_values(path, schema.label, table[schema.label], dense=False, first=start)
         kinds = None
         if schema.kind is not None:
-            kinds = column_values(path, schema.kind, table[schema.kind], dense=False, first=start).astype(np.int8)
+            values = column_values(path, schema.kind, table[schema.kind], dense=False, first=start)
+            kinds = to_kinds(path, self._config, values, to_labels(path, self._config, label, start), start)
         return Split(
             torch.from_numpy(np.concatenate(blocks, axis=1, dtype=np.int32, casting="unsafe")),
             torch.from_numpy(to_labels(path, self._config, label, start).astype(np.float32)),
@@ -173,6 +174,12 @@ def _by_split(config: DataConfig, files: list[Path], metadata: dict[Path, pq.Fil
 def _split_of(column: str, group: _Group, metadata: pq.FileMetaData) -> int:
     found = _statistics(metadata, group.number, column)
     low, high = (found.min, found.max) if found is not None and found.has_min_max else (None, None)
+    if found is not None and found.null_count != 0:
+        many = "an unknown number of" if found.null_count is None else f"{found.null_count:,}"
+        raise ValueError(
+            f"{group.path}: row group {group.number} must have no missing values in its column {column!r}, got {many}; "
+            "fill them, or set data.split to null"
+        )
     if low is None or low != high or low not in (0, 1, 2):
         raise ValueError(
             f"{group.path}: row group {group.number} must lie in one split, but its column {column!r} holds {low} to "

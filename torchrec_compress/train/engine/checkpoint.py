@@ -264,6 +264,12 @@ def check_same(path: Path, old: Any, new: Any, where: str = "") -> None:
         ValueError: a value differs; the message names the first such key.
     """
     if isinstance(old, dict) and isinstance(new, dict):
+        before, now = _order_of_patterns(old, where), _order_of_patterns(new, where)
+        if before != now and sorted(before) == sorted(now):
+            raise ValueError(
+                f"{path}: the patterns of {where} must come in the order {before} as when it was written, got {now}: "
+                "the first that fits a table counts; put them back, or choose another output folder"
+            )
         for key in sorted(set(old) | set(new)):
             check_same(path, old.get(key), new.get(key), f"{where}.{key}" if where else key)
     elif json.loads(json.dumps(new)) != old:
@@ -271,6 +277,11 @@ def check_same(path: Path, old: Any, new: Any, where: str = "") -> None:
             f"{path}: {where} must be {old!r} as when it was written, got {new!r}; "
             "put it back, or choose another output folder"
         )
+
+
+def _order_of_patterns(plain: dict[str, Any], where: str) -> list[str]:
+    """Return the patterns of a compression in their order, of which the first that fits a table counts."""
+    return [key for key in plain if set(key) & set("*?[")] if where == "compression" else []
 
 
 def _make_empty(folder: Path) -> None:
