@@ -7,10 +7,18 @@ from torchrec import EmbeddingBagCollection, EmbeddingCollection, EmbeddingConfi
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
 
 from tests.cases import CASES, CONFIGS, IDS, NUM_ROWS, contexts, counts, dense_collection, fitted, fresh, rows, table
-from torchrec_compress import CompressedEmbeddingBagCollection, compress, compress_into
+from torchrec_compress import CompressedEmbeddingBagCollection, compress, compress_into, decompress
 from torchrec_compress.compression.budget import for_budget
 from torchrec_compress.fit import fit_mec, fit_product, fit_residual, kmeans, quantile_codes
-from torchrec_compress.methods import HashConfig, MEmComConfig, MethodConfig, PQConfig, TableData
+from torchrec_compress.methods import (
+    HashConfig,
+    Int4Config,
+    Int8Config,
+    MEmComConfig,
+    MethodConfig,
+    PQConfig,
+    TableData,
+)
 
 every = pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 HASH, PQ = HashConfig(num_buckets=40), PQConfig(num_codes=4, codebook_size=16)
@@ -31,6 +39,10 @@ BAD_COUNTS = {
     "meta": (counts().to("meta"), r"counts must be a tensor of shape \(403,\), one per id, got \(403,\) on meta"),
     "bool": (counts() > 0, r"counts must be look-ups per id, integers or floats, got torch.bool"),
     "complex": (counts().to(torch.complex64), r"counts must be look-ups per id, .*got torch.complex64"),
+    "unsigned": (counts().to(torch.uint64), r"counts must be look-ups per id, .*got torch.uint64"),
+    "sparse": (counts().to_sparse(), r"counts must be look-ups per id, .*got torch.int64 \(torch.sparse_coo\)"),
+    "shares": (counts() / counts().sum(), r"counts must be look-ups per id, the most of them from 1 .*multiply shares"),
+    "huge": (counts() * 1e34, r"counts must be look-ups per id, the most of them from 1 to 2\*\*53"),
     "list": (counts().tolist(), r"counts must be a tensor of shape \(403,\), one per id, got 'list'"),
 }
 
@@ -238,3 +250,53 @@ def test_what_must_be_a_mapping_or_a_compressed_collection():
         compress(dense_collection(), PQ, counts=counts())
     with pytest.raises(ValueError, match="compress_into: collection must be a compressed one, got EmbeddingBagColl"):
         compress_into(dense_collection(), {"item": rows()})
+
+
+@every
+def test_a_collection_without_memory_is_not_filled(config):
+    with pytest.raises(ValueError, match=r"compress_into: collection must hold values, got '.*' on the meta device"):
+        compress_into(
+            CompressedEmbeddingBagCollection([table()], device=torch.device("meta"), compression=config),
+            {"item": rows()},
+            counts={"item": counts()},
+            contexts={"item": contexts()},
+        )
+
+
+@pytest.mark.parametrize("wrong", [None, dense_collection(), nn.Linear(2, 2)], ids=["nothing", "stock", "module"])
+def test_only_compressed_collections_are_expanded(wrong):
+    with pytest.raises(
+        ValueError, match=rf"decompress: collection must be a compressed one, got {type(wrong).__name__}"
+    ):
+        decompress(wrong)
+
+
+LOW_BIT = [Int8Config(), Int4Config(), PQConfig(num_codes=4, codebook_size=16, num_hot_rows=20)]
+
+
+@pytest.mark.parametrize("config", LOW_BIT, ids=["int8", "int4", "hot rows"])
+def test_rows_that_float16_scales_cannot_hold(config, caplog):
+    """Finite rows became infinite, or noise, without a word."""
+    collection = dense_collection()
+    weight = collection.embedding_bags["item"].weight.data
+    hottest = int(counts().argmax())
+    weight[hottest, 0] = -7e4
+    with pytest.raises(
+        ValueError, match=rf"rows must have a float16 scale and bias, got .* in the row of id {hottest};"
+    ):
+        compress(collection, config, counts={"item": counts()})
+    weight.copy_(rows() * 1e-7)
+    compress(collection, config, counts={"item": counts()})
+    assert any("which a float16 scale cannot tell" in message for message in caplog.messages)
+    caplog.clear()
+    weight.copy_(rows() * 1e-2)
+    compress(collection, config, counts={"item": counts()})
+    assert not any("float16" in message for message in caplog.messages)
+
+
+@every
+def test_rows_whose_squares_overflow(config):
+    collection = dense_collection()
+    collection.embedding_bags["item"].weight.data[7, 3] = -1e20
+    with pytest.raises(ValueError, match=r"table 'item': pre-trained rows must be at most 1e\+15, .* got 1e\+20"):
+        compress(collection, config, counts={"item": counts()}, contexts={"item": contexts()})

@@ -234,3 +234,10 @@ def test_a_cuda_program_that_others_may_have_written_is_compiled_anew(program, t
     spoil(path)
     assert [ask(), ask()] == [b"code"] * 2 and len(compiled) == 2
     assert not path.is_symlink() and MODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("command", ['"g++', " "])
+def test_a_compiler_that_is_no_command(monkeypatch, command):
+    monkeypatch.setenv("CXX", command)
+    with pytest.raises(build.CannotBuild, match="is not a program"):
+        build.find_compiler()

@@ -22,6 +22,7 @@ from torchrec_compress.compression import Compression
 from torchrec_compress.methods import TableData
 from torchrec_compress.methods.base import check_trained_rows
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
+from torchrec_compress.modules.collection import check_unsharded
 
 _ROWS_AT_ONCE = 65536
 
@@ -84,6 +85,8 @@ def compress(
         True
     """
     rows = _rows_of(dense)
+    if not rows:
+        raise ValueError("compress: dense must have tables, got none")
     device = next(iter(rows.values())).device
     collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
     if isinstance(dense, EmbeddingCollection):
@@ -151,13 +154,14 @@ def compress_into(
         raise ValueError(
             f"compress_into: seed must be the collection's own, {collection.seed}, got {seed}; leave it out"
         )
+    _check_whole("compress_into", collection)
     tables = {table.name: table for table in collection.table_configs()}
     counts = {} if counts is None else counts
     contexts = {} if contexts is None else contexts
     for what, given in (("rows", rows), ("counts", counts), ("contexts", contexts)):
         if not isinstance(given, Mapping):
             raise ValueError(f"compress: {what} must be a mapping by table name, got {type(given).__name__}")
-        unknown = sorted(set(given) - set(tables))
+        unknown = sorted(set(given) - set(tables), key=str)
         if unknown:
             raise ValueError(f"compress: {what} must name tables of {sorted(tables)}, got {unknown}")
     methods, known = collection.methods(), set(rows)
@@ -177,6 +181,17 @@ def compress_into(
                 continue  # the table trains from the start values it has
             data = _on_cpu(inputs[name], rows[name] if name in known else None)
             collection.load_table(name, methods[name].fit(table, data))
+
+
+def _check_whole(where: str, collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection) -> None:
+    """Raise ValueError where a collection holds no values, or not all of them."""
+    check_unsharded(collection, where)
+    empty = [name for name, value in [*collection.named_parameters(), *collection.named_buffers()] if value.is_meta]
+    if empty:
+        raise ValueError(
+            f"{where}: collection must hold values, got {empty[0]!r} on the meta device; call to_empty(device=...) and "
+            "reset_parameters() first"
+        )
 
 
 def _on_cpu(data: TableData, rows: Tensor | None) -> TableData:
@@ -215,6 +230,9 @@ def decompress(
         >>> decompress(collection).embedding_bags["user"].weight.unique(dim=0).shape[0] <= 10
         True
     """
+    if not isinstance(collection, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
+        raise ValueError(f"decompress: collection must be a compressed one, got {type(collection).__name__}")
+    _check_whole("decompress", collection)
     dense: EmbeddingBagCollection | EmbeddingCollection
     if isinstance(collection, CompressedEmbeddingCollection):
         rows = copy.deepcopy(collection.embedding_configs())

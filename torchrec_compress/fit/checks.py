@@ -114,6 +114,12 @@ def check_seed(where: str, seed: object) -> int:
     return int(seed)
 
 
+_COUNTS = (
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+)
+
+
 def check_counts(where: str, counts: object, num_rows: int) -> Tensor:
     """Return look-ups per id on the CPU.
 
@@ -123,7 +129,7 @@ def check_counts(where: str, counts: object, num_rows: int) -> Tensor:
         num_rows: N.
 
     Raises:
-        ValueError: no tensor, another shape or dtype, or a count is NaN, infinite or negative.
+        ValueError: no tensor, another shape or dtype, a count is NaN, infinite or negative, or they are shares.
 
     Example:
         >>> check_counts("table 'user'", torch.tensor([0, 3]), 2)
@@ -132,13 +138,21 @@ def check_counts(where: str, counts: object, num_rows: int) -> Tensor:
     if not isinstance(counts, Tensor) or tuple(counts.shape) != (num_rows,) or counts.is_meta:
         got = f"{tuple(counts.shape)} on {counts.device}" if isinstance(counts, Tensor) else repr(type(counts).__name__)
         raise ValueError(f"{where}: counts must be a tensor of shape ({num_rows},), one per id, got {got}")
-    if counts.dtype == torch.bool or counts.is_complex():
-        raise ValueError(f"{where}: counts must be look-ups per id, integers or floats, got {counts.dtype}")
+    if counts.layout != torch.strided or counts.dtype not in _COUNTS:
+        raise ValueError(
+            f"{where}: counts must be look-ups per id, integers or floats, got {counts.dtype} ({counts.layout})"
+        )
     counts = counts.detach().cpu()
     wrong = ~(torch.isfinite(counts) & (counts >= 0))
     if wrong.any():
         first = int(wrong.nonzero()[0])
         raise ValueError(f"{where}: counts must be finite and >= 0, got {counts[first].item()} for id {first}")
+    most = float(counts.max()) if num_rows else 0.0
+    if most > 2**53 or 0 < most < 1:
+        raise ValueError(
+            f"{where}: counts must be look-ups per id, the most of them from 1 to 2**53, got {most}; multiply shares "
+            "by the number of look-ups"
+        )
     return counts
 
 

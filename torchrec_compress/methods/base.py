@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
@@ -13,7 +14,9 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.fit.checks import check_contexts, check_counts, check_seed
 from torchrec_compress.methods.storage import Parts
-from torchrec_compress.ops import BagLookup, Rows
+from torchrec_compress.ops import SCALE_BYTES, BagLookup, Rows, quantize_rows
+
+logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound="MethodConfig")
 
@@ -112,11 +115,15 @@ class TableData:
         return self.rows.detach().float()
 
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST = 1e15
+
+
 def check_trained_rows(table: BaseEmbeddingConfig, rows: Tensor) -> None:
     """Raise ValueError unless these are (N, D) finite floating-point rows of the table."""
     where = f"table {table.name!r}"
-    if not isinstance(rows, Tensor) or rows.is_meta or not rows.dtype.is_floating_point:
-        got = f"{rows.dtype} on {rows.device}" if isinstance(rows, Tensor) else type(rows).__name__
+    if not isinstance(rows, Tensor) or rows.is_meta or rows.layout != torch.strided or rows.dtype not in _FLOATS:
+        got = f"{rows.dtype} on {rows.device} ({rows.layout})" if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(f"{where}: pre-trained rows must be a tensor of floating-point values, got {got}")
     if rows.shape != (table.num_embeddings, table.embedding_dim):
         raise ValueError(
@@ -126,6 +133,12 @@ def check_trained_rows(table: BaseEmbeddingConfig, rows: Tensor) -> None:
     if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):
         first = int((~torch.isfinite(rows).all(dim=1)).nonzero()[0])
         raise ValueError(f"{where}: pre-trained rows must be finite, got NaN or infinity in the row of id {first}")
+    low, high = (float(value) for value in torch.aminmax(rows)) if rows.numel() else (0.0, 0.0)
+    if max(-low, high) > _LARGEST:
+        raise ValueError(
+            f"{where}: pre-trained rows must be at most {_LARGEST:.0e}, whose squares float32 still adds up, got "
+            f"{max(-low, high):.3g}"
+        )
 
 
 @dataclass(frozen=True)
@@ -292,6 +305,45 @@ def check_low_bit_width(table: BaseEmbeddingConfig, dtype: str) -> None:
             f"table {table.name!r}: embedding_dim must be a multiple of {multiple} for {dtype} rows, "
             f"got {table.embedding_dim}"
         )
+
+
+def quantize_table_rows(
+    table: BaseEmbeddingConfig, rows: Tensor, dtype: Literal["int8", "int4"], ids: Tensor | None = None
+) -> Tensor:
+    """Return low-bit rows of a table as `ops.quantize_rows` makes them, (L, bytes per row) uint8.
+
+    Args:
+        table: the user's config.
+        rows: (L, D) float32.
+        dtype: of the result.
+        ids: (L,) of the rows; None is all of them.
+
+    Raises:
+        ValueError: a row has no float16 scale and bias; the id is named.
+    """
+    found = quantize_rows(rows, dtype)
+    scale, bias = found[:, :SCALE_BYTES].contiguous().view(torch.float16).float().unbind(1)
+    wrong = (~(torch.isfinite(scale) & torch.isfinite(bias))).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"table {table.name!r}: {dtype} rows must have a float16 scale and bias, got values up to "
+            f"{float(rows[row].abs().max()):.3g} in the row of id {row if ids is None else int(ids[row])}; store the "
+            "table as codes or dense, or train it smaller"
+        )
+    # float16 has steps of 2**-24 near zero: there a scale may be off by more than half a value's own step
+    levels = {"int8": 255, "int4": 15}[dtype]
+    rough = int(((scale < levels * 2.0**-24) & (torch.aminmax(rows, dim=1).max > torch.aminmax(rows, dim=1).min)).sum())
+    if rough:
+        logger.warning(
+            "table %r: %d of %d rows vary by less than %.1g, which a float16 scale cannot tell: %s serves them roughly",
+            table.name,
+            rough,
+            len(rows),
+            levels**2 * 2.0**-24,
+            dtype,
+        )
+    return found
 
 
 def bucket_means(rows: Tensor, buckets: Tensor, num_buckets: int, counts: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ from torchrec_compress.methods.base import (
     TableState,
     check_low_bit_width,
     init_like,
+    quantize_table_rows,
 )
 from torchrec_compress.methods.storage import CodePart, Parts
 from torchrec_compress.ops import (
@@ -188,7 +189,9 @@ class CodebookConfig(MethodConfig):
         if self.num_hot_rows:
             rows = data.trained_rows(table)[hot]
             codes[hot] = hot_row_codes(self.num_hot_rows, self.num_codes, self.codebook_size)
-            decoder["hot_rows"] = rows if self.hot_dtype == "fp32" else quantize_rows(rows, self.hot_dtype)
+            if self.hot_dtype != "fp32":
+                rows = quantize_table_rows(table, rows, self.hot_dtype, hot)
+            decoder["hot_rows"] = rows
         return TableState(codes=_stored_codes(codes, self.codebook_size), decoder=decoder)
 
     def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:

@@ -17,6 +17,7 @@ from torchrec_compress.methods.base import (
     TableState,
     check_low_bit_width,
     init_like,
+    quantize_table_rows,
     register,
 )
 from torchrec_compress.methods.storage import CodePart, Parts
@@ -59,7 +60,7 @@ class LowBitConfig(MethodConfig):
     def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
         """Quantise the pre-trained rows."""
         self.check_fit(table, data)
-        return TableState(codes=quantize_rows(data.trained_rows(table), self.dtype))
+        return TableState(codes=quantize_table_rows(table, data.trained_rows(table), self.dtype))
 
 
 def _start_rows(ids: Tensor, table: BaseEmbeddingConfig, dtype: Literal["int8", "int4"], salt: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
@@ -157,6 +158,7 @@ class CompressedParts(nn.Module):
         Raises:
             ValueError: there is no such table, or a tensor has the wrong name or shape.
         """
+        check_unsharded(self, "load_table")
         if name not in self.blueprint.methods:
             raise ValueError(f"load_table: must name one of {sorted(self.blueprint.methods)}, got {name!r}")
         bank = self._code_banks().get(name)
@@ -196,6 +198,9 @@ class CompressedParts(nn.Module):
         Returns:
             (L, D) float32.
         """
+        check_unsharded(self, "table_rows")
+        if name not in self.blueprint.methods:
+            raise ValueError(f"table_rows: must name one of {sorted(self.blueprint.methods)}, got {name!r}")
         parts, weights = self.blueprint.parts[name], dict(self._native_weights(name))
         if parts.dense:
             return weights[""][ids].float()
@@ -232,6 +237,15 @@ class CompressedParts(nn.Module):
                     yield part, module.embedding_bags[table].weight  # type: ignore[misc]
                 elif isinstance(module, EmbeddingCollection) and table in module.embeddings:
                     yield part, module.embeddings[table].weight  # type: ignore[misc]
+
+
+def check_unsharded(collection: CompressedParts, where: str) -> None:
+    """Raise ValueError where parts are sharded, so that this rank may hold some rows only; `where` names the caller."""
+    sharded = sorted(path for path, part in collection.named_modules() if isinstance(part, ShardedModule))
+    if sharded:
+        raise ValueError(
+            f"{where}: collection must not be sharded, got sharded {sharded}; load its state dict into an unsharded one"
+        )
 
 
 def _check_loaded(module: CompressedParts, incompatible: Any) -> None:

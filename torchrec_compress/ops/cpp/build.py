@@ -56,8 +56,11 @@ def find_compiler() -> list[str]:
     """
     wanted = os.environ.get("CXX")
     if wanted:
-        command = shlex.split(wanted)
-        if shutil.which(command[0]):
+        try:
+            command = shlex.split(wanted)
+        except ValueError:  # a quotation without its end
+            command = []
+        if command and shutil.which(command[0]):
             return command
         raise CannotBuild(f"$CXX = {wanted!r} is not a program")
     for name in ("c++", "g++", "clang++"):
@@ -128,7 +131,7 @@ def _distrust(library: Path, refused: Refused | None) -> str:
     if refused is not None and os.path.samestat(library.stat(), refused.status):
         return f"it does not load: {refused.reason}"
     try:
-        noted = _digest_path(library).read_text()
+        noted = _digest_path(library).read_text(errors="replace")
     except FileNotFoundError:
         return "it has no checksum"
     return "" if noted == _digest(library) else "it is not what its checksum says"
