@@ -333,7 +333,8 @@ def quantize_table_rows(
         )
     # float16 has steps of 2**-24 near zero: there a scale may be off by more than half a value's own step
     levels = {"int8": 255, "int4": 15}[dtype]
-    rough = int(((scale < levels * 2.0**-24) & (torch.aminmax(rows, dim=1).max > torch.aminmax(rows, dim=1).min)).sum())
+    low, high = torch.aminmax(rows, dim=1)
+    rough = int(((high > low) & ((high - low) / levels < levels * 2.0**-24)).sum())
     if rough:
         logger.warning(
             "table %r: %d of %d rows vary by less than %.1g, which a float16 scale cannot tell: %s serves them roughly",
