@@ -23,7 +23,7 @@ LAYERS = {
     "ops": set(),
     "fit": {"ops"},
     "managers": {"ops"},
-    "methods": {"managers", "fit", "ops"},
+    "methods": {"managers", "fit", "ops", "schema"},
     "compression": {"methods", "fit", "ops", "schema"},
     "modules": {"compression", "methods", "managers", "names", "ops", "seams"},
     "sharding": {"modules", "managers", "ops", "seams"},

@@ -128,6 +128,27 @@ def build(kind: type[Config], values: Mapping[str, Any], where: str = "", base: 
     return kind(**found)
 
 
+def check_numbers(config: Any) -> None:
+    """Raise ValueError where a number, a switch or a nested config of a dataclass made in code is something else.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Net:
+        ...     width: int = 8
+        >>> check_numbers(Net(True))
+        Traceback (most recent call last):
+        ValueError: Net.width: must be int, got True
+    """
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), _hints(type(config))[field.name]
+        where = f"{type(config).__name__}.{field.name}"
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, hint):  # type: ignore[arg-type]
+                raise ValueError(f"{where}: must be a {hint.__name__}, got {_short(value)}")  # type: ignore[union-attr]
+        elif {bool, int, float} & set(_options(hint)):
+            _typed(value, hint, where)
+
+
 def plain(value: Any, where: str) -> Any:
     """Return a value of plain data, copied.
 

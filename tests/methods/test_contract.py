@@ -28,7 +28,15 @@ from tests.cases import (
 )
 from torchrec_compress import CompressedEmbeddingBagCollection, compress, decompress
 from torchrec_compress.compression import parse
-from torchrec_compress.methods import METHODS, CodebookConfig, MethodConfig
+from torchrec_compress.methods import (
+    METHODS,
+    CodebookConfig,
+    HashConfig,
+    MECConfig,
+    MEmComConfig,
+    MethodConfig,
+    PQConfig,
+)
 from torchrec_compress.ops import unpack_codes
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -332,3 +340,20 @@ def test_half_precision_tables_raise(method):
 
 def test_every_case_is_listed_once():
     assert len(ALL) == len(set(CONFIGS)) == sum(map(len, CASES.values()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PQConfig(num_codes=True), "PQConfig.num_codes: must be int, got True"),
+        (lambda: PQConfig(num_codes=4.0), "PQConfig.num_codes: must be int, got 4.0"),
+        (lambda: PQConfig(num_codes="4"), "PQConfig.num_codes: must be int, got '4'"),
+        (lambda: PQConfig(num_codes=4, num_hot_rows=1.5), "PQConfig.num_hot_rows: must be int, got 1.5"),
+        (lambda: HashConfig(num_buckets=None), "HashConfig.num_buckets: must be int, got None"),
+        (lambda: MEmComConfig(num_buckets=9, bias="yes"), "MEmComConfig.bias: must be bool, got"),
+        (lambda: MECConfig(num_codes=4, fit_options={"num_steps": 2}), "MECConfig.fit_options: must be a MECFit, got"),
+    ],
+)
+def test_options_given_in_code_have_their_types(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -15,6 +15,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 from torchrec_compress.fit.checks import check_contexts, check_counts, check_seed
 from torchrec_compress.methods.storage import Parts
 from torchrec_compress.ops import SCALE_BYTES, BagLookup, Rows, quantize_rows
+from torchrec_compress.schema import check_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +199,10 @@ class MethodConfig(ABC):
     def num_packed(self) -> int:
         """Codes per row where two share a byte, or 0 where every integer is a code."""
         return 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a number or a nested config of another type."""
+        check_numbers(self)
 
     def fits(self, table: BaseEmbeddingConfig) -> bool:
         """Return whether the table has rows enough for it to save any; a smaller one stays dense."""

@@ -230,3 +230,37 @@ def test_hidden_files_are_neither_read_nor_noted(tmp_path):
     (tmp_path / "._a.parquet").write_bytes(b"of a file manager")
     config = _config(tmp_path)
     assert [path.name for path in parquet_files(tmp_path)] == ["a.parquet"] == list(identify(config))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_holds_files_or_folders_of_splits(tmp_path, streaming):
+    for name in ("a.parquet", "train/a.parquet", "valid/a.parquet", "test/a.parquet"):
+        _write(tmp_path / name, _columns(40))
+    with pytest.raises(ValueError, match="must hold files or folders of splits, got both"):
+        open_data(_config(tmp_path, streaming=streaming))
+
+
+def test_endings_are_written_small(tmp_path):
+    for name in ("a.parquet", "b.PARQUET"):
+        _write(tmp_path / name, _columns(40))
+    with pytest.raises(ValueError, match=r"must end in .parquet, got \['b.PARQUET'\]; rename them"):
+        open_data(_config(tmp_path))
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**40])
+def test_ids_that_a_subsample_is_drawn_by(tmp_path, wrong):
+    columns = _columns(40)
+    columns["group"] = np.where(np.arange(40) == 7, wrong, 1)
+    _write(tmp_path / "a.parquet", columns)
+    change = {"streaming": False, "subsample": 0.5, "subsample_by": "group"}
+    with pytest.raises(ValueError, match=r"data.subsample_by: column 'group' must hold ids in \[0, 2\*\*31\)"):
+        open_data(_config(tmp_path, **change))
+
+
+def test_large_unsigned_labels_are_clicks(tmp_path):
+    columns = _columns(40)
+    columns["label"] = np.where(columns["label"] == 1, 2**63 + 5, 0).astype(np.uint64)
+    _write(tmp_path / "a.parquet", columns)
+    data = open_data(_config(tmp_path, streaming=False, positive_from=1))
+    clicks = sum(int(data.split(name).labels.sum()) for name in ("train", "valid", "test"))
+    assert clicks == int((columns["label"] > 0).sum()) > 0

@@ -52,6 +52,12 @@ def read_parquet(config: DataConfig) -> ClickData:
     """
     path = Path(str(config.path))
     files = parquet_files(path)
+    folders = [name for name in SPLITS if path.is_dir() and (path / name).is_dir()]
+    if folders:
+        raise ValueError(
+            f"{path}: must hold files or folders of splits, got both, files and {folders}; folders are read with "
+            "data.streaming, files without"
+        )
     schema = read_schema(open_parquet(files[0]), files[0], config)
     tables = [_read_file(file, schema) for file in files]
     parts = [
@@ -157,16 +163,15 @@ def to_labels(path: Path, config: DataConfig, column: np.ndarray, first: int = 0
     Raises:
         ValueError: other values, and the config does not say from which on they count as a click.
     """
-    labels = column.astype(np.int64)
     if config.positive_from is not None:
-        return labels >= config.positive_from
-    if labels.min(initial=0) < 0 or labels.max(initial=0) > 1:
-        row = int(np.flatnonzero((labels < 0) | (labels > 1))[0])
+        return column >= config.positive_from  # before any cast: unsigned numbers may be too large for one
+    if column.min(initial=0) < 0 or column.max(initial=0) > 1:
+        row = int(np.flatnonzero((column < 0) | (column > 1))[0])
         raise ValueError(
-            f"{path}: column {config.label!r} must hold 0 and 1, got {labels[row]} in row {first + row}; set "
+            f"{path}: column {config.label!r} must hold 0 and 1, got {column[row]} in row {first + row}; set "
             "data.positive_from"
         )
-    return labels
+    return column.astype(np.int64)
 
 
 def to_kinds(path: Path, config: DataConfig, column: np.ndarray, labels: np.ndarray, first: int = 0) -> np.ndarray:
@@ -206,7 +211,12 @@ def _kept(config: DataConfig, columns: dict[str, np.ndarray], num_rows: int) -> 
     if config.subsample < 1:
         rng = np.random.default_rng(config.split_seed + 1)
         if config.subsample_by:
-            groups = columns[config.subsample_by]
+            groups = columns[config.subsample_by].astype(np.int64)
+            if groups.min(initial=0) < 0 or groups.max(initial=0) >= 2**31:
+                raise ValueError(
+                    f"data.subsample_by: column {config.subsample_by!r} must hold ids in [0, 2**31), got "
+                    f"{groups.min()} to {groups.max()}"
+                )
             kept &= (rng.random(int(groups.max()) + 1) < config.subsample)[groups]
         else:
             kept &= rng.random(num_rows) < config.subsample

@@ -54,7 +54,11 @@ def parquet_files(path: Path) -> list[Path]:
     Raises:
         ValueError: there are none.
     """
-    files = sorted(file for file in path.glob("*.parquet") if is_data(file)) if path.is_dir() else [path]
+    inside = sorted(file for file in path.iterdir() if is_data(file)) if path.is_dir() else [path]
+    files = [file for file in inside if file.suffix == ".parquet" or file == path]
+    others = [file.name for file in inside if file.suffix.lower() == ".parquet" and file not in files]
+    if others:
+        raise ValueError(f"{path}: Parquet files of a folder must end in .parquet, got {others}; rename them")
     if not files or not files[0].is_file():
         state = "which has none" if path.is_dir() else "which does not exist"
         raise ValueError(f"data.path: must be a Parquet file or a folder of *.parquet, got {str(path)!r}, {state}")

@@ -13,6 +13,7 @@ import torch
 
 from torchrec_compress.train.config import DataConfig
 from torchrec_compress.train.data.batch import Layout
+from torchrec_compress.train.data.inputs import is_data
 from torchrec_compress.train.data.memory import Split
 from torchrec_compress.train.data.parquet import check_ids, column_values, to_kinds, to_labels
 from torchrec_compress.train.data.parquet_schema import (
@@ -116,6 +117,8 @@ def stream_parquet(config: DataConfig, pin_memory: bool = False) -> StreamedData
     path = Path(str(config.path))
     folders = [path / name for name in SPLITS]
     by_folder = any(folder.is_dir() for folder in folders)
+    if by_folder and any(is_data(file) for file in path.glob("*.parquet")):
+        raise ValueError(f"{path}: must hold files or folders of splits, got both; move one of them away")
     files = [parquet_files(folder) for folder in folders] if by_folder else [parquet_files(path)]
     every = [file for part in files for file in part]
     start = open_parquet(every[0])
