@@ -300,3 +300,11 @@ def test_rows_whose_squares_overflow(config):
     collection.embedding_bags["item"].weight.data[7, 3] = -1e20
     with pytest.raises(ValueError, match=r"table 'item': pre-trained rows must be at most 1e\+15, .* got 1e\+20"):
         compress(collection, config, counts={"item": counts()}, contexts={"item": contexts()})
+
+
+def test_start_codes_that_are_expanded_are_said(caplog):
+    decompress(fresh(PQ))
+    assert any("were never fitted" in message for message in caplog.messages)
+    caplog.clear()
+    decompress(fitted(PQ))
+    assert not caplog.messages

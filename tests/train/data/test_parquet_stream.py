@@ -264,3 +264,19 @@ def test_large_unsigned_labels_are_clicks(tmp_path):
     data = open_data(_config(tmp_path, streaming=False, positive_from=1))
     clicks = sum(int(data.split(name).labels.sum()) for name in ("train", "valid", "test"))
     assert clicks == int((columns["label"] > 0).sum()) > 0
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_a_folder_are_alike(tmp_path, streaming):
+    config = _config(tmp_path, streaming=streaming)
+    _write(tmp_path / "a.parquet", _columns(40), {"user": 9, "tags": 6})
+    _write(tmp_path / "b.parquet", _columns(40), {"user": 50, "tags": 6})
+    with pytest.raises(ValueError, match=r"b.parquet: the schema metadata 'vocab' must be that of the first file"):
+        open_data(config)
+    twice = pa.table(_columns(40)).append_column("user", pa.array(range(40)))
+    pq.write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b.parquet: columns must have different names, got 'user' twice"):
+        open_data(config)
+    _write(tmp_path / "b.parquet", {**_columns(40), "tags": np.zeros(40, np.int64)})
+    with pytest.raises(ValueError, match=r"b.parquet: must have lists in the .*columns"):
+        open_data(config)

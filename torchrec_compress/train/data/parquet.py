@@ -15,6 +15,7 @@ from torchrec_compress.train.data.parquet_schema import (
     Schema,
     check_columns,
     is_list,
+    list_columns,
     open_parquet,
     parquet_files,
     parse_filter,
@@ -58,8 +59,9 @@ def read_parquet(config: DataConfig) -> ClickData:
             f"{path}: must hold files or folders of splits, got both, files and {folders}; folders are read with "
             "data.streaming, files without"
         )
-    schema = read_schema(open_parquet(files[0]), files[0], config)
-    tables = [_read_file(file, schema) for file in files]
+    start = open_parquet(files[0])
+    schema = read_schema(start, files[0], config)
+    tables = [_read_file(file, schema, list_columns(start, schema)) for file in files]
     parts = [
         {name: column_values(file, name, table[name], dense=name in schema.dense) for name in table.column_names}
         for file, table in zip(files, tables, strict=True)
@@ -88,9 +90,11 @@ def read_parquet(config: DataConfig) -> ClickData:
     return ClickData(schema.features, vocab, len(schema.dense), *splits, widths=tuple(widths), ragged=ragged)
 
 
-def _read_file(path: Path, schema: Schema) -> pa.Table:
+def _read_file(path: Path, schema: Schema, lists: list[str]) -> pa.Table:
     file = open_parquet(path)
     check_columns(file, path, schema)
+    if (own := list_columns(file, schema)) != lists:
+        raise ValueError(f"{path}: must have lists in the columns {lists} as the first file has, got them in {own}")
     return file.read(columns=schema.columns)
 
 

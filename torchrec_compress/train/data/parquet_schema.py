@@ -135,6 +135,15 @@ def _check_uses(config: DataConfig, features: list[str]) -> None:
 def check_columns(file: pq.ParquetFile, path: Path, schema: Schema) -> None:
     """Raise ValueError where a file lacks a column, or has one of another type than its use asks for."""
     fields = file.schema_arrow
+    twice = [name for name, count in Counter(fields.names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path}: columns must have different names, got {twice[0]!r} twice")
+    stated = _stated(path, (fields.metadata or {}).get(b"vocab"))
+    if stated and stated != schema.stated:
+        raise ValueError(
+            f"{path}: the schema metadata 'vocab' must be that of the first file, {schema.stated}, got {stated}; "
+            "write the files alike"
+        )
     for name in schema.columns:
         if name not in fields.names:
             raise ValueError(f"{path}: must have the column {name!r}, got {fields.names}{nearest(name, fields.names)}")
