@@ -36,6 +36,7 @@ from torchrec_compress.methods import (
     MEmComConfig,
     MethodConfig,
     PQConfig,
+    TableData,
 )
 from torchrec_compress.ops import unpack_codes
 
@@ -357,3 +358,20 @@ def test_every_case_is_listed_once():
 def test_options_given_in_code_have_their_types(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@every
+def test_a_fit_depends_on_its_seed_alone(config):
+    """Whatever the process drew before, and without rows where the method needs none of them."""
+    data = [TableData(rows(), counts(), contexts())]
+    if config.needs == "contexts" and not config.num_hot_rows:
+        data.append(TableData(None, counts(), contexts()))
+    for given in data:
+        found = []
+        for before in (1, 2):
+            torch.manual_seed(before)
+            state = config.fit(table(), given)
+            found.append(
+                [*state.decoder.values(), *state.native.values(), *([] if state.codes is None else [state.codes])]
+            )
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -54,7 +54,9 @@ class QuantileCodesConfig(CodebookConfig):
         if data.rows is None:
             width = table.embedding_dim // (self.num_codes if self.structure == "product" else 1)
             words = torch.empty(self.num_codes * self.codebook_size, width)
-            init_like(table, words)
+            with torch.random.fork_rng(devices=[]):  # one seed, one result, whatever the process drew before
+                torch.manual_seed(data.seed)
+                init_like(table, words)
             return FittedCodes(codes=codes, codebooks=words, kind=self.structure)
         weights = tail_weights(table, data, hot, "none" if data.counts is None else "count")
         codebooks = refit_codebooks(
