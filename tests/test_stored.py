@@ -28,7 +28,7 @@ from torchrec_compress.train.ranks import start
 def stored(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stored")
     with tarfile.open(Path(__file__).parent / "stored" / "before.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # Python 3.11.4
     return folder
 
 
