@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torchrec import EmbeddingBagCollection, EmbeddingCollection, EmbeddingConfig
+from torchrec import DataType, EmbeddingBagCollection, EmbeddingCollection, EmbeddingConfig
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
 
 from tests.cases import CASES, CONFIGS, IDS, NUM_ROWS, contexts, counts, dense_collection, fitted, fresh, rows, table
@@ -11,6 +11,7 @@ from torchrec_compress import CompressedEmbeddingBagCollection, compress, compre
 from torchrec_compress.compression.budget import for_budget
 from torchrec_compress.fit import fit_mec, fit_product, fit_residual, kmeans, quantile_codes
 from torchrec_compress.methods import (
+    DenseConfig,
     HashConfig,
     Int4Config,
     Int8Config,
@@ -308,3 +309,23 @@ def test_start_codes_that_are_expanded_are_said(caplog):
     caplog.clear()
     decompress(fitted(PQ))
     assert not caplog.messages
+
+
+def test_table_rows_checks_ids():
+    for config in (HASH, PQ, DenseConfig()):
+        for wrong in (-1, NUM_ROWS):
+            with pytest.raises(ValueError, match=rf"table 'item': every id must be in \[0, 403\), got {wrong}"):
+                fitted(config).table_rows("item", torch.tensor([0, wrong]))
+
+
+def test_half_precision_tables_hold_what_they_are_given():
+    half = table(data_type=DataType.FP16)
+    made = CompressedEmbeddingBagCollection([half], compression=DenseConfig())
+    compress_into(made, {"item": rows()})
+    with pytest.raises(ValueError, match=r"must be in \+-65504 for data_type FP16, got 70000 in the row of id 5"):
+        compress_into(made, {"item": changed(rows(), 5, 7e4)})
+
+
+def test_a_table_without_rows():
+    with pytest.raises(ValueError, match="table 'item' must have rows and columns, got 0 x 16; leave it out"):
+        fresh(PQ, num_embeddings=0, init_fn=nn.init.zeros_)

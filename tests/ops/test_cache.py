@@ -83,6 +83,10 @@ DAMAGES = {
     "flipped": (flip, "it is not what its checksum says"),
     "another": (lambda path: path.write_bytes(b"LIBRARY\n"), "it is not what its checksum says"),
     "without a checksum": (lambda path: build._digest_path(path).unlink(), "it has no checksum"),
+    "a checksum that is no text": (
+        lambda path: build._digest_path(path).write_bytes(b"\xff\xfe\x00"),
+        "it is not what its checksum says",
+    ),
     "group": (lambda path: path.chmod(0o770), r"others may write to it (mode 770)"),
     "others": (lambda path: path.chmod(0o702), r"others may write to it (mode 702)"),
     "link": (link, "it is no plain file"),
@@ -142,6 +146,18 @@ def test_a_folder_that_is_a_link_is_refused(folder, tmp_path):
     with pytest.raises(CannotBuild, match=rf"{folder} must not be a symbolic link"):
         build.compile_library()
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_lock_that_is_a_link_is_not_followed(folder, tmp_path):
+    library, precious = build.compile_library(), tmp_path / "precious"
+    library.unlink()
+    precious.write_text("kept")
+    lock = library.with_suffix(".lock")
+    lock.unlink()
+    lock.symlink_to(precious)
+    with pytest.raises(CannotBuild, match=rf"the cache folder {folder} cannot be used: .*{lock.name}"):
+        build.compile_library()
+    assert precious.read_text() == "kept"
 
 
 def test_another_users_folder_is_refused(folder, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.made import Made
-from torchrec_compress.ops import codebook_bag, tiers
+from torchrec_compress.ops import codebook_bag, dispatch, tiers
 from torchrec_compress.ops.cpp import build
 from torchrec_compress.ops.dispatch import cpp_serves, requested_backend
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOOKUP = """
 import logging, torch
 logging.basicConfig(format="%(message)s")
-from torchrec_compress.ops import codebook_bag, tiers
+from torchrec_compress.ops import codebook_bag, dispatch, tiers
 codes = torch.tensor([[0, 1], [1, 0], [1, 1]], dtype=torch.uint8)
 for _ in range(2):
     print(codebook_bag(codes, torch.arange(8.0).view(4, 2), torch.tensor([0, 2, 3])).tolist())
@@ -66,7 +66,7 @@ def test_without_a_compiler_fbgemm_serves_with_one_warning(tmp_path):
     assert (status, out) == (0, RIGHT * 2 + "['fbgemm']\n"), err
     assert err.count("\n") == 1
     assert err.startswith("codebook_bag runs on FBGEMM's dense embedding bags over virtual tables, which is slower: ")
-    assert "there is no C++ compiler" in err
+    assert "there is no C++ compiler" in err and ". Install a C++ compiler, or set" in err
     assert "or set TORCHREC_COMPRESS_BACKEND=fbgemm to choose this and silence the warning" in err
 
 
@@ -124,7 +124,17 @@ def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     status, out, err = run(LOOKUP, tmp_path / "file", CXX=sys.executable)
     assert (status, out) == (0, RIGHT * 2 + "['fbgemm']\n"), err
-    assert "cannot be used" in err
+    assert "cannot be used" in err and ". Set TORCHREC_COMPRESS_CACHE to a folder of your own, or set" in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_backend_of_gpus_is_said_to_mean_nothing_without_one(backend, caplog):
+    dispatch._warn_of_no_gpu.cache_clear()
+    for _ in range(2):
+        cpp_serves(backend)
+    said = [message for message in caplog.messages if "GPU" in message]
+    assert said == [f"backend={backend} is about GPUs, and there is no GPU: look-ups run as with auto"]
 
 
 def test_a_tier_can_be_demanded_and_declined(tmp_path):

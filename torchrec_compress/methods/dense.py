@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.methods.base import MethodConfig, TableData, TableState, register
@@ -43,4 +44,13 @@ class DenseConfig(MethodConfig):
     def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
         """Keep the pre-trained rows."""
         self.check_fit(table, data)
-        return TableState(native={"": data.trained_rows(table)})
+        rows = data.trained_rows(table)
+        largest = torch.finfo(torch.float16).max
+        wrong = (rows.abs() > largest).any(dim=1) if table.data_type == DataType.FP16 else torch.zeros(0)
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"table {table.name!r}: pre-trained values must be in +-{largest:.0f} for data_type FP16, got "
+                f"{float(rows[first].abs().max()):g} in the row of id {first}; use FP32, or scale the table"
+            )
+        return TableState(native={"": rows})

@@ -217,6 +217,11 @@ def _check_names(tables: Sequence[BaseEmbeddingConfig]) -> None:
         raise ValueError("compressed collection: tables must not be empty, got none")
     check_table_names([table.name for table in tables], "compressed collection: table")
     for table in tables:
+        if table.num_embeddings < 1 or table.embedding_dim < 1:
+            raise ValueError(
+                f"compressed collection: table {table.name!r} must have rows and columns, got {table.num_embeddings} x "
+                f"{table.embedding_dim}; leave it out"
+            )
         check_feature_names(table.feature_names, f"compressed collection: table {table.name!r}: feature")
 
 

@@ -21,7 +21,7 @@ from torchrec_compress.modules.footprint import Footprint, count
 from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.modules.remapped import RemappedEmbeddingCollection
 from torchrec_compress.modules.replicated import strip_where_replicated
-from torchrec_compress.ops import NOT_SUMMED, lookup_codes
+from torchrec_compress.ops import NOT_SUMMED, check_ids, lookup_codes
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +201,8 @@ class CompressedParts(nn.Module):
         check_unsharded(self, "table_rows")
         if name not in self.blueprint.methods:
             raise ValueError(f"table_rows: must name one of {sorted(self.blueprint.methods)}, got {name!r}")
+        (table,) = [table for table in self.blueprint.tables if table.name == name]
+        check_ids(ids, table.num_embeddings, f"table_rows: table {name!r}")
         parts, weights = self.blueprint.parts[name], dict(self._native_weights(name))
         if parts.dense:
             return weights[""][ids].float()

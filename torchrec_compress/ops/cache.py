@@ -15,7 +15,16 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class CannotBuild(Exception):
-    """Why there is no C++ library: no compiler, one that failed, or no folder to keep it in."""
+    """Why there is no C++ library: no compiler, one that failed, or no folder to keep it in.
+
+    Args:
+        reason: why.
+        remedy: what to do, the start of a sentence.
+    """
+
+    def __init__(self, reason: str, remedy: str = "Set TORCHREC_COMPRESS_CACHE to a folder of your own") -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 def cache_folder() -> Path:

@@ -16,6 +16,7 @@ from torchrec_compress.ops.gpu import program
 
 # "cpp" and "fbgemm" are about CPUs, "cuda" and "triton" about GPUs; on the other kind of device each means "auto"
 BACKENDS = ("auto", "cpp", "fbgemm", "cuda", "triton", "torch")
+_GPU_BACKENDS = ("cuda", "triton")
 # what is called of FBGEMM, with the numbers of arguments
 _FBGEMM_OPERATORS = {
     "split_embedding_codegen_forward_cpu": 10,
@@ -72,19 +73,19 @@ def _asked_by(backend: str | None) -> str:
     return _VARIABLE if backend is None else "backend"
 
 
-def _load() -> tuple[str, str]:
-    """Load the C++ library, once a process: (its instruction set, ""), or ("", why there is none)."""
+def _load() -> tuple[str, str, str]:
+    """Load the C++ library, once a process: (its instruction set, "", ""), or ("", why there is none, what to do)."""
     # a cache alone lets two threads in at once, and operators must be registered once
     with _lock:
         return _load_once()
 
 
 @functools.cache
-def _load_once() -> tuple[str, str]:
+def _load_once() -> tuple[str, str, str]:
     try:
-        return build.load(), ""
+        return build.load(), "", ""
     except build.CannotBuild as error:
-        return "", str(error)
+        return "", str(error), error.remedy
 
 
 @functools.cache
@@ -113,6 +114,13 @@ def _warn(serving: str, reason: str, remedy: str) -> None:
     )
 
 
+@functools.cache
+def _warn_of_no_gpu(asked_by: str, wanted: str) -> None:
+    """Log that a backend of GPUs was asked for where there is none; beside a GPU, what is on the CPU is no matter."""
+    if not torch.cuda.is_available():
+        _log.warning("%s=%s is about GPUs, and %s: look-ups run as with auto", asked_by, wanted, _NO_GPU)
+
+
 # torch.compile and torch.export ask once, while tracing, and keep the answer: the build is no part of the graph
 @torch.compiler.assume_constant_result
 def cpp_serves(backend: str | None = None) -> bool:
@@ -132,7 +140,9 @@ def cpp_serves(backend: str | None = None) -> bool:
     wanted = requested_backend(backend)
     if wanted in ("fbgemm", "torch"):
         return False
-    reason = _load()[1]
+    if wanted in _GPU_BACKENDS:
+        _warn_of_no_gpu(_asked_by(backend), wanted)
+    _, reason, remedy = _load()
     if reason and wanted == "cpp":
         raise RuntimeError(
             f"{_asked_by(backend)}=cpp: the C++ kernels must be there, got none: {reason}; set it to auto"
@@ -140,7 +150,7 @@ def cpp_serves(backend: str | None = None) -> bool:
     if reason:
         fbgemm_reason = _fbgemm_reason()
         reasons = f"cpp: {reason}; fbgemm: {fbgemm_reason}" if fbgemm_reason else reason
-        _warn("torch" if fbgemm_reason else "fbgemm", reasons, "Install a C++ compiler")
+        _warn("torch" if fbgemm_reason else "fbgemm", reasons, remedy)
     return not reason
 
 
@@ -272,7 +282,7 @@ def _gpu_tiers(backend: str | None) -> list[Tier]:
 def _cpu_tiers(backend: str | None) -> list[Tier]:
     wanted = requested_backend(backend)  # "cuda" and "triton" are not about CPUs
     # what is not asked for is neither built nor imported
-    instructions, reason = _load() if wanted not in ("fbgemm", "torch") else ("", "")
+    instructions, reason, _ = _load() if wanted not in ("fbgemm", "torch") else ("", "", "")
     reasons = {"cpp": reason, "fbgemm": "" if wanted == "torch" else _fbgemm_reason(), "torch": ""}
     _choose(reasons, {"fbgemm": "int64 codes", "torch": "float64 codebooks and other devices"}, backend)
     kernels = f"C++ kernels ({instructions}), {build.library_path()}" if instructions else "C++ kernels"

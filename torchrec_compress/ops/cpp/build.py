@@ -27,6 +27,7 @@ _ISA_FLAGS = {
     "kernels_avx2": ("-mavx2", "-mfma"),
     "kernels_avx512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl"),
 }
+_OTHER_COMPILER = "Set CXX to a compiler of C++17 for this machine"
 _log = logging.getLogger(__name__)
 
 
@@ -62,12 +63,12 @@ def find_compiler() -> list[str]:
             command = []
         if command and shutil.which(command[0]):
             return command
-        raise CannotBuild(f"$CXX = {wanted!r} is not a program")
+        raise CannotBuild(f"$CXX = {wanted!r} is not a program", _OTHER_COMPILER)
     for name in ("c++", "g++", "clang++"):
         found = shutil.which(name)
         if found:
             return [found]
-    raise CannotBuild("there is no C++ compiler (looked for $CXX, c++, g++, clang++)")
+    raise CannotBuild("there is no C++ compiler (looked for $CXX, c++, g++, clang++)", "Install a C++ compiler")
 
 
 class Refused(NamedTuple):
@@ -112,7 +113,9 @@ def compile_library(refused: Refused | None = None) -> Path:
         import fcntl
 
         make_private(library.parent)
-        with open(library.with_suffix(".lock"), "w") as lock:
+        # a link would be followed to a file that is not ours to open
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        with open(os.open(library.with_suffix(".lock"), flags, 0o600), "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             # the one who held the lock before us may have built it
             if reason := _distrust(library, refused):
@@ -187,12 +190,12 @@ def _run_all(commands: list[list[str]]) -> None:
             for command in commands
         ]
     except OSError as error:
-        raise CannotBuild(f"{commands[0][0]} does not run: {error}") from error
+        raise CannotBuild(f"{commands[0][0]} does not run: {error}", _OTHER_COMPILER) from error
     ended = [(process.communicate()[1], process.returncode) for process in started]
     for errors, status in ended:
         if status:
             first = next((line for line in errors.splitlines() if "error" in line), errors[-200:])
-            raise CannotBuild(f"{commands[0][0]} failed with status {status}: {first.strip()}")
+            raise CannotBuild(f"{commands[0][0]} failed with status {status}: {first.strip()}", _OTHER_COMPILER)
 
 
 def load() -> str:
@@ -219,7 +222,7 @@ def load() -> str:
         torch.ops.load_library(str(library))  # a second time does nothing
         name = ctypes.CDLL(str(library)).torchrec_compress_instruction_set
     except (OSError, AttributeError) as error:
-        raise CannotBuild(f"{library} does not load: {error}") from error
+        raise CannotBuild(f"{library} does not load: {error}", _OTHER_COMPILER) from error
     name.restype = ctypes.c_char_p
     operators.register()
     return name().decode()
