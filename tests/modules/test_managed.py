@@ -237,7 +237,7 @@ def test_a_fit_without_counts_is_an_error():
         ({"num_blocks": 0}, "num_blocks, slots_per_bucket and every must be at least 1, got 0, 4 and 1"),
         ({"importance": "age"}, "importance must be 'gradient' or 'frequency', got 'age'"),
         ({"decay": 0.0}, r"decay must be in \(0, 1\], got 0.0"),
-        ({"threshold": float("nan")}, "threshold must be a finite score of at least 0, got nan"),
+        ({"threshold": -1.0}, "threshold must be a finite score of at least 0, got -1.0"),
     ],
 )
 def test_sizes_are_checked(options, message):
