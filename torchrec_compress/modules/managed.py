@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -91,7 +92,7 @@ class _Turn:
             )
 
 
-class ManagedOwner(nn.Module):
+class ManagedOwner(ABC, nn.Module):
     """Whoever holds the rows of tables with managers, sharded or not: does look-ups, and ends steps.
 
     Attributes:
@@ -104,6 +105,7 @@ class ManagedOwner(nn.Module):
         super().__init__()
         self._turns: dict[str, _Turn] = {}
 
+    @abstractmethod
     def owned(self, name: str, optimizer: Any) -> OwnedTable | None:
         """Return a table as this rank holds it, or None where it holds none of it.
 
@@ -111,7 +113,6 @@ class ManagedOwner(nn.Module):
             name: of the table.
             optimizer: that trains it outside of the backward, or None.
         """
-        raise NotImplementedError
 
     def lookups_of_batch(self, name: str) -> int:
         """Return how often a batch looks a table up; sharded, its features travel together."""

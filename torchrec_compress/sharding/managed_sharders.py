@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.types import ParameterSharding, QuantizedCommCodecs, ShardingEnv
+from torchrec.distributed.types import ParameterSharding, ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.modules.managed import ManagedBagRows, ManagedCollection
 from torchrec_compress.sharding.checks import check_env, check_names, tell_of_defaults, tell_of_missing_codec
 from torchrec_compress.sharding.managed import SHARDING_TYPES, ShardedManagedCollection
+from torchrec_compress.sharding.native import NativeSharder, rows_of_bags
 
 
-class ManagedCollectionSharder(BaseEmbeddingSharder[ManagedCollection]):
+class ManagedCollectionSharder(NativeSharder[ManagedCollection]):
     """Shard tables with managers row-wise or table-wise, in whole blocks.
 
     Args:
@@ -25,8 +23,7 @@ class ManagedCollectionSharder(BaseEmbeddingSharder[ManagedCollection]):
     """
 
     def __init__(self, stock: EmbeddingCollectionSharder | None = None) -> None:
-        super().__init__()
-        self._stock = EmbeddingCollectionSharder() if stock is None else stock
+        super().__init__(EmbeddingCollectionSharder() if stock is None else stock)
 
     def shard(
         self,
@@ -59,16 +56,6 @@ class ManagedCollectionSharder(BaseEmbeddingSharder[ManagedCollection]):
         return [EmbeddingComputeKernel.FUSED.value]
 
     @property
-    def fused_params(self) -> dict[str, Any] | None:
-        """Parameters of the fused kernels, which the planner reads as well."""
-        return self._stock.fused_params
-
-    @property
-    def qcomm_codecs_registry(self) -> dict[str, QuantizedCommCodecs] | None:
-        """Codecs of what the native tables send, which the planner reads as well."""
-        return self._stock.qcomm_codecs_registry
-
-    @property
     def module_type(self) -> type[ManagedCollection]:
         """The module that is sharded."""
         return ManagedCollection
@@ -82,8 +69,7 @@ class ManagedBagRowsSharder(ManagedCollectionSharder):
     """
 
     def __init__(self, bags: BaseEmbeddingSharder[EmbeddingBagCollection] | None = None) -> None:
-        bags = EmbeddingBagCollectionSharder() if bags is None else bags
-        super().__init__(EmbeddingCollectionSharder(bags.fused_params, bags.qcomm_codecs_registry))
+        super().__init__(rows_of_bags(bags))
 
     def shard(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +13,6 @@ from torchrec.distributed.embedding_types import BaseEmbeddingSharder, Embedding
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import (
     ParameterSharding,
-    QuantizedCommCodecs,
     ShardingEnv,
     ShardingType,
 )
@@ -35,14 +34,13 @@ from torchrec_compress.sharding.checks import (
     tell_of_missing_codec,
 )
 from torchrec_compress.sharding.code_tables import ShardedCodeTableCollection
+from torchrec_compress.sharding.native import Module, NativeSharder, rows_of_bags
 from torchrec_compress.sharding.remapped import (
     ShardedRemappedEmbeddingBagCollection,
     ShardedRemappedEmbeddingCollection,
 )
 
 logger = logging.getLogger(__name__)
-
-Module = TypeVar("Module", bound=nn.Module)
 
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
 
@@ -94,13 +92,11 @@ class CodeTableCollectionSharder(BaseEmbeddingSharder[CodeTableCollection]):
         return CodeTableCollection
 
 
-class _RemappedSharder(BaseEmbeddingSharder[Module]):
+class _RemappedSharder(NativeSharder[Module]):
     """What the two sharders of native tables share.
 
     The planner, and so the user's constraints, know a native table by the name of the user's table.
     """
-
-    _stock: Any
 
     def _native_names(self, module: Module) -> dict[str, str]:
         """Return the physical table name by the name of the user's table."""
@@ -133,16 +129,6 @@ class _RemappedSharder(BaseEmbeddingSharder[Module]):
         is_stock = type(self._stock).sharding_types is BaseEmbeddingSharder.sharding_types
         return [*types, ShardingType.ROW_WISE.value] if is_stock and ShardingType.ROW_WISE.value not in types else types
 
-    @property
-    def fused_params(self) -> dict[str, Any] | None:
-        """Parameters of the fused kernels, which the planner reads as well."""
-        return self._stock.fused_params
-
-    @property
-    def qcomm_codecs_registry(self) -> dict[str, QuantizedCommCodecs] | None:
-        """Codecs of what the native tables send, which the planner reads as well."""
-        return self._stock.qcomm_codecs_registry
-
 
 class RemappedEmbeddingBagCollectionSharder(_RemappedSharder[RemappedEmbeddingBagCollection]):
     """Shard pooled native tables behind rewritten ids, in any way that TorchRec shards an `EmbeddingBagCollection`.
@@ -152,8 +138,7 @@ class RemappedEmbeddingBagCollectionSharder(_RemappedSharder[RemappedEmbeddingBa
     """
 
     def __init__(self, stock: EmbeddingBagCollectionSharder | None = None) -> None:
-        super().__init__()
-        self._stock = EmbeddingBagCollectionSharder() if stock is None else stock
+        super().__init__(EmbeddingBagCollectionSharder() if stock is None else stock)
 
     def shard(
         self,
@@ -182,8 +167,7 @@ class RemappedEmbeddingCollectionSharder(_RemappedSharder[RemappedEmbeddingColle
     """
 
     def __init__(self, stock: EmbeddingCollectionSharder | None = None) -> None:
-        super().__init__()
-        self._stock = EmbeddingCollectionSharder() if stock is None else stock
+        super().__init__(EmbeddingCollectionSharder() if stock is None else stock)
 
     def shard(
         self,
@@ -212,8 +196,7 @@ class RemappedEmbeddingBagRowsSharder(RemappedEmbeddingCollectionSharder):
     """
 
     def __init__(self, bags: BaseEmbeddingSharder[EmbeddingBagCollection] | None = None) -> None:
-        bags = EmbeddingBagCollectionSharder() if bags is None else bags
-        super().__init__(EmbeddingCollectionSharder(bags.fused_params, bags.qcomm_codecs_registry))
+        super().__init__(rows_of_bags(bags))
 
     def shard(
         self,

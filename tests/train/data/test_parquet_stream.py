@@ -224,12 +224,13 @@ def test_kinds_are_those_of_negatives_and_not_cut(tmp_path, streaming, wrong):
                 pass
 
 
-def test_hidden_files_are_neither_read_nor_noted(tmp_path):
+def test_hidden_files_are_neither_read_nor_noted(tmp_path, caplog):
     for name in ("a.parquet", ".b.parquet", "_c.parquet"):
         _write(tmp_path / name, _columns(40))
     (tmp_path / "._a.parquet").write_bytes(b"of a file manager")
     config = _config(tmp_path)
     assert [path.name for path in parquet_files(tmp_path)] == ["a.parquet"] == list(identify(config))
+    assert "no data: ['._a.parquet', '.b.parquet', '_c.parquet']" in caplog.text
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -280,3 +281,18 @@ def test_files_of_a_folder_are_alike(tmp_path, streaming):
     _write(tmp_path / "b.parquet", {**_columns(40), "tags": np.zeros(40, np.int64)})
     with pytest.raises(ValueError, match=r"b.parquet: must have lists in the .*columns"):
         open_data(config)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_without_any_id_is_named(tmp_path, streaming):
+    columns = {**_columns(40), "tags": pa.array([[]] * 40, pa.list_(pa.int64()))}
+    _write(tmp_path / "a.parquet", columns)
+    with pytest.raises(ValueError, match="column 'tags' must hold an id, got none"):
+        open_data(_config(tmp_path, streaming=streaming))
+
+
+def test_an_index_that_pandas_notes_is_a_list(tmp_path):
+    table = pa.table(_columns(40)).replace_schema_metadata({"pandas": json.dumps({"index_columns": 5})})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="the schema metadata 'pandas' must list index_columns, got 5"):
+        open_data(_config(tmp_path, streaming=False, features=[], dense=["price"]))

@@ -196,6 +196,8 @@ def to_kinds(path: Path, config: DataConfig, column: np.ndarray, labels: np.ndar
 
 def check_ids(path: Path, name: str, ids: np.ndarray, size: int, first: int = 0) -> None:
     """Raise ValueError where an id is outside [0, size); -1 is none in columns of lists, which are two-dimensional."""
+    if size < 1:
+        raise ValueError(f"{path}: column {name!r} must hold an id, got none in {len(ids)} rows; name it in data.drop")
     lowest, limit = -1 if ids.ndim == 2 else 0, min(size, 2**31)
     if int(ids.min(initial=0)) < lowest or int(ids.max(initial=0)) >= limit:
         where = tuple(np.argwhere((ids < lowest) | (ids >= limit))[0].tolist())

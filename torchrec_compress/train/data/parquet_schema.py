@@ -55,6 +55,9 @@ def parquet_files(path: Path) -> list[Path]:
         ValueError: there are none.
     """
     inside = sorted(file for file in path.iterdir() if is_data(file)) if path.is_dir() else [path]
+    hidden = sorted(file.name for file in path.glob("*.parquet") if not is_data(file))
+    if hidden:
+        logger.warning("%s: files whose names begin with '.' or '_' are no data: %s", path, hidden)
     files = [file for file in inside if file.suffix == ".parquet" or file == path]
     others = [file.name for file in inside if file.suffix.lower() == ".parquet" and file not in files]
     if others:
@@ -187,6 +190,8 @@ def _index_columns(file: pq.ParquetFile, path: Path) -> list[str]:
         raise ValueError(
             f"{path}: the schema metadata 'pandas' must be a JSON mapping, got an error: {error}"
         ) from error
+    if not isinstance(noted, list):
+        raise ValueError(f"{path}: the schema metadata 'pandas' must list index_columns, got {noted!r}")
     known = [name for name in noted if isinstance(name, str)]  # the rest are ranges, which are not stored
     return [name for name in file.schema_arrow.names if name in known or re.fullmatch(r"__index_level_\d+__", name)]
 

@@ -211,6 +211,8 @@ def _table_rows(config: DataConfig, schema: Schema, name: str, metadata: dict[Pa
                 raise ValueError(f"data.vocab: must give the rows of {name!r}, of which {path} has no statistics")
             if statistics.num_values:  # none where all lists are empty
                 largest = max(largest, int(statistics.max))
+    if largest < 0:
+        raise ValueError(f"{config.path}: column {name!r} must hold an id, got none; name it in data.drop")
     if largest + 1 >= sum(found.num_rows for found in metadata.values()) > 1:  # how many there are is not known
         warn_of_row_numbers(Path(str(config.path)), name)
     return largest + 1
