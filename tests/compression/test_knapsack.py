@@ -90,7 +90,7 @@ def test_a_budget_that_takes_everything_as_it_is():
     """The least error is then 0, beside which no rounding of bounds may count."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
-        errors = torch.rand(6, 9, generator=generator) * 1e6
+        errors = torch.rand(6, 9, generator=generator, dtype=torch.float64) * 1e6
         tables = {
             str(n): [*(Candidate(10 + m, float(e), m) for m, e in enumerate(row)), Candidate(100, 0.0, "dense")]
             for n, row in enumerate(errors)
