@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from torchrec_compress.fit import codes as codes_module
-from torchrec_compress.fit import residual
-from torchrec_compress.fit.codes import FittedCodes, decode, refit_codebooks, weighted_error
+from torchrec_compress.fit import refit, residual
+from torchrec_compress.fit.codes import FittedCodes, decode, weighted_error
 from torchrec_compress.fit.kmeans import kmeans
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.fit.product import fit_product
+from torchrec_compress.fit.refit import RefitSums, refit_codebooks
 from torchrec_compress.fit.residual import fit_residual, greedy_codes, recode
 
 
@@ -61,10 +61,12 @@ def test_reconstruct_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", ["product", "residual"])
-@pytest.mark.parametrize("exact", [True, False])
-def test_refit_never_raises_the_weighted_error(kind: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not exact:
-        monkeypatch.setattr(codes_module, "MAX_NORMAL_EQUATIONS", 0)
+@pytest.mark.parametrize("way", ["solve", "sweep the sums", "sweep the rows"])
+def test_refit_never_raises_the_weighted_error(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way != "solve":
+        monkeypatch.setattr(refit, "MAX_NORMAL_EQUATIONS", 0)
+    if way == "sweep the rows":
+        monkeypatch.setattr(refit, "MAX_UNKNOWNS", 0)
     rows, weights = table(), zipf(3000)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
@@ -77,6 +79,34 @@ def test_refit_never_raises_the_weighted_error(kind: str, exact: bool, monkeypat
         assert after < before
         again = refit_codebooks(codes, rows, weights, codebook_size=20, kind=kind, start=books)  # type: ignore[arg-type]
         assert weighted_error(rows, decode(codes, again, kind), weights) <= after * (1 + 1e-6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["product", "residual"])
+def test_sums_of_blocks_are_the_sums_of_all_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, weights = table(), zipf(3000)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(20, (3000, 4), generator=generator)
+    start = torch.randn(80, 4 if kind == "product" else 16, generator=generator)
+    whole = refit_codebooks(codes, rows, weights, codebook_size=20, kind=kind, start=start)  # type: ignore[arg-type]
+    sums = RefitSums(start, 4, kind)  # type: ignore[arg-type]
+    for first, last in ((0, 1), (1, 2000), (2000, 3000)):
+        sums.add(codes[first:last], rows[first:last], weights[first:last])
+    assert torch.equal(sums.codebooks(), whole)
+    monkeypatch.setattr(refit, "CHUNK_ROWS", 100)
+    assert torch.equal(refit_codebooks(codes, rows, weights, codebook_size=20, kind=kind, start=start), whole)  # type: ignore[arg-type]
+
+
+def test_sweeps_over_sums_are_those_over_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refit, "MAX_NORMAL_EQUATIONS", 0)
+    rows, weights = table(), zipf(3000)
+    codes = torch.randint(20, (3000, 4), generator=torch.Generator().manual_seed(0))
+    codes[:, 1] = codes[:, 1].clamp(max=10)  # codewords that nothing uses keep their start
+    start = torch.randn(80, 16, generator=torch.Generator().manual_seed(1))
+    of_sums = refit_codebooks(codes, rows, weights, codebook_size=20, kind="residual", start=start)
+    monkeypatch.setattr(refit, "MAX_UNKNOWNS", 0)
+    of_rows = refit_codebooks(codes, rows, weights, codebook_size=20, kind="residual", start=start)
+    torch.testing.assert_close(of_sums, of_rows, rtol=1e-4, atol=1e-4)
+    assert torch.equal(of_sums[31:40], start[31:40])
 
 
 def test_residual_refit_is_the_least_squares_solution() -> None:
@@ -141,7 +171,7 @@ def test_residual_codebooks_solve_least_squares_for_the_codes_of_all_rows(sample
     again = refit_codebooks(fitted.codes, rows, weights, codebook_size=16, kind="residual", start=fitted.codebooks)
     best = weighted_error(rows, decode(fitted.codes, again, "residual"), weights)
     assert fitted.error(rows, weights) == pytest.approx(best, rel=1e-5)
-    assert swept == ([160] * 4 + [700] * 2 if sampled else [700] * 4)
+    assert swept == ([160] * 3 + [700] * 2 if sampled else [700] * (3 + 4))  # to learn, then to encode
 
 
 def test_every_slice_is_clustered_by_a_seed_of_its_own() -> None:

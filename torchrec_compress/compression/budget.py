@@ -25,7 +25,7 @@ from torchrec_compress.methods import (
     TableData,
     as_codebook,
 )
-from torchrec_compress.methods.base import check_trained_rows
+from torchrec_compress.methods.learned import check_trained_rows
 
 _USUAL = PQConfig(num_codes=1, popularity="count")
 # A larger table is measured on a sample of so many rows: enough to fit 256 codewords as well as all rows would.

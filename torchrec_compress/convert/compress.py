@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from torchrec_compress.compression import Compression
 from torchrec_compress.methods import TableData
-from torchrec_compress.methods.base import check_trained_rows
+from torchrec_compress.methods.learned import check_trained_rows
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from torchrec_compress.modules.code_tables import warn_of_start_codes
 from torchrec_compress.modules.collection import check_unsharded

@@ -3,12 +3,13 @@
 Rows are float32 [N, D], weights [N] >= 0; every fit is a pure function of its arguments and a seed.
 """
 
-from torchrec_compress.fit.codes import FittedCodes, refit_codebooks, weighted_error
+from torchrec_compress.fit.codes import FittedCodes, weighted_error
 from torchrec_compress.fit.kmeans import KMeans, kmeans, nearest
 from torchrec_compress.fit.mec import MECFit, fit_mec
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.fit.product import fit_product
 from torchrec_compress.fit.quantile import quantile_codes
+from torchrec_compress.fit.refit import refit_codebooks
 from torchrec_compress.fit.residual import fit_residual
 
 __all__ = [

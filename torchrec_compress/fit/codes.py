@@ -1,5 +1,6 @@
 """Fitted codes: M small integers per row and the codebooks they point into; and the one definition of error."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchrec_compress.ops import hash_codes
+
 CodeKind = Literal["product", "residual"]
 CHUNK_ROWS = 65536
-# Above this many unknowns per column the dense normal equations of residual codes (8 * (M*K)^2 bytes, (M*K)^3 / 3
-# multiplications) cost more than sweeps of exact block minimisation do.
-MAX_NORMAL_EQUATIONS = 2048
 
 
 def weighted_error(rows: Tensor, approximation: Tensor, weights: Tensor | None = None) -> float:
@@ -34,6 +34,46 @@ def weighted_error(rows: Tensor, approximation: Tensor, weights: Tensor | None =
         return float(squares.mean() / rows.shape[1])
     exact = weights.to(torch.float64)
     return float((squares * exact).sum() / exact.sum() / rows.shape[1])
+
+
+class Encoder(ABC):
+    """Make the codes of a row, once it is learned what codes mean: a function of that row and its id alone.
+
+    So rows are coded in blocks, in any order and on any rank.
+    """
+
+    @abstractmethod
+    def __call__(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        """Return codes.
+
+        Args:
+            ids: [L] int64.
+            rows: [L, D] float32 of these ids; None where codes are made of ids alone.
+
+        Returns:
+            [L, M] int64.
+        """
+
+
+@dataclass(frozen=True)
+class HashEncoder(Encoder):
+    """Codes that are hashes of the id.
+
+    Attributes:
+        num_codes: M.
+        codebook_size: K.
+        salt: of the hashes.
+        first_size: codewords of the first codebook.
+    """
+
+    num_codes: int
+    codebook_size: int
+    salt: int
+    first_size: int
+
+    def __call__(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the codes of ids; see `Encoder`."""
+        return hash_codes(ids, self.num_codes, self.codebook_size, self.salt, self.first_size)
 
 
 @dataclass(frozen=True)
@@ -138,85 +178,3 @@ def weighted_means(index: Tensor, values: Tensor, weights: Tensor, start: Tensor
     sums = codeword_sums(index, values * weights[:, None], len(start))
     means = (sums / mass.clamp(min=torch.finfo(torch.float64).tiny)[:, None]).to(start.dtype)
     return torch.where(mass[:, None] > 0, means, start)
-
-
-def refit_codebooks(
-    codes: Tensor,
-    rows: Tensor,
-    weights: Tensor | None,
-    *,
-    codebook_size: int,
-    kind: CodeKind,
-    start: Tensor | None = None,
-    num_sweeps: int = 4,
-) -> Tensor:
-    """Fit the codebooks to the rows by weighted least squares, the codes held fixed.
-
-    Product codes: each codeword is the weighted mean of its slices. Residual codes: the normal equations of all M
-    codebooks at once where M*K <= 2,048, else `num_sweeps` sweeps over the codebooks, each minimised exactly. The
-    weighted error is never above the start's. A codeword that no row of weight above zero uses keeps its start value.
-
-    Args:
-        codes: [N, M] int64 in [0, K).
-        rows: [N, D] float32.
-        weights: [N] >= 0, or None for equal weights.
-        codebook_size: K.
-        kind: "product" or "residual".
-        start: [M*K, width] float32, the codebooks to start from, not written to; None: zeros.
-        num_sweeps: sweeps where the normal equations are too large.
-
-    Returns:
-        [M*K, width] float32.
-
-    Example:
-        >>> codes, rows = torch.tensor([[0], [0]]), torch.tensor([[1.0], [3.0]])
-        >>> refit_codebooks(codes, rows, None, codebook_size=1, kind="product")
-        tensor([[2.]])
-    """
-    num_codes = codes.shape[1]
-    weights = torch.ones(len(rows), device=rows.device) if weights is None else weights.to(torch.float32)
-    if start is None:
-        width = rows.shape[1] // (num_codes if kind == "product" else 1)
-        start = torch.zeros(num_codes * codebook_size, width, device=rows.device)
-    if kind == "product":
-        books = start.view(num_codes, codebook_size, -1)
-        parts = rows.view(len(rows), num_codes, -1)
-        return torch.cat([weighted_means(codes[:, m], parts[:, m], weights, books[m]) for m in range(num_codes)])
-    if len(start) <= MAX_NORMAL_EQUATIONS:
-        return _solve_residual(codes, rows, weights, start)
-    return _sweep_residual(codes, rows, weights, start, num_sweeps)
-
-
-def _solve_residual(codes: Tensor, rows: Tensor, weights: Tensor, start: Tensor) -> Tensor:
-    """Minimise sum_i w_i ||x_i - sum_m B_m[c_im]||^2 + ridge * ||B - start||^2 over all codebooks at once.
-
-    The equations are singular (a vector may move from one codebook to another), hence the ridge. It is taken against
-    the start, so that the error cannot rise and unused codewords do not move.
-    """
-    num_codes = codes.shape[1]
-    size, book = len(start), len(start) // num_codes
-    exact = weights.to(torch.float64)
-    gram = torch.zeros(num_codes, book, num_codes, book, dtype=torch.float64, device=rows.device)
-    for a in range(num_codes):
-        for b in range(num_codes):
-            pairs = torch.bincount(codes[:, a] * book + codes[:, b], exact, minlength=book * book)
-            gram[a, :, b] = pairs.view(book, book)
-    gram = gram.view(size, size)
-    missing = (rows - decode(codes, start, "residual")) * weights[:, None]
-    right = torch.cat([codeword_sums(codes[:, m], missing, book) for m in range(num_codes)])
-    gram.diagonal().add_(1e-7 * float(exact.sum()) / size)
-    step = torch.cholesky_solve(right, torch.linalg.cholesky(gram))
-    return (start + step).to(start.dtype)
-
-
-def _sweep_residual(codes: Tensor, rows: Tensor, weights: Tensor, start: Tensor, num_sweeps: int) -> Tensor:
-    """Minimise over one codebook after another, the others fixed (block Gauss-Seidel)."""
-    num_codes = codes.shape[1]
-    books = start.clone().view(num_codes, -1, start.shape[1])
-    missing = rows - decode(codes, start, "residual")
-    for _ in range(num_sweeps):
-        for m in range(num_codes):
-            target = missing + books[m][codes[:, m]]
-            books[m] = weighted_means(codes[:, m], target, weights, books[m])
-            missing = target - books[m][codes[:, m]]
-    return books.view_as(start)

@@ -62,7 +62,8 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
     centred = centroids - middle
     norms, doubled = centred.square().sum(dim=1), -2 * centred.T
     index = torch.empty(len(points), dtype=torch.int64, device=points.device)
-    block = max(64, BLOCK_FLOATS // len(centroids))
+    # a power of two: blocks of rows that are multiples of it are cut where the whole is, so nothing rounds otherwise
+    block = max(64, 1 << (max(1, BLOCK_FLOATS // len(centroids)).bit_length() - 1))
     scores = torch.empty(min(block, len(points)), len(centroids), device=points.device)
     for start in range(0, len(points), block):
         part = points[start : start + block] - middle
@@ -151,6 +152,29 @@ def kmeans(
         >>> sorted(result.centroids.flatten().tolist()), round(result.error, 4)
         ([1.0, 10.0], 0.6667)
     """
+    centroids = learn_centroids(
+        points,
+        num_clusters,
+        weights=weights,
+        num_iterations=num_iterations,
+        max_points_per_centroid=max_points_per_centroid,
+        seed=seed,
+    )
+    weights = check_weights("kmeans", weights, len(points), points.device)
+    assignment = nearest(points, centroids)
+    return KMeans(centroids, assignment, weighted_error(points, centroids[assignment], weights))
+
+
+def learn_centroids(
+    points: Tensor,
+    num_clusters: int,
+    *,
+    weights: Tensor | None = None,
+    num_iterations: int = 25,
+    max_points_per_centroid: int = 256,
+    seed: int = 0,
+) -> Tensor:
+    """Return the centroids of `kmeans`, [K, d] float32, and assign no point; arguments and errors as there."""
     check_seed("kmeans", seed)
     check_rows("kmeans", points)
     if not 1 <= num_clusters <= len(points):
@@ -173,8 +197,7 @@ def kmeans(
     with threads_for(len(train), num_clusters, points.shape[1]):
         centroids = start_centroids(train, train_weights, num_clusters, generator)
         centroids = _lloyd(train, train_weights, centroids, num_iterations)
-    assignment = nearest(points, centroids)
-    return KMeans(centroids, assignment, weighted_error(points, centroids[assignment], weights))
+    return centroids
 
 
 @contextmanager

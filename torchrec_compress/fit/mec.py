@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from torchrec_compress.fit.checks import check_rows, check_seed, check_sizes, check_weights
-from torchrec_compress.fit.codes import FittedCodes, refit_codebooks
+from torchrec_compress.fit.codes import Encoder, FittedCodes
 from torchrec_compress.fit.kmeans import nearest
-from torchrec_compress.fit.product import check_slices, fit_product
+from torchrec_compress.fit.product import ProductEncoder, check_slices, learn_product
+from torchrec_compress.fit.refit import refit_codebooks
 
 # Keeps the slope of p log p finite for codewords that nothing chooses.
 USAGE_FLOOR = 1e-4
@@ -273,10 +274,30 @@ def _start_codebooks(
     shape = (num_codes, codebook_size, rows.shape[1] // num_codes)
     if not options.kmeans_start:
         return (2 * torch.rand(shape, generator=generator) - 1).to(rows.device) / codebook_size
-    fitted = fit_product(
+    _, codebooks = learn_product(
         rows, num_codes, codebook_size, first_size=first_size, weights=weights, num_iterations=10, seed=seed
     )
-    return fitted.codebooks.view(shape)
+    return codebooks.view(shape)
+
+
+@dataclass(frozen=True)
+class MECEncoder(Encoder):
+    """The nearest codewords in the encoder's space.
+
+    Attributes:
+        matrix: [D, D] float32, the encoder.
+        scale: float32 scalar that rows are divided by first.
+        inner: nearest codewords there.
+    """
+
+    matrix: Tensor
+    scale: Tensor
+    inner: ProductEncoder
+
+    def __call__(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the codes of rows; see `Encoder`."""
+        assert rows is not None
+        return self.inner(ids, (rows / self.scale) @ self.matrix.T)
 
 
 def fit_mec(
@@ -316,6 +337,36 @@ def fit_mec(
         >>> fit_mec(rows, num_codes=2, codebook_size=2, options=MECFit(num_steps=2)).error(rows)
         0.0
     """
+    encoder, start = learn_mec(
+        rows,
+        num_codes,
+        codebook_size,
+        first_size=first_size,
+        weights=weights,
+        options=options,
+        seed=seed,
+        progress=progress,
+    )
+    codes = encoder(torch.arange(len(rows)), rows)
+    books = refit_codebooks(codes, rows, weights, codebook_size=codebook_size, kind="product", start=start)
+    return FittedCodes(codes, books, "product")
+
+
+def learn_mec(
+    rows: Tensor,
+    num_codes: int,
+    codebook_size: int,
+    *,
+    first_size: int | None = None,
+    weights: Tensor | None = None,
+    options: MECFit | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[MECEncoder, Tensor]:
+    """Return what makes the codes of `fit_mec`, and zeros to refit its codebooks from, [M*K, D/M].
+
+    Arguments and errors as there.
+    """
     options = MECFit() if options is None else options
     check_seed("fit_mec", seed)
     check_rows("fit_mec", rows)
@@ -331,7 +382,6 @@ def fit_mec(
     start = _start_codebooks(scaled, num_codes, codebook_size, first_size, weights, options, generator, seed)
     model = MECAutoEncoder(start, first_size)
     train_auto_encoder(model, scaled, weights, options, generator, progress)
-    with torch.no_grad():
-        codes = model.codes(scaled)
-    books = refit_codebooks(codes, rows, weights, codebook_size=codebook_size, kind="product")
-    return FittedCodes(codes, books, "product")
+    books = [book[:size] for book, size in zip(model.codebooks.detach(), model.sizes, strict=True)]
+    encoder = MECEncoder(model.encoder.detach(), scale, ProductEncoder(books))
+    return encoder, torch.zeros_like(model.codebooks.detach()).flatten(0, 1)

@@ -1,11 +1,13 @@
 """Product codes: a row is M slices, each the nearest codeword of its own codebook (Jegou et al., TPAMI 2011)."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from torchrec_compress.fit.checks import check_rows, check_seed, check_sizes, check_weights
-from torchrec_compress.fit.codes import FittedCodes
-from torchrec_compress.fit.kmeans import kmeans
+from torchrec_compress.fit.codes import Encoder, FittedCodes
+from torchrec_compress.fit.kmeans import learn_centroids, nearest
 
 
 def check_slices(where: str, width: int, num_codes: int) -> None:
@@ -15,6 +17,24 @@ def check_slices(where: str, width: int, num_codes: int) -> None:
             f"{where}: the width must be a multiple of num_codes, got D = {width} and M = {num_codes}; "
             "choose another num_codes or use residual codes"
         )
+
+
+@dataclass(frozen=True)
+class ProductEncoder(Encoder):
+    """The nearest codeword of each slice.
+
+    Attributes:
+        books: M tensors, [K_m, D/M] float32, of the codewords that may be chosen.
+    """
+
+    books: list[Tensor]
+
+    def __call__(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the codes of rows; see `Encoder`."""
+        assert rows is not None
+        parts = rows.split(self.books[0].shape[1], dim=1)
+        found = [nearest(part.contiguous(), book) for part, book in zip(parts, self.books, strict=True)]
+        return torch.stack(found, dim=1)
 
 
 def fit_product(
@@ -51,17 +71,41 @@ def fit_product(
         >>> fit_product(rows, num_codes=2, codebook_size=2).error(rows)
         0.0
     """
+    encoder, codebooks = learn_product(
+        rows,
+        num_codes,
+        codebook_size,
+        first_size=first_size,
+        weights=weights,
+        num_iterations=num_iterations,
+        max_points_per_centroid=max_points_per_centroid,
+        seed=seed,
+    )
+    return FittedCodes(encoder(torch.arange(len(rows)), rows), codebooks, "product")
+
+
+def learn_product(
+    rows: Tensor,
+    num_codes: int,
+    codebook_size: int,
+    *,
+    first_size: int | None = None,
+    weights: Tensor | None = None,
+    num_iterations: int = 25,
+    max_points_per_centroid: int = 256,
+    seed: int = 0,
+) -> tuple[ProductEncoder, Tensor]:
+    """Return what makes the codes of `fit_product`, and its codebooks, [M*K, D/M]; arguments and errors as there."""
     check_seed("fit_product", seed)
     check_rows("fit_product", rows)
     first_size = check_sizes("fit_product", len(rows), num_codes, codebook_size, first_size)
     check_slices("fit_product", rows.shape[1], num_codes)
     weights = check_weights("fit_product", weights, len(rows), rows.device)
     slice_dim = rows.shape[1] // num_codes
-    codes = torch.empty(len(rows), num_codes, dtype=torch.int64, device=rows.device)
     codebooks = torch.zeros(num_codes, codebook_size, slice_dim, device=rows.device)
     for m, part in enumerate(rows.split(slice_dim, dim=1)):
         size = first_size if m == 0 else codebook_size
-        fitted = kmeans(
+        codebooks[m, :size] = learn_centroids(
             part.contiguous(),
             size,
             weights=weights,
@@ -69,6 +113,6 @@ def fit_product(
             max_points_per_centroid=max_points_per_centroid,
             seed=(seed + m) % 2**63,
         )
-        codebooks[m, :size] = fitted.centroids
-        codes[:, m] = fitted.assignment
-    return FittedCodes(codes, codebooks.view(-1, slice_dim), "product")
+    sizes = [first_size] + [codebook_size] * (num_codes - 1)
+    books = [book[:size] for book, size in zip(codebooks, sizes, strict=True)]
+    return ProductEncoder(books), codebooks.view(-1, slice_dim)

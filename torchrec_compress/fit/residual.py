@@ -5,15 +5,38 @@ Lempitsky, CVPR 2014), rounds of codebook refit by least squares and re-coding b
 code at a time, the others fixed). Neither step can raise the weighted error.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from torchrec_compress.fit.checks import check_rows, check_seed, check_sizes, check_weights
-from torchrec_compress.fit.codes import FittedCodes, decode, refit_codebooks
+from torchrec_compress.fit.codes import CHUNK_ROWS, Encoder, FittedCodes, decode
 from torchrec_compress.fit.kmeans import kmeans, nearest, sample_points, train_size
+from torchrec_compress.fit.refit import refit_codebooks
 
-CHUNK_ROWS = 65536
 NUM_FINAL_SWEEPS = 2  # ICM sweeps over all rows where the codebooks were trained on a sample
+
+
+@dataclass(frozen=True)
+class ResidualEncoder(Encoder):
+    """Greedy codes, then a sweep with each of the codebooks that follow.
+
+    Attributes:
+        trail: [M*K, D] float32 codebooks, one set after another: of the greedy codes, of the first sweep, and so on.
+        sizes: M numbers; codebook m may use its first sizes[m] codewords.
+    """
+
+    trail: list[Tensor]
+    sizes: list[int]
+
+    def __call__(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the codes of rows; see `Encoder`."""
+        assert rows is not None
+        codes = greedy_codes(rows, self.trail[0], self.sizes)
+        for books in self.trail[1:]:
+            codes = recode(codes, rows, books, self.sizes)
+        return codes
 
 
 def fit_residual(
@@ -53,6 +76,38 @@ def fit_residual(
         >>> round(fit_residual(rows, num_codes=2, codebook_size=2).error(rows), 6)
         0.0
     """
+    encoder, codebooks = learn_residual(
+        rows,
+        num_codes,
+        codebook_size,
+        first_size=first_size,
+        weights=weights,
+        num_iterations=num_iterations,
+        num_refits=num_refits,
+        max_points_per_centroid=max_points_per_centroid,
+        seed=seed,
+    )
+    codes = encoder(torch.arange(len(rows)), rows)
+    books = refit_codebooks(codes, rows, weights, codebook_size=codebook_size, kind="residual", start=codebooks)
+    return FittedCodes(codes, books, "residual")
+
+
+def learn_residual(
+    rows: Tensor,
+    num_codes: int,
+    codebook_size: int,
+    *,
+    first_size: int | None = None,
+    weights: Tensor | None = None,
+    num_iterations: int = 25,
+    num_refits: int = 8,
+    max_points_per_centroid: int = 256,
+    seed: int = 0,
+) -> tuple[ResidualEncoder, Tensor]:
+    """Return what makes the codes of `fit_residual`, and the codebooks, [M*K, D], before the last refit to all rows.
+
+    Arguments and errors as there.
+    """
     check_seed("fit_residual", seed)
     check_rows("fit_residual", rows)
     first_size = check_sizes("fit_residual", len(rows), num_codes, codebook_size, first_size)
@@ -67,15 +122,15 @@ def fit_residual(
         train = rows[index]
     codes, books = _greedy_kmeans(train, train_weights, sizes, codebook_size, num_iterations, seed)
     num_refits = num_refits if num_codes > 1 else 0  # one codebook: k-means has left nothing to refit
-    for _ in range(num_refits):
+    trail = [books]
+    for number in range(num_refits):
+        if number:
+            codes = recode(codes, train, books, sizes)
         books = refit_codebooks(codes, train, train_weights, codebook_size=codebook_size, kind="residual", start=books)
-        codes = recode(codes, train, books, sizes)
-    if train is not rows:
-        codes = greedy_codes(rows, books, sizes)
-        for _ in range(min(num_refits, NUM_FINAL_SWEEPS)):
-            codes = recode(codes, rows, books, sizes)
-    books = refit_codebooks(codes, rows, weights, codebook_size=codebook_size, kind="residual", start=books)
-    return FittedCodes(codes, books, "residual")
+        trail.append(books)
+    if train is not rows:  # other rows have no codes to go on from, and need less than all that led there
+        trail = [books] * (1 + min(num_refits, NUM_FINAL_SWEEPS))
+    return ResidualEncoder(trail, sizes), books
 
 
 def _greedy_kmeans(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.fit.checks import check_contexts, check_counts, check_seed
+from torchrec_compress.methods.learned import Learned, TableData, TableState, check_sample
 from torchrec_compress.methods.storage import Parts
-from torchrec_compress.ops import SCALE_BYTES, BagLookup, Rows, quantize_rows
+from torchrec_compress.ops import BagLookup, Rows
 from torchrec_compress.schema import check_numbers
-
-logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound="MethodConfig")
 
@@ -84,79 +82,6 @@ class TableDecoder(nn.Module, ABC):
 
     def reset_parameters(self) -> None:
         """Initialise what is trained; called at construction and after a move from the meta device."""
-
-
-@dataclass(frozen=True)
-class TableData:
-    """What a method may learn from when it is fitted to a table.
-
-    Args:
-        rows: (N, D) float32 pre-trained table, or None.
-        counts: (N,) how often each id was looked up in training, or None.
-        contexts: ((P,), (P,)) int64: pairs (id, context id) seen together, or None.
-        seed: of everything random.
-        progress: whether to show a progress bar.
-    """
-
-    rows: Tensor | None
-    counts: Tensor | None = None
-    contexts: tuple[Tensor, Tensor] | None = None
-    seed: int = 0
-    progress: bool = False
-
-    def trained_rows(self, table: BaseEmbeddingConfig) -> Tensor:
-        """Return the pre-trained rows.
-
-        Raises:
-            ValueError: there are none, their shape or dtype is not the table's, or one is not finite.
-        """
-        if self.rows is None:
-            raise ValueError(f"table {table.name!r}: this method must be fitted to a pre-trained table, got none")
-        check_trained_rows(table, self.rows)
-        return self.rows.detach().float()
-
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_LARGEST = 1e15
-
-
-def check_trained_rows(table: BaseEmbeddingConfig, rows: Tensor) -> None:
-    """Raise ValueError unless these are (N, D) finite floating-point rows of the table."""
-    where = f"table {table.name!r}"
-    if not isinstance(rows, Tensor) or rows.is_meta or rows.layout != torch.strided or rows.dtype not in _FLOATS:
-        got = f"{rows.dtype} on {rows.device} ({rows.layout})" if isinstance(rows, Tensor) else type(rows).__name__
-        raise ValueError(f"{where}: pre-trained rows must be a tensor of floating-point values, got {got}")
-    if rows.shape != (table.num_embeddings, table.embedding_dim):
-        raise ValueError(
-            f"{where}: the pre-trained table must be {table.num_embeddings} x {table.embedding_dim}, "
-            f"got {tuple(rows.shape)}"
-        )
-    if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):
-        first = int((~torch.isfinite(rows).all(dim=1)).nonzero()[0])
-        raise ValueError(f"{where}: pre-trained rows must be finite, got NaN or infinity in the row of id {first}")
-    low, high = (float(value) for value in torch.aminmax(rows)) if rows.numel() else (0.0, 0.0)
-    if max(-low, high) > _LARGEST:
-        raise ValueError(
-            f"{where}: pre-trained rows must be at most {_LARGEST:.0e}, whose squares float32 still adds up, got "
-            f"{max(-low, high):.3g}"
-        )
-
-
-@dataclass(frozen=True)
-class TableState:
-    """The stored tensors of one fitted table.
-
-    Args:
-        codes: (N, row_size) integer, or None.
-        decoder: parameters and buffers of the decoder by name.
-        native: weights of native parts by part name ("" is the dense table).
-        managed: buffers of the manager by name.
-    """
-
-    codes: Tensor | None = None
-    decoder: dict[str, Tensor] = field(default_factory=dict)
-    native: dict[str, Tensor] = field(default_factory=dict)
-    managed: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,8 +171,17 @@ class MethodConfig(ABC):
         return None
 
     @abstractmethod
+    def learn(self, table: BaseEmbeddingConfig, data: TableData) -> Learned:
+        """Learn what all rows share, from all rows or a sample of them. It begins with `check_fit`."""
+
     def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
-        """Learn the stored tensors from a pre-trained table. It begins with `check_fit`."""
+        """Learn the stored tensors from a whole pre-trained table: `learn`, then encode it block by block."""
+        if data.ids is not None:
+            raise ValueError(
+                f"table {table.name!r}: a fit must be given all rows, got those of {len(data.ids)} ids; call learn() "
+                "with a sample, and encode() with every row"
+            )
+        return self.learn(table, data).encode_all(data.rows)
 
     def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:
         """Raise ValueError where a fit to counts, contexts and seed would fail; rows are checked as they are read.
@@ -260,6 +194,7 @@ class MethodConfig(ABC):
             check_counts(where, data.counts, table.num_embeddings)
         if data.contexts is not None:
             check_contexts(where, data.contexts, table.num_embeddings)
+        check_sample(table, data)
 
     def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return the bytes of the decoder's tensors."""
@@ -300,75 +235,3 @@ def init_like(table: BaseEmbeddingConfig, weight: Tensor) -> None:
         table.init_fn(weight)
     else:
         nn.init.uniform_(weight, table.get_weight_init_min(), table.get_weight_init_max())
-
-
-def check_low_bit_width(table: BaseEmbeddingConfig, dtype: str) -> None:
-    """Raise ValueError where quantised rows would not end on the two-byte boundary that FBGEMM asks for."""
-    multiple = {"int8": 2, "int4": 4}.get(dtype, 1)
-    if table.embedding_dim % multiple:
-        raise ValueError(
-            f"table {table.name!r}: embedding_dim must be a multiple of {multiple} for {dtype} rows, "
-            f"got {table.embedding_dim}"
-        )
-
-
-def quantize_table_rows(
-    table: BaseEmbeddingConfig, rows: Tensor, dtype: Literal["int8", "int4"], ids: Tensor | None = None
-) -> Tensor:
-    """Return low-bit rows of a table as `ops.quantize_rows` makes them, (L, bytes per row) uint8.
-
-    Args:
-        table: the user's config.
-        rows: (L, D) float32.
-        dtype: of the result.
-        ids: (L,) of the rows; None is all of them.
-
-    Raises:
-        ValueError: a row has no float16 scale and bias; the id is named.
-    """
-    found = quantize_rows(rows, dtype)
-    scale, bias = found[:, :SCALE_BYTES].contiguous().view(torch.float16).float().unbind(1)
-    wrong = (~(torch.isfinite(scale) & torch.isfinite(bias))).nonzero()
-    if len(wrong):
-        row = int(wrong[0])
-        raise ValueError(
-            f"table {table.name!r}: {dtype} rows must have a float16 scale and bias, got values up to "
-            f"{float(rows[row].abs().max()):.3g} in the row of id {row if ids is None else int(ids[row])}; store the "
-            "table as codes or dense, or train it smaller"
-        )
-    # float16 has steps of 2**-24 near zero: there a scale may be off by more than half a value's own step
-    levels = {"int8": 255, "int4": 15}[dtype]
-    low, high = torch.aminmax(rows, dim=1)
-    rough = int(((high > low) & ((high - low) / levels < levels * 2.0**-24)).sum())
-    if rough:
-        logger.warning(
-            "table %r: %d of %d rows vary by less than %.1g, which a float16 scale cannot tell: %s serves them roughly",
-            table.name,
-            rough,
-            len(rows),
-            levels**2 * 2.0**-24,
-            dtype,
-        )
-    return found
-
-
-def bucket_means(rows: Tensor, buckets: Tensor, num_buckets: int, counts: Tensor | None) -> Tensor:
-    """Return the count-weighted mean row of each bucket.
-
-    Args:
-        rows: (N, D) float32.
-        buckets: (N,) int64 in [0, num_buckets).
-        num_buckets: number of buckets.
-        counts: (N,) or None for equal weights; an id never seen counts a thousandth of a look-up.
-
-    Returns:
-        (num_buckets, D) float32; an empty bucket is zeros.
-
-    Example:
-        >>> bucket_means(torch.tensor([[1.0], [3.0]]), torch.tensor([0, 0]), 2, None).tolist()
-        [[2.0], [0.0]]
-    """
-    weights = torch.ones(rows.shape[0]) if counts is None else counts.float().clamp(min=1e-3)
-    sums = rows.new_zeros(num_buckets, rows.shape[1]).index_add_(0, buckets, rows * weights.unsqueeze(1))
-    totals = rows.new_zeros(num_buckets).index_add_(0, buckets, weights)
-    return sums / totals.clamp(min=1e-12).unsqueeze(1)

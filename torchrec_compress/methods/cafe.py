@@ -17,10 +17,11 @@ from torchrec_compress.methods.base import (
     TableData,
     TableDecoder,
     TableState,
-    bucket_means,
     init_like,
     register,
 )
+from torchrec_compress.methods.buckets import BucketSums
+from torchrec_compress.methods.learned import Learned
 from torchrec_compress.methods.storage import ManagedPart, NativePart, Parts, Remap
 from torchrec_compress.ops import Rows, TableRows, pool_rows, scale_rows, stable_salt
 
@@ -127,21 +128,17 @@ class CafeConfig(MethodConfig):
                 "counts={table: (N,) look-ups}, or train the collection from the start"
             )
 
-    def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
-        """Give hot rows to the ids with the most look-ups, and fill the cold ones with the mean of their ids."""
+    def learn(self, table: BaseEmbeddingConfig, data: TableData) -> ManagedTable:
+        """Give hot rows to the ids with the most look-ups."""
         self.check_fit(table, data)
         assert data.counts is not None
-        rows, counts = data.trained_rows(table), data.counts
-        part, sizes = self.parts(table, data.seed).managed, self._sizes(stable_salt(data.seed, table.name))
+        counts, part = data.counts, self.parts(table, data.seed).managed
         assert part is not None
+        sizes = self._sizes(stable_salt(data.seed, table.name))
         manager = _manager(part.blocks, sizes, self.num_blocks, None)
         places = part.blocks.places(torch.arange(table.num_embeddings))
         manager.fill(counts.new_zeros(part.blocks.num_places).index_copy_(0, places, counts))
-        found = manager.remap(places, train=False)[:, 0]
-        is_hot = found % sizes.rows < sizes.hot_rows
-        weight = bucket_means(rows[~is_hot], found[~is_hot], part.rows.num_embeddings, counts[~is_hot])
-        weight[found[is_hot]] = rows[is_hot]
-        return TableState(native={"rows": weight}, managed=dict(manager.named_buffers()))
+        return ManagedTable(table, part, sizes, manager, counts)
 
     def _sizes(self, salt: int) -> HotColdSizes:
         """Return the share of a block."""
@@ -163,6 +160,40 @@ class CafeConfig(MethodConfig):
             every=self.every,
             salt=salt,
         )
+
+
+class ManagedTable(Learned):
+    """Keep the rows of hot ids, and fill the cold ones with the mean of their ids.
+
+    Args:
+        table: the user's config.
+        part: blocks and rows.
+        sizes: of a block.
+        manager: of all blocks, which knows who is hot.
+        counts: (N,) look-ups per id.
+    """
+
+    def __init__(
+        self, table: BaseEmbeddingConfig, part: ManagedPart, sizes: HotColdSizes, manager: HotCold, counts: Tensor
+    ) -> None:
+        super().__init__(table)
+        self._blocks, self._sizes, self._manager, self._counts = part.blocks, sizes, manager, counts
+        self._cold = BucketSums(part.rows.num_embeddings, table.embedding_dim)
+        self._hot: list[tuple[Tensor, Tensor]] = []
+
+    def _encode(self, ids: Tensor, rows: Tensor | None) -> None:
+        assert rows is not None
+        found = self._manager.remap(self._blocks.places(ids), train=False)[:, 0]
+        is_hot = found % self._sizes.rows < self._sizes.hot_rows
+        self._cold.add(rows[~is_hot], found[~is_hot], self._counts[ids[~is_hot]])
+        self._hot.append((found[is_hot], rows[is_hot]))
+
+    def finish(self) -> TableState:
+        """Return the rows, and the manager's buffers."""
+        weight = self._cold.means()
+        for found, rows in self._hot:
+            weight[found] = rows
+        return TableState(native={"rows": weight}, managed=dict(self._manager.named_buffers()))
 
 
 def _check_multiple(where: str, size: int, multiple: int, least: int) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.fit.codes import FittedCodes
-from torchrec_compress.fit.popularity import popularity_weights
+from torchrec_compress.fit.popularity import PopularityKind, popularity_weights
 from torchrec_compress.methods.base import (
     CODE_LENGTHS,
     NUM_LEVELS,
@@ -20,10 +19,11 @@ from torchrec_compress.methods.base import (
     TableData,
     TableDecoder,
     TableState,
-    check_low_bit_width,
     init_like,
-    quantize_table_rows,
 )
+from torchrec_compress.methods.learned import Learned
+from torchrec_compress.methods.learned_codes import LearnedCodes, Sample
+from torchrec_compress.methods.low_bit_rows import check_low_bit_width, quantize_table_rows, warn_of_rough_rows
 from torchrec_compress.methods.storage import CodePart, Parts
 from torchrec_compress.ops import (
     BagLookup,
@@ -180,19 +180,16 @@ class CodebookConfig(MethodConfig):
         hot_bytes = self.num_hot_rows * quantized_row_bytes(table.embedding_dim, self.hot_dtype)
         return 4 * self.codebook_size * width + hot_bytes
 
-    def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
+    def learn(self, table: BaseEmbeddingConfig, data: TableData) -> CodedTable:
         """Learn codes and codebooks for the tail and set the hot head apart."""
         self.check_fit(table, data)
         hot = self.hot_ids(table, data)
-        fitted = self.fit_codes(table, data, hot)
-        codes, decoder = fitted.codes.clone(), {"codebooks": fitted.codebooks}
-        if self.num_hot_rows:
-            rows = data.trained_rows(table)[hot]
-            codes[hot] = hot_row_codes(self.num_hot_rows, self.num_codes, self.codebook_size)
-            if self.hot_dtype != "fp32":
-                rows = quantize_table_rows(table, rows, self.hot_dtype, hot)
-            decoder["hot_rows"] = rows
-        return TableState(codes=_stored_codes(codes, self.codebook_size), decoder=decoder)
+        weights = popularity_weights(data.counts, self.weighs_by(data), table.num_embeddings).clone()
+        weights[hot] = 0.0
+        sample = None
+        if data.rows is not None or self.needs_rows:
+            sample = Sample(data.row_ids(table), data.trained_rows(table), data.row_weights(weights))
+        return CodedTable(self, table, self.learn_codes(table, data, sample), weights, hot, sample is not None)
 
     def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:
         """Raise ValueError where hot rows come without counts, too."""
@@ -203,9 +200,18 @@ class CodebookConfig(MethodConfig):
                 "counts={table: look-ups per id} to compress()"
             )
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether a fit must have pre-trained rows; where not, they start the codebooks if there are any."""
+        return self.needs != "contexts" or self.num_hot_rows > 0
+
+    def weighs_by(self, data: TableData) -> PopularityKind:
+        """Return how look-ups weigh a row in the fit."""
+        return "none" if data.counts is None else "count"
+
     @abstractmethod
-    def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:
-        """Learn the codes of all rows; those of `hot` ids, (H,) int64, are overwritten and should weigh nothing."""
+    def learn_codes(self, table: BaseEmbeddingConfig, data: TableData, sample: Sample | None) -> LearnedCodes:
+        """Learn what codes mean from rows, (S, D); those of hot ids are overwritten, and weigh nothing."""
 
     def hot_ids(self, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
         """Return the ids of the hot rows: (H,) int64, the most often looked-up first."""
@@ -246,13 +252,59 @@ def check_popularity_counts(table: BaseEmbeddingConfig, data: TableData, popular
         )
 
 
-def tail_weights(
-    table: BaseEmbeddingConfig, data: TableData, hot: Tensor, popularity: Literal["count", "log2", "none"]
-) -> Tensor:
-    """Return the weight of every row in the fit: (N,) float32, zero on hot rows."""
-    weights = popularity_weights(data.counts, popularity, table.num_embeddings).clone()
-    weights[hot] = 0.0
-    return weights
+class CodedTable(Learned):
+    """Encode rows as codes, hot ones as escape codes.
+
+    Args:
+        config: the method.
+        table: the user's config.
+        learned: encoder and codebooks.
+        weights: (N,) float32, of every id in the refit; zero for hot ones.
+        hot: (H,) int64 ids of the hot rows, in their order.
+        needs_rows: whether blocks have rows.
+    """
+
+    def __init__(
+        self,
+        config: CodebookConfig,
+        table: BaseEmbeddingConfig,
+        learned: LearnedCodes,
+        weights: Tensor,
+        hot: Tensor,
+        needs_rows: bool,
+    ) -> None:
+        super().__init__(table)
+        self.needs_rows = needs_rows
+        self._config, self._learned, self._weights, self._hot = config, learned, weights, hot
+        self._sorted_hot, self._hot_numbers = hot.sort()
+        self._hot_rows = torch.empty(len(hot), table.embedding_dim)
+
+    def _encode(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        encoder, _, refit = self._learned
+        codes = encoder(ids, rows)
+        if refit is not None:
+            assert rows is not None
+            refit.add(codes, rows, self._weights[ids])
+        if len(self._hot):
+            assert rows is not None
+            place = torch.searchsorted(self._sorted_hot, ids).clamp(max=len(self._hot) - 1)
+            is_hot = self._sorted_hot[place] == ids
+            numbers = self._hot_numbers[place[is_hot]]
+            escapes = hot_row_codes(len(self._hot), self._config.num_codes, self._config.codebook_size)
+            codes[is_hot] = escapes[numbers]
+            self._hot_rows[numbers] = rows[is_hot]
+        return _stored_codes(codes, self._config.codebook_size)
+
+    def finish(self) -> TableState:
+        """Return codebooks and hot rows."""
+        _, codebooks, refit = self._learned
+        decoder = {"codebooks": codebooks if refit is None else refit.codebooks()}
+        if len(self._hot):
+            decoder["hot_rows"], dtype = self._hot_rows, self._config.hot_dtype
+            if dtype != "fp32":
+                decoder["hot_rows"], rough = quantize_table_rows(self._table, self._hot_rows, dtype, self._hot)
+                warn_of_rough_rows(self._table, rough, len(self._hot), dtype)
+        return TableState(decoder=decoder)
 
 
 class CodebookDecoder(TableDecoder):

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.methods.base import MethodConfig, TableData, TableState, register
+from torchrec_compress.methods.learned import Learned
 from torchrec_compress.methods.storage import Parts
 
 
@@ -41,16 +43,31 @@ class DenseConfig(MethodConfig):
         """Return the untouched table."""
         return Parts(dense=True)
 
-    def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
-        """Keep the pre-trained rows."""
+    def learn(self, table: BaseEmbeddingConfig, data: TableData) -> DenseTable:
+        """Learn nothing: rows stay what they are."""
         self.check_fit(table, data)
-        rows = data.trained_rows(table)
+        return DenseTable(table)
+
+
+class DenseTable(Learned):
+    """Keep the pre-trained rows."""
+
+    def __init__(self, table: BaseEmbeddingConfig) -> None:
+        super().__init__(table)
+        self._rows = torch.empty(table.num_embeddings, table.embedding_dim)
+
+    def _encode(self, ids: Tensor, rows: Tensor | None) -> None:
+        assert rows is not None
         largest = torch.finfo(torch.float16).max
-        wrong = (rows.abs() > largest).any(dim=1) if table.data_type == DataType.FP16 else torch.zeros(0)
+        wrong = (rows.abs() > largest).any(dim=1) if self._table.data_type == DataType.FP16 else torch.zeros(0)
         if wrong.any():
             first = int(wrong.nonzero()[0])
             raise ValueError(
-                f"table {table.name!r}: pre-trained values must be in +-{largest:.0f} for data_type FP16, got "
-                f"{float(rows[first].abs().max()):g} in the row of id {first}; use FP32, or scale the table"
+                f"table {self._table.name!r}: pre-trained values must be in +-{largest:.0f} for data_type FP16, got "
+                f"{float(rows[first].abs().max()):g} in the row of id {int(ids[first])}; use FP32, or scale the table"
             )
-        return TableState(native={"": rows})
+        self._rows.index_copy_(0, ids, rows)
+
+    def finish(self) -> TableState:
+        """Return the rows."""
+        return TableState(native={"": self._rows})

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
+from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.methods.base import MethodConfig, TableData, TableState, bucket_means, register
+from torchrec_compress.methods.base import MethodConfig, TableData, TableState, register
+from torchrec_compress.methods.buckets import BucketSums
+from torchrec_compress.methods.learned import Learned
 from torchrec_compress.methods.storage import NativePart, Parts, Remap
 from torchrec_compress.ops import stable_salt
 
@@ -53,13 +55,34 @@ class HashConfig(MethodConfig):
         """Return one native table of buckets."""
         return Parts(bag=NativePart("buckets", self.num_buckets, table.embedding_dim, self._remap(table, seed)))
 
-    def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
-        """Fill every bucket with the count-weighted mean of its rows."""
+    def learn(self, table: BaseEmbeddingConfig, data: TableData) -> HashedTable:
+        """Learn nothing: a row is the mean of its bucket's."""
         self.check_fit(table, data)
-        buckets = self._remap(table, data.seed)(torch.arange(table.num_embeddings))
-        return TableState(
-            native={"buckets": bucket_means(data.trained_rows(table), buckets, self.num_buckets, data.counts)}
-        )
+        return HashedTable(table, self.num_buckets, self._remap(table, data.seed), data.counts)
 
     def _remap(self, table: BaseEmbeddingConfig, seed: int) -> Remap:
         return Remap("hash", self.num_buckets, stable_salt(seed, table.name))
+
+
+class HashedTable(Learned):
+    """Fill every bucket with the count-weighted mean of its rows.
+
+    Args:
+        table: the user's config.
+        num_buckets: rows that are stored.
+        remap: ids to buckets.
+        counts: (N,) look-ups per id, or None for equal weights.
+    """
+
+    def __init__(self, table: BaseEmbeddingConfig, num_buckets: int, remap: Remap, counts: Tensor | None) -> None:
+        super().__init__(table)
+        self._remap, self._counts = remap, counts
+        self._sums = BucketSums(num_buckets, table.embedding_dim)
+
+    def _encode(self, ids: Tensor, rows: Tensor | None) -> None:
+        assert rows is not None
+        self._sums.add(rows, self._remap(ids), None if self._counts is None else self._counts[ids])
+
+    def finish(self) -> TableState:
+        """Return the buckets."""
+        return TableState(native={"buckets": self._sums.means()})

@@ -15,11 +15,11 @@ from torchrec_compress.methods.base import (
     TableData,
     TableDecoder,
     TableState,
-    check_low_bit_width,
     init_like,
-    quantize_table_rows,
     register,
 )
+from torchrec_compress.methods.learned import Learned
+from torchrec_compress.methods.low_bit_rows import check_low_bit_width, quantize_table_rows, warn_of_rough_rows
 from torchrec_compress.methods.storage import CodePart, Parts
 from torchrec_compress.ops import Rows, hash_ids, low_bit_bag, quantize_rows, quantized_row_bytes, stable_salt
 
@@ -57,10 +57,35 @@ class LowBitConfig(MethodConfig):
         """Return the dequantiser."""
         return LowBitDecoder(self.dtype)
 
-    def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
-        """Quantise the pre-trained rows."""
+    def learn(self, table: BaseEmbeddingConfig, data: TableData) -> LowBitTable:
+        """Learn nothing: every row has a scale of its own."""
         self.check_fit(table, data)
-        return TableState(codes=quantize_table_rows(table, data.trained_rows(table), self.dtype))
+        return LowBitTable(table, self.dtype)
+
+
+class LowBitTable(Learned):
+    """Quantise rows.
+
+    Args:
+        table: the user's config.
+        dtype: of the rows.
+    """
+
+    def __init__(self, table: BaseEmbeddingConfig, dtype: Literal["int8", "int4"]) -> None:
+        super().__init__(table)
+        self._dtype: Literal["int8", "int4"] = dtype
+        self._num_rows, self._rough = 0, 0
+
+    def _encode(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        assert rows is not None
+        found, rough = quantize_table_rows(self._table, rows, self._dtype, ids)
+        self._num_rows, self._rough = self._num_rows + len(ids), self._rough + rough
+        return found
+
+    def finish(self) -> TableState:
+        """Return nothing more, and log how many rows are rough."""
+        warn_of_rough_rows(self._table, self._rough, self._num_rows, self._dtype)
+        return TableState()
 
 
 def _start_rows(ids: Tensor, table: BaseEmbeddingConfig, dtype: Literal["int8", "int4"], salt: int) -> Tensor:

@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.fit.codes import FittedCodes
-from torchrec_compress.fit.mec import MECFit, fit_mec
+from torchrec_compress.fit.mec import MECFit, learn_mec
+from torchrec_compress.fit.popularity import PopularityKind
 from torchrec_compress.methods.base import TableData, register
 from torchrec_compress.methods.codebook import (
     CodebookConfig,
     check_popularity,
     check_popularity_counts,
-    tail_weights,
 )
+from torchrec_compress.methods.learned_codes import LearnedCodes, Sample, with_refit
 
 
 @register
@@ -55,15 +54,21 @@ class MECConfig(CodebookConfig):
         super().check_fit(table, data)
         check_popularity_counts(table, data, self.popularity)
 
-    def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:
+    def weighs_by(self, data: TableData) -> PopularityKind:
+        """Return the popularity asked for."""
+        return self.popularity
+
+    def learn_codes(self, table: BaseEmbeddingConfig, data: TableData, sample: Sample | None) -> LearnedCodes:
         """Train the auto-encoder, keep its codes, and refit the codebooks to the table itself."""
-        return fit_mec(
-            data.trained_rows(table),
+        assert sample is not None
+        encoder, start = learn_mec(
+            sample.rows,
             self.num_codes,
             self.codebook_size,
             first_size=self.first_size,
-            weights=tail_weights(table, data, hot, self.popularity),
+            weights=sample.weights,
             options=self.fit_options,
             seed=data.seed,
             progress=data.progress,
         )
+        return with_refit(encoder, start, sample, self.codebook_size, "product")

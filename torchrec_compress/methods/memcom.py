@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.methods.base import MethodConfig, TableData, TableDecoder, TableState, bucket_means, register
+from torchrec_compress.methods.base import MethodConfig, TableData, TableDecoder, TableState, register
+from torchrec_compress.methods.buckets import BucketSums
+from torchrec_compress.methods.learned import LearnedWhole
 from torchrec_compress.methods.storage import NativePart, Parts, Remap
 from torchrec_compress.ops import Rows, TableRows, pool_rows, pool_table, scale_rows
 
@@ -79,16 +81,22 @@ class MEmComConfig(MethodConfig):
         """Return the product of row and scalar."""
         return MEmComDecoder(self.scalars)
 
-    def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
-        """Find the best rank-one rows of every bucket, weighted by counts, by alternating least squares."""
+    def learn(self, table: BaseEmbeddingConfig, data: TableData) -> LearnedWhole:
+        """Find the best rank-one rows of every bucket, weighted by counts, by alternating least squares.
+
+        Raises:
+            ValueError: rows are a sample: what a bucket's rows share is found from all of them.
+        """
         self.check_fit(table, data)
-        rows = data.trained_rows(table)
+        rows = data.all_rows(table)
         buckets = torch.arange(table.num_embeddings) % self.num_buckets
         weights = torch.ones(len(rows)) if data.counts is None else data.counts.float().clamp(min=1e-3)
         groups = 1 if self.scalars == "packed" else _LANES
         scalars = torch.ones(len(rows), groups)
         biases = rows.new_zeros(len(rows))
-        shared = bucket_means(rows, buckets, self.num_buckets, weights)
+        means = BucketSums(self.num_buckets, table.embedding_dim)
+        means.add(rows, buckets, weights)
+        shared = means.means()
         for _ in range(_FIT_ROUNDS):
             target, mine = rows - biases.unsqueeze(1), shared[buckets]
             cut, cut_mine = target.view(len(rows), groups, -1), mine.view(len(rows), groups, -1)
@@ -100,7 +108,7 @@ class MEmComConfig(MethodConfig):
         native = {"buckets": shared, "scalars": _pack(scalars) if groups == 1 else scalars}
         if self.bias:
             native["biases"] = _pack(biases.unsqueeze(1))
-        return TableState(native=native)
+        return LearnedWhole(table, TableState(native=native))
 
     def _best_rows(self, target: Tensor, scalars: Tensor, buckets: Tensor, weights: Tensor) -> Tensor:
         """Return the shared rows that minimise the weighted error for given scalars: (m, D)."""

@@ -5,19 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.fit.codes import FittedCodes
-from torchrec_compress.fit.product import fit_product
-from torchrec_compress.fit.residual import fit_residual
+from torchrec_compress.fit.popularity import PopularityKind
+from torchrec_compress.fit.product import learn_product
+from torchrec_compress.fit.residual import learn_residual
 from torchrec_compress.methods.base import TableData, register
 from torchrec_compress.methods.codebook import (
     CodebookConfig,
     check_popularity,
     check_popularity_counts,
-    tail_weights,
 )
+from torchrec_compress.methods.learned_codes import LearnedCodes, Sample, with_refit
 
 
 @register
@@ -46,14 +45,22 @@ class PQConfig(CodebookConfig):
         super().check_fit(table, data)
         check_popularity_counts(table, data, self.popularity)
 
-    def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:
+    def weighs_by(self, data: TableData) -> PopularityKind:
+        """Return the popularity asked for."""
+        return self.popularity
+
+    def learn_codes(self, table: BaseEmbeddingConfig, data: TableData, sample: Sample | None) -> LearnedCodes:
         """Cluster the rows chunk by chunk (product) or stage by stage (residual)."""
-        fit = fit_product if self.structure == "product" else fit_residual
-        return fit(
-            data.trained_rows(table),
+        assert sample is not None
+        learn = learn_product if self.structure == "product" else learn_residual
+        encoder, codebooks = learn(
+            sample.rows,
             self.num_codes,
             self.codebook_size,
             first_size=self.first_size,
-            weights=tail_weights(table, data, hot, self.popularity),
+            weights=sample.weights,
             seed=data.seed,
         )
+        if self.structure == "product":  # k-means has refitted them already
+            return LearnedCodes(encoder, codebooks)
+        return with_refit(encoder, codebooks, sample, self.codebook_size, "residual")

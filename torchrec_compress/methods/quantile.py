@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.fit.codes import FittedCodes, refit_codebooks
-from torchrec_compress.fit.quantile import quantile_codes
+from torchrec_compress.fit.quantile import learn_quantiles
 from torchrec_compress.methods.base import TableData, init_like, register
-from torchrec_compress.methods.codebook import CodebookConfig, tail_weights
+from torchrec_compress.methods.codebook import CodebookConfig
+from torchrec_compress.methods.learned_codes import LearnedCodes, Sample, with_refit
 
 
 @register
@@ -40,26 +39,22 @@ class QuantileCodesConfig(CodebookConfig):
                 "contexts={table: (ids, context ids)} to compress()"
             )
 
-    def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:
+    def learn_codes(self, table: BaseEmbeddingConfig, data: TableData, sample: Sample | None) -> LearnedCodes:
         """Bin the leading singular vectors of the id by context matrix."""
         assert data.contexts is not None
-        codes = quantile_codes(
+        encoder = learn_quantiles(
             *data.contexts,
             num_rows=table.num_embeddings,
             num_codes=self.num_codes,
             codebook_size=self.codebook_size,
             seed=data.seed,
+            first_size=self.first_size,
         )
-        codes[:, 0].clamp_(max=self.first_size - 1)  # the last bins join their neighbour where escapes take codes
-        if data.rows is None:
-            width = table.embedding_dim // (self.num_codes if self.structure == "product" else 1)
-            words = torch.empty(self.num_codes * self.codebook_size, width)
-            with torch.random.fork_rng(devices=[]):  # one seed, one result, whatever the process drew before
-                torch.manual_seed(data.seed)
-                init_like(table, words)
-            return FittedCodes(codes=codes, codebooks=words, kind=self.structure)
-        weights = tail_weights(table, data, hot, "none" if data.counts is None else "count")
-        codebooks = refit_codebooks(
-            codes, data.trained_rows(table), weights, codebook_size=self.codebook_size, kind=self.structure
-        )
-        return FittedCodes(codes=codes, codebooks=codebooks, kind=self.structure)
+        width = table.embedding_dim // (self.num_codes if self.structure == "product" else 1)
+        words = torch.zeros(self.num_codes * self.codebook_size, width)
+        if sample is not None:
+            return with_refit(encoder, words, sample, self.codebook_size, self.structure)
+        with torch.random.fork_rng(devices=[]):  # one seed, one result, whatever the process drew before
+            torch.manual_seed(data.seed)
+            init_like(table, words)
+        return LearnedCodes(encoder, words)

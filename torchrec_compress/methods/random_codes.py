@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.fit.codes import FittedCodes, refit_codebooks
+from torchrec_compress.fit.codes import HashEncoder
 from torchrec_compress.methods.base import TableData, register
-from torchrec_compress.methods.codebook import CodebookConfig, tail_weights
-from torchrec_compress.ops import hash_codes, stable_salt
+from torchrec_compress.methods.codebook import CodebookConfig
+from torchrec_compress.methods.learned_codes import LearnedCodes, Sample, with_refit
+from torchrec_compress.ops import stable_salt
 
 
 @register
@@ -31,16 +31,11 @@ class RandomCodesConfig(CodebookConfig):
     needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "nothing"
     new_ids: ClassVar[str] = "its hashed codes, as every other id"
 
-    def fit_codes(self, table: BaseEmbeddingConfig, data: TableData, hot: Tensor) -> FittedCodes:
+    def learn_codes(self, table: BaseEmbeddingConfig, data: TableData, sample: Sample | None) -> LearnedCodes:
         """Keep the hashed start codes and fit the codebooks to the pre-trained rows by least squares."""
-        rows = data.trained_rows(table)
-        codes = hash_codes(
-            torch.arange(table.num_embeddings),
-            self.num_codes,
-            self.codebook_size,
-            stable_salt(data.seed, table.name),
-            self.first_size,
-        )
-        weights = tail_weights(table, data, hot, "none" if data.counts is None else "count")
-        codebooks = refit_codebooks(codes, rows, weights, codebook_size=self.codebook_size, kind=self.structure)
-        return FittedCodes(codes=codes, codebooks=codebooks, kind=self.structure)
+        assert sample is not None
+        salt = stable_salt(data.seed, table.name)
+        encoder = HashEncoder(self.num_codes, self.codebook_size, salt, self.first_size)
+        width = table.embedding_dim // (self.num_codes if self.structure == "product" else 1)
+        start = torch.zeros(self.num_codes * self.codebook_size, width)
+        return with_refit(encoder, start, sample, self.codebook_size, self.structure)

@@ -1,0 +1,216 @@
+"""What a fit reads and what it leaves: `learn` what all rows share, then `encode` them block by block."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+
+# Rows that are encoded at once. A multiple of every block that rows are compared with codewords in.
+BLOCK_ROWS = 65536
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST = 1e15
+
+
+@dataclass(frozen=True)
+class TableData:
+    """What a method may learn from when it is fitted to a table.
+
+    Args:
+        rows: (N, D) float32 pre-trained table, or (S, D) of a sample of its ids, or None.
+        counts: (N,) how often each id was looked up in training, or None.
+        contexts: ((P,), (P,)) int64: pairs (id, context id) seen together, or None.
+        seed: of everything random.
+        progress: whether to show a progress bar.
+        ids: (S,) int64 distinct ids of the rows, ascending; None: they are all rows.
+        weights: (S,) float32 >= 0, what each row of a sample stands for (`fit.kmeans.sample_points` draws both); None:
+            as much as its own id.
+    """
+
+    rows: Tensor | None
+    counts: Tensor | None = None
+    contexts: tuple[Tensor, Tensor] | None = None
+    seed: int = 0
+    progress: bool = False
+    ids: Tensor | None = None
+    weights: Tensor | None = None
+
+    def trained_rows(self, table: BaseEmbeddingConfig) -> Tensor:
+        """Return the pre-trained rows.
+
+        Raises:
+            ValueError: there are none, their shape or dtype is not the table's, or one is not finite.
+        """
+        if self.rows is None:
+            raise _without_rows(table)
+        check_trained_rows(table, self.rows, self.ids)
+        return self.rows.detach().float()
+
+    def all_rows(self, table: BaseEmbeddingConfig) -> Tensor:
+        """Return the pre-trained rows, (N, D) float32, or raise ValueError as `trained_rows` and for a sample."""
+        if self.ids is not None:
+            raise ValueError(
+                f"table {table.name!r}: this method must learn from all {table.num_embeddings} rows, got a sample of "
+                f"{len(self.ids)}"
+            )
+        return self.trained_rows(table)
+
+    def row_ids(self, table: BaseEmbeddingConfig) -> Tensor:
+        """Return the ids of the rows, (N,) or (S,) int64."""
+        return torch.arange(table.num_embeddings) if self.ids is None else self.ids
+
+    def row_weights(self, weights: Tensor) -> Tensor:
+        """Return what each row weighs in the learning, (N,) or (S,), given the weight of each id, (N,) float32.
+
+        An id that weighs nothing weighs nothing in a sample either.
+        """
+        if self.ids is None:
+            return weights
+        mine = weights[self.ids]
+        return mine if self.weights is None else torch.where(mine > 0, self.weights, 0.0)
+
+
+def check_sample(table: BaseEmbeddingConfig, data: TableData) -> None:
+    """Raise ValueError unless ids and weights of a sample are what `TableData` says."""
+    where = f"table {table.name!r}"
+    ids, weights = data.ids, data.weights
+    if ids is None:
+        if weights is not None:
+            raise ValueError(f"{where}: weights must come with the ids of a sample, got none")
+        return
+    if ids.dtype != torch.int64 or ids.dim() != 1 or not len(ids):
+        raise ValueError(f"{where}: ids of a sample must be a vector of int64, got {ids.dtype} {tuple(ids.shape)}")
+    if int(ids[0]) < 0 or int(ids[-1]) >= table.num_embeddings or not bool((ids[1:] > ids[:-1]).all()):
+        raise ValueError(f"{where}: ids of a sample must ascend in [0, {table.num_embeddings})")
+    if weights is not None and (
+        weights.shape != ids.shape or not bool((torch.isfinite(weights) & (weights >= 0)).all())
+    ):
+        raise ValueError(f"{where}: weights of a sample must be {len(ids)} finite numbers >= 0, one for each id")
+
+
+def check_trained_rows(table: BaseEmbeddingConfig, rows: Tensor, ids: Tensor | None = None) -> None:
+    """Raise ValueError unless these are finite floating-point rows of the table, (N, D), or (L, D) of `ids`."""
+    where = f"table {table.name!r}"
+    if not isinstance(rows, Tensor) or rows.is_meta or rows.layout != torch.strided or rows.dtype not in _FLOATS:
+        got = f"{rows.dtype} on {rows.device} ({rows.layout})" if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"{where}: pre-trained rows must be a tensor of floating-point values, got {got}")
+    num_rows = table.num_embeddings if ids is None else len(ids)
+    if rows.shape != (num_rows, table.embedding_dim):
+        raise ValueError(
+            f"{where}: the pre-trained table must be {num_rows} x {table.embedding_dim}, got {tuple(rows.shape)}"
+        )
+    if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):
+        first = int((~torch.isfinite(rows).all(dim=1)).nonzero()[0])
+        found = first if ids is None else int(ids[first])
+        raise ValueError(f"{where}: pre-trained rows must be finite, got NaN or infinity in the row of id {found}")
+    low, high = (float(value) for value in torch.aminmax(rows)) if rows.numel() else (0.0, 0.0)
+    if max(-low, high) > _LARGEST:
+        raise ValueError(
+            f"{where}: pre-trained rows must be at most {_LARGEST:.0e}, whose squares float32 still adds up, got "
+            f"{max(-low, high):.3g}"
+        )
+
+
+def _without_rows(table: BaseEmbeddingConfig) -> ValueError:
+    return ValueError(f"table {table.name!r}: this method must be fitted to a pre-trained table, got none")
+
+
+@dataclass(frozen=True)
+class TableState:
+    """The stored tensors of one fitted table.
+
+    Args:
+        codes: (N, row_size) integer, or None.
+        decoder: parameters and buffers of the decoder by name.
+        native: weights of native parts by part name ("" is the dense table).
+        managed: buffers of the manager by name.
+    """
+
+    codes: Tensor | None = None
+    decoder: dict[str, Tensor] = field(default_factory=dict)
+    native: dict[str, Tensor] = field(default_factory=dict)
+    managed: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Learned(ABC):
+    """A table that has learned what its rows share and encodes them, block by block.
+
+    Every id is encoded once, in blocks of any size, one after another; then `finish` returns what is stored beside the
+    codes. Nothing of the size of the table is held but what is stored for it.
+
+    Args:
+        table: the user's config.
+
+    Attributes:
+        needs_rows: whether blocks have rows; else codes are made of ids alone.
+    """
+
+    needs_rows = True
+
+    def __init__(self, table: BaseEmbeddingConfig) -> None:
+        self._table = table
+
+    def encode(self, ids: Tensor, rows: Tensor | None) -> Tensor | None:
+        """Return the rows of the code table that ids have, or None where there is no code table.
+
+        Args:
+            ids: (L,) int64 distinct ids.
+            rows: (L, D) floating-point pre-trained rows of these ids, or None.
+
+        Returns:
+            (L, row_size) in the code table's dtype.
+
+        Raises:
+            ValueError: there are no rows, or one is not finite.
+        """
+        if self.needs_rows:
+            if rows is None:
+                raise _without_rows(self._table)
+            check_trained_rows(self._table, rows, ids)
+            rows = rows.detach().float()
+        return self._encode(ids, rows)
+
+    @abstractmethod
+    def _encode(self, ids: Tensor, rows: Tensor | None) -> Tensor | None:
+        """Encode a block; arguments and result as in `encode`, rows checked and float32."""
+
+    @abstractmethod
+    def finish(self) -> TableState:
+        """Return what is stored beside the codes, once all ids are encoded."""
+
+    def encode_all(self, rows: Tensor | None) -> TableState:
+        """Encode the whole table, (N, D) or None, in one pass, and finish."""
+        num_rows, codes = self._table.num_embeddings, None
+        for first in range(0, max(num_rows, 1), BLOCK_ROWS):
+            ids = torch.arange(first, min(first + BLOCK_ROWS, num_rows))
+            block = self.encode(ids, None if rows is None else rows[first : first + BLOCK_ROWS])
+            if block is not None:
+                codes = block.new_empty(num_rows, block.shape[1]) if codes is None else codes
+                codes[first : first + BLOCK_ROWS] = block
+        return dataclasses.replace(self.finish(), codes=codes)
+
+
+class LearnedWhole(Learned):
+    """A table of which everything that is stored was learned at once, from all rows.
+
+    Args:
+        table: the user's config.
+        state: what is stored.
+    """
+
+    needs_rows = False
+
+    def __init__(self, table: BaseEmbeddingConfig, state: TableState) -> None:
+        super().__init__(table)
+        self._state = state
+
+    def _encode(self, ids: Tensor, rows: Tensor | None) -> None:
+        return None
+
+    def finish(self) -> TableState:
+        """Return what was learned."""
+        return self._state
