@@ -188,7 +188,7 @@ class ManagedTable(Learned):
         self._cold.add(rows[~is_hot], found[~is_hot], self._counts[ids[~is_hot]])
         self._hot.append((found[is_hot], rows[is_hot]))
 
-    def finish(self) -> TableState:
+    def _finish(self) -> TableState:
         """Return the rows, and the manager's buffers."""
         weight = self._cold.means()
         for found, rows in self._hot:

@@ -295,7 +295,7 @@ class CodedTable(Learned):
             self._hot_rows[numbers] = rows[is_hot]
         return _stored_codes(codes, self._config.codebook_size)
 
-    def finish(self) -> TableState:
+    def _finish(self) -> TableState:
         """Return codebooks and hot rows."""
         _, codebooks, refit = self._learned
         decoder = {"codebooks": codebooks if refit is None else refit.codebooks()}

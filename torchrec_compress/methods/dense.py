@@ -68,6 +68,6 @@ class DenseTable(Learned):
             )
         self._rows.index_copy_(0, ids, rows)
 
-    def finish(self) -> TableState:
+    def _finish(self) -> TableState:
         """Return the rows."""
         return TableState(native={"": self._rows})

@@ -83,6 +83,6 @@ class HashedTable(Learned):
         assert rows is not None
         self._sums.add(rows, self._remap(ids), None if self._counts is None else self._counts[ids])
 
-    def finish(self) -> TableState:
+    def _finish(self) -> TableState:
         """Return the buckets."""
         return TableState(native={"buckets": self._sums.means()})

@@ -153,6 +153,7 @@ class Learned(ABC):
 
     def __init__(self, table: BaseEmbeddingConfig) -> None:
         self._table = table
+        self._num_encoded = 0
 
     def encode(self, ids: Tensor, rows: Tensor | None) -> Tensor | None:
         """Return the rows of the code table that ids have, or None where there is no code table.
@@ -172,15 +173,29 @@ class Learned(ABC):
                 raise _without_rows(self._table)
             check_trained_rows(self._table, rows, ids)
             rows = rows.detach().float()
+        self._num_encoded += len(ids)
         return self._encode(ids, rows)
 
     @abstractmethod
     def _encode(self, ids: Tensor, rows: Tensor | None) -> Tensor | None:
         """Encode a block; arguments and result as in `encode`, rows checked and float32."""
 
-    @abstractmethod
     def finish(self) -> TableState:
-        """Return what is stored beside the codes, once all ids are encoded."""
+        """Return what is stored beside the codes.
+
+        Raises:
+            ValueError: not every id was encoded once.
+        """
+        if self._num_encoded != self._table.num_embeddings:
+            raise ValueError(
+                f"table {self._table.name!r}: each of {self._table.num_embeddings} ids must be encoded once before "
+                f"finish(), got {self._num_encoded}"
+            )
+        return self._finish()
+
+    @abstractmethod
+    def _finish(self) -> TableState:
+        """Return what is stored beside the codes."""
 
     def encode_all(self, rows: Tensor | None) -> TableState:
         """Encode the whole table, (N, D) or None, in one pass, and finish."""
@@ -211,6 +226,6 @@ class LearnedWhole(Learned):
     def _encode(self, ids: Tensor, rows: Tensor | None) -> None:
         return None
 
-    def finish(self) -> TableState:
+    def _finish(self) -> TableState:
         """Return what was learned."""
         return self._state

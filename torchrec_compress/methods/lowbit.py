@@ -82,7 +82,7 @@ class LowBitTable(Learned):
         self._num_rows, self._rough = self._num_rows + len(ids), self._rough + rough
         return found
 
-    def finish(self) -> TableState:
+    def _finish(self) -> TableState:
         """Return nothing more, and log how many rows are rough."""
         warn_of_rough_rows(self._table, self._rough, self._num_rows, self._dtype)
         return TableState()

@@ -1,0 +1,197 @@
+"""A fit in its two halves: what is learned from a sample, and rows that are encoded block by block."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.cases import CONFIGS, IDS, NUM_ROWS, contexts, counts, rows, table
+from torchrec_compress.fit import residual
+from torchrec_compress.fit.kmeans import sample_points
+from torchrec_compress.fit.mec import MECFit
+from torchrec_compress.fit.popularity import popularity_weights
+from torchrec_compress.methods import (
+    HashConfig,
+    Int8Config,
+    MECConfig,
+    MEmComConfig,
+    MethodConfig,
+    PQConfig,
+    QuantileCodesConfig,
+    RandomCodesConfig,
+    TableData,
+    TableState,
+    learned,
+)
+
+WHOLE = TableData(rows(), counts(), contexts(), seed=3)
+
+
+def tensors(state: TableState) -> dict[str, Tensor]:
+    codes = {} if state.codes is None else {"codes": state.codes}
+    return {**codes, **state.decoder, **state.native, **state.managed}
+
+
+def in_blocks(config: MethodConfig, data: TableData, blocks: list[Tensor]) -> TableState:
+    found, codes = config.learn(table(), data), None
+    for ids in blocks:
+        block = found.encode(ids, rows()[ids])
+        if block is not None:
+            codes = block.new_zeros(NUM_ROWS, block.shape[1]) if codes is None else codes
+            codes[ids] = block
+    return replace(found.finish(), codes=codes)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_blocks_of_any_size_and_order_are_the_fit(config: MethodConfig) -> None:
+    expected = tensors(config.fit(table(), WHOLE))
+    mixed = torch.randperm(NUM_ROWS, generator=torch.Generator().manual_seed(0))
+    for blocks in (torch.arange(NUM_ROWS).split(64), mixed.split([1, 200, NUM_ROWS - 201])):
+        found = tensors(in_blocks(config, WHOLE, list(blocks)))
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name].dtype == value.dtype
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            )
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_fit_walks_the_table_in_blocks(config: MethodConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = tensors(config.fit(table(), WHOLE))
+    monkeypatch.setattr(learned, "BLOCK_ROWS", 100)
+    for name, value in tensors(config.fit(table(), WHOLE)).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+SAMPLED = [config for config in CONFIGS if config.method != "memcom"]
+
+
+@pytest.mark.parametrize("config", SAMPLED, ids=[f"{c.method}-{n}" for n, c in enumerate(SAMPLED)])
+def test_a_sample_of_all_rows_is_all_rows(config: MethodConfig) -> None:
+    everyone = torch.arange(NUM_ROWS)
+    found = tensors(in_blocks(config, replace(WHOLE, ids=everyone), [everyone]))
+    for name, value in tensors(config.fit(table(), WHOLE)).items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("structure", ["product", "residual"])
+def test_a_weighted_sample_teaches_nearly_what_all_rows_do(structure: Any) -> None:
+    config = PQConfig(num_codes=2, codebook_size=12, structure=structure, popularity="count", num_hot_rows=9)
+    weights = popularity_weights(counts(), "count", NUM_ROWS)
+    ids, stands_for = sample_points(weights, 250, torch.Generator().manual_seed(0))
+    data = TableData(rows()[ids], counts(), seed=3, ids=ids, weights=stands_for)
+
+    @torch.no_grad()
+    def error(state: TableState) -> float:
+        decoder = config.decoder(table(), None)
+        decoder.load_state_dict(state.decoder)
+        served = decoder(torch.arange(NUM_ROWS), None, None, state.codes, [])
+        return float(((served - rows()).square().sum(1) * weights).sum())
+
+    whole = error(config.fit(table(), WHOLE))
+    few = error(in_blocks(config, data, list(torch.arange(NUM_ROWS).split(100))))
+    assert whole <= few * 1.05  # k-means ends in a local optimum either way
+    assert few < 1.25 * whole
+
+
+def test_hot_rows_of_a_sample_weigh_nothing_in_it() -> None:
+    config = PQConfig(num_codes=2, codebook_size=12, popularity="count", num_hot_rows=9)
+    hot, ids = config.hot_ids(table(), WHOLE), torch.arange(NUM_ROWS)
+    moved = rows()
+    moved[hot] += 100
+    states = []
+    for values in (rows(), moved):
+        found = config.learn(table(), TableData(values, counts(), ids=ids, weights=torch.ones(NUM_ROWS)))
+        found.encode(ids, values)
+        states.append(found.finish())
+    assert torch.equal(states[0].decoder["codebooks"], states[1].decoder["codebooks"])
+
+
+class LargestInt64(TorchDispatchMode):
+    """Record the most values of an int64 tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, Tensor) and value.dtype == torch.int64:
+                self.numel = max(self.numel, value.numel())
+        return result
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PQConfig(num_codes=4, codebook_size=8),
+        PQConfig(num_codes=4, codebook_size=8, structure="residual", num_hot_rows=20),
+        MECConfig(num_codes=4, codebook_size=8, fit_options=MECFit(num_steps=3, batch_size=64)),
+        QuantileCodesConfig(num_codes=4, codebook_size=8),
+        RandomCodesConfig(num_codes=4, codebook_size=8),
+        RandomCodesConfig(num_codes=4, codebook_size=8, structure="residual"),
+        Int8Config(),
+    ],
+    ids=lambda config: f"{config.method}-{getattr(config, 'structure', '')}",
+)
+def test_no_fit_makes_int64_codes_of_the_whole_table(config: MethodConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_rows = 6000
+    monkeypatch.setattr(learned, "BLOCK_ROWS", 500)
+    for module in (import_module("torchrec_compress.fit.kmeans"), residual):  # the package's `kmeans` is the function
+        monkeypatch.setattr(module, "train_size", lambda *_: 1000)
+    many = table(num_embeddings=num_rows)
+    seeded = torch.Generator().manual_seed(0)
+    values = torch.randn(num_rows, 16, generator=seeded)
+    pairs = torch.randint(0, num_rows, (3000,), generator=seeded), torch.randint(0, 50, (3000,), generator=seeded)
+    data = TableData(values, torch.randint(0, 9, (num_rows,), generator=seeded), pairs)
+    with LargestInt64() as largest:
+        state = config.fit(many, data)
+    assert state.codes is not None and len(state.codes) == num_rows
+    assert largest.numel < 2 * num_rows  # vectors of ids, and codes of a block
+
+
+def test_what_is_no_sample_is_refused() -> None:
+    config, ids = HashConfig(num_buckets=5), torch.arange(10)
+    cases = [
+        (replace(WHOLE, weights=torch.ones(10)), "weights must come with the ids of a sample"),
+        (replace(WHOLE, ids=ids.int()), "ids of a sample must be a vector of int64"),
+        (replace(WHOLE, ids=ids[:0]), "ids of a sample must be a vector of int64"),
+        (replace(WHOLE, ids=ids.flip(0)), r"ids of a sample must ascend in \[0, 403\)"),
+        (replace(WHOLE, ids=ids + NUM_ROWS - 9), r"ids of a sample must ascend in \[0, 403\)"),
+        (replace(WHOLE, ids=ids, weights=torch.ones(9)), "weights of a sample must be 10 finite numbers >= 0"),
+        (replace(WHOLE, ids=ids, weights=-torch.ones(10)), "weights of a sample must be 10 finite numbers >= 0"),
+    ]
+    for data, message in cases:
+        with pytest.raises(ValueError, match=f"table 'item': {message}"):
+            config.learn(table(), data)
+    sample = replace(WHOLE, rows=rows()[:10], ids=ids)
+    with pytest.raises(ValueError, match="table 'item': this method must learn from all 403 rows, got a sample of 10"):
+        MEmComConfig(num_buckets=5).learn(table(), sample)
+    with pytest.raises(ValueError, match="table 'item': a fit must be given all rows, got those of 10 ids"):
+        config.fit(table(), sample)
+    with pytest.raises(ValueError, match="the pre-trained table must be 10 x 16, got"):
+        PQConfig(num_codes=2, codebook_size=4).learn(table(), replace(WHOLE, ids=ids))
+
+
+def test_a_table_is_finished_when_every_id_is_encoded() -> None:
+    found = PQConfig(num_codes=2, codebook_size=4, num_hot_rows=3).learn(table(), WHOLE)
+    found.encode(torch.arange(400), rows()[:400])
+    with pytest.raises(ValueError, match=r"each of 403 ids must be encoded once before finish\(\), got 400"):
+        found.finish()
+
+
+def test_blocks_are_checked_and_the_id_is_named() -> None:
+    wrong = rows()[20:30]
+    wrong[4, 2] = torch.nan
+    for config in (HashConfig(num_buckets=5), Int8Config(), PQConfig(num_codes=2, codebook_size=4)):
+        found = config.learn(table(), WHOLE)
+        with pytest.raises(ValueError, match="got NaN or infinity in the row of id 24"):
+            found.encode(torch.arange(20, 30), wrong)
+        with pytest.raises(ValueError, match="must be fitted to a pre-trained table, got none"):
+            found.encode(torch.arange(20, 30), None)
