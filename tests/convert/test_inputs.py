@@ -1,5 +1,6 @@
 """What `compress`, `compress_into` and `for_budget` are given is checked before anything is fitted."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -211,6 +212,12 @@ def test_seeds(seed):
             fit()
 
 
+def test_a_seed_of_numpy_is_the_same_seed():
+    for fitter in (fit_product, fit_residual):
+        one, other = (fitter(rows(), 4, 16, seed=seed) for seed in (7, np.int64(7)))
+        assert torch.equal(one.codes, other.codes)
+
+
 def test_the_largest_seed_is_taken():
     compress(dense_collection(), PQ, seed=2**63 - 1)
 
@@ -238,6 +245,12 @@ def test_budgets(changes, message):
     given = {"tables": {"item": rows()}, "counts": {"item": counts()}, "budget_bytes": 9000, **changes}
     with pytest.raises(ValueError, match=message):
         for_budget(**given)
+
+
+def test_a_budget_takes_numbers_of_numpy():
+    given = {"tables": {"item": rows()}, "counts": {"item": counts()}}
+    found = for_budget(**given, budget_bytes=np.int64(9000), num_codes=np.array([1]), seed=np.int64(0))
+    assert found == for_budget(**given, budget_bytes=9000, num_codes=(1,))
 
 
 def test_a_budget_for_unpooled_tables():

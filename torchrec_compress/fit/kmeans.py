@@ -151,7 +151,7 @@ def kmeans(
         >>> sorted(result.centroids.flatten().tolist()), round(result.error, 4)
         ([1.0, 10.0], 0.6667)
     """
-    check_seed("kmeans", seed)
+    seed = check_seed("kmeans", seed)
     check_rows("kmeans", points)
     if not 1 <= num_clusters <= len(points):
         raise ValueError(

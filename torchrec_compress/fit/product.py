@@ -51,7 +51,7 @@ def fit_product(
         >>> fit_product(rows, num_codes=2, codebook_size=2).error(rows)
         0.0
     """
-    check_seed("fit_product", seed)
+    seed = check_seed("fit_product", seed)
     check_rows("fit_product", rows)
     first_size = check_sizes("fit_product", len(rows), num_codes, codebook_size, first_size)
     check_slices("fit_product", rows.shape[1], num_codes)

@@ -44,7 +44,7 @@ def quantile_codes(
         (True, True, False)
     """
     _check(row_ids, context_ids, num_rows, num_codes, codebook_size)
-    check_seed("quantile_codes", seed)
+    seed = check_seed("quantile_codes", seed)
     seen, row = np.unique(row_ids.cpu().numpy(), return_inverse=True)
     contexts, column = np.unique(context_ids.cpu().numpy(), return_inverse=True)
     if num_codes > min(len(seen), len(contexts)):

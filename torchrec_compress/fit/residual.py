@@ -53,7 +53,7 @@ def fit_residual(
         >>> round(fit_residual(rows, num_codes=2, codebook_size=2).error(rows), 6)
         0.0
     """
-    check_seed("fit_residual", seed)
+    seed = check_seed("fit_residual", seed)
     check_rows("fit_residual", rows)
     first_size = check_sizes("fit_residual", len(rows), num_codes, codebook_size, first_size)
     weights = check_weights("fit_residual", weights, len(rows), rows.device)
