@@ -22,7 +22,6 @@ from torchrec_compress.compression import Compression
 from torchrec_compress.methods import TableData
 from torchrec_compress.methods.base import check_trained_rows
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
-from torchrec_compress.modules.code_tables import warn_of_start_codes
 from torchrec_compress.modules.collection import check_unsharded
 
 _ROWS_AT_ONCE = 65536
@@ -235,7 +234,7 @@ def decompress(
         raise ValueError(f"decompress: collection must be a compressed one, got {type(collection).__name__}")
     _check_whole("decompress", collection)
     if collection.code_tables is not None:
-        warn_of_start_codes(collection.code_tables.configs(), collection.code_tables.banks)
+        collection.code_tables.warn_of_start_codes()
     dense: EmbeddingBagCollection | EmbeddingCollection
     if isinstance(collection, CompressedEmbeddingCollection):
         rows = copy.deepcopy(collection.embedding_configs())

@@ -216,6 +216,7 @@ class CompressedParts(nn.Module):
             assert self.code_tables is not None
             bank = self.code_tables.banks[name]
             bank.check()
+            self.code_tables.warn_of_start_codes(name)
             codes = lookup_codes(bank.codes, bank.is_set, ids, f"table {name!r}")  # type: ignore[arg-type]
         rows = [weights[part.name][part.remap(ids)] for part in parts.rows]
         return self.decoder.banks[name](ids, None, None, codes, rows)
