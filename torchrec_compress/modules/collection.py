@@ -242,6 +242,23 @@ class CompressedParts(nn.Module):
                     yield part, module.embeddings[table].weight  # type: ignore[misc]
 
 
+def as_device(device: Any, where: str) -> torch.device | None:
+    """Return a device that is given as one or by its name, or None; `where` names the caller.
+
+    Raises:
+        ValueError: it is something else, or no device's name.
+    """
+    if device is None or isinstance(device, torch.device):
+        return device
+    try:
+        if isinstance(device, str):
+            return torch.device(device)
+    except RuntimeError:  # torch lists its devices
+        pass
+    told = "; pass is_weighted and need_indices by name" if isinstance(device, bool) else ""
+    raise ValueError(f"{where}: device must be a torch.device or its name, got {device!r}{told}")
+
+
 def check_unsharded(collection: CompressedParts, where: str) -> None:
     """Raise ValueError where parts are sharded, so that this rank may hold some rows only; `where` names the caller."""
     sharded = sorted(path for path, part in collection.named_modules() if isinstance(part, ShardedModule))
