@@ -126,3 +126,10 @@ def kill(pids: list[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def hold(pids: list[int]) -> None:
+    """Stop processes where they are, until they are sent SIGCONT."""
+    assert pids, "there must be processes to hold"
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
