@@ -27,6 +27,7 @@ from torchrec_compress.methods import (
     as_codebook,
 )
 from torchrec_compress.methods.base import check_trained_rows
+from torchrec_compress.names import kind_of
 
 _USUAL = PQConfig(num_codes=1, popularity="count")
 # A larger table is measured on a sample of so many rows: enough to fit 256 codewords as well as all rows would.
@@ -93,7 +94,7 @@ def _rows_of(tables: Any) -> dict[str, Tensor]:
     if not isinstance(stored, Mapping):
         raise ValueError(
             "for_budget: tables must be an EmbeddingBagCollection, an EmbeddingCollection or rows by table name, got "
-            f"{type(tables).__name__}"
+            f"{kind_of(tables, EmbeddingBagCollection, EmbeddingCollection)}"
         )
     for name, rows in stored.items():
         if not isinstance(rows, Tensor) or rows.dim() != 2:
