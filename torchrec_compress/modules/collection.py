@@ -22,6 +22,7 @@ from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.modules.remapped import RemappedEmbeddingCollection
 from torchrec_compress.modules.replicated import strip_where_replicated
 from torchrec_compress.ops import NOT_SUMMED, check_ids, lookup_codes
+from torchrec_compress.seams import shape_and_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +84,12 @@ class CompressedParts(nn.Module):
         """Raise ValueError for floating-point numbers in place of integers; say which codes carry no mark."""
         for name, buffer in self.named_buffers():
             found = state_dict.get(prefix + name)
-            if found is not None and found.dtype.is_floating_point and not buffer.dtype.is_floating_point:
+            if found is None or buffer.dtype.is_floating_point:
+                continue
+            _, dtype = shape_and_dtype(found)
+            if dtype.is_floating_point:
                 raise ValueError(
-                    f"{prefix}{name}: must be integers, got {found.dtype}, as a blend or an average of state dicts "
+                    f"{prefix}{name}: must be integers, got {dtype}, as a blend or an average of state dicts "
                     "holds; blend floating-point tensors alone, and take integers from one of them as they are"
                 )
         unmarked = []

@@ -13,6 +13,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_compress.methods import METHODS, dense_bytes
 from torchrec_compress.modules.blueprint import Blueprint
+from torchrec_compress.seams import shape_and_dtype
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
             missing.discard(stored)
             kind, name = stored
             name = owners[name] if kind == "native" else name
-            sizes[kind, name] += math.prod(value.size()) * value.dtype.itemsize
+            shape, dtype = shape_and_dtype(value)
+            sizes[kind, name] += math.prod(shape) * dtype.itemsize
     if missing:
         raise ValueError(
             f"footprint: every part of a table must be in the state dict, got none for {sorted(missing)}; count the "
