@@ -19,6 +19,7 @@ from torchrec_compress.train.data.parquet import check_ids, column_values, to_ki
 from torchrec_compress.train.data.parquet_schema import (
     Schema,
     check_columns,
+    check_folders,
     list_columns,
     open_parquet,
     parquet_files,
@@ -119,6 +120,14 @@ def stream_parquet(config: DataConfig, pin_memory: bool = False) -> StreamedData
     by_folder = any(folder.is_dir() for folder in folders)
     if by_folder and any(is_data(file) for file in path.glob("*.parquet")):
         raise ValueError(f"{path}: must hold files or folders of splits, got both; move one of them away")
+    if by_folder:
+        check_folders(path, known=SPLITS)
+        for key, wanted in (("split_by", "drawn"), ("fractions", [0.8, 0.1]), ("split_seed", 0)):
+            if getattr(config, key) != wanted:
+                raise ValueError(
+                    f"data.{key}: has no meaning with the folders train, valid and test of {path}, got "
+                    f"{getattr(config, key)!r}"
+                )
     files = [parquet_files(folder) for folder in folders] if by_folder else [parquet_files(path)]
     every = [file for part in files for file in part]
     start = open_parquet(every[0])
