@@ -97,8 +97,7 @@ def test_a_killed_worker_is_started_again_within_the_job_and_a_requeued_job_resu
 
 def test_a_job_that_fails_says_why(slurm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = write_config("dense", tmp_path)
-    launch = launch_on_slurm(config, "--data.kind", "parquet", "--data.path", "absent.parquet")
+    launch = launch_on_slurm(write_config("absent", tmp_path))
     assert launch.end() == 1, launch.text()
     assert "skip plan" in launch.text()
     assert re.search(r"\[\d\]:.*error: .*absent.parquet", launch.text())

@@ -28,7 +28,11 @@ _DENSE: dict[str, Any] = {
     "pretrain": _STAGE,
 }
 _MEC = {"*": {"method": "mec", "num_codes": 2, "num_hot_rows": 20, "fit_options": {"num_steps": 20}}}
-CONFIGS = {"dense": _DENSE, "mec": {**_DENSE, "compression": _MEC, "retrain": {**_STAGE, "epochs": 1}}}
+CONFIGS = {
+    "dense": _DENSE,
+    "absent": {**_DENSE, "data": {"kind": "parquet", "path": "absent.parquet"}},
+    "mec": {**_DENSE, "compression": _MEC, "retrain": {**_STAGE, "epochs": 1}},
+}
 
 
 class Launch:
