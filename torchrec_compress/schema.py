@@ -296,7 +296,10 @@ def _typed(value: Any, hint: Any, where: str, old: Any = None) -> Any:
             return _in_range(_scalar(value, kind, where), hint, where)
         if kind is float and type(value) in (int, float):
             return _in_range(_scalar(value, float, where), hint, where)
-    raise ValueError(f"{where}: must be {words(hint)}, got {_short(value)}")
+    # to YAML, yes, no, on and off are switches
+    is_text = str in options and value is not None and not isinstance(value, (Mapping, list, tuple))
+    advice = "; put text in quotes" if is_text else ""
+    raise ValueError(f"{where}: must be {words(hint)}, got {_short(value)}{advice}")
 
 
 def _own_number(value: Any) -> Any:
