@@ -46,7 +46,7 @@ LAYERS = {
         "versions",
     },
     "launch": {"train", "dry_run", "planner", "schema", "versions"},
-    "cli": {"launch", "train", "dry_run", "schema", "ops", "versions"},
+    "cli": {"launch", "train", "dry_run", "modules", "schema", "ops", "versions"},
     "__main__": {"cli"},
 }
 # what a part may import from outside the standard library
