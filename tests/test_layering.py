@@ -24,12 +24,12 @@ LAYERS = {
     "fit": {"ops"},
     "managers": {"ops"},
     "methods": {"managers", "fit", "ops", "schema"},
-    "compression": {"methods", "fit", "ops", "schema"},
+    "compression": {"methods", "fit", "names", "ops", "schema"},
     "modules": {"compression", "methods", "managers", "names", "ops", "seams"},
     "sharding": {"modules", "managers", "ops", "seams"},
     "planner": {"sharding", "modules", "seams", "compression", "methods", "ops", "canvas"},
     "dry_run": {"planner", "modules", "compression", "schema"},
-    "convert": {"modules", "compression", "methods", "fit", "ops"},
+    "convert": {"modules", "compression", "methods", "fit", "names", "ops"},
     "train": {
         "convert",
         "planner",
@@ -46,7 +46,7 @@ LAYERS = {
         "versions",
     },
     "launch": {"train", "dry_run", "planner", "schema", "versions"},
-    "cli": {"launch", "train", "dry_run", "schema", "ops", "versions"},
+    "cli": {"launch", "train", "dry_run", "modules", "schema", "ops", "versions"},
     "__main__": {"cli"},
 }
 # what a part may import from outside the standard library

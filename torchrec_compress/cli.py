@@ -162,6 +162,7 @@ def _train(config: RunConfig) -> None:
     """Train, alone or as one of the ranks that torchrun started; rank 0 speaks for all."""
     import traceback
 
+    from torchrec_compress.modules.footprint import why_no_smaller
     from torchrec_compress.train.engine.loop import Preempted
     from torchrec_compress.train.ranks import end_for_all, start, stop
     from torchrec_compress.train.stages import run
@@ -191,7 +192,9 @@ def _train(config: RunConfig) -> None:
     if summary["bayes"]:
         print("best possible: " + ", ".join(f"{key} {value:.4f}" for key, value in summary["bayes"].items()))
     size = summary["footprint"]
-    print(f"tables: {size['total_bytes']:,} bytes, {size['ratio']:.1f}x smaller; see {folder}")
+    reason = why_no_smaller(size)
+    said = f"{size['ratio']:.1f}x smaller" if reason is None else f"no smaller than dense ones ({reason})"
+    print(f"tables: {size['total_bytes']:,} bytes, {said}; see {folder}")
 
 
 def _plan(config: PlanConfig) -> None:

@@ -6,6 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 # of a module's children, which a child's name must not hide: "type", "keys", "pop", "training", ...
@@ -79,6 +80,22 @@ def check_folder_names(names: Sequence[str], where: str) -> None:
             )
     # some file systems fold case, some accents that are written in two ways
     _check_unique([unicodedata.normalize("NFC", name).casefold() for name in names], where)
+
+
+def kind_of(value: object, *wanted: type) -> str:
+    """Return what something is, for an error that tells it from the classes that are wanted.
+
+    Example:
+        >>> kind_of(torch.fx.symbolic_trace(nn.Linear(1, 1))), kind_of(nn.Linear(1, 1), nn.Conv1d)
+        ('an fx trace of Linear', 'Linear')
+    """
+    kind = type(value)
+    if isinstance(value, torch.fx.GraphModule):  # whose class has the name of what was traced
+        return f"an fx trace of {kind.__name__}"
+    if isinstance(value, torch.jit.ScriptModule):
+        return f"a TorchScript module of {value.original_name}"
+    is_namesake = kind.__name__ in {found.__name__ for found in wanted}
+    return f"{kind.__module__}.{kind.__name__}" if is_namesake else kind.__name__
 
 
 def _check_text(name: object, where: str) -> None:

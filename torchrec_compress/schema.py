@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
@@ -128,14 +130,17 @@ def build(kind: type[Config], values: Mapping[str, Any], where: str = "", base: 
     return kind(**found)
 
 
-def check_numbers(config: Any) -> None:
-    """Raise ValueError where a number, a switch or a nested config of a dataclass made in code is something else.
+def settle_numbers(config: Any) -> None:
+    """Make the numbers of a dataclass made in code Python's own, as NumPy's integers are taken for ints.
+
+    Raises:
+        ValueError: a number, a switch or a nested config is something else.
 
     Example:
         >>> @dataclass(frozen=True)
         ... class Net:
         ...     width: int = 8
-        >>> check_numbers(Net(True))
+        >>> settle_numbers(Net(True))
         Traceback (most recent call last):
         ValueError: Net.width: must be int, got True
     """
@@ -145,8 +150,9 @@ def check_numbers(config: Any) -> None:
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, hint):  # type: ignore[arg-type]
                 raise ValueError(f"{where}: must be a {hint.__name__}, got {_short(value)}")  # type: ignore[union-attr]
+            settle_numbers(value)
         elif {bool, int, float} & set(_options(hint)):
-            _typed(value, hint, where)
+            object.__setattr__(config, field.name, _typed(value, hint, where))
 
 
 def plain(value: Any, where: str) -> Any:
@@ -175,6 +181,7 @@ def plain(value: Any, where: str) -> Any:
             return [copied(part, f"{where}[{number}]", level + 1) for number, part in enumerate(value)]
         if value is None:
             return None
+        value = _own_number(value)
         if type(value) not in (bool, int, float, str):
             raise ValueError(f"{where or 'config'}: must be plain data, got {_short(value)}")
         return _scalar(value, type(value), where)
@@ -265,6 +272,7 @@ def _typed(value: Any, hint: Any, where: str, old: Any = None) -> Any:
             value = value.as_type(hint)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+    value = _own_number(value)
     options = _options(hint)
     if value is None and types.NoneType in options:
         return None
@@ -288,7 +296,19 @@ def _typed(value: Any, hint: Any, where: str, old: Any = None) -> Any:
             return _in_range(_scalar(value, kind, where), hint, where)
         if kind is float and type(value) in (int, float):
             return _in_range(_scalar(value, float, where), hint, where)
-    raise ValueError(f"{where}: must be {words(hint)}, got {_short(value)}")
+    # to YAML, yes, no, on and off are switches
+    is_text = str in options and value is not None and not isinstance(value, (Mapping, list, tuple))
+    advice = "; put text in quotes" if is_text else ""
+    raise ValueError(f"{where}: must be {words(hint)}, got {_short(value)}{advice}")
+
+
+def _own_number(value: Any) -> Any:
+    """Return a number of another library as Python's int or float, and anything else as it is; a bool is no number."""
+    if type(value) in (bool, int, float):
+        return value
+    if isinstance(value, Integral):
+        return operator.index(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def _scalar(value: Any, kind: type, where: str) -> Any:

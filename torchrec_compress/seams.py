@@ -221,6 +221,14 @@ def sharded_tensor(local: Tensor, num_rows: int, sharding: ParameterSharding, en
     )
 
 
+def shape_and_dtype(value: Tensor | ShardedTensor) -> tuple[tuple[int, ...], torch.dtype]:
+    """Return those of a tensor, of all ranks' shards together: asked itself, a `ShardedTensor` warns of its class."""
+    if isinstance(value, ShardedTensor):
+        whole = value.metadata()
+        return tuple(whole.size), whole.tensor_properties.dtype
+    return tuple(value.shape), value.dtype
+
+
 def copy_to_host(value: ShardedTensor) -> ShardedTensor:
     """Return a copy whose shards are in the host's memory and share nothing with the original; no rank waits.
 

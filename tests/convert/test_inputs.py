@@ -1,9 +1,10 @@
 """What `compress`, `compress_into` and `for_budget` are given is checked before anything is fitted."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchrec import DataType, EmbeddingBagCollection, EmbeddingCollection, EmbeddingConfig
+from torchrec import DataType, EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
 
 from tests.cases import CASES, CONFIGS, IDS, NUM_ROWS, contexts, counts, dense_collection, fitted, fresh, rows, table
@@ -162,7 +163,18 @@ def quantised():
             lambda: fitted(PQ),
             r"got CompressedEmbeddingBagCollection; it is compressed already: decompress\(\) it first",
         ),
-        (quantised, "got EmbeddingBagCollection; compress the floating-point collection that it was made from"),
+        (
+            quantised,
+            "got torchrec.quant.embedding_modules.EmbeddingBagCollection; compress the floating-point collection",
+        ),
+        (
+            lambda: torch.fx.symbolic_trace(dense_collection()),
+            "got an fx trace of EmbeddingBagCollection; compress the module that it was made from, and trace or script",
+        ),
+        (
+            lambda: torch.jit.script(nn.Linear(2, 2)),
+            "got a TorchScript module of Linear; compress the module that it was made from, and trace or script",
+        ),
         (lambda: {"item": rows()}, "got dict; make an EmbeddingBagCollection"),
         (lambda: None, "got NoneType; make an EmbeddingBagCollection"),
         (lambda: EmbeddingBagCollection([table()], device=torch.device("meta")), r"got \['item'\] on the meta device"),
@@ -211,6 +223,12 @@ def test_seeds(seed):
             fit()
 
 
+def test_a_seed_of_numpy_is_the_same_seed():
+    for fitter in (fit_product, fit_residual):
+        one, other = (fitter(rows(), 4, 16, seed=seed) for seed in (7, np.int64(7)))
+        assert torch.equal(one.codes, other.codes)
+
+
 def test_the_largest_seed_is_taken():
     compress(dense_collection(), PQ, seed=2**63 - 1)
 
@@ -240,10 +258,45 @@ def test_budgets(changes, message):
         for_budget(**given)
 
 
+def test_a_budget_takes_numbers_of_numpy():
+    given = {"tables": {"item": rows()}, "counts": {"item": counts()}}
+    found = for_budget(**given, budget_bytes=np.int64(9000), num_codes=np.array([1]), seed=np.int64(0))
+    assert found == for_budget(**given, budget_bytes=9000, num_codes=(1,))
+
+
 def test_a_budget_for_unpooled_tables():
     config = EmbeddingConfig(name="item", num_embeddings=NUM_ROWS, embedding_dim=16, feature_names=["item"])
     chosen = for_budget(EmbeddingCollection([config]), {"item": counts()}, 9000.0, num_codes=(1,))
     assert isinstance(chosen["item"], MethodConfig)
+
+
+def test_traces_of_compressed_collections_are_told_apart():
+    traced = torch.fx.symbolic_trace(fitted(HASH))
+    for use, where in ((decompress, "decompress"), (lambda found: compress_into(found, {}), "compress_into")):
+        with pytest.raises(ValueError, match=f"{where}: collection must be .*got an fx trace of CompressedEmbeddingB"):
+            use(traced)
+    with pytest.raises(ValueError, match=r"for_budget: tables must be .*got an fx trace of EmbeddingBagCollection"):
+        for_budget(torch.fx.symbolic_trace(dense_collection()), {"item": counts()}, 9000)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_that_share_one_weight_are_named(tied, caplog):
+    dense = EmbeddingBagCollection(
+        [
+            EmbeddingBagConfig(name=name, num_embeddings=NUM_ROWS, embedding_dim=16, feature_names=[name])
+            for name in "abc"
+        ]
+    )
+    if tied:
+        dense.embedding_bags["c"].weight = dense.embedding_bags["a"].weight
+    compress(dense, HASH)
+    told = "tables ['a', 'c'] share one weight; compressed, each is stored and trained on its own"
+    assert any(told in message for message in caplog.messages) == tied
+    caplog.clear()
+    given = rows()
+    into = CompressedEmbeddingBagCollection(dense.embedding_bag_configs(), compression=HASH)
+    compress_into(into, {"a": given, "c": given if tied else given.clone()})
+    assert any(told in message for message in caplog.messages) == tied
 
 
 def test_what_must_be_a_mapping_or_a_compressed_collection():

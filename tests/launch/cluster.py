@@ -120,7 +120,8 @@ SelectTypeParameters=CR_Core
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
-KillWait=5
+# how long whoever is asked to end may take to save, as by default; a busy machine needs more than a few seconds
+KillWait=30
 SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 # components of one job start together by backfill only

@@ -9,6 +9,7 @@ from tests.launch.training import (
     SECONDS,
     Launch,
     assert_equal,
+    hold,
     kill,
     metrics,
     wait_for_checkpoint,
@@ -76,24 +77,27 @@ def test_a_killed_worker_is_started_again_within_the_job_and_a_requeued_job_resu
     """A worker dies, torchrun starts all workers again; then Slurm ends the job, which saves, and queues it."""
     monkeypatch.chdir(tmp_path)
     launch = launch_on_slurm(write_config("mec", tmp_path), "--max-restarts", "2", "--max-retries", "0")
-    wait_for_checkpoint(tmp_path / "run")
-    first, saved = set(workers(tmp_path / "run")), set((tmp_path / "run").glob("**/step*"))
+    run = tmp_path / "run"
+    wait_for_checkpoint(run)
+    first = set(workers(run))
     kill([pid for pid in slurm.on_node("node1", "torchrec_compress train") if pid in first])
-    until(lambda: len(set(workers(tmp_path / "run")) - first) == 2, SECONDS, launch.text)
-    until(lambda: set((tmp_path / "run").glob("**/step*")) - saved, SECONDS, launch.text)
+    until(lambda: len(found := set(workers(run))) == 2 and not found & first, SECONDS, launch.text)
+    saved = set(run.glob("**/step*"))  # now, since the first workers may save once more before they are ended
+    until(lambda: set(run.glob("**/step*")) - saved, SECONDS, launch.text)
+    hold(workers(run))  # in the middle of a stage, where they can save; Slurm wakes them before it asks them to end
+    assert not list(run.glob("full/*/summary.json")), "the stage ended before the job could be asked to end"
     found = job_state(number_of(launch))
     assert found is not None and (found.state, found.restarts) == ("RUNNING", 0)
     slurm.ask("scontrol", "requeue", number_of(launch))
     restarted(slurm, launch)
     assert_completed(launch)
     assert "asked to end, saved at step" in launch.text()
-    assert_equal(metrics(tmp_path / "run"), alone("mec"))
+    assert_equal(metrics(run), alone("mec"))
 
 
 def test_a_job_that_fails_says_why(slurm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = write_config("dense", tmp_path)
-    launch = launch_on_slurm(config, "--data.kind", "parquet", "--data.path", "absent.parquet")
+    launch = launch_on_slurm(write_config("absent", tmp_path))
     assert launch.end() == 1, launch.text()
     assert "skip plan" in launch.text()
     assert re.search(r"\[\d\]:.*error: .*absent.parquet", launch.text())

@@ -28,7 +28,11 @@ _DENSE: dict[str, Any] = {
     "pretrain": _STAGE,
 }
 _MEC = {"*": {"method": "mec", "num_codes": 2, "num_hot_rows": 20, "fit_options": {"num_steps": 20}}}
-CONFIGS = {"dense": _DENSE, "mec": {**_DENSE, "compression": _MEC, "retrain": {**_STAGE, "epochs": 1}}}
+CONFIGS = {
+    "dense": _DENSE,
+    "absent": {**_DENSE, "data": {"kind": "parquet", "path": "absent.parquet"}},
+    "mec": {**_DENSE, "compression": _MEC, "retrain": {**_STAGE, "epochs": 1}},
+}
 
 
 class Launch:
@@ -126,3 +130,10 @@ def kill(pids: list[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def hold(pids: list[int]) -> None:
+    """Stop processes where they are, until they are sent SIGCONT."""
+    assert pids, "there must be processes to hold"
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)

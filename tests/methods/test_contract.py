@@ -3,6 +3,7 @@
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -28,6 +29,7 @@ from tests.cases import (
 )
 from torchrec_compress import CompressedEmbeddingBagCollection, compress, decompress
 from torchrec_compress.compression import parse
+from torchrec_compress.fit import MECFit
 from torchrec_compress.methods import (
     METHODS,
     CodebookConfig,
@@ -54,6 +56,18 @@ def tensors(collection: nn.Module) -> list[torch.Tensor]:
 def same_state(one: nn.Module, other: nn.Module) -> bool:
     mine, theirs = one.state_dict(), other.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_configs_made_in_code_take_integers_of_numpy_and_hold_pythons():
+    made = MECConfig(num_codes=np.int64(2), num_hot_rows=np.int32(5), fit_options=MECFit(num_steps=np.int64(20)))
+    assert made == MECConfig(num_codes=2, num_hot_rows=5, fit_options=MECFit(num_steps=20))
+    assert parse(yaml.safe_load(yaml.safe_dump(made.to_dict()))) == made
+    assert parse({"method": "hash", "num_buckets": np.int64(5)}) == HashConfig(num_buckets=np.int64(5))
+    for bad in (True, np.bool_(True), 5.0, np.float64(5)):
+        with pytest.raises(ValueError, match=r"HashConfig.num_buckets: must be int, got"):
+            HashConfig(num_buckets=bad)
+    with pytest.raises(ValueError, match=r"MECFit.num_steps: must be int, got True"):
+        MECConfig(num_codes=2, fit_options=MECFit(num_steps=True))
 
 
 def test_every_method_has_cases():

@@ -86,3 +86,17 @@ def test_bytes():
     assert MEmComConfig(num_buckets=40).stored_bytes(table()) == 4 * (40 * 16 + 101 * 4)
     assert MEmComConfig(num_buckets=40, bias=True).stored_bytes(table()) == 4 * (40 * 16 + 2 * 101 * 4)
     assert MEmComConfig(num_buckets=40, scalars="grouped").stored_bytes(table()) == 4 * (40 * 16 + 403 * 4)
+
+
+@pytest.mark.parametrize("scalars", ["packed", "grouped"])
+def test_buckets_of_zeros_are_served_as_zeros_and_train_on(scalars):
+    """Their scalars stay 1: were both factors 0, neither would have a gradient."""
+    config, trained = MEmComConfig(num_buckets=50, scalars=scalars), rows().clone()
+    trained[torch.arange(NUM_ROWS) % 50 == 3] = 0.0
+    state = config.fit(table(), TableData(trained))
+    collection = fresh(config)
+    collection.load_table("item", state)
+    served = collection(batch([[3], [53]])).values()
+    assert not served.any() and state.native["scalars"].isfinite().all()
+    served.sum().backward()
+    assert native(collection)["buckets"].grad[3].abs().min() > 0

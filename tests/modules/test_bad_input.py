@@ -115,9 +115,37 @@ def test_more_codewords_than_rows_stays_dense_and_is_logged(caplog):
         PQConfig(num_codes=4).check(table(num_embeddings=100))
 
 
-def test_a_bool_as_device_is_a_misplaced_is_weighted():
-    with pytest.raises(ValueError, match=r"device must be a torch.device, got True; pass is_weighted by name"):
-        CompressedEmbeddingBagCollection([table()], True, compression=PQ)
+def unpooled_table():
+    return EmbeddingConfig(name="item", num_embeddings=NUM_ROWS, embedding_dim=16, feature_names=["item"])
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        (True, "got True; pass is_weighted and need_indices by name"),
+        ("gpu", "got 'gpu'"),
+        ("cuda:x", "got 'cuda:x'"),
+        (3, "got 3"),
+    ],
+)
+def test_a_device_must_be_one(device, message):
+    message = f"device must be a torch.device or its name, {message}"
+    with pytest.raises(ValueError, match=message):
+        CompressedEmbeddingBagCollection([table()], device, compression=PQ)
+    with pytest.raises(ValueError, match=message):
+        CompressedEmbeddingCollection([unpooled_table()], device, compression=PQ)
+
+
+@pytest.mark.parametrize("config", [PQ, DenseConfig(), HashConfig(num_buckets=50)])
+def test_the_name_of_a_device_is_one(config):
+    for made in (
+        CompressedEmbeddingBagCollection([table()], "meta", compression=config),
+        CompressedEmbeddingCollection([unpooled_table()], "meta", compression=config),
+    ):
+        assert made.device == torch.device("meta") and made.state_dict()
+        assert all(value.is_meta for value in made.state_dict().values())
+        inside = [module for module in made.modules() if hasattr(module, "device")]
+        assert all(isinstance(module.device, torch.device) for module in inside), "TorchRec's own keep what they get"
 
 
 def test_the_base_class_demands_compression_and_names_the_variants():

@@ -5,6 +5,7 @@ import torch
 from tests.modules.batches import KEYS, batch, collection, tables
 from torchrec_compress import Footprint, optimizer_bytes
 from torchrec_compress.modules import TableFootprint
+from torchrec_compress.modules.footprint import why_no_smaller
 
 
 def test_totals_are_sums_and_codes_are_counted():
@@ -35,6 +36,15 @@ def test_plain_data_and_text_name_every_table():
     assert plain["tables"]["user"]["total_bytes"] == footprint.tables["user"].total_bytes
     assert all(table.name in text for table in tables())
     assert f"{footprint.total_bytes:,}" in text
+
+
+def test_tables_that_are_all_dense_say_why_nothing_is_smaller():
+    small = TableFootprint("dense", dense_bytes=100, code_bytes=0, decoder_bytes=0, native_bytes=100)
+    big = TableFootprint("pq", dense_bytes=1000, code_bytes=60, decoder_bytes=40, native_bytes=0)
+    dense, mixed = Footprint({"small": small}), Footprint({"small": small, "big": big})
+    assert "too small for their method to save bytes" in str(dense) and "all tables are dense" not in str(mixed)
+    assert why_no_smaller(dense.to_dict()) == str(dense).splitlines()[-1] and why_no_smaller(mixed.to_dict()) is None
+    assert why_no_smaller({"ratio": 1.0}) == "no table is compressed: no compression was asked for"
 
 
 def test_optimizer_bytes_are_apart():

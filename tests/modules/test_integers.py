@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from tests.cases import CONFIGS, IDS, NUM_ROWS, batch, fitted, fresh, table
-from torchrec_compress import CompressedEmbeddingBagCollection
+from torchrec_compress import CompressedEmbeddingBagCollection, decompress
 from torchrec_compress.methods import HashConfig, Int8Config, PQConfig
 
 CODED = [config for config in CONFIGS if config.parts(table(), 0).codes is not None]
@@ -206,6 +206,26 @@ def test_a_distributed_checkpoint_is_loaded_in_place(old, tmp_path, caplog):
     assert torch.equal(served(collection), served(fitted(TIERS)))
     assert "never fitted" not in caplog.text
     assert torch.equal(collection.state_dict()[FLAG], fitted(TIERS).state_dict()[FLAG])
+
+
+def test_rows_of_start_codes_are_said_once_whichever_way_they_are_read(caplog):
+    """By `table_rows` first, which `decompress` and a look-up then need not say again."""
+    for config in CODED:
+        caplog.clear()
+        collection = fresh(config)
+        collection.table_rows("item", torch.tensor([3]))
+        collection.table_rows("item", torch.tensor([4]))
+        decompress(collection)
+        served(collection)
+        found = [record for record in caplog.records if "tables ['item'] were never fitted" in record.message]
+        assert len(found) == (config.needs != "nothing"), config
+        collection.reset_parameters()
+        caplog.clear()
+        collection.table_rows("item", torch.tensor([3]))
+        assert ("never fitted" in caplog.text) == (config.needs != "nothing")
+        caplog.clear()
+        fitted(config).table_rows("item", torch.tensor([3]))
+        assert not caplog.records
 
 
 def test_start_codes_are_said_once_for_methods_that_need_a_fit(caplog):

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
@@ -154,6 +155,10 @@ def test_gradients_add_up_over_several_batches():
 def test_steps_are_counted_from_zero(step):
     with pytest.raises(ValueError, match="after_step: step must be an int of at least 0, got"):
         after_step(torch.nn.Linear(1, 1), step)
+
+
+def test_steps_may_be_counted_by_numpy():
+    after_step(torch.nn.Linear(1, 1), np.int64(3))
 
 
 def test_an_unknown_optimizer_is_an_error():

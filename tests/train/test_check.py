@@ -77,7 +77,7 @@ PARQUET = {"data.kind": "parquet", "data.path": "x"}
         ({"data.fractions": [0.7, 0.2]}, "data.fractions: has no meaning with data.kind = 'generator'"),
         ({"data.subsample": 0.1}, "data.subsample: has no meaning with data.kind = 'generator'"),
         (
-            {"data.kind": "parquet", "data.path": "x", "data.fractions": [0.9, 0.2]},
+            {"data.kind": "parquet", "data.path": "x", "data.split": None, "data.fractions": [0.9, 0.2]},
             "data.fractions: must be the shares",
         ),
         ({"data.generator.multi_hot": True}, "data.generator.multi_hot: must be false"),
@@ -98,6 +98,79 @@ def test_settings_that_cannot_work(changes, message):
     variant = {**{"compare.variants": {"ok": {}, "bad": changes}}}
     with pytest.raises(ValueError, match=r"^compare\.variants\.bad: " + message):
         check_variants(override(RunConfig(), variant))
+
+
+STREAMED = {**PARQUET, "data.streaming": True}
+WITHOUT = {**PARQUET, "data.split": None}
+
+
+@pytest.mark.parametrize(
+    ("start", "key", "value", "reason"),
+    [
+        *(({}, key, 3, "without data.streaming") for key in ("lanes", "chunk_rows", "window", "num_workers")),
+        (PARQUET, "lanes", 4, "without data.streaming"),
+        (STREAMED, "chunk_rows", 512, "with streamed Parquet files"),
+        (PARQUET, "generator.num_rows", 500, "with data.kind = 'parquet'"),
+        (PARQUET, "generator.seed", 8, "with data.kind = 'parquet'"),
+        ({"data.kind": "criteo", "data.path": "x"}, "generator.zipf", 2.0, "with data.kind = 'criteo'"),
+        ({"data.kind": "criteo", "data.path": "x"}, "split", "day", "with data.kind = 'criteo'"),
+        ({"data.generator.criteo_rows": 50}, "generator.num_users", 60, "with data.generator.criteo_rows"),
+        (PARQUET, "split_by", "order", "beside the column data.split = 'split'; set that to null"),
+        (PARQUET, "fractions", [0.7, 0.2], "beside the column data.split = 'split'"),
+        (PARQUET, "split_seed", 5, "beside the column data.split = 'split'"),
+        ({**WITHOUT, "data.split_by": "order"}, "split_seed", 5, "with data.split_by = 'order'"),
+        ({**WITHOUT, "data.split_by": "last_file"}, "fractions", [0.7, 0.2], "with data.split_by = 'last_file'"),
+        (PARQUET, "subsample_by", "user", "with data.subsample = 1"),
+        ({"data.tail_count": 0}, "tail_tables", ["user"], "with data.tail_count = 0"),
+    ],
+)
+def test_a_key_of_the_data_that_does_nothing_is_refused(start, key, value, reason):
+    check_config(override(RunConfig(), start))
+    with pytest.raises(ValueError, match=rf"data.{key}: has no meaning {reason}.*, got"):
+        check_config(override(RunConfig(), {**start, f"data.{key}": value}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**STREAMED, "data.lanes": 4, "data.window": 2, "data.num_workers": 0},
+        {**WITHOUT, "data.fractions": [0.7, 0.2], "data.split_seed": 5},
+        {**WITHOUT, "data.split_by": "order", "data.fractions": [0.7, 0.2]},
+        {**PARQUET, "data.subsample": 0.5, "data.split_seed": 5, "data.subsample_by": "user"},
+        {
+            "data.kind": "criteo",
+            "data.path": "x",
+            "data.streaming": True,
+            "data.chunk_rows": 64,
+            "data.split_by": "order",
+        },
+    ],
+)
+def test_a_key_of_the_data_that_acts_is_taken(changes):
+    check_config(override(RunConfig(), changes))
+
+
+@pytest.mark.parametrize(
+    ("size", "world", "message"),
+    [
+        (3199, 1, "of which a batch has 1;"),
+        (1, 1, "of which a batch has 1;"),
+        (3198, 2, "of which a batch has 2;"),
+        (2, 2, "of which a batch has 2;"),
+        (3198, 1, ""),
+        (64, 2, ""),
+        (9999, 1, ""),
+    ],
+)
+def test_no_batch_of_one_row_is_normalised(config, data, size, world, message):
+    plain = override(config, {"pretrain.batch_size": size})
+    check_run(plain, None, data, world)
+    changed = override(plain, {"model.batch_norm": True})
+    if not message:
+        check_run(changed, None, data, world)
+        return
+    with pytest.raises(ValueError, match=rf"pretrain.batch_size: must leave each of {world} ranks two .*{message}"):
+        check_run(changed, None, data, world)
 
 
 def test_settings_of_a_stage_that_is_not_used_may_be_anything():

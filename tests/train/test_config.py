@@ -17,7 +17,7 @@ from torchrec_compress import cli
 from torchrec_compress.dry_run.config import PlanConfig
 from torchrec_compress.schema import leaves
 from torchrec_compress.train.byte_budget import Budget, budget_of
-from torchrec_compress.train.command_line import read
+from torchrec_compress.train.command_line import load_yaml, read
 from torchrec_compress.train.config import ParallelConfig, RunConfig, of_pattern, override
 
 MARKER = "module_that_tells_of_its_import"
@@ -216,6 +216,45 @@ def test_numbers_are_read_as_yaml_1_2_writes_them(tmp_path):
     config = read(RunConfig(), [str(path), "--retrain.epochs", "5e-1", "--seed=7"], "usage")
     assert (config.model.init_scale, config.pretrain.epochs, config.pretrain.optim.dense_lr) == (1e-3, 2.0, 1e-2)
     assert config.retrain.epochs == 0.5 and config.seed == 7 and type(config.pretrain.epochs) is float
+
+
+@pytest.mark.parametrize("number", ["1:30", "190:20:30", "010", "0b11", "08", "-1:30", "2020-01-31", "2020-99-99"])
+def test_what_only_yaml_1_1_takes_for_a_number_is_none(tmp_path, number):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"seed: {number}\n")
+    for arguments in ([str(path)], ["--seed", number]):
+        with pytest.raises(ValueError, match=f"seed: must be int in .*, got '{number}'"):
+            read(RunConfig(), arguments, "usage")
+    path.write_text(f"pretrain: {{epochs: {number}.5}}\ndata: {{label: {number}}}\n")
+    if ":" in number:
+        with pytest.raises(ValueError, match=rf"pretrain.epochs: must be float at least 0, got '{number}.5'"):
+            read(RunConfig(), [str(path)], "usage")
+    path.write_text(f"data: {{label: {number}}}\n")
+    assert read(RunConfig(), [str(path)], "usage").data.label == number
+
+
+@pytest.mark.parametrize("word", ["on", "off", "yes", "No", "0x10", "1_0", "3.5"])
+def test_a_name_that_yaml_takes_for_something_else_wants_quotes(tmp_path, word):
+    path = tmp_path / "a.yaml"
+    for text in (f"data: {{label: {word}}}", f"data: {{drop: [{word}]}}", f"context: {{user: {word}}}"):
+        path.write_text(text)
+        with pytest.raises(
+            ValueError, match=r"(label|drop\[0\]|context\.user): must be str, got .*; put text in quotes"
+        ):
+            read(RunConfig(), [str(path)], "usage")
+    path.write_text(f"data: {{vocab: {{{word}: 3}}}}")
+    with pytest.raises(ValueError, match=r"keys must be text, got .*; put it in quotes"):
+        read(RunConfig(), [str(path)], "usage")
+    path.write_text(f"data: {{label: '{word}', vocab: {{'{word}': 3}}}}")
+    found = read(RunConfig(), [str(path)], "usage").data
+    assert found.label == word and found.vocab == {word: 3}
+
+
+def test_numbers_are_numbers_in_every_usual_form():
+    texts = ["0", "-7", "1_000", "0x1f", "1.5", ".5", "-2.", "1e3", "1E-3", "1.5e+2", "+.5e1"]
+    assert [load_yaml(text) for text in texts] == [0, -7, 1000, 31, 1.5, 0.5, -2.0, 1e3, 1e-3, 150.0, 5.0]
+    assert [type(load_yaml(text)) for text in ("7", "1e3")] == [int, float]
+    assert load_yaml(".inf") == float("inf") and load_yaml("-.inf") == -float("inf")
 
 
 def test_merged_mappings_are_read(tmp_path):

@@ -32,6 +32,7 @@ CHANGES = [
     {"retrain.epochs": 2.0},
     {"compression": {"*": {"method": "pq", "num_codes": 1, "codebook_size": 4}}},
     {"context": {"user": "item"}},
+    {"parallel.init": "shards"},
 ]
 
 
@@ -72,8 +73,15 @@ def test_a_run_whose_full_model_lies_elsewhere_is_refused_too(finished, tmp_path
 
 def test_settings_that_change_no_number_may_change(finished, tmp_path):
     free = {"num_threads": 2, "output": "x", "retrain.log_every": 1, "parallel.timeout": 3.0, "compare.seeds": [1]}
+    free["parallel.sharding_types"] = {"user": ["row_wise", "table_wise"], "*": ["table_wise"]}  # who holds what
     check_unchanged(override(finished.config, free), finished.folder, identify(finished.config.data))
     assert check_output(override(finished.config, {"output": str(finished.folder)})).outcome == "ok"
+
+
+def test_where_a_model_is_begun_tells_runs_of_a_comparison_apart(finished):
+    marks = {init: stamp(override(finished.config, {"parallel.init": init})) for init in ("host", "shards")}
+    assert marks["host"] != marks["shards"]
+    assert stamp(override(finished.config, {"parallel.timeout": 3.0})) == marks["host"]
 
 
 def test_a_checkpoint_of_another_seed_is_refused_by_the_loop(finished, ranks, tmp_path):

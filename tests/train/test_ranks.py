@@ -25,7 +25,7 @@ import torch.distributed as dist
 import yaml
 
 from torchrec_compress import cli
-from torchrec_compress.train.config import ParallelConfig, RunConfig, override
+from torchrec_compress.train.config import GeneratorConfig, ParallelConfig, RunConfig, override
 from torchrec_compress.train.ranks import Ranks, agree, on_first, start
 
 METHODS = {
@@ -91,7 +91,7 @@ def test_any_number_of_ranks_trains_the_same_model(config, tmp_path, two_ranks, 
 @pytest.mark.parametrize("name", ["deepfm", "dlrm", "dcnv2", "dlrm_dcnv2"])
 def test_every_model_goes_through_the_pipeline(config, tmp_path, two_ranks, name):
     """TorchRec traces them. Criteo's shape for MLPerf's model; bfloat16 rounds the same on any number of ranks."""
-    criteo = {"data.generator.criteo_rows": 50} if name == "dlrm_dcnv2" else {}
+    criteo = {"data.generator": {**vars(GeneratorConfig()), "criteo_rows": 50}} if name == "dlrm_dcnv2" else {}
     changes = {"model.name": name, "model.bfloat16": True, "model.bottom": [16, 8] if criteo else [], **criteo}
     short = {"data.generator.num_rows": 1000, "retrain.epochs": 1.0}
     plain = dataclasses.asdict(_config(config, "memcom", **changes, **short))
@@ -106,6 +106,7 @@ def test_streamed_rows_train_the_same_model_on_any_number_of_ranks(config, data,
     sizes = dict(zip(data.features, data.vocab, strict=True))
     pq.write_table(table.replace_schema_metadata({"vocab": str(sizes)}), tmp_path / "rows.parquet", row_group_size=100)
     source = {"kind": "parquet", "path": str(tmp_path / "rows.parquet"), "streaming": True, "lanes": 4, "split": None}
+    source["generator"] = vars(GeneratorConfig())
     plain = dataclasses.asdict(_config(config, "memcom", data=source, **{"retrain.batch_size": 248}))
     one = _train(plain, str(tmp_path / "one"))
     for name, pool in (("two", two_ranks), ("four", four_ranks)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torchrec_compress.methods import (
     as_codebook,
 )
 from torchrec_compress.methods.learned import check_trained_rows
+from torchrec_compress.names import kind_of
 
 _USUAL = PQConfig(num_codes=1, popularity="count")
 # A larger table is measured on a sample of so many rows: enough to fit 256 codewords as well as all rows would.
@@ -92,7 +94,7 @@ def _rows_of(tables: Any) -> dict[str, Tensor]:
     if not isinstance(stored, Mapping):
         raise ValueError(
             "for_budget: tables must be an EmbeddingBagCollection, an EmbeddingCollection or rows by table name, got "
-            f"{type(tables).__name__}"
+            f"{kind_of(tables, EmbeddingBagCollection, EmbeddingCollection)}"
         )
     for name, rows in stored.items():
         if not isinstance(rows, Tensor) or rows.dim() != 2:
@@ -119,9 +121,9 @@ def _check_arguments(
         )
     for name, rows in tables.items():
         check_counts(f"for_budget: table {name!r}", counts[name], rows.shape[0])
-    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int | float) or not 0 < budget_bytes < math.inf:
+    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, Real) or not 0 < float(budget_bytes) < math.inf:
         raise ValueError(f"for_budget: budget_bytes must be a number of bytes above 0, got {budget_bytes!r}")
-    if not num_codes or any(isinstance(m, bool) or not isinstance(m, int) or m < 1 for m in num_codes):
+    if len(num_codes) == 0 or any(isinstance(m, bool) or not isinstance(m, Integral) or m < 1 for m in num_codes):
         raise ValueError(f"for_budget: num_codes must be code lengths of at least 1, got {num_codes!r}")
     if codes is not None and as_codebook(codes) is None:
         raise ValueError(f"for_budget: codes must be a method of codes such as PQConfig(num_codes=1), got {codes!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any, overload
 
@@ -22,10 +23,13 @@ from torchrec_compress.compression import Compression
 from torchrec_compress.methods import TableData
 from torchrec_compress.methods.learned import check_trained_rows
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
-from torchrec_compress.modules.code_tables import warn_of_start_codes
 from torchrec_compress.modules.collection import check_unsharded
+from torchrec_compress.names import kind_of
+
+logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 65536
+_COMPRESSED = (CompressedEmbeddingBagCollection, CompressedEmbeddingCollection)
 
 
 @overload
@@ -111,11 +115,14 @@ def _rows_of(dense: Any) -> dict[str, Tensor]:
                 f"compress: tables must hold values, got {empty} on the meta device; load a checkpoint first"
             )
         return rows
-    got, advice = type(dense).__name__, "make an EmbeddingBagCollection of the trained rows"
+    got = kind_of(dense, EmbeddingBagCollection, EmbeddingCollection)
+    advice = "make an EmbeddingBagCollection of the trained rows"
     if isinstance(dense, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
         advice = "it is compressed already: decompress() it first, or train its dense original"
     elif isinstance(dense, ShardedModule):
         advice = "gather its state dict into an unsharded collection, and compress that before DistributedModelParallel"
+    elif isinstance(dense, torch.fx.GraphModule | torch.jit.ScriptModule):
+        advice = "compress the module that it was made from, and trace or script the result"
     elif isinstance(dense, EmbeddingBagCollectionInterface | EmbeddingCollectionInterface):
         advice = "compress the floating-point collection that it was made from"
     elif isinstance(dense, nn.Module):
@@ -150,7 +157,7 @@ def compress_into(
         ValueError: as for `compress`; the seed is not the collection's.
     """
     if not isinstance(collection, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
-        raise ValueError(f"compress_into: collection must be a compressed one, got {type(collection).__name__}")
+        raise ValueError(f"compress_into: collection must be a compressed one, got {kind_of(collection, *_COMPRESSED)}")
     if seed is not None and seed != collection.seed:
         raise ValueError(
             f"compress_into: seed must be the collection's own, {collection.seed}, got {seed}; leave it out"
@@ -165,6 +172,7 @@ def compress_into(
         unknown = sorted(set(given) - set(tables), key=str)
         if unknown:
             raise ValueError(f"compress: {what} must name tables of {sorted(tables)}, got {unknown}")
+    _warn_of_ties(rows)
     methods, known = collection.methods(), set(rows)
     inputs = {}
     for name, table in tables.items():  # all of them before the first is fitted
@@ -182,6 +190,21 @@ def compress_into(
                 continue  # the table trains from the start values it has
             data = _on_cpu(inputs[name], rows[name] if name in known else None)
             collection.load_table(name, methods[name].fit(table, data))
+
+
+def _warn_of_ties(rows: Mapping[str, Tensor]) -> None:
+    """Say which tables share one weight, where that shows before any is read; compressed, they share nothing."""
+    by_place: dict[tuple[Any, ...], list[str]] = {}
+    for name, weight in rows.items() if isinstance(rows, dict) else ():  # another mapping reads them one at a time
+        if isinstance(weight, Tensor) and weight.layout == torch.strided and weight.numel():
+            by_place.setdefault((weight.device, weight.data_ptr(), weight.shape, weight.stride()), []).append(name)
+    for names in by_place.values():
+        if len(names) > 1:
+            logger.warning(
+                "tables %s share one weight; compressed, each is stored and trained on its own: give one table the "
+                "features of all to keep the tie",
+                names,
+            )
 
 
 def _check_whole(where: str, collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection) -> None:
@@ -232,10 +255,10 @@ def decompress(
         True
     """
     if not isinstance(collection, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
-        raise ValueError(f"decompress: collection must be a compressed one, got {type(collection).__name__}")
+        raise ValueError(f"decompress: collection must be a compressed one, got {kind_of(collection, *_COMPRESSED)}")
     _check_whole("decompress", collection)
     if collection.code_tables is not None:
-        warn_of_start_codes(collection.code_tables.configs(), collection.code_tables.banks)
+        collection.code_tables.warn_of_start_codes()
     dense: EmbeddingBagCollection | EmbeddingCollection
     if isinstance(collection, CompressedEmbeddingCollection):
         rows = copy.deepcopy(collection.embedding_configs())

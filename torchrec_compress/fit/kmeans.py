@@ -175,7 +175,7 @@ def learn_centroids(
     seed: int = 0,
 ) -> Tensor:
     """Return the centroids of `kmeans`, [K, d] float32, and assign no point; arguments and errors as there."""
-    check_seed("kmeans", seed)
+    seed = check_seed("kmeans", seed)
     check_rows("kmeans", points)
     if not 1 <= num_clusters <= len(points):
         raise ValueError(

@@ -368,7 +368,7 @@ def learn_mec(
     Arguments and errors as there.
     """
     options = MECFit() if options is None else options
-    check_seed("fit_mec", seed)
+    seed = check_seed("fit_mec", seed)
     check_rows("fit_mec", rows)
     first_size = check_sizes("fit_mec", len(rows), num_codes, codebook_size, first_size)
     check_slices("fit_mec", rows.shape[1], num_codes)

@@ -96,7 +96,7 @@ def learn_product(
     seed: int = 0,
 ) -> tuple[ProductEncoder, Tensor]:
     """Return what makes the codes of `fit_product`, and its codebooks, [M*K, D/M]; arguments and errors as there."""
-    check_seed("fit_product", seed)
+    seed = check_seed("fit_product", seed)
     check_rows("fit_product", rows)
     first_size = check_sizes("fit_product", len(rows), num_codes, codebook_size, first_size)
     check_slices("fit_product", rows.shape[1], num_codes)

@@ -90,7 +90,7 @@ def learn_quantiles(
     Where the first codebook has `first_size` codewords, its last bins join their neighbour.
     """
     _check(row_ids, context_ids, num_rows, num_codes, codebook_size)
-    check_seed("quantile_codes", seed)
+    seed = check_seed("quantile_codes", seed)
     seen, row = np.unique(row_ids.cpu().numpy(), return_inverse=True)
     contexts, column = np.unique(context_ids.cpu().numpy(), return_inverse=True)
     if num_codes > min(len(seen), len(contexts)):

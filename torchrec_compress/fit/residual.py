@@ -108,7 +108,7 @@ def learn_residual(
 
     Arguments and errors as there.
     """
-    check_seed("fit_residual", seed)
+    seed = check_seed("fit_residual", seed)
     check_rows("fit_residual", rows)
     first_size = check_sizes("fit_residual", len(rows), num_codes, codebook_size, first_size)
     weights = check_weights("fit_residual", weights, len(rows), rows.device)

@@ -15,7 +15,7 @@ from torchrec_compress.fit.checks import check_contexts, check_counts, check_see
 from torchrec_compress.methods.learned import Learned, TableData, TableState, check_sample
 from torchrec_compress.methods.storage import Parts
 from torchrec_compress.ops import BagLookup, Rows
-from torchrec_compress.schema import check_numbers
+from torchrec_compress.schema import settle_numbers
 
 Config = TypeVar("Config", bound="MethodConfig")
 
@@ -126,8 +126,8 @@ class MethodConfig(ABC):
         return 0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a number or a nested config of another type."""
-        check_numbers(self)
+        """Raise ValueError for a number or a nested config of another type; NumPy's integers become ints."""
+        settle_numbers(self)
 
     def fits(self, table: BaseEmbeddingConfig) -> bool:
         """Return whether the table has rows enough for it to save any; a smaller one stays dense."""

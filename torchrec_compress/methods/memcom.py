@@ -19,6 +19,7 @@ from torchrec_compress.ops import Rows, TableRows, pool_rows, pool_table, scale_
 # FBGEMM wants row widths that are multiples of 4.
 _LANES = 4
 _FIT_ROUNDS = 8
+_LEAST_NORM = 1e-12  # squared, of shared rows that scalars are fitted to
 
 
 @register
@@ -84,6 +85,8 @@ class MEmComConfig(MethodConfig):
     def learn(self, table: BaseEmbeddingConfig, data: TableData) -> LearnedWhole:
         """Find the best rank-one rows of every bucket, weighted by counts, by alternating least squares.
 
+        Ids of a bucket whose shared row is zero (below 1e-6 in norm) keep the scalar 1, so that it trains on.
+
         Raises:
             ValueError: rows are a sample: what a bucket's rows share is found from all of them.
         """
@@ -100,7 +103,10 @@ class MEmComConfig(MethodConfig):
         for _ in range(_FIT_ROUNDS):
             target, mine = rows - biases.unsqueeze(1), shared[buckets]
             cut, cut_mine = target.view(len(rows), groups, -1), mine.view(len(rows), groups, -1)
-            scalars = (cut * cut_mine).sum(2) / cut_mine.square().sum(2).clamp(min=1e-12)
+            norms = cut_mine.square().sum(2)
+            best = (cut * cut_mine).sum(2) / norms.clamp(min=_LEAST_NORM)
+            # a factor of 0 on a row of zeros: neither would ever get a gradient
+            scalars = torch.where(norms < _LEAST_NORM, 1.0, best)
             if self.bias:
                 factor = scalars.repeat_interleave(mine.shape[1] // groups, dim=1)
                 biases = (rows - mine * factor).mean(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -45,10 +46,10 @@ def after_step(model: nn.Module, step: int, optimizer: Any = None) -> None:
         >>> int(model.managed.managers["user"].hot_ids.count_nonzero())
         2
     """
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+    if isinstance(step, bool) or not isinstance(step, Integral) or step < 0:
         raise ValueError(f"after_step: step must be an int of at least 0, got {step!r}")
     for owner in managed_owners(model):
-        owner.after_step(step, optimizer)
+        owner.after_step(int(step), optimizer)
 
 
 def discard(model: nn.Module) -> None:

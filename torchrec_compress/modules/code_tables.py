@@ -59,6 +59,7 @@ class CodeTableCollection(nn.Module):
         # Any: a ModuleDict forgets the type of its values
         self.banks: Any = nn.ModuleDict({table.name: CodeBank(table, device) for table in tables})
         self._is_checked = False
+        self._said: set[str] = set()
         self._turn = 0
         self.register_forward_pre_hook(_check_once)
 
@@ -74,6 +75,18 @@ class CodeTableCollection(nn.Module):
         """Fill every table with its start codes; call it after materialising from the meta device."""
         for bank in self.banks.values():
             bank.reset_parameters()
+        self._said.clear()
+
+    def warn_of_start_codes(self, table: str | None = None) -> None:
+        """Log, once for a table, that it serves start codes which a fit should have replaced.
+
+        Args:
+            table: whose rows are served; None is all of them.
+        """
+        names = [name for name in self.banks if table in (None, name)]
+        found = [name for name in names if name not in self._said and self.banks[name].is_start]
+        self._said.update(found)
+        warn_of_start_codes([config for config in self._configs if config.name in found], self.banks)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, CodeTable]:
         """Return the code table of every feature by output name; (L, row_size) codes of its ids, once sharded.
@@ -103,7 +116,7 @@ def _check_once(module: CodeTableCollection, _: Any) -> None:
         is_set = bank._buffers["is_set"]
         if not is_set.is_meta and not bank.awaits_reset and not bool(is_set):
             bank.reset_parameters()
-    warn_of_start_codes(module.configs(), module.banks)
+    module.warn_of_start_codes()
     warn_of_missing_sharders([config.name for config in module.configs()], "code tables are whole on every rank")
 
 

@@ -22,6 +22,7 @@ from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.modules.remapped import RemappedEmbeddingCollection
 from torchrec_compress.modules.replicated import strip_where_replicated
 from torchrec_compress.ops import NOT_SUMMED, check_ids, lookup_codes
+from torchrec_compress.seams import shape_and_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +84,12 @@ class CompressedParts(nn.Module):
         """Raise ValueError for floating-point numbers in place of integers; say which codes carry no mark."""
         for name, buffer in self.named_buffers():
             found = state_dict.get(prefix + name)
-            if found is not None and found.dtype.is_floating_point and not buffer.dtype.is_floating_point:
+            if found is None or buffer.dtype.is_floating_point:
+                continue
+            _, dtype = shape_and_dtype(found)
+            if dtype.is_floating_point:
                 raise ValueError(
-                    f"{prefix}{name}: must be integers, got {found.dtype}, as a blend or an average of state dicts "
+                    f"{prefix}{name}: must be integers, got {dtype}, as a blend or an average of state dicts "
                     "holds; blend floating-point tensors alone, and take integers from one of them as they are"
                 )
         unmarked = []
@@ -216,6 +220,7 @@ class CompressedParts(nn.Module):
             assert self.code_tables is not None
             bank = self.code_tables.banks[name]
             bank.check()
+            self.code_tables.warn_of_start_codes(name)
             codes = lookup_codes(bank.codes, bank.is_set, ids, f"table {name!r}")  # type: ignore[arg-type]
         rows = [weights[part.name][part.remap(ids)] for part in parts.rows]
         return self.decoder.banks[name](ids, None, None, codes, rows)
@@ -239,6 +244,23 @@ class CompressedParts(nn.Module):
                     yield part, module.embedding_bags[table].weight  # type: ignore[misc]
                 elif isinstance(module, EmbeddingCollection) and table in module.embeddings:
                     yield part, module.embeddings[table].weight  # type: ignore[misc]
+
+
+def as_device(device: Any, where: str) -> torch.device | None:
+    """Return a device that is given as one or by its name, or None; `where` names the caller.
+
+    Raises:
+        ValueError: it is something else, or no device's name.
+    """
+    if device is None or isinstance(device, torch.device):
+        return device
+    try:
+        if isinstance(device, str):
+            return torch.device(device)
+    except RuntimeError:  # torch lists its devices
+        pass
+    told = "; pass is_weighted and need_indices by name" if isinstance(device, bool) else ""
+    raise ValueError(f"{where}: device must be a torch.device or its name, got {device!r}{told}")
 
 
 def check_unsharded(collection: CompressedParts, where: str) -> None:

@@ -20,7 +20,7 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 from torchrec_compress.compression import Compression
 from torchrec_compress.methods import MECConfig, MEmComConfig, PQConfig, RandomCodesConfig
 from torchrec_compress.modules.blueprint import Blueprint
-from torchrec_compress.modules.collection import CompressedParts
+from torchrec_compress.modules.collection import CompressedParts, as_device
 from torchrec_compress.modules.features import check_batch_weights, check_features
 from torchrec_compress.modules.managed import ManagedBagRows, ManagedCollection
 from torchrec_compress.modules.remapped import (
@@ -89,10 +89,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
                 f"{type(self).__name__}: compression must be given, got None; pass compression=..., or use a variant "
                 f"with a default: {sorted(variant.__name__ for variant in type(self).__subclasses__())}"
             )
-        if isinstance(device, bool):
-            raise ValueError(
-                f"{type(self).__name__}: device must be a torch.device, got {device}; pass is_weighted by name"
-            )
+        device = as_device(device, type(self).__name__)
         blueprint = Blueprint.of(tables, compression, seed)
         for table in blueprint.tables:
             if is_weighted and table.pooling == PoolingType.MEAN:

@@ -13,6 +13,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_compress.methods import METHODS, dense_bytes
 from torchrec_compress.modules.blueprint import Blueprint
+from torchrec_compress.seams import shape_and_dtype
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,28 @@ class Footprint:
             f"{name:<24}{method:<10}{dense:>16,}{stored:>16,}{ratio:>8.1f}x"
             for name, method, dense, stored, ratio in rows
         ]
+        if (reason := why_no_smaller(self.to_dict())) is not None:
+            lines.append(reason)
         return "\n".join(lines)
+
+
+def why_no_smaller(footprint: Mapping[str, Any]) -> str | None:
+    """Return why tables are not smaller than dense ones, or None where some are stored otherwise.
+
+    Args:
+        footprint: plain data of `Footprint.to_dict`; without tables, of a model that was never compressed.
+
+    Example:
+        >>> small = TableFootprint("dense", dense_bytes=1000, code_bytes=0, decoder_bytes=0, native_bytes=1000)
+        >>> why_no_smaller(Footprint({"weekday": small}).to_dict())
+        "all tables are dense: 'dense' was asked for, or they are too small for their method to save bytes"
+    """
+    tables = footprint.get("tables")
+    if not tables:
+        return "no table is compressed: no compression was asked for"
+    if any(METHODS[table["method"]].is_compressed for table in tables.values()):
+        return None
+    return "all tables are dense: 'dense' was asked for, or they are too small for their method to save bytes"
 
 
 def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
@@ -141,7 +163,8 @@ def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
             missing.discard(stored)
             kind, name = stored
             name = owners[name] if kind == "native" else name
-            sizes[kind, name] += math.prod(value.size()) * value.dtype.itemsize
+            shape, dtype = shape_and_dtype(value)
+            sizes[kind, name] += math.prod(shape) * dtype.itemsize
     if missing:
         raise ValueError(
             f"footprint: every part of a table must be in the state dict, got none for {sorted(missing)}; count the "

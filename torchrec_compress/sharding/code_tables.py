@@ -43,6 +43,7 @@ from torchrec_compress.seams import (
     RowTable,
     row_exchange,
     sequence_context,
+    shape_and_dtype,
     shard_bounds,
     sharded_tensor,
 )
@@ -380,10 +381,11 @@ def _take_codes(module: ShardedCodeTableCollection, state: dict[str, Any], prefi
             continue
         local = module.banks[config.name].codes
         whole = (config.num_embeddings, config.part.row_size)
-        if tuple(value.size()) != whole or value.dtype != local.dtype:
+        shape, dtype = shape_and_dtype(value)
+        if shape != whole or dtype != local.dtype:
             raise ValueError(
-                f"{prefix}{name}: must be {whole} of {local.dtype}, got {tuple(value.size())} of {value.dtype}; load "
-                "it into a collection with the compression that it was saved with"
+                f"{prefix}{name}: must be {whole} of {local.dtype}, got {shape} of {dtype}; load it into a collection "
+                "with the compression that it was saved with"
             )
         if isinstance(value, ShardedTensor):
             shards = value.local_shards()

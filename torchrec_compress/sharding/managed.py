@@ -33,6 +33,7 @@ from torchrec_compress.seams import (
     rescaled,
     row_exchange,
     sequence_context,
+    shape_and_dtype,
     shard_bounds,
     sharded_tensor,
     without_input_exchange,
@@ -280,10 +281,11 @@ def _take_state(module: ShardedManagedCollection, state: dict[str, Any], prefix:
         if value is None:
             continue
         whole = (num_rows, local.shape[1])
-        if tuple(value.size()) != whole or value.dtype != local.dtype:
+        shape, dtype = shape_and_dtype(value)
+        if shape != whole or dtype != local.dtype:
             raise ValueError(
-                f"{prefix}{name}: must be {whole} of {local.dtype}, got {tuple(value.size())} of {value.dtype}; load "
-                "it into a collection with the compression that it was saved with"
+                f"{prefix}{name}: must be {whole} of {local.dtype}, got {shape} of {dtype}; load it into a collection "
+                "with the compression that it was saved with"
             )
         if isinstance(value, ShardedTensor):
             shards = value.local_shards()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torchrec_compress.schema import nearest
 from torchrec_compress.train.byte_budget import Budget, budget_of
 from torchrec_compress.train.config import (
     DataConfig,
+    GeneratorConfig,
     OptimConfig,
     RunConfig,
     StageConfig,
@@ -39,7 +41,7 @@ _UNUSED = {
         *("path", "label", "features", "drop", "row_filter", "dense", "positive_from", "pooling", "split", "split_by"),
         *("fractions", "split_seed", "subsample", "subsample_by", "kind_column", "vocab", "hash_size"),
     ),
-    "criteo": ("features", "drop", "row_filter", "dense", "positive_from", "subsample_by", "kind_column"),
+    "criteo": ("split", "features", "drop", "row_filter", "dense", "positive_from", "subsample_by", "kind_column"),
     "parquet": ("hash_size",),
 }
 
@@ -164,6 +166,19 @@ def check_run(config: RunConfig, wanted: Compression | Budget | None, data: Clic
         steps = len(data.batches("train", stage.batch_size, config.seed, Share(0, world)))
         if round(stage.epochs * steps) < 1:
             raise ValueError(f"{name}.epochs: must make a step, got {stage.epochs} of the {steps} steps of an epoch")
+        if config.model.batch_norm:
+            _check_batch_norm(name, stage, data.num_rows("train"), world)
+
+
+def _check_batch_norm(name: str, stage: StageConfig, num_rows: int, world: int) -> None:
+    """Raise ValueError where a rank gets a batch of one row, which has no variance to normalise by."""
+    for size in {min(stage.batch_size, num_rows), num_rows % stage.batch_size or stage.batch_size}:
+        if Share(0, world).padded(size) == 1:
+            raise ValueError(
+                f"{name}.batch_size: must leave each of {world} ranks two rows of every batch with model.batch_norm, "
+                f"got {stage.batch_size} for {num_rows} train rows, of which a batch has {size}; choose another size, "
+                "or leave model.batch_norm out"
+            )
 
 
 def compression_of(plain: Mapping[str, Any]) -> Compression | Budget | None:
@@ -242,11 +257,10 @@ def _check_stage(name: str, stage: StageConfig) -> None:
 def _check_data(config: DataConfig) -> None:
     check_source(config)
     default = DataConfig()
-    for key in _UNUSED[config.kind]:
-        if getattr(config, key) != getattr(default, key):
-            raise ValueError(
-                f"data.{key}: has no meaning with data.kind = {config.kind!r}, got {getattr(config, key)!r}"
-            )
+    for key, reason in _idle(config):
+        got = attrgetter(key)(config)
+        if got != attrgetter(key)(default):
+            raise ValueError(f"data.{key}: has no meaning {reason}, got {got!r}")
     if config.generator.multi_hot and not config.generator.criteo_rows:
         raise ValueError("data.generator.multi_hot: must be false without data.generator.criteo_rows, got true")
     check_fractions(config)
@@ -258,6 +272,39 @@ def _check_data(config: DataConfig) -> None:
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise ValueError(f"data.{key}: names must differ, got {twice[0]!r} twice")
+
+
+def _idle(config: DataConfig) -> Iterator[tuple[str, str]]:
+    """Yield the keys of `data` that do nothing beside other keys, and why; a value there would be lost."""
+    kind = f"with data.kind = {config.kind!r}"
+    yield from ((key, kind) for key in _UNUSED[config.kind])
+    if config.kind != "generator":
+        yield from ((f"generator.{key.name}", kind) for key in fields(GeneratorConfig))
+    elif config.generator.criteo_rows:
+        yield from ((f"generator.{key}", "with data.generator.criteo_rows") for key in ("num_users", "num_items"))
+    if not config.streaming:
+        yield from ((key, "without data.streaming") for key in ("lanes", "chunk_rows", "window", "num_workers"))
+    elif config.kind == "parquet":
+        yield "chunk_rows", "with streamed Parquet files, which state their own row groups"
+    if config.subsample == 1:
+        yield "subsample_by", "with data.subsample = 1"
+    if config.tail_count == 0:
+        yield "tail_tables", "with data.tail_count = 0"
+    yield from _idle_of_split(config)
+
+
+def _idle_of_split(config: DataConfig) -> Iterator[tuple[str, str]]:
+    """Yield the keys that draw a split where nothing is drawn, and why."""
+    if config.kind == "parquet" and config.split is not None:
+        reason = f"beside the column data.split = {config.split!r}; set that to null for a split without a column"
+        yield from (("split_by", reason), ("fractions", reason))
+    else:
+        reason = f"with data.split_by = {config.split_by!r}"
+    if config.split_by == "last_file":
+        yield "fractions", reason
+    is_drawn = config.split_by == "drawn" and (config.kind != "parquet" or config.split is None)
+    if not is_drawn and config.subsample == 1:
+        yield "split_seed", reason
 
 
 def _lists(config: DataConfig) -> Iterator[tuple[str, list[str]]]:

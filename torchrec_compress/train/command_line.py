@@ -14,11 +14,17 @@ from torchrec_compress.schema import Text, build, leaves, plain, words
 
 Config = TypeVar("Config")
 
-_FLOAT = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+# numbers as YAML 1.2 has them: to 1.1, which PyYAML reads, 1:30 is 90, 010 is 8 and 1e-3 is text
+_INT = re.compile(r"[-+]?(?:0|[1-9][\d_]*|0x[\da-fA-F_]+)$")
+_FLOAT = re.compile(
+    r"(?:[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_OWN = (*_NUMBERS, "tag:yaml.org,2002:timestamp")  # 1.2 has no dates
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, with numbers such as 1e-3, and without what could surprise.
+    """PyYAML's safe loader, with numbers such as 1e-3, and without what could surprise, as 1:30 for 90.
 
     It knows no tag of Python's and calls nothing. A key that stands twice would silently drop the first one, and a
     list of mappings to merge can grow without bounds, so both are errors.
@@ -46,7 +52,12 @@ class _Loader(yaml.SafeLoader):
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag not in _OWN]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in zip(_NUMBERS, (_INT, _FLOAT), strict=True):
+    _Loader.add_implicit_resolver(_tag, _pattern, list("-+0123456789."))
 
 
 def load_yaml(text: str) -> Any:

@@ -72,6 +72,8 @@ def check_unchanged(config: RunConfig, folder: Path, files: dict[str, Any] | Non
         begun = override(RunConfig(), load_yaml(text) or {})
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {put_back}") from error
+    if begun.parallel.init != config.parallel.init:  # the rest of it decides who holds what, not what is learnt
+        check_same(folder, {"parallel": {"init": begun.parallel.init}}, {"parallel": {"init": config.parallel.init}})
     old, new = lasting(begun), lasting(config)
     for key in [key for key in new if key in _FREE or not (is_late or key in _OF_FULL)]:
         old.pop(key)

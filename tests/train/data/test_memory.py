@@ -336,3 +336,11 @@ def test_batches_in_memory_are_pinned_for_a_gpu(data, monkeypatch):
     assert len(pinned) == len(rows) == 11
     assert torch.equal(torch.cat(rows), torch.cat([b.rows for b in data.batches("train", 300, 5).epoch(0)]))
     assert open_data(DataConfig(generator=GeneratorConfig(num_rows=99, num_users=9, num_items=9)), True).pin_memory
+
+
+def test_a_subsample_by_a_column_of_bools_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    columns = {"user": np.arange(90) % 9, "label": np.arange(90) % 2, "split": np.repeat([0, 1, 2], 30)}
+    pq.write_table(pa.table({**columns, "is_new": np.arange(90) % 2 == 0}), path)
+    with pytest.raises(ValueError, match=r"data.subsample_by: column 'is_new' must hold ids, got bools"):
+        load_data(DataConfig(kind="parquet", path=str(path), drop=["is_new"], subsample=0.5, subsample_by="is_new"))

@@ -237,7 +237,10 @@ def test_hidden_files_are_neither_read_nor_noted(tmp_path, caplog):
 def test_a_folder_holds_files_or_folders_of_splits(tmp_path, streaming):
     for name in ("a.parquet", "train/a.parquet", "valid/a.parquet", "test/a.parquet"):
         _write(tmp_path / name, _columns(40))
-    with pytest.raises(ValueError, match="must hold files or folders of splits, got both"):
+    message = (
+        "must hold files or folders of splits, got both" if streaming else "folders of splits are read with data.str"
+    )
+    with pytest.raises(ValueError, match=message):
         open_data(_config(tmp_path, streaming=streaming))
 
 
@@ -296,3 +299,49 @@ def test_an_index_that_pandas_notes_is_a_list(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="the schema metadata 'pandas' must list index_columns, got 5"):
         open_data(_config(tmp_path, streaming=False, features=[], dense=["price"]))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a=1/x.parquet", "a=2/b=3/x.parquet"], r"got \['a=1', 'a=2'\]; write partitions \(Hive\) .*columns \['a'\]"),
+        (["x.parquet", "a=1/x.parquet"], r"got \['a=1'\]; write partitions \(Hive\)"),
+        (["x.parquet", "old/x.parquet"], r"got \['old'\]; write the files side by side"),
+        (
+            ["train/a=1/x.parquet", "valid/x.parquet", "test/x.parquet"],
+            "Parquet files must not lie in folders inside it",
+        ),
+        (["train/x.parquet", "valid/x.parquet", "test/x.parquet", "more/x.parquet"], "files must not lie in folders"),
+    ],
+)
+def test_files_in_folders_are_never_left_out(tmp_path, streaming, names, message):
+    for name in names:
+        _write(tmp_path / name, _columns(40))
+    (tmp_path / "_delta_log").mkdir()
+    with pytest.raises(ValueError, match=message):
+        open_data(_config(tmp_path, streaming=streaming))
+
+
+def test_folders_of_splits_need_streaming_and_leave_nothing_to_draw(tmp_path):
+    for name in ("train", "valid", "test"):
+        _write(tmp_path / name / "x.parquet", _columns(40))
+    with pytest.raises(
+        ValueError, match=r"got \['test', 'train', 'valid'\]; folders of splits are read with data.stream"
+    ):
+        open_data(_config(tmp_path, streaming=False))
+    assert open_data(_config(tmp_path)).num_rows("train") == 40
+    for change in ({"split_by": "order"}, {"fractions": [0.5, 0.2]}, {"split_seed": 3}):
+        with pytest.raises(ValueError, match=rf"data.{next(iter(change))}: has no meaning with the folders train"):
+            open_data(_config(tmp_path, split=None, **change))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_of_lists_goes_by_its_own_name(tmp_path, streaming):
+    _write(tmp_path / "x.parquet", _columns(60))
+    plain = {"streaming": streaming, "features": [], "pooling": {}, "lanes": 1, "drop": ["kind"], "kind_column": None}
+    assert open_data(_config(tmp_path, **{**plain, "drop": ["tags", "kind"]})).features == ["user"]
+    with pytest.raises(ValueError, match=r"got \['label', 'user', 'tags', 'price', 'split', 'kind'\]"):
+        open_data(_config(tmp_path, **{**plain, "features": ["tag"]}))
+    with pytest.raises(ValueError, match=r"column 'tags' must be of an int type, got list"):
+        open_data(_config(tmp_path, **{**plain, "features": ["user"], "label": "tags"}))

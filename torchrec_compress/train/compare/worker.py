@@ -82,7 +82,9 @@ class Worker:
 
 def stamp(config: RunConfig) -> str:
     """Return what tells a run's settings in its folder, those left out that change no number."""
-    same = dataclasses.replace(config, output="", num_threads=1, tensorboard=True, parallel=ParallelConfig())
+    same = dataclasses.replace(
+        config, output="", num_threads=1, tensorboard=True, parallel=ParallelConfig(init=config.parallel.init)
+    )
     return fingerprint(lasting(same))
 
 

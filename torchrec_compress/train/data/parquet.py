@@ -53,12 +53,6 @@ def read_parquet(config: DataConfig) -> ClickData:
     """
     path = Path(str(config.path))
     files = parquet_files(path)
-    folders = [name for name in SPLITS if path.is_dir() and (path / name).is_dir()]
-    if folders:
-        raise ValueError(
-            f"{path}: must hold files or folders of splits, got both, files and {folders}; folders are read with "
-            "data.streaming, files without"
-        )
     start = open_parquet(files[0])
     schema = read_schema(start, files[0], config)
     tables = [_read_file(file, schema, list_columns(start, schema)) for file in files]
@@ -217,6 +211,11 @@ def _kept(config: DataConfig, columns: dict[str, np.ndarray], num_rows: int) -> 
     if config.subsample < 1:
         rng = np.random.default_rng(config.split_seed + 1)
         if config.subsample_by:
+            if columns[config.subsample_by].dtype == np.bool_:
+                raise ValueError(
+                    f"data.subsample_by: column {config.subsample_by!r} must hold ids, got bools, of which all rows of "
+                    "one would be left out; choose a column of ids"
+                )
             groups = columns[config.subsample_by].astype(np.int64)
             if groups.min(initial=0) < 0 or groups.max(initial=0) >= 2**31:
                 raise ValueError(

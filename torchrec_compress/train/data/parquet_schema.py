@@ -6,7 +6,7 @@ import ast
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torchrec_compress.names import check_feature_names, check_table_names
 from torchrec_compress.schema import nearest
 from torchrec_compress.train.config import DataConfig
 from torchrec_compress.train.data.inputs import is_data
+from torchrec_compress.train.data.source import SPLITS
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def parquet_files(path: Path) -> list[Path]:
         ValueError: there are none.
     """
     inside = sorted(file for file in path.iterdir() if is_data(file)) if path.is_dir() else [path]
+    check_folders(path)
     hidden = sorted(file.name for file in path.glob("*.parquet") if not is_data(file))
     if hidden:
         logger.warning("%s: files whose names begin with '.' or '_' are no data: %s", path, hidden)
@@ -66,6 +68,22 @@ def parquet_files(path: Path) -> list[Path]:
         state = "which has none" if path.is_dir() else "which does not exist"
         raise ValueError(f"data.path: must be a Parquet file or a folder of *.parquet, got {str(path)!r}, {state}")
     return files
+
+
+def check_folders(path: Path, known: Sequence[str] = ()) -> None:
+    """Raise ValueError where Parquet files lie in folders of a folder, which would be left out without a word."""
+    inside = sorted(folder.name for folder in path.iterdir() if folder.is_dir()) if path.is_dir() else []
+    inside = [name for name in inside if name not in known and is_data(path / name)]
+    found = [name for name in inside if any(is_data(file) for file in (path / name).rglob("*.parquet"))]
+    if not found:
+        return
+    advice = "write the files side by side"
+    if not known and set(found) <= set(SPLITS):
+        advice = "folders of splits are read with data.streaming, and without files beside them"
+    elif all("=" in name for name in found):
+        keys = sorted({name.partition("=")[0] for name in found})
+        advice = f"write partitions (Hive) as files side by side, with the columns {keys} in them"
+    raise ValueError(f"{path}: Parquet files must not lie in folders inside it, got {found[:5]}; {advice}")
 
 
 def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:

@@ -19,6 +19,7 @@ from torchrec_compress.train.data.parquet import check_ids, column_values, to_ki
 from torchrec_compress.train.data.parquet_schema import (
     Schema,
     check_columns,
+    check_folders,
     list_columns,
     open_parquet,
     parquet_files,
@@ -111,14 +112,10 @@ def stream_parquet(config: DataConfig, pin_memory: bool = False) -> StreamedData
         ValueError: files that are missing, empty, cut off or lack a column; a row group of several splits; a table
             whose rows nothing states.
     """
-    for key, wanted in (("row_filter", None), ("subsample", 1.0), ("subsample_by", None)):
-        if getattr(config, key) != wanted:
-            raise ValueError(f"data.{key}: must not be set with data.streaming, got {getattr(config, key)!r}")
     path = Path(str(config.path))
     folders = [path / name for name in SPLITS]
     by_folder = any(folder.is_dir() for folder in folders)
-    if by_folder and any(is_data(file) for file in path.glob("*.parquet")):
-        raise ValueError(f"{path}: must hold files or folders of splits, got both; move one of them away")
+    _check_settings(config, path, by_folder)
     files = [parquet_files(folder) for folder in folders] if by_folder else [parquet_files(path)]
     every = [file for part in files for file in part]
     start = open_parquet(every[0])
@@ -150,6 +147,24 @@ def stream_parquet(config: DataConfig, pin_memory: bool = False) -> StreamedData
         for name, part in zip(SPLITS, groups, strict=True)
     }
     return StreamedData(config, vocab, len(schema.dense), layout, splits, pin_memory)
+
+
+def _check_settings(config: DataConfig, path: Path, by_folder: bool) -> None:
+    """Raise ValueError for settings that streaming, or folders of splits, leave nothing to do, and for stray files."""
+    for key, wanted in (("row_filter", None), ("subsample", 1.0), ("subsample_by", None)):
+        if getattr(config, key) != wanted:
+            raise ValueError(f"data.{key}: must not be set with data.streaming, got {getattr(config, key)!r}")
+    if not by_folder:
+        return
+    if any(is_data(file) for file in path.glob("*.parquet")):
+        raise ValueError(f"{path}: must hold files or folders of splits, got both; move one of them away")
+    check_folders(path, known=SPLITS)
+    for key, wanted in (("split_by", "drawn"), ("fractions", [0.8, 0.1]), ("split_seed", 0)):
+        if getattr(config, key) != wanted:
+            raise ValueError(
+                f"data.{key}: has no meaning with the folders train, valid and test of {path}, got "
+                f"{getattr(config, key)!r}"
+            )
 
 
 def _groups(files: list[Path], metadata: dict[Path, pq.FileMetaData]) -> list[_Group]:
