@@ -27,7 +27,9 @@ def _group(nodeid: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Hand out groups in the order of collection; `pytest -n 2` needs no further option."""
+    """Hand out groups in the order of collection; `pytest -n 2` needs no further option, and another --dist is kept."""
+    if config.getoption("dist") != "load":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class ByGroup(LoadScopeScheduling):
@@ -39,7 +41,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Let a worker begin with the jobs, which take as long as all the rest."""
+    """Let a worker begin with the jobs, the group that takes longest."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: _group(item.nodeid) != "jobs")
 
