@@ -4,6 +4,8 @@ PY := $(VENV)/bin/python
 # the oldest and the newest TorchRec minor that are claimed, over the same torch and fbgemm
 COMPAT ?= 1.6.1 1.9.2
 
+# processes of the tests; those that start clusters and jobs of their own stay in one of them
+WORKERS ?= 2
 # TorchX between releases, beside the stable one of the environment
 TORCHX_NIGHTLY ?= 2026.10.26
 SLURM := slurmctld slurmd slurm-client munge iproute2
@@ -18,7 +20,7 @@ run: env  ## the main job: pre-train, compress, compare, report (no download)
 	$(PY) -m torchrec_compress compare configs/demo.yaml
 
 test: env slurm  ## the whole CPU suite
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS)
 
 test-compat: env  ## everything that touches TorchRec's internals, on its oldest and newest minor
 	for version in $(COMPAT); do \

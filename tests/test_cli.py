@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch.distributed as dist
 import yaml
 
 from torchrec_compress.cli import main, parse_run
@@ -17,14 +16,6 @@ from torchrec_compress.train.check import check_config, check_variants
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[1] / "configs").glob("*.yaml") if not path.stem.startswith("plan_")
 )
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_process_group():
-    """A training in this process keeps its group, and another file may start one of its own."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _error(capsys, *arguments: str) -> str:

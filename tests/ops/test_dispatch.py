@@ -49,14 +49,19 @@ def run_all(*given: tuple[str, Path, dict[str, str]]) -> list[tuple[int, str, st
     return [(process.returncode, *said) for process, said in zip(started, ended, strict=True)]
 
 
-def counting_compiler(folder: Path) -> Path:
-    """Return a compiler that writes a line to `folder`/calls whenever it runs."""
+def counting_compiler(folder: Path, num_waiting: int) -> Path:
+    """Return a compiler that writes a line to `folder`/calls whenever it runs.
+
+    It hands out the library of this machine, once so many processes have said in `folder`/here that they look up.
+    """
     try:
-        real = build.find_compiler()
+        whole = build.compile_library()
     except build.CannotBuild:
         pytest.skip("no C++ compiler")
     script = folder / "compiler"
-    script.write_text(f'#!/bin/sh\necho call >> {folder / "calls"}\nexec {" ".join(real)} -O0 "$@" -O0\n')
+    lines = ["#!/bin/sh", f"echo call >> {folder}/calls", f"until [ $(wc -l < {folder}/here) -ge {num_waiting} ]; do"]
+    lines += ["sleep 0.1; done", "sleep 0.3", "for target; do :; done", f'cp {whole} "$target"']
+    script.write_text("\n".join(lines))
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return script
 
@@ -204,8 +209,9 @@ def test_importing_builds_nothing_and_imports_no_fbgemm(tmp_path):
 
 @pytest.mark.slow
 def test_processes_that_start_at_once_build_once_and_later_ones_not_at_all(tmp_path):
-    compiler, cache = counting_compiler(tmp_path), tmp_path / "cache"
-    ranks = [start(LOOKUP, cache, CXX=str(compiler)) for _ in range(3)]
+    compiler, cache = counting_compiler(tmp_path, 3), tmp_path / "cache"
+    here = f"import torchrec_compress.ops; open({str(tmp_path / 'here')!r}, 'a').write('here\\n')\n"
+    ranks = [start(here + LOOKUP, cache, CXX=str(compiler)) for _ in range(3)]
     ended = [rank.communicate() for rank in ranks]
     assert [out for out, _ in ended] == [RIGHT * 2 + "['cpp']\n"] * 3
     # one of them says what takes so long

@@ -78,9 +78,8 @@ def check_all():
     """Check every kind of hot rows with every kind of codes and bags; nothing here asks for a tier."""
     lengths = [0, 1, 2, 0, 170, 3, 1, 0]
     for dtype, structure, size in itertools.product(DTYPES, STRUCTURES, SIZES):
-        for weighted, is_mean, index_dtype in itertools.product(
-            [False, True], [False, True], [torch.int32, torch.int64]
-        ):
+        for weighted, is_mean in itertools.product([False, True], [False, True]):
+            index_dtype = torch.int32 if weighted == is_mean else torch.int64  # every pair of the three
             check(dtype, structure, size, lengths, weighted, is_mean, index_dtype)
         for num_codes, width in ((5, 4), (18, 16), (33, 4), (9, 32), (4, 9), (2, 70)):  # pieces and remainders of rows
             if num_codes * width % 4 == 0 and (structure == "product" or width % 4 == 0):

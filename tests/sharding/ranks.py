@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.forkserver import ensure_running
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+
+_ENVIRONMENT = dict(os.environ)
 
 
 def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
@@ -36,6 +41,18 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
     dist.destroy_process_group()
 
 
+def forkserver() -> Any:
+    """Return the context of processes that are forked from one that has imported everything, and started no thread.
+
+    They have the environment that the suite began with, whichever test asks first.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torchrec.distributed.model_parallel", "torchrec_compress.planner"])
+    with patch.dict(os.environ, _ENVIRONMENT, clear=True):
+        ensure_running()
+    return context
+
+
 class Ranks:
     """A process group of `world_size` processes that run a function of a test module on every rank."""
 
@@ -45,10 +62,7 @@ class Ranks:
         self._pipes: list[Connection] = []
 
     def _start(self) -> None:
-        # forked from one process that has imported everything, and started no thread
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torchrec.distributed.model_parallel", "torchrec_compress.planner"])
-        rendezvous = tempfile.mktemp(prefix="ranks-")
+        context, rendezvous = forkserver(), tempfile.mktemp(prefix="ranks-")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world_size, rendezvous, theirs), daemon=True)

@@ -19,7 +19,7 @@ from torchrec_compress.train.ranks import Ranks, start
 SMALL = GeneratorConfig(num_rows=4000, num_users=300, num_items=80, num_clusters=4)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> None:
     prepare(1)
 

@@ -195,12 +195,12 @@ def _wait_for_first(timeout: float) -> float:
     import time as clock
 
     ranks = dataclasses.replace(_ranks(), timeout=timeout)
-    return on_first(lambda: (clock.sleep(1.5), clock.monotonic())[1], ranks)
+    return on_first(lambda: (clock.sleep(2.5), clock.monotonic())[1], ranks)
 
 
 def test_others_wait_for_rank_0_longer_than_for_a_sign_of_life(two_ranks):
-    """Fifteen signs of life, 0.1 seconds apart, then the same answer on both."""
-    assert len(set(two_ranks.run(_wait_for_first, 0.4))) == 1
+    """Ten signs of life, a quarter of a second apart, then the same answer on both."""
+    assert len(set(two_ranks.run(_wait_for_first, 1.0))) == 1
 
 
 # trains; the n-th start of the job ends with a signal to the n-th victim, "rank:step" with the steps of that start
@@ -280,7 +280,7 @@ def test_a_rank_killed_at_any_step_restarts_and_ends_with_the_same_metrics(small
 
 @pytest.mark.slow
 def test_sigterm_on_one_rank_saves_on_all_and_another_number_of_ranks_goes_on(small, tmp_path):
-    """Of the four ranks that go on, one is killed."""
+    """Of the three ranks that go on, one is killed."""
     output, signal_number = tmp_path / "run", str(int(signal.SIGTERM))
     given = ("train", str(small), "--output", str(output))
     done = _launch(tmp_path, 2, 0, str(tmp_path / "first"), signal_number, "1:5", *given)
@@ -288,7 +288,7 @@ def test_sigterm_on_one_rank_saves_on_all_and_another_number_of_ranks_goes_on(sm
     assert "asked to end, saved at step 5; the same command continues" in done.stderr
     saved = sorted(path.name for path in output.glob("full/*/pretrain/checkpoints/step*"))
     assert saved[-1] == "step000000005"
-    done = _launch(tmp_path, 4, 1, str(tmp_path / "second"), "9", "3:12", *given)
+    done = _launch(tmp_path, 3, 1, str(tmp_path / "second"), "9", "2:12", *given)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "second" / "0").exists()
     summary = json.loads((output / "summary.json").read_text())

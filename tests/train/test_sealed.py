@@ -304,7 +304,11 @@ class _Malicious:
 
 
 @pytest.mark.parametrize("pattern", ["fitted.pt", "full/*/teacher/train_logits.pt"])
-@pytest.mark.parametrize("content", [_Malicious(), {}, [1], {"logits": torch.zeros(3)}, b"no tensors"], ids=repr)
+@pytest.mark.parametrize(
+    "content",
+    [_Malicious(), {}, [1], {"logits": torch.zeros(3)}, b"no tensors"],
+    ids=["code", "empty", "list", "tensors", "bytes"],
+)
 def test_tensors_of_a_stranger_are_refused_by_name(finished, tmp_path, monkeypatch, pattern, content):
     """With the right checksum, which a stranger can write as well."""
     monkeypatch.chdir(tmp_path)

@@ -1,11 +1,11 @@
 """The cache of compiled CUDA programs, with NVRTC itself, which needs no GPU."""
 
-import multiprocessing
 import os
 
 import pytest
 import torch
 
+from tests.sharding.ranks import forkserver
 from torchrec_compress.ops.gpu import cubins, program
 from torchrec_compress.ops.gpu.program import CannotCompile, Program, Signature, compile_program
 
@@ -109,16 +109,17 @@ def test_what_does_not_compile_is_not_kept(folder):
     assert not list(folder.glob("*"))
 
 
-def _start(barrier, queue) -> None:
+def _start(cache, barrier, queue) -> None:
+    os.environ["TORCHREC_COMPRESS_CACHE"] = cache
     barrier.wait(60)
     queue.put(compile_program(PROGRAM, GPU))
 
 
 @pytest.mark.slow
 def test_many_processes_start_at_once(folder):
-    context = multiprocessing.get_context("spawn")
+    context = forkserver()
     barrier, queue = context.Barrier(4), context.Queue()
-    ranks = [context.Process(target=_start, args=(barrier, queue)) for _ in range(4)]
+    ranks = [context.Process(target=_start, args=(str(folder.parent), barrier, queue)) for _ in range(4)]
     for rank in ranks:
         rank.start()
     codes = {queue.get(timeout=200) for _ in ranks}

@@ -205,7 +205,7 @@ def test_killed_at_any_step_it_resumes_and_ends_with_the_same_metrics(config, tm
     run(chosen, tmp_path / "whole", tmp_path / "whole" / "full", start(chosen.parallel), None)
     for pattern in ("full/*/pretrain/checkpoints/step*", "retrain/checkpoints/step*"):
         process = _train(tmp_path / "config.yaml", tmp_path / "killed")
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 150
         while process.poll() is None and time.monotonic() < deadline:
             if list((tmp_path / "killed").glob(pattern)):
                 process.send_signal(signal.SIGKILL)
