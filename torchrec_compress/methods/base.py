@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
+from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, BaseEmbeddingConfig, DataType
 
 from torchrec_compress.fit.checks import check_contexts, check_counts, check_seed
 from torchrec_compress.methods.storage import Parts
@@ -275,7 +275,7 @@ class MethodConfig(ABC):
         total = self.decoder_bytes(table)
         if parts.codes is not None:
             total += table.num_embeddings * parts.codes.row_size * parts.codes.dtype.itemsize + MARK_BYTES
-        total += sum(native.num_embeddings * native.embedding_dim * 4 for native in parts.native)
+        total += sum(native.num_bytes for native in parts.native)
         total += 0 if parts.managed is None else parts.managed.state_bytes
         return total + (dense_bytes(table) if parts.dense else 0)
 
@@ -291,7 +291,7 @@ class MethodConfig(ABC):
 
 def dense_bytes(table: BaseEmbeddingConfig) -> int:
     """Return the bytes of the user's own table."""
-    return table.num_embeddings * table.embedding_dim * (2 if table.data_type == DataType.FP16 else 4)
+    return table.num_embeddings * table.embedding_dim * DATA_TYPE_NUM_BITS[table.data_type] // 8
 
 
 def init_like(table: BaseEmbeddingConfig, weight: Tensor) -> None:

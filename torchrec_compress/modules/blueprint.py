@@ -204,6 +204,7 @@ def _physical(table: BaseEmbeddingConfig, part: NativePart, keys: list[str]) -> 
         "num_embeddings": part.num_embeddings,
         "embedding_dim": part.embedding_dim,
         "feature_names": keys,
+        "data_type": part.data_type,
         "init_fn": part.init_fn or partial(init_like, table),
     }
 

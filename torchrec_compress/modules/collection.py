@@ -19,9 +19,9 @@ from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.features import IdRange
 from torchrec_compress.modules.footprint import Footprint, count
 from torchrec_compress.modules.managed import ManagedCollection
-from torchrec_compress.modules.remapped import RemappedEmbeddingCollection
+from torchrec_compress.modules.remapped import RemappedEmbeddingCollection, found_rows
 from torchrec_compress.modules.replicated import strip_where_replicated
-from torchrec_compress.ops import NOT_SUMMED, check_ids, lookup_codes
+from torchrec_compress.ops import NOT_SUMMED, TableRows, check_ids, lookup_codes
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ class CompressedParts(nn.Module):
         if parts.dense:
             return weights[""][ids].float()
         if parts.bag is not None:
-            return weights[parts.bag.name][parts.bag.remap(ids)]
+            return weights[parts.bag.name][parts.bag.remap(ids)].float()
         if parts.managed is not None:
             assert self.managed is not None
             return self.managed.served(name, ids)
@@ -217,7 +217,7 @@ class CompressedParts(nn.Module):
             bank = self.code_tables.banks[name]
             bank.check()
             codes = lookup_codes(bank.codes, bank.is_set, ids, f"table {name!r}")  # type: ignore[arg-type]
-        rows = [weights[part.name][part.remap(ids)] for part in parts.rows]
+        rows = [found_rows(TableRows(weights[part.name], part.remap(ids))) for part in parts.rows]
         return self.decoder.banks[name](ids, None, None, codes, rows)
 
     def footprint(self) -> Footprint:

@@ -190,7 +190,12 @@ class RemappedEmbeddingBagRows(RemappedEmbeddingCollection):
 
 
 def found_rows(found: FoundRows) -> Rows:
-    """Return rows, (L, width), without bags around them, or where they are."""
+    """Return rows, (L, width), without bags around them, or where they are; half-precision ones as float32 rows.
+
+    So that a decoder sees what TorchRec's sharded tables give it, float32, whatever a table is stored in.
+    """
+    if isinstance(found, TableRows) and found.weight.dtype == torch.float16:
+        return found.gather().float()
     return found.values() if isinstance(found, JaggedTensor) else found
 
 
