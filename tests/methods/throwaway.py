@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
+from torch import Tensor, nn
 from torchrec import DataType
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.methods import METHODS, HashConfig, MEmComConfig, MethodConfig, Parts
+from torchrec_compress.methods import (
+    METHODS,
+    BagDecoder,
+    HashConfig,
+    MEmComConfig,
+    MethodConfig,
+    NativePart,
+    Parts,
+    TableData,
+    TableState,
+)
+from torchrec_compress.methods.base import bucket_means
+from torchrec_compress.methods.storage import Remap
 
 
 @contextmanager
@@ -33,8 +48,7 @@ class HalfHashConfig(HashConfig):
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the buckets."""
         stored = super().parts(table, seed)
-        assert stored.bag is not None
-        return replace(stored, bag=replace(stored.bag, data_type=DataType.FP16))
+        return replace(stored, bags=tuple(replace(bag, data_type=DataType.FP16) for bag in stored.bags))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,3 +61,92 @@ class HalfMEmComConfig(MEmComConfig):
         """Return the rows and the scalars."""
         buckets, *rest = super().parts(table, seed).rows
         return Parts(rows=(replace(buckets, data_type=DataType.FP16), *rest))
+
+
+class Projection(BagDecoder):
+    """Multiply pooled rows of few values by a matrix."""
+
+    def __init__(self, width: int, embedding_dim: int, device: torch.device | None) -> None:
+        super().__init__()
+        self.projection = nn.Parameter(torch.empty(width, embedding_dim, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the matrix."""
+        if not self.projection.is_meta:
+            nn.init.normal_(self.projection, std=self.projection.shape[0] ** -0.5)
+
+    def forward(self, bags: list[Tensor]) -> Tensor:
+        """Return (B, D) of one (B, width)."""
+        (pooled,) = bags
+        return pooled @ self.projection
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(MethodConfig):
+    """Rows of few values, and a matrix that all of them are multiplied by after pooling."""
+
+    method: ClassVar[str] = "low_rank"
+    needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "nothing"
+    new_ids: ClassVar[str] = "its untrained row"
+    width: int
+
+    def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
+        """Return the rows."""
+        return Parts(bags=(NativePart("factors", table.num_embeddings, self.width, Remap()),))
+
+    def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> Projection:
+        """Return the matrix."""
+        return Projection(self.width, table.embedding_dim, device)
+
+    def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:
+        """Return the bytes of the matrix."""
+        return 4 * self.width * table.embedding_dim
+
+    def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
+        """Return the best rows and matrix, by singular values."""
+        self.check_fit(table, data)
+        left, values, right = torch.linalg.svd(data.trained_rows(table), full_matrices=False)
+        rows = left[:, : self.width] * values[: self.width]
+        return TableState(native={"factors": rows}, decoder={"projection": right[: self.width]})
+
+
+class Sum(BagDecoder):
+    """Add two pooled rows."""
+
+    def forward(self, bags: list[Tensor]) -> Tensor:
+        """Return (B, D) of two (B, D)."""
+        first, second = bags
+        return first + second
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuotientRemainderConfig(MethodConfig):
+    """A row of the quotient of an id plus one of its remainder (arXiv 1909.02107, section 3, with a sum)."""
+
+    method: ClassVar[str] = "quotient_remainder"
+    needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "nothing"
+    new_ids: ClassVar[str] = "a row of two that others trained"
+    divisor: int
+
+    def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
+        """Return the two tables."""
+        quotients = math.ceil(table.num_embeddings / self.divisor)
+        sizes = (("quotient", quotients, "div"), ("remainder", self.divisor, "mod"))
+        return Parts(
+            bags=tuple(NativePart(name, n, table.embedding_dim, Remap(kind, self.divisor)) for name, n, kind in sizes)
+        )
+
+    def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> Sum:
+        """Return the sum."""
+        return Sum()
+
+    def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
+        """Return the mean row of every quotient, and of what is left of every remainder."""
+        self.check_fit(table, data)
+        quotient, remainder = self.parts(table, data.seed).bags
+        ids, rows = torch.arange(table.num_embeddings), data.trained_rows(table)
+        first = bucket_means(rows, quotient.remap(ids), quotient.num_embeddings, None)
+        rest = rows - first[quotient.remap(ids)]
+        second = bucket_means(rest, remainder.remap(ids), remainder.num_embeddings, None)
+        return TableState(native={"quotient": first, "remainder": second})

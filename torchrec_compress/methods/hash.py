@@ -51,7 +51,7 @@ class HashConfig(MethodConfig):
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return one native table of buckets."""
-        return Parts(bag=NativePart("buckets", self.num_buckets, table.embedding_dim, self._remap(table, seed)))
+        return Parts(bags=(NativePart("buckets", self.num_buckets, table.embedding_dim, self._remap(table, seed)),))
 
     def fit(self, table: BaseEmbeddingConfig, data: TableData) -> TableState:
         """Fill every bucket with the count-weighted mean of its rows."""

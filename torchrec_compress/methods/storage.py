@@ -73,7 +73,7 @@ class NativePart:
         data_type: of the stored weight, FP32 or FP16; what is looked up is float32 all the same.
 
     Raises:
-        ValueError: another data type, which TorchRec would store as FP16.
+        ValueError: a name that is no identifier; another data type, which TorchRec would store as FP16.
     """
 
     name: str
@@ -85,7 +85,9 @@ class NativePart:
     data_type: DataType = DataType.FP32
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a data type that TorchRec's tables do not have."""
+        """Raise ValueError for a name unfit for a module, or a data type that TorchRec's tables do not have."""
+        if not self.name.isidentifier():
+            raise ValueError(f"native part {self.name!r}: name must be an identifier, which module names are made of")
         if self.data_type not in (DataType.FP32, DataType.FP16):
             raise ValueError(
                 f"native part {self.name!r}: data_type must be FP32 or FP16, which TorchRec's tables train in, got "
@@ -149,20 +151,31 @@ class Parts:
 
     Args:
         codes: its code table.
-        bag: a native table that is pooled natively and is the embedding already.
+        bags: native tables that are pooled natively; a `BagDecoder` makes embeddings of them, or one is the embedding
+            already.
         rows: native tables whose unpooled rows go to the decoder.
         managed: a native table whose ids get rows while they are trained.
         dense: the user's own table, untouched.
+
+    Raises:
+        ValueError: bags beside other parts, or two parts of one name.
     """
 
     codes: CodePart | None = None
-    bag: NativePart | None = None
+    bags: tuple[NativePart, ...] = ()
     rows: tuple[NativePart, ...] = ()
     managed: ManagedPart | None = None
     dense: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for parts that do not go together."""
+        names = [part.name for part in self.native]
+        if len(set(names)) < len(names):
+            raise ValueError(f"parts: names of native parts must differ, got {names}")
+        if self.bags and (self.codes or self.rows or self.managed or self.dense):
+            raise ValueError(f"parts: bags are pooled without other parts, got others beside {names}")
+
     @property
     def native(self) -> tuple[NativePart, ...]:
         """All native parts."""
-        bag = () if self.bag is None else (self.bag,)
-        return bag + self.rows + (() if self.managed is None else (self.managed.rows,))
+        return self.bags + self.rows + (() if self.managed is None else (self.managed.rows,))

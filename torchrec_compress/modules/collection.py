@@ -15,7 +15,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec_compress.methods import MethodConfig, TableState
 from torchrec_compress.modules.blueprint import MANAGED, Blueprint
 from torchrec_compress.modules.code_tables import CodeTableCollection
-from torchrec_compress.modules.decoder import Decoder
+from torchrec_compress.modules.decoder import Decoder, decode_pooled
 from torchrec_compress.modules.features import IdRange
 from torchrec_compress.modules.footprint import Footprint, count
 from torchrec_compress.modules.managed import ManagedCollection
@@ -206,8 +206,9 @@ class CompressedParts(nn.Module):
         parts, weights = self.blueprint.parts[name], dict(self._native_weights(name))
         if parts.dense:
             return weights[""][ids].float()
-        if parts.bag is not None:
-            return weights[parts.bag.name][parts.bag.remap(ids)].float()
+        if parts.bags:
+            bags = [weights[part.name][part.remap(ids)].float() for part in parts.bags]
+            return decode_pooled(self.decoder.banks[name], bags).float() if name in self.decoder.banks else bags[0]
         if parts.managed is not None:
             assert self.managed is not None
             return self.managed.served(name, ids)

@@ -36,6 +36,8 @@ class RemappedFeature:
         remap: from ids to rows of the native table.
         table: the user's table.
         native_table: the native table.
+        planned: the name that planner, plan and constraints know the native table by: the user's table, and
+            "table.part" where a module holds several native tables of it.
     """
 
     feature: str
@@ -44,6 +46,7 @@ class RemappedFeature:
     remap: Remap
     table: str
     native_table: str
+    planned: str
 
 
 def remapped_ids(features: KeyedJaggedTensor, remaps: Sequence[RemappedFeature]) -> dict[str, Tensor]:
