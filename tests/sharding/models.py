@@ -17,6 +17,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, native_parameters
+from torchrec_compress.planner import translate_constraints
 from torchrec_compress.sharding import get_default_sharders
 
 RATE = 0.1
@@ -57,6 +58,7 @@ def make_plan(model: nn.Module, kind: str, sharders: list[ModuleSharder[nn.Modul
         wish = ("row_wise" if number % 3 else "data_parallel") if kind == "in turn" else kind
         wish = "table_wise" if method.method in stay and wish == "row_wise" else wish
         constraints[name] = ParameterConstraints(sharding_types=[wish])
+    constraints = translate_constraints(model, constraints, "cpu", sharders)
     topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
     planner = EmbeddingShardingPlanner(topology=topology, batch_size=8, constraints=constraints)
     return planner.collective_plan(model, sharders or get_default_sharders(), dist.GroupMember.WORLD)

@@ -1,8 +1,9 @@
 """Compression methods. A new one is a file here, a line below, a test case, a config and a README row."""
 
-from torchrec_compress.methods.base import METHODS, MethodConfig, TableData, TableDecoder, TableState, dense_bytes
+from torchrec_compress.methods.base import METHODS, MethodConfig, TableData, TableState, dense_bytes
 from torchrec_compress.methods.cafe import CafeConfig
 from torchrec_compress.methods.codebook import CodebookConfig, as_codebook
+from torchrec_compress.methods.decoders import BagDecoder, TableDecoder
 from torchrec_compress.methods.dense import DenseConfig
 from torchrec_compress.methods.hash import HashConfig
 from torchrec_compress.methods.lowbit import Int4Config, Int8Config
@@ -15,6 +16,7 @@ from torchrec_compress.methods.storage import NativePart, Parts
 
 __all__ = [
     "METHODS",
+    "BagDecoder",
     "CafeConfig",
     "CodebookConfig",
     "DenseConfig",

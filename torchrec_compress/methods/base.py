@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
+from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, BaseEmbeddingConfig, DataType
 
 from torchrec_compress.fit.checks import check_contexts, check_counts, check_seed
+from torchrec_compress.methods.decoders import BagDecoder, TableDecoder
 from torchrec_compress.methods.learned import Learned, TableData, TableState, check_sample
 from torchrec_compress.methods.storage import Parts
-from torchrec_compress.ops import BagLookup, Rows
 from torchrec_compress.schema import settle_numbers
 
 Config = TypeVar("Config", bound="MethodConfig")
@@ -37,51 +37,6 @@ def register(config: type[Config]) -> type[Config]:
         raise ValueError(f"method {config.method!r} must be registered once, got {config.__qualname__} as well")
     METHODS[config.method] = config
     return config
-
-
-class TableDecoder(nn.Module, ABC):
-    """The small replicated part of a compressed table: turns codes and native rows into pooled embeddings.
-
-    Attributes:
-        has_low_bit_rows: whether bytes of the table are rows of `ops.quantize_rows`.
-        row_dtype: "int8" or "int4" where the code table's rows are such rows, which are pooled where they lie.
-    """
-
-    has_low_bit_rows = False
-    row_dtype: Literal["int8", "int4"] | None = None
-
-    def bag_lookup(self, number: int, feature: str, where: str, is_mean: bool) -> BagLookup | None:
-        """Return a look-up of `ops.codebook_bags`, which serves all tables that have one in one call, or None.
-
-        A decoder that has one has `codebooks` and `hot_rows`, a tensor or None.
-
-        Args:
-            number: of the table's codebooks in that call.
-            feature: name of the feature.
-            where: names table and feature in errors.
-            is_mean: whether sums are divided by the ids of a bag.
-        """
-        return None
-
-    @abstractmethod
-    def forward(
-        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Rows]
-    ) -> Tensor:
-        """Return the sums over bags.
-
-        Args:
-            ids: (L,) integer.
-            offsets: (B + 1,) integer, or None for one bag per id.
-            weights: (L,) factors, or None.
-            codes: (L, row_size) integer, or None where the method has no code table.
-            rows: per native row part (L, dim), or where to find them.
-
-        Returns:
-            (B, D) floating point.
-        """
-
-    def reset_parameters(self) -> None:
-        """Initialise what is trained; called at construction and after a move from the meta device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +121,8 @@ class MethodConfig(ABC):
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return what the table is stored as."""
 
-    def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> TableDecoder | None:
-        """Return the table's decoder, or None where its native bag is the embedding already."""
+    def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> TableDecoder | BagDecoder | None:
+        """Return the table's decoder, a `BagDecoder` for bags, or None where one bag is the embedding already."""
         return None
 
     @abstractmethod
@@ -210,7 +165,7 @@ class MethodConfig(ABC):
         total = self.decoder_bytes(table)
         if parts.codes is not None:
             total += table.num_embeddings * parts.codes.row_size * parts.codes.dtype.itemsize + MARK_BYTES
-        total += sum(native.num_embeddings * native.embedding_dim * 4 for native in parts.native)
+        total += sum(native.num_bytes for native in parts.native)
         total += 0 if parts.managed is None else parts.managed.state_bytes
         return total + (dense_bytes(table) if parts.dense else 0)
 
@@ -226,7 +181,7 @@ class MethodConfig(ABC):
 
 def dense_bytes(table: BaseEmbeddingConfig) -> int:
     """Return the bytes of the user's own table."""
-    return table.num_embeddings * table.embedding_dim * (2 if table.data_type == DataType.FP16 else 4)
+    return table.num_embeddings * table.embedding_dim * DATA_TYPE_NUM_BITS[table.data_type] // 8
 
 
 def init_like(table: BaseEmbeddingConfig, weight: Tensor) -> None:

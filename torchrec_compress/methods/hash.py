@@ -53,7 +53,7 @@ class HashConfig(MethodConfig):
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return one native table of buckets."""
-        return Parts(bag=NativePart("buckets", self.num_buckets, table.embedding_dim, self._remap(table, seed)))
+        return Parts(bags=(NativePart("buckets", self.num_buckets, table.embedding_dim, self._remap(table, seed)),))
 
     def learn(self, table: BaseEmbeddingConfig, data: TableData) -> HashedTable:
         """Learn nothing: a row is the mean of its bucket's."""

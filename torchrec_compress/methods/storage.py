@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, DataType
 
 from torchrec_compress.managers import Blocks, RowManager
 from torchrec_compress.ops import hash_ids
@@ -69,6 +70,10 @@ class NativePart:
         remap: from the user's ids to its rows.
         init_fn: initialises its weight in place; None: as the user's table.
         decay: whether l2 may pull it towards zero.
+        data_type: of the stored weight, FP32 or FP16; what is looked up is float32 all the same.
+
+    Raises:
+        ValueError: a name that is no identifier; another data type, which TorchRec would store as FP16.
     """
 
     name: str
@@ -77,6 +82,22 @@ class NativePart:
     remap: Remap
     init_fn: Callable[[Tensor], Tensor | None] | None = None
     decay: bool = True
+    data_type: DataType = DataType.FP32
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a name unfit for a module, or a data type that TorchRec's tables do not have."""
+        if not self.name.isidentifier():
+            raise ValueError(f"native part {self.name!r}: name must be an identifier, which module names are made of")
+        if self.data_type not in (DataType.FP32, DataType.FP16):
+            raise ValueError(
+                f"native part {self.name!r}: data_type must be FP32 or FP16, which TorchRec's tables train in, got "
+                f"{self.data_type.value}"
+            )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its weight."""
+        return self.num_embeddings * self.embedding_dim * DATA_TYPE_NUM_BITS[self.data_type] // 8
 
 
 @dataclass(frozen=True)
@@ -87,11 +108,21 @@ class ManagedPart:
         rows: the table; as many rows for each block, and `rows.remap` says no more than its salt.
         blocks: of its ids.
         manager: number of blocks and device -> what manages them.
+
+    Raises:
+        ValueError: the table is not of float32 rows, which managers move and score.
     """
 
     rows: NativePart
     blocks: Blocks
     manager: Callable[[int, torch.device | None], RowManager]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless rows are float32."""
+        if self.rows.data_type != DataType.FP32:
+            raise ValueError(
+                f"managed part {self.rows.name!r}: data_type must be FP32, got {self.rows.data_type.value}"
+            )
 
     @property
     def rows_per_block(self) -> int:
@@ -120,20 +151,31 @@ class Parts:
 
     Args:
         codes: its code table.
-        bag: a native table that is pooled natively and is the embedding already.
+        bags: native tables that are pooled natively; a `BagDecoder` makes embeddings of them, or one is the embedding
+            already.
         rows: native tables whose unpooled rows go to the decoder.
         managed: a native table whose ids get rows while they are trained.
         dense: the user's own table, untouched.
+
+    Raises:
+        ValueError: bags beside other parts, or two parts of one name.
     """
 
     codes: CodePart | None = None
-    bag: NativePart | None = None
+    bags: tuple[NativePart, ...] = ()
     rows: tuple[NativePart, ...] = ()
     managed: ManagedPart | None = None
     dense: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for parts that do not go together."""
+        names = [part.name for part in self.native]
+        if len(set(names)) < len(names):
+            raise ValueError(f"parts: names of native parts must differ, got {names}")
+        if self.bags and (self.codes or self.rows or self.managed or self.dense):
+            raise ValueError(f"parts: bags are pooled without other parts, got others beside {names}")
+
     @property
     def native(self) -> tuple[NativePart, ...]:
         """All native parts."""
-        bag = () if self.bag is None else (self.bag,)
-        return bag + self.rows + (() if self.managed is None else (self.managed.rows,))
+        return self.bags + self.rows + (() if self.managed is None else (self.managed.rows,))

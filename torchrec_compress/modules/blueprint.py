@@ -118,11 +118,11 @@ class Blueprint(Generic[TableConfig]):
         """Return the physical tables that are pooled natively behind rewritten ids, and their look-ups."""
         tables, remaps = [], []
         for table in self.tables:
-            part = self.parts[table.name].bag
-            if part is not None and isinstance(table, EmbeddingBagConfig):
-                keys = [lookup.key for lookup in self.by_table[table.name]]
-                tables.append(EmbeddingBagConfig(**_physical(table, part, keys), pooling=table.pooling))
-                remaps += self._remapped(table, part)
+            if isinstance(table, EmbeddingBagConfig):
+                for part in self.parts[table.name].bags:
+                    physical = _physical(table, part, self._keys(table, part))
+                    tables.append(EmbeddingBagConfig(**physical, pooling=table.pooling))
+                    remaps += self._remapped(table, part)
         return tables, remaps
 
     def rows(self) -> dict[str, tuple[list[EmbeddingConfig], list[RemappedFeature]]]:
@@ -134,8 +134,7 @@ class Blueprint(Generic[TableConfig]):
         for table in self.tables:
             for part in self._unpooled(table.name):
                 tables, remaps = groups.setdefault(row_group(part), ([], []))
-                keys = [lookup.key for lookup in self.by_table[table.name]]
-                tables.append(EmbeddingConfig(**_physical(table, part, keys)))
+                tables.append(EmbeddingConfig(**_physical(table, part, self._keys(table, part))))
                 remaps += self._remapped(table, part)
         return groups
 
@@ -151,11 +150,18 @@ class Blueprint(Generic[TableConfig]):
                 found.append(ManagedTable(table.name, table.num_embeddings, part, native, names, keys))
         return found
 
-    def row_groups(self, table: str) -> list[str]:
-        """Return the group of each of a table's unpooled parts, in the order that its decoder takes them."""
-        if self.parts[table].managed is not None:
-            return [MANAGED]
-        return [row_group(part) for part in self._unpooled(table)]
+    def found_rows(self, lookup: Lookup) -> list[tuple[str, str]]:
+        """Return where a look-up's rows of each unpooled part are, in the order that its decoder takes them.
+
+        By group, and by key in the group.
+        """
+        if self.parts[lookup.table.name].managed is not None:
+            return [(MANAGED, lookup.key)]
+        return [(row_group(part), native_key(lookup, part)) for part in self._unpooled(lookup.table.name)]
+
+    def bag_keys(self, lookup: Lookup) -> list[str]:
+        """Return the key of a look-up's bag of each part that is pooled natively."""
+        return [native_key(lookup, part) for part in self.parts[lookup.table.name].bags]
 
     def native_names(self, table: str) -> dict[str, str]:
         """Return the physical table name of every native part of a table, by part name."""
@@ -168,17 +174,33 @@ class Blueprint(Generic[TableConfig]):
         }
 
     def _unpooled(self, table: str) -> tuple[NativePart, ...]:
-        """Return a table's unpooled parts; in an unpooled collection its bag is one of them."""
+        """Return a table's unpooled parts; in an unpooled collection its bags are among them."""
         parts = self.parts[table]
         bag_tables = any(isinstance(config, EmbeddingBagConfig) for config in self.tables)
-        return parts.rows if bag_tables or parts.bag is None else (parts.bag, *parts.rows)
+        return parts.rows if bag_tables else parts.bags + parts.rows
+
+    def _keys(self, table: BaseEmbeddingConfig, part: NativePart) -> list[str]:
+        return [native_key(lookup, part) for lookup in self.by_table[table.name]]
 
     def _remapped(self, table: BaseEmbeddingConfig, part: NativePart) -> list[RemappedFeature]:
-        native = physical_name(table.name, part)
+        native, planned = physical_name(table.name, part), self._planned_name(table, part)
         return [
-            RemappedFeature(lookup.feature, lookup.key, table.num_embeddings, part.remap, table.name, native)
+            RemappedFeature(
+                lookup.feature,
+                native_key(lookup, part),
+                table.num_embeddings,
+                part.remap,
+                table.name,
+                native,
+                planned,
+            )
             for lookup in self.by_table[table.name]
         ]
+
+    def _planned_name(self, table: BaseEmbeddingConfig, part: NativePart) -> str:
+        """Return the table's name, and the part's where a module holds several of the table."""
+        is_one_of_several = len(self.parts[table.name].bags) > 1 and isinstance(table, EmbeddingBagConfig)
+        return f"{table.name}.{part.name}" if is_one_of_several else table.name
 
 
 def _with_features(table: TableConfig) -> TableConfig:
@@ -193,6 +215,11 @@ def physical_name(table: str, part: NativePart) -> str:
     return f"{table}__{part.name}"
 
 
+def native_key(lookup: Lookup, part: NativePart) -> str:
+    """Return the name of a look-up of a native table, unique over the collection."""
+    return f"{lookup.key}:{part.name}"
+
+
 def row_group(part: NativePart) -> str:
     """Return the name of the collection that holds an unpooled part."""
     return f"{part.name}_{part.embedding_dim}"
@@ -204,6 +231,7 @@ def _physical(table: BaseEmbeddingConfig, part: NativePart, keys: list[str]) -> 
         "num_embeddings": part.num_embeddings,
         "embedding_dim": part.embedding_dim,
         "feature_names": keys,
+        "data_type": part.data_type,
         "init_fn": part.init_fn or partial(init_like, table),
     }
 

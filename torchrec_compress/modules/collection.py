@@ -15,13 +15,13 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec_compress.methods import MethodConfig, TableState
 from torchrec_compress.modules.blueprint import MANAGED, Blueprint
 from torchrec_compress.modules.code_tables import CodeTableCollection
-from torchrec_compress.modules.decoder import Decoder
+from torchrec_compress.modules.decoder import Decoder, decode_pooled
 from torchrec_compress.modules.features import IdRange
 from torchrec_compress.modules.footprint import Footprint, count
 from torchrec_compress.modules.managed import ManagedCollection
-from torchrec_compress.modules.remapped import RemappedEmbeddingCollection
+from torchrec_compress.modules.remapped import RemappedEmbeddingCollection, found_rows
 from torchrec_compress.modules.replicated import strip_where_replicated
-from torchrec_compress.ops import NOT_SUMMED, check_ids, lookup_codes
+from torchrec_compress.ops import NOT_SUMMED, TableRows, check_ids, lookup_codes
 from torchrec_compress.seams import shape_and_dtype
 
 logger = logging.getLogger(__name__)
@@ -210,8 +210,9 @@ class CompressedParts(nn.Module):
         parts, weights = self.blueprint.parts[name], dict(self._native_weights(name))
         if parts.dense:
             return weights[""][ids].float()
-        if parts.bag is not None:
-            return weights[parts.bag.name][parts.bag.remap(ids)]
+        if parts.bags:
+            bags = [weights[part.name][part.remap(ids)].float() for part in parts.bags]
+            return decode_pooled(self.decoder.banks[name], bags).float() if name in self.decoder.banks else bags[0]
         if parts.managed is not None:
             assert self.managed is not None
             return self.managed.served(name, ids)
@@ -222,7 +223,7 @@ class CompressedParts(nn.Module):
             bank.check()
             self.code_tables.warn_of_start_codes(name)
             codes = lookup_codes(bank.codes, bank.is_set, ids, f"table {name!r}")  # type: ignore[arg-type]
-        rows = [weights[part.name][part.remap(ids)] for part in parts.rows]
+        rows = [found_rows(TableRows(weights[part.name], part.remap(ids))) for part in parts.rows]
         return self.decoder.banks[name](ids, None, None, codes, rows)
 
     def footprint(self) -> Footprint:

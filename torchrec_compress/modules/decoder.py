@@ -11,6 +11,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 from torchrec.modules.embedding_modules import process_pooled_embeddings, reorder_inverse_indices
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_compress.methods import NativePart
 from torchrec_compress.modules.blueprint import Blueprint, Lookup
 from torchrec_compress.modules.codes import Codes, pool_codes, pool_low_bit, row_codes, unpooled_codes
 from torchrec_compress.modules.features import split_features
@@ -65,10 +66,14 @@ class Decoder(nn.Module):
             bank = blueprint.methods[table.name].decoder(table, device)
             if bank is not None:
                 self.banks[table.name] = bank
+            else:
+                _check_is_embedding(table, blueprint.parts[table.name].bags)
         self._format = StateFormat(blueprint, self.banks)
         self.register_buffer("format_version", torch.full((1,), FORMAT_VERSION, device=device))
         self.register_buffer("layout", torch.tensor(self._format.layout, dtype=torch.int64, device=device))
-        self._decoded = [lookup for lookup in blueprint.lookups if lookup.table.name in self.banks]
+        mine = [lookup for lookup in blueprint.lookups if lookup.table.name in self.banks]
+        self._decoded = [lookup for lookup in mine if not blueprint.parts[lookup.table.name].bags]
+        self._bagged = [lookup for lookup in mine if blueprint.parts[lookup.table.name].bags]
         self._bag_lookups: list[BagLookup] = []
         self._coded_keys: list[str] = []
         self._coded_tables: list[str] = []
@@ -94,8 +99,13 @@ class Decoder(nn.Module):
 
     @property
     def lookups(self) -> list[Lookup]:
-        """The look-ups that this module decodes, in the order of its outputs."""
+        """The look-ups that `forward` and `unpooled` decode, in the order of their outputs."""
         return self._decoded
+
+    @property
+    def bagged(self) -> list[Lookup]:
+        """The look-ups that `decode_bags` decodes."""
+        return self._bagged
 
     def reset_parameters(self) -> None:
         """Initialise every table's decoder; call it after materialising from the meta device."""
@@ -176,6 +186,19 @@ class Decoder(nn.Module):
             for lookup, mine in zip(self._decoded, self._is_coded, strict=True)
         ]
 
+    def decode_bags(self, bags: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the embeddings of the tables that are decoded after they were pooled, by look-up key.
+
+        Args:
+            bags: (B, width), or unpooled (L, width), by the keys of native look-ups.
+        """
+        return {
+            lookup.key: decode_pooled(
+                self.banks[lookup.table.name], [bags[key] for key in self.blueprint.bag_keys(lookup)]
+            )
+            for lookup in self._bagged
+        }
+
     def _coded(self, codes: dict[str, Codes] | None) -> tuple[list[Codes], list[Tensor], list[Tensor | None]]:
         """Return the codes of every look-up of codes, and the codebooks and hot rows of their tables."""
         assert codes is not None
@@ -200,8 +223,24 @@ class Decoder(nn.Module):
         found = None
         if codes is not None and self.blueprint.parts[table].codes is not None:
             found = row_codes(codes[lookup.key], ids, _where(lookup))
-        native = [found_rows(rows[group][lookup.key]) for group in self.blueprint.row_groups(table)]
+        native = [found_rows(rows[group][key]) for group, key in self.blueprint.found_rows(lookup)]
         return bank(ids, offsets, weights, found, native)
+
+
+def decode_pooled(bank: nn.Module, bags: list[Tensor]) -> Tensor:
+    """Return the embeddings, (B, D), of pooled bags, (B, width) each, cast to what the decoder's parameters are."""
+    dtype = next((parameter.dtype for parameter in bank.parameters()), torch.float32)
+    return bank([bag.to(dtype) for bag in bags])
+
+
+def _check_is_embedding(table: BaseEmbeddingConfig, bags: tuple[NativePart, ...]) -> None:
+    """Raise ValueError where bags without a decoder are not the embedding already."""
+    widths = {part.name: part.embedding_dim for part in bags}
+    if bags and [*widths.values()] != [table.embedding_dim]:
+        raise ValueError(
+            f"table {table.name!r}: a method without a decoder must have one bag of width {table.embedding_dim}, got "
+            f"{widths}; return a BagDecoder"
+        )
 
 
 def _is_mean(table: BaseEmbeddingConfig) -> bool:

@@ -79,6 +79,12 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         self._guard_dense_tables([self.code_tables, *self.rows.values(), self.managed])
         self._features = sorted({lookup.feature for lookup in blueprint.lookups})
         self._dense_lookups = self._names_in_dense(dense)
+        self._bags = [
+            place
+            for lookup in blueprint.lookups
+            if blueprint.parts[lookup.table.name].bags
+            for place in blueprint.found_rows(lookup)
+        ]
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Return the rows of every feature's ids."""
@@ -93,10 +99,13 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
             found = {key: dense[name].values() for key, name in self._dense_lookups.items()}
         for lookup, values in zip(self.decoder.lookups, self.decoder.unpooled(features, codes, rows), strict=True):
             found[lookup.key] = values.float()  # whatever the parameters are cast to, as TorchRec's own are
+        bags = {key: gathered_rows(rows[group][key]) for group, key in self._bags}
+        for key, values in self.decoder.decode_bags(bags).items():
+            found[key] = values.float()
         for lookup in self.blueprint.lookups:
             if lookup.key not in found:  # a native bag: its rows are the embedding
-                (group,) = self.blueprint.row_groups(lookup.table.name)
-                found[lookup.key] = gathered_rows(rows[group][lookup.key])
+                (key,) = self.blueprint.bag_keys(lookup)
+                found[lookup.key] = bags[key]
         return {
             lookup.output: jagged_rows(found[lookup.key], jagged[lookup.feature], self._need_indices)
             for lookup in self.blueprint.lookups

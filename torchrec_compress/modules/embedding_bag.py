@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ _NATIVE = (
     RemappedEmbeddingCollection,
     ManagedCollection,
 )
+
+# the pieces that an output is put together from, in the order of `assemble`
+_DECODED, _OF_BAGS, _POOLED = 0, 1, 2
 
 torch.fx.wrap("check_batch_weights")
 torch.fx.wrap("check_features")
@@ -118,9 +121,11 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         if self.bags is not None:
             pooled.append(self.bags(features))
         decoded = self.decoder(features, codes, rows) if self.decoder.lookups else None
+        of_bags = self.decoder.decode_bags(bags_by_key(pooled[-1])) if self.decoder.bagged else {}
         return assemble(
             pooled,
             decoded,
+            of_bags,
             self._sources,
             [lookup.output for lookup in self.blueprint.lookups],
             [lookup.table.embedding_dim for lookup in self.blueprint.lookups],
@@ -132,16 +137,18 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         bags = [bag for part in stock if type(part) is EmbeddingBagCollection for bag in part.embedding_bags.values()]
         return list(dict.fromkeys(bag.weight.dtype for bag in bags))  # type: ignore[union-attr]
 
-    def _find_sources(self, dense: list[EmbeddingBagConfig]) -> list[tuple[int, str, int]]:
-        """Return (pooled piece, key there, 0) or (-1, "", number among the decoded) for each output."""
+    def _find_sources(self, dense: list[EmbeddingBagConfig]) -> list[tuple[int, str | int]]:
+        """Return the piece that each output is in, and where it is there, as `assemble` wants it."""
         keys = [lookup.key for table in dense for lookup in self.blueprint.by_table[table.name]]
         names = [name for of_table in get_embedding_names_by_table(dense) for name in of_table]
-        found = {key: (0, name, 0) for key, name in zip(keys, names, strict=True)}
-        number = int(self.dense is not None)
+        found: dict[str, tuple[int, str | int]] = {}
+        found |= {lookup.key: (_DECODED, number) for number, lookup in enumerate(self.decoder.lookups)}
+        found |= {lookup.key: (_OF_BAGS, lookup.key) for lookup in self.decoder.bagged}
+        found |= {key: (_POOLED, name) for key, name in zip(keys, names, strict=True)}
         for lookup in self.blueprint.lookups:
-            if self.blueprint.parts[lookup.table.name].bag is not None:
-                found[lookup.key] = (number, lookup.key, 0)
-        found |= {lookup.key: (-1, "", n) for n, lookup in enumerate(self.decoder.lookups)}
+            if lookup.key not in found:  # a bag that is the embedding already
+                (key,) = self.blueprint.bag_keys(lookup)
+                found[lookup.key] = (_POOLED + int(self.dense is not None), key)
         return [found[lookup.key] for lookup in self.blueprint.lookups]
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
@@ -158,10 +165,17 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
 
 
 @torch.fx.wrap
+def bags_by_key(pooled: KeyedTensor) -> dict[str, Tensor]:
+    """Return the bags of native tables, (B, width) by key."""
+    return pooled.to_dict()
+
+
+@torch.fx.wrap
 def assemble(
     pooled: list[KeyedTensor],
     decoded: Tensor | None,
-    sources: list[tuple[int, str, int]],
+    of_bags: dict[str, Tensor],
+    sources: list[tuple[int, str | int]],
     keys: list[str],
     widths: list[int],
 ) -> KeyedTensor:
@@ -170,7 +184,8 @@ def assemble(
     Args:
         pooled: outputs of native collections, found by key: once sharded, TorchRec orders them by rank.
         decoded: (B, sum of their widths), or None.
-        sources: for each output, where it is, see `_find_sources`.
+        of_bags: (B, width) by look-up key, decoded after pooling.
+        sources: for each output its piece (`decoded`, `of_bags` or one of `pooled`) and its number or key there.
         keys: of the output.
         widths: of the output's keys.
 
@@ -181,10 +196,11 @@ def assemble(
         decoded = decoded.float()  # whatever the parameters are cast to, as TorchRec's own do
     if decoded is not None and not pooled:  # all of it, and in this order
         return KeyedTensor(keys=keys, length_per_key=widths, values=decoded)
-    by_key = [piece.to_dict() for piece in pooled]
-    ours = [width for (piece, _, _), width in zip(sources, widths, strict=True) if piece < 0]
+    ours = [width for (piece, _), width in zip(sources, widths, strict=True) if piece == _DECODED]
     parts = () if decoded is None else decoded.split(ours, dim=1)
-    columns = [parts[number] if piece < 0 else by_key[piece][name] for piece, name, number in sources]
+    bags = {key: values.float() for key, values in of_bags.items()}
+    pieces: list[Any] = [parts, bags, *(piece.to_dict() for piece in pooled)]
+    columns = [pieces[piece][place] for piece, place in sources]
     return KeyedTensor(keys=keys, length_per_key=widths, values=torch.cat(columns, dim=1))
 
 

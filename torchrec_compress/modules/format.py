@@ -6,10 +6,10 @@ import zlib
 from typing import Any
 
 import torch
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.methods.base import TableDecoder
-from torchrec_compress.methods.storage import CodePart
+from torchrec_compress.methods.storage import CodePart, NativePart
 from torchrec_compress.modules.blueprint import Blueprint
 from torchrec_compress.ops import SCALE_BYTES
 
@@ -88,7 +88,7 @@ class StateFormat:
         method = (codes is None, [(p.name, p.remap.kind) for p in native], [name for name, _ in tensors], *formats)
         sizes = (
             (table.num_embeddings, table.embedding_dim, codes),
-            [(p.num_embeddings, p.embedding_dim, p.remap.value) for p in native],
+            [(p.num_embeddings, p.embedding_dim, p.remap.value, *_half(p)) for p in native],
             [(tuple(tensor.shape), str(tensor.dtype)) for _, tensor in tensors],
         )
         if parts.managed is not None:
@@ -96,3 +96,8 @@ class StateFormat:
             method += tuple(state)
             sizes += (parts.managed.blocks.num_blocks, [tuple(buffer.shape) for buffer in state.values()])
         return [zlib.crc32(repr(field).encode()) for field in (method, sizes, [p.remap.salt for p in native])]
+
+
+def _half(part: NativePart) -> list[str]:
+    """Return what tells a part in half precision from one in float32, of which nothing is said."""
+    return [] if part.data_type == DataType.FP32 else [part.data_type.value]

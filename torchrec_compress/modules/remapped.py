@@ -36,6 +36,8 @@ class RemappedFeature:
         remap: from ids to rows of the native table.
         table: the user's table.
         native_table: the native table.
+        planned: the name that planner, plan and constraints know the native table by: the user's table, and
+            "table.part" where a module holds several native tables of it.
     """
 
     feature: str
@@ -44,6 +46,7 @@ class RemappedFeature:
     remap: Remap
     table: str
     native_table: str
+    planned: str
 
 
 def remapped_ids(features: KeyedJaggedTensor, remaps: Sequence[RemappedFeature]) -> dict[str, Tensor]:
@@ -190,7 +193,12 @@ class RemappedEmbeddingBagRows(RemappedEmbeddingCollection):
 
 
 def found_rows(found: FoundRows) -> Rows:
-    """Return rows, (L, width), without bags around them, or where they are."""
+    """Return rows, (L, width), without bags around them, or where they are; half-precision ones as float32 rows.
+
+    So that a decoder sees what TorchRec's sharded tables give it, float32, whatever a table is stored in.
+    """
+    if isinstance(found, TableRows) and found.weight.dtype == torch.float16:
+        return found.gather().float()
     return found.values() if isinstance(found, JaggedTensor) else found
 
 

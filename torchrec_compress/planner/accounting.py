@@ -47,14 +47,14 @@ _FUSED_STATE: dict[str, tuple[int, int]] = {
     "partial_row_wise_lamb": (1, 1),
     "none": (0, 0),
 }
-# bytes per parameter, and per tensor (PyTorch's float32 step count)
-_DENSE_STATE: dict[str, tuple[float, int]] = {
-    "sgd": (0.0, 0),
-    "momentum": (4.0, 0),
-    "adagrad": (4.0, 4),
-    "rmsprop": (4.0, 4),
-    "adam": (8.0, 4),
-    "adamw": (8.0, 4),
+# values per parameter, in the parameter's own dtype, and bytes per tensor (PyTorch's float32 step count)
+_DENSE_STATE: dict[str, tuple[int, int]] = {
+    "sgd": (0, 0),
+    "momentum": (1, 0),
+    "adagrad": (1, 4),
+    "rmsprop": (1, 4),
+    "adam": (2, 4),
+    "adamw": (2, 4),
 }
 
 
@@ -93,22 +93,30 @@ def check_dense_optimizer(optimizer: DenseOptimizer) -> None:
         )
 
 
-def dense_state_bytes(num_values: int, optimizer: DenseOptimizer) -> int:
-    """Return the bytes of state that a dense optimizer keeps for one tensor of float32 parameters.
+def dense_state_bytes(num_values: int, optimizer: DenseOptimizer, value_bytes: int = 4) -> int:
+    """Return the bytes of state that a dense optimizer keeps for one tensor of parameters.
+
+    Args:
+        num_values: parameters of the tensor.
+        optimizer: its name, or its bytes of state per parameter, whatever the parameter's size.
+        value_bytes: of a parameter, and so of a value of PyTorch's state.
 
     Example:
-        >>> dense_state_bytes(1000, "adam"), dense_state_bytes(1000, "sgd"), dense_state_bytes(1000, 2.0)
-        (8004, 0, 2000)
+        >>> dense_state_bytes(1000, "adam"), dense_state_bytes(1000, "adam", 2), dense_state_bytes(1000, 2.0)
+        (8004, 4004, 2000)
     """
     check_dense_optimizer(optimizer)
-    per_value, per_tensor = _DENSE_STATE[optimizer] if isinstance(optimizer, str) else (optimizer, 0)
-    return round(num_values * per_value) + per_tensor
+    if not isinstance(optimizer, str):
+        return round(num_values * optimizer)
+    per_value, per_tensor = _DENSE_STATE[optimizer]
+    return num_values * per_value * value_bytes + per_tensor
 
 
 def fused_state_bytes(rows: int, columns: int, optimizer: str | None) -> int:
     """Return the bytes of state that FBGEMM keeps for one shard of a table; None is no optimizer in the backward.
 
-    An optimizer that is not known counts one value per weight, as it does for TorchRec.
+    They are float32 whatever the table is stored in. An optimizer that is not known counts one value per weight, as it
+    does for TorchRec.
 
     Example:
         >>> fused_state_bytes(1000, 16, "RowWiseAdagrad"), fused_state_bytes(1000, 16, "Adam")
@@ -159,11 +167,12 @@ def shard_bytes(
         dense_optimizer: that trains replicated parameters.
     """
     rows, columns = shard.size
-    weights = rows * columns * option.tensor.element_size()
+    value_bytes = option.tensor.element_size()
+    weights = rows * columns * value_bytes
     if not option.tensor.is_floating_point():
         return ShardBytes(weights, 0, 0)
     if is_replicated(option):
-        return ShardBytes(weights, dense_state_bytes(rows * columns, dense_optimizer), weights)
+        return ShardBytes(weights, dense_state_bytes(rows * columns, dense_optimizer, value_bytes), weights)
     managed = managed_bytes(option) * rows // option.tensor.shape[0]
     return ShardBytes(weights, fused_state_bytes(rows, columns, fused_optimizer(option, fused_params)), 0, managed)
 

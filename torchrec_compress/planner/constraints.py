@@ -88,7 +88,8 @@ def translate_constraints(
 
     Args:
         module: the model, before it is sharded.
-        constraints: by table name; they are copied, never written to. "table.tensor" names a decoder's tensor.
+        constraints: by table name; they are copied, never written to. "table.tensor" names a decoder's tensor, and
+            "table.part" one of several native tables, which else gets its table's.
         compute_device: of the topology: "cpu", "cuda" or "mtia".
         sharders: as for the planner, default `torchrec_compress.sharding.get_default_sharders()`.
 
@@ -110,20 +111,28 @@ def translate_constraints(
         _check_names(f"constraints[{name!r}].sharding_types", wish.sharding_types, ShardingType)
         _check_names(f"constraints[{name!r}].compute_kernels", wish.compute_kernels, EmbeddingComputeKernel)
     found: dict[str, list[ParameterConstraints]] = {}
+    used = set()
     for path, part, sharder in shardable_modules(module, get_default_sharders() if sharders is None else sharders):
         for name in sharder.shardable_parameters(part):
-            if name in wishes:
+            asked = name if name in wishes else _table_of(part, name)
+            if asked in wishes:
+                used.add(asked)
                 kind = _PARTS.get(type(part))
                 where = f"table {name!r}, {kind} {path!r}"
                 can = {
                     how: sharder.compute_kernels(how, compute_device) for how in sharder.sharding_types(compute_device)
                 }
-                mine = wishes[name] if kind is None else _translate(wishes[name], can, where)
+                mine = wishes[asked] if kind is None else _translate(wishes[asked], can, where)
                 found.setdefault(name, []).append(_for_codes(mine, where) if kind == "code table" else mine)
-    unknown = sorted(set(wishes) - set(found))
+    unknown = sorted(set(wishes) - used)
     if unknown:
         logger.warning("constraints: no table or tensor is called %s; they have no effect", unknown)
-    return {name: _together(found[name]) if name in found else wishes[name] for name in wishes}
+    return {**wishes, **{name: _together(of_parts) for name, of_parts in found.items()}}
+
+
+def _table_of(part: nn.Module, name: str) -> str:
+    """Return the user's table of a native table that is one of several; what is planned otherwise has its own name."""
+    return name.partition(".")[0] if isinstance(part, RemappedEmbeddingBagCollection) else name
 
 
 def _check_names(where: str, names: Sequence[str] | None, known: type[Enum]) -> None:

@@ -71,11 +71,10 @@ class Counting:
 
     def _table_of(self, option: ShardingOption) -> tuple[str, str]:
         """Return the path of the collection and the name of the user's table that an option belongs to."""
-        name = option.name.partition(".")[0] if isinstance(option.module[1], Decoder) else option.name
         owners = [path for path in self._collections if not path or option.path.startswith(f"{path}.")]
         if not owners:
-            return option.path, name
-        path = max(owners, key=len)
+            return option.path, option.name
+        path, name = max(owners, key=len), option.name.partition(".")[0]
         # a native table whose own sharder was not passed is planned by TorchRec's, by its own name
         return path, self._native_names.get((path, name), name)
 

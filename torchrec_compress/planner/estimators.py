@@ -24,12 +24,12 @@ from torchrec.distributed.planner.types import (
     ShardingOption,
     Topology,
 )
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, EmbeddingBagConfig
 
 from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.managed import ManagedCollection
-from torchrec_compress.modules.remapped import RemappedEmbeddingCollection
+from torchrec_compress.modules.remapped import RemappedEmbeddingBagCollection, RemappedEmbeddingCollection
 from torchrec_compress.ops import requested_backend
 from torchrec_compress.planner.accounting import (
     DenseOptimizer,
@@ -115,8 +115,11 @@ class _Estimator(ShardEstimator):
             plan_as(stand_in, rows, is_pooled=False)
             for shard in stand_in.shards:
                 shard.size = [shard.size[0], row_bytes]
-        elif isinstance(part, RemappedEmbeddingCollection | ManagedCollection):
-            plan_as(stand_in, is_pooled=False)
+        elif isinstance(part, RemappedEmbeddingBagCollection | RemappedEmbeddingCollection | ManagedCollection):
+            # FBGEMM's kernels make float32 of a table in half precision
+            stand_in.output_dtype = option.output_dtype or DataType.FP32
+            if not isinstance(part, RemappedEmbeddingBagCollection):
+                plan_as(stand_in, is_pooled=False)
         elif isinstance(part, Decoder):
             stand_in.name, _, tensor = option.name.partition(".")
             lookups = self._decoder_lookups(part, stand_in.name, tensor, option.batch_size)

@@ -97,8 +97,9 @@ def decoded_bytes(table: BaseEmbeddingConfig, lookups: Lookups, makes_rows: bool
 def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size: int) -> dict[str, int]:
     """Return the bytes of a step's embeddings that no stored tensor of a decoder stands for, by table name.
 
-    Low-bit rows and MEmCom are decoded without codebooks, so the estimators have no option to charge it to. MEmCom
-    makes a row per id before it pools; low-bit rows are pooled where they lie, on a GPU a piece at a time.
+    Low-bit rows, MEmCom and bags with a decoder are decoded without codebooks, so the estimators have no option to
+    charge it to. MEmCom makes a row per id before it pools; low-bit rows are pooled where they lie, on a GPU a piece at
+    a time; bags are decoded when they are pooled.
 
     Args:
         module: the model.
@@ -108,11 +109,12 @@ def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size:
     found: dict[str, int] = {}
     for part in module.modules():
         if isinstance(part, CompressedParts):
-            charged = {name.partition(".")[0] for name in part.decoder.replicated_tensors()}
+            tensors = [name.partition(".") for name in part.decoder.replicated_tensors()]
+            charged = {table for table, _, tensor in tensors if tensor == "codebooks"}
             for name in part.decoder.banks:
                 if name not in charged:
                     table = part.blueprint.by_table[name][0].table
                     lookups = Lookups.of(name, constraints, batch_size)
-                    makes_rows = part.blueprint.methods[name].makes_rows
+                    makes_rows = part.blueprint.methods[name].makes_rows and not part.blueprint.parts[name].bags
                     found[name] = found.get(name, 0) + decoded_bytes(table, lookups, makes_rows)
     return found

@@ -14,7 +14,6 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from torchrec_compress.methods import DenseConfig, MethodConfig
 from torchrec_compress.modules.collection import CompressedParts
-from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.embedding import CompressedEmbeddingCollection
 from torchrec_compress.modules.embedding_bag import CompressedEmbeddingBagCollection
 from torchrec_compress.planner.constraints import shardable_modules, translate_constraints
@@ -81,7 +80,7 @@ class WhatIf:
 
     def table_of(self, option: ShardingOption) -> str:
         """Return the name of the user's table that an option belongs to."""
-        return option.name.partition(".")[0] if isinstance(option.module[1], Decoder) else option.name
+        return option.name.partition(".")[0]
 
     def _parts(self) -> list[Any]:
         return [*self._collections, *self._stock]

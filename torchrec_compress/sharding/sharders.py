@@ -95,12 +95,13 @@ class CodeTableCollectionSharder(BaseEmbeddingSharder[CodeTableCollection]):
 class _RemappedSharder(NativeSharder[Module]):
     """What the two sharders of native tables share.
 
-    The planner, and so the user's constraints, know a native table by the name of the user's table.
+    The planner, and so the user's constraints, know a native table by the name of the user's table, and by
+    "table.part" where the module holds several of it.
     """
 
     def _native_names(self, module: Module) -> dict[str, str]:
-        """Return the physical table name by the name of the user's table."""
-        return {entry.table: entry.native_table for entry in module.remaps}  # type: ignore[union-attr]
+        """Return the physical table name by the name that a plan has for it."""
+        return {entry.planned: entry.native_table for entry in module.remaps}  # type: ignore[union-attr]
 
     def _native_plan(
         self, module: Module, params: dict[str, ParameterSharding], device: torch.device, path: str | None
@@ -109,12 +110,12 @@ class _RemappedSharder(NativeSharder[Module]):
         if device.type == "cpu":
             check_no_empty_shard(params)
         tell_of_defaults(module.native.parameters(), sorted(params), self.fused_params)  # type: ignore[union-attr]
-        return {physical: params[table] for table, physical in self._native_names(module).items()}
+        return {physical: params[planned] for planned, physical in self._native_names(module).items()}
 
     def shardable_parameters(self, module: Module) -> dict[str, nn.Parameter]:
-        """Return the native tables by the names of the user's tables."""
+        """Return the native tables by the names that a plan has for them."""
         native = self._stock.shardable_parameters(module.native)
-        return {table: native[physical] for table, physical in self._native_names(module).items()}
+        return {planned: native[physical] for planned, physical in self._native_names(module).items()}
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         """Return TorchRec's kernels."""
