@@ -230,7 +230,7 @@ class Undecoded(MethodConfig):
     def parts(self, table, seed):
         return Parts(bags=(NativePart("rows", 9, 4, Remap("mod", 9)),))
 
-    def fit(self, table, data):
+    def learn(self, table, data):
         raise NotImplementedError
 
 
