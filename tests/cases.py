@@ -19,6 +19,7 @@ from torchrec_compress.methods import (
     MECConfig,
     MEmComConfig,
     MethodConfig,
+    NarrowConfig,
     PQConfig,
     QuantileCodesConfig,
     RandomCodesConfig,
@@ -45,6 +46,7 @@ CASES: dict[str, list[MethodConfig]] = {
         MEmComConfig(num_buckets=40, scalars="grouped"),
         MEmComConfig(num_buckets=40, scalars="grouped", bias=True),
     ],
+    "narrow": [NarrowConfig(width=4), NarrowConfig(width=12)],
     "pq": [
         PQConfig(num_codes=4, codebook_size=16),
         PQConfig(num_codes=2, codebook_size=300),

@@ -9,6 +9,7 @@ from torchrec_compress.methods.hash import HashConfig
 from torchrec_compress.methods.lowbit import Int4Config, Int8Config
 from torchrec_compress.methods.mec import MECConfig
 from torchrec_compress.methods.memcom import MEmComConfig
+from torchrec_compress.methods.narrow import NarrowConfig
 from torchrec_compress.methods.pq import PQConfig
 from torchrec_compress.methods.quantile import QuantileCodesConfig
 from torchrec_compress.methods.random_codes import RandomCodesConfig
@@ -26,6 +27,7 @@ __all__ = [
     "MECConfig",
     "MEmComConfig",
     "MethodConfig",
+    "NarrowConfig",
     "NativePart",
     "PQConfig",
     "Parts",

@@ -1,0 +1,81 @@
+"""Narrow rows behind a projection."""
+
+import pytest
+import torch
+
+from tests.cases import DIM, NUM_ROWS, batch, counts, dense_collection, fresh, rows, table
+from torchrec_compress import compress, decompress
+from torchrec_compress.methods import NarrowConfig, TableData
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_fit_loses_least_for_its_width_as_look_ups_weigh_it(weighted):
+    config, weights = NarrowConfig(width=4), counts().double().clamp(min=1e-3) if weighted else torch.ones(NUM_ROWS)
+    given = {"counts": {"item": counts()}} if weighted else {}
+    served = decompress(compress(dense_collection(), config, **given)).embedding_bags["item"].weight.double()
+    root = weights.double().sqrt()[:, None]
+    left = torch.linalg.svdvals(rows().double() * root)[4:].square().sum()  # Eckart and Young
+    torch.testing.assert_close(((served - rows()) * root).square().sum(), left, rtol=1e-4, atol=1e-6)
+
+
+def test_a_fit_has_orthonormal_directions_in_one_order_and_sign():
+    config = NarrowConfig(width=8)
+    state = config.fit(table(), TableData(rows(), counts()))
+    projection = state.decoder["projection"]
+    torch.testing.assert_close(projection @ projection.T, torch.eye(8), rtol=0, atol=1e-5)
+    assert bool((projection.gather(1, projection.abs().argmax(1, keepdim=True)) > 0).all())
+    energy = (state.native["rows"].square() * counts()[:, None].clamp(min=1e-3)).sum(0)
+    assert torch.equal(energy.argsort(descending=True), torch.arange(8))
+
+
+def test_embeddings_start_as_wide_as_the_users():
+    given = {"num_embeddings": 20_000, "weight_init_min": -0.3, "weight_init_max": 0.3}
+    torch.manual_seed(0)
+    collection = fresh(NarrowConfig(width=4), **given)
+    projection = collection.decoder.banks["item"].projection
+    torch.testing.assert_close(projection @ projection.T, torch.eye(4), rtol=0, atol=1e-5)
+    served = collection.table_rows("item", torch.arange(20_000)).detach()
+    assert float(served.square().mean().sqrt()) == pytest.approx(0.3 / 3**0.5, rel=0.03)
+
+
+def test_what_one_id_teaches_the_projection_serves_all():
+    collection = fresh(NarrowConfig(width=4))
+    before = collection.table_rows("item", torch.tensor([300])).detach().clone()
+    optimizer = torch.optim.SGD(collection.parameters(), lr=1.0)
+    collection(batch([[3, 5], [5]]))["item"].square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(collection.table_rows("item", torch.tensor([300])), before)
+
+
+@pytest.mark.parametrize(
+    ("width", "dim", "message"),
+    [
+        (5, DIM, "width must be a multiple of 4 in .4, 12., below its embedding_dim 16, got 5; the nearest is 4"),
+        (16, DIM, "got 16; the nearest is 12"),
+        (0, DIM, "got 0; the nearest is 4"),
+        (-8, DIM, "got -8; the nearest is 4"),
+        (4, 4, "embedding_dim must be above 4 with narrow rows, got 4; leave the table dense"),
+    ],
+)
+def test_a_width_that_no_kernel_takes_or_that_saves_nothing_is_refused(width, dim, message):
+    with pytest.raises(ValueError, match=f"table 'item': .*{message}"):
+        NarrowConfig(width=width).check(table(embedding_dim=dim))
+
+
+@pytest.mark.parametrize("width", [5, 16, 20])
+def test_a_width_that_does_not_fit_is_found_when_the_collection_is_made(width):
+    with pytest.raises(ValueError, match="table 'item': width must be a multiple of 4"):
+        fresh(NarrowConfig(width=width))
+
+
+def test_a_table_too_short_to_shrink_stays_dense():
+    collection = fresh(NarrowConfig(width=12), num_embeddings=40)
+    assert collection.methods()["item"].method == "dense"
+
+
+def test_smaller_widths_are_multiples_of_four():
+    assert [NarrowConfig(width=24).smaller(level) for level in range(3)] == [
+        NarrowConfig(width=12),
+        NarrowConfig(width=4),
+        None,
+    ]
