@@ -15,10 +15,11 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
 from torchrec_compress.compression import Compression, resolve
 from torchrec_compress.methods import MethodConfig, NativePart, Parts
-from torchrec_compress.methods.base import init_like
+from torchrec_compress.methods.base import dense_bytes, init_like
 from torchrec_compress.modules.code_bank import CodeTableConfig
 from torchrec_compress.modules.managed import ManagedTable
 from torchrec_compress.modules.remapped import RemappedFeature
+from torchrec_compress.modules.shared import check_shared, cut, seeded_init
 from torchrec_compress.names import check_feature_names, check_table_names
 
 MANAGED = "managed"  # the group of all rows with managers; no group of native tables is called so
@@ -90,6 +91,7 @@ class Blueprint(Generic[TableConfig]):
             for table, outputs in zip(copies, _output_names(copies), strict=True)
             for feature, output in zip(table.feature_names, outputs, strict=True)
         ]
+        check_shared(parts, {table.name: getattr(table, "pooling", None) for table in copies})
         _check_made_names(copies, parts, [lookup.key for lookup in lookups])
         return cls(given, copies, methods, parts, lookups, int(seed))
 
@@ -116,12 +118,13 @@ class Blueprint(Generic[TableConfig]):
 
     def bags(self) -> tuple[list[EmbeddingBagConfig], list[RemappedFeature]]:
         """Return the physical tables that are pooled natively behind rewritten ids, and their look-ups."""
-        tables, remaps = [], []
+        tables: list[EmbeddingBagConfig] = []
+        remaps: list[RemappedFeature] = []
         for table in self.tables:
             if isinstance(table, EmbeddingBagConfig):
                 for part in self.parts[table.name].bags:
-                    physical = _physical(table, part, self._keys(table, part))
-                    tables.append(EmbeddingBagConfig(**physical, pooling=table.pooling))
+                    physical = self._physical(table, part)
+                    _merge(tables, EmbeddingBagConfig(**physical, pooling=table.pooling))
                     remaps += self._remapped(table, part)
         return tables, remaps
 
@@ -134,7 +137,7 @@ class Blueprint(Generic[TableConfig]):
         for table in self.tables:
             for part in self._unpooled(table.name):
                 tables, remaps = groups.setdefault(row_group(part), ([], []))
-                tables.append(EmbeddingConfig(**_physical(table, part, self._keys(table, part))))
+                _merge(tables, EmbeddingConfig(**self._physical(table, part)))
                 remaps += self._remapped(table, part)
         return groups
 
@@ -144,7 +147,7 @@ class Blueprint(Generic[TableConfig]):
         for table in self.tables:
             part = self.parts[table.name].managed
             if part is not None:
-                native = EmbeddingConfig(**_physical(table, part.rows, [table.name]))
+                native = EmbeddingConfig(**{**self._physical(table, part.rows), "feature_names": [table.name]})
                 keys = tuple(lookup.key for lookup in self.by_table[table.name])
                 names = tuple(table.feature_names)
                 found.append(ManagedTable(table.name, table.num_embeddings, part, native, names, keys))
@@ -179,8 +182,27 @@ class Blueprint(Generic[TableConfig]):
         bag_tables = any(isinstance(config, EmbeddingBagConfig) for config in self.tables)
         return parts.rows if bag_tables else parts.bags + parts.rows
 
-    def _keys(self, table: BaseEmbeddingConfig, part: NativePart) -> list[str]:
-        return [native_key(lookup, part) for lookup in self.by_table[table.name]]
+    def shares(self, shared: str) -> dict[str, int]:
+        """Return the name in plans: the table's, with the part's where a module holds several, or what is shared."""
+        mine = [table for table in self.tables if shared in self.parts[table.name].shared]
+        total = self.parts[mine[0].name].shared[shared].num_bytes
+        return dict(zip([table.name for table in mine], cut(total, map(dense_bytes, mine)), strict=True))
+
+    def stored_bytes(self, table: str) -> int:
+        """Return the bytes that a table is stored in, of shared native tables its share."""
+        shared = self.parts[table].shared
+        alone = self.methods[table].stored_bytes(self.by_table[table][0].table)
+        return alone + sum(self.shares(name)[table] - part.num_bytes for name, part in shared.items())
+
+    def _physical(self, table: BaseEmbeddingConfig, part: NativePart) -> dict[str, Any]:
+        return {
+            "name": physical_name(table.name, part),
+            "num_embeddings": part.num_embeddings,
+            "embedding_dim": part.embedding_dim,
+            "feature_names": [native_key(lookup, part) for lookup in self.by_table[table.name]],
+            "data_type": part.data_type,
+            "init_fn": seeded_init(self.seed, part) if part.shared else part.init_fn or partial(init_like, table),
+        }
 
     def _remapped(self, table: BaseEmbeddingConfig, part: NativePart) -> list[RemappedFeature]:
         native, planned = physical_name(table.name, part), self._planned_name(table, part)
@@ -198,7 +220,9 @@ class Blueprint(Generic[TableConfig]):
         ]
 
     def _planned_name(self, table: BaseEmbeddingConfig, part: NativePart) -> str:
-        """Return the table's name, and the part's where a module holds several of the table."""
+        """Return the table's name, and the part's where a module holds several; or the name of what is shared."""
+        if part.shared is not None:
+            return part.shared
         is_one_of_several = len(self.parts[table.name].bags) > 1 and isinstance(table, EmbeddingBagConfig)
         return f"{table.name}.{part.name}" if is_one_of_several else table.name
 
@@ -212,7 +236,7 @@ def _with_features(table: TableConfig) -> TableConfig:
 
 def physical_name(table: str, part: NativePart) -> str:
     """Return the name of the native table that stores a part."""
-    return f"{table}__{part.name}"
+    return part.shared or f"{table}__{part.name}"
 
 
 def native_key(lookup: Lookup, part: NativePart) -> str:
@@ -222,18 +246,16 @@ def native_key(lookup: Lookup, part: NativePart) -> str:
 
 def row_group(part: NativePart) -> str:
     """Return the name of the collection that holds an unpooled part."""
-    return f"{part.name}_{part.embedding_dim}"
+    return f"{part.shared or part.name}_{part.embedding_dim}"
 
 
-def _physical(table: BaseEmbeddingConfig, part: NativePart, keys: list[str]) -> dict[str, Any]:
-    return {
-        "name": physical_name(table.name, part),
-        "num_embeddings": part.num_embeddings,
-        "embedding_dim": part.embedding_dim,
-        "feature_names": keys,
-        "data_type": part.data_type,
-        "init_fn": part.init_fn or partial(init_like, table),
-    }
+def _merge(tables: list[TableConfig], table: TableConfig) -> None:
+    """Add a physical table, or its look-ups to the one of its name."""
+    for known in tables:
+        if known.name == table.name:
+            known.feature_names += table.feature_names
+            return
+    tables.append(table)
 
 
 def _output_names(tables: Any) -> list[list[str]]:
@@ -256,6 +278,13 @@ def _check_names(tables: Sequence[BaseEmbeddingConfig]) -> None:
 def _check_made_names(tables: Sequence[BaseEmbeddingConfig], parts: Mapping[str, Parts], keys: Sequence[str]) -> None:
     """Raise ValueError where a name that is made of the user's names is another one of them."""
     names = {table.name for table in tables}
+    shared = {name for stored in parts.values() for name in stored.shared}
+    check_table_names(sorted(shared), "compressed collection: shared native table")
+    own = {physical_name(table, part) for table, stored in parts.items() for part in stored.native if not part.shared}
+    if shared & own:
+        raise ValueError(
+            f"compressed collection: shared native tables must not be called as others are, got {sorted(shared & own)}"
+        )
     for table, stored in parts.items():
         made = {physical_name(table, part) for part in stored.native}
         if made & names:

@@ -23,6 +23,7 @@ from torchrec_compress.modules.remapped import (
     RemappedEmbeddingBagRows,
     RemappedEmbeddingCollection,
 )
+from torchrec_compress.planner.lookups import Lookups
 from torchrec_compress.sharding import get_default_sharders
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ def translate_constraints(
     for name, wish in wishes.items():
         _check_names(f"constraints[{name!r}].sharding_types", wish.sharding_types, ShardingType)
         _check_names(f"constraints[{name!r}].compute_kernels", wish.compute_kernels, EmbeddingComputeKernel)
+    wishes = {**_of_shared(module, wishes), **wishes}
     found: dict[str, list[ParameterConstraints]] = {}
     used = set()
     for path, part, sharder in shardable_modules(module, get_default_sharders() if sharders is None else sharders):
@@ -124,10 +126,30 @@ def translate_constraints(
                 }
                 mine = wishes[asked] if kind is None else _translate(wishes[asked], can, where)
                 found.setdefault(name, []).append(_for_codes(mine, where) if kind == "code table" else mine)
+    used |= {entry.table for part in module.modules() for entry in getattr(part, "remaps", ())}
     unknown = sorted(set(wishes) - used)
     if unknown:
         logger.warning("constraints: no table or tensor is called %s; they have no effect", unknown)
     return {**wishes, **{name: _together(of_parts) for name, of_parts in found.items()}}
+
+
+def _of_shared(module: nn.Module, wishes: Mapping[str, ParameterConstraints]) -> dict[str, ParameterConstraints]:
+    """Return constraints of native tables that several tables share: the pooling factors of all their look-ups."""
+    factors: dict[str, list[float]] = {}
+    poolings: dict[str, list[float]] = {}
+    for part in module.modules():
+        for entry in (
+            part.remaps if isinstance(part, RemappedEmbeddingBagCollection | RemappedEmbeddingCollection) else ()
+        ):
+            if entry.planned == entry.native_table:  # planned by its own name
+                features = list(dict.fromkeys(other.feature for other in part.remaps if other.table == entry.table))
+                of_table = Lookups.of(entry.table, wishes, 1)
+                place = min(features.index(entry.feature), len(of_table.pooling_factors) - 1)
+                factors.setdefault(entry.planned, []).append(of_table.pooling_factors[place])
+                poolings.setdefault(entry.planned, []).append(of_table.num_poolings[place])
+    return {
+        name: ParameterConstraints(pooling_factors=mine, num_poolings=poolings[name]) for name, mine in factors.items()
+    }
 
 
 def _table_of(part: nn.Module, name: str) -> str:

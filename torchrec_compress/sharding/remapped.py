@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterSharding, ShardingEnv, ShardingType
 from torchrec.distributed.utils import append_prefix
-from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_compress.modules.features import check_ranges, split_features
@@ -23,6 +24,7 @@ from torchrec_compress.modules.remapped import (
     remap_features,
     remapped_ids,
 )
+from torchrec_compress.modules.shared import SeededInit
 from torchrec_compress.ops import TableRows
 from torchrec_compress.seams import EmbeddingCollectionContext, KJTList, KJTListSplitsAwaitable
 from torchrec_compress.sharding.agree import run_together
@@ -252,7 +254,23 @@ def _materialised(module: RemappedEmbeddingCollection, name: str, device: torch.
 
 @torch.no_grad()
 def copy_values(module: nn.Module, sharded: nn.Module) -> None:
-    """Copy real values into a sharded collection; TorchRec itself does so on a GPU only, and else draws new ones."""
+    """Copy real values into a sharded collection; TorchRec itself does so on a GPU only, and else draws new ones.
+
+    From the meta device TorchRec's draws stand, but for what starts from a seed under every plan.
+    """
     values = module.state_dict()
     if not any(tensor.is_meta for tensor in values.values()):
         sharded.load_state_dict(values)
+        return
+    configs = (
+        module.embedding_bag_configs() if isinstance(module, EmbeddingBagCollection) else module.embedding_configs()
+    )  # type: ignore[operator]
+    seeded = {config.name: config.init_fn for config in configs if isinstance(config.init_fn, SeededInit)}
+    for name, value in sharded.state_dict().items() if seeded else ():
+        init = seeded.get(name.split(".")[-2])
+        if init is not None:
+            shards = value.local_shards() if isinstance(value, ShardedTensor) else ()
+            for shard in shards:
+                init.fill(shard.tensor, *shard.metadata.shard_offsets)
+            if not isinstance(value, ShardedTensor):
+                init.fill(value, 0, 0)
