@@ -82,10 +82,10 @@ def test_it_starts_from_the_seed_and_its_name_alone(config):
     torch.manual_seed(1)
     (one,) = pooled(config).parameters()
     torch.manual_seed(2)
-    state = torch.get_rng_state()
     (other,) = pooled(config, order="cab").parameters()
     assert torch.equal(one, other)
-    assert torch.equal(torch.get_rng_state(), state)
+    (alone,) = pooled(config, order="b").parameters()
+    assert torch.equal(one, alone)
     assert not torch.equal(one, next(pooled(config, seed=1).parameters()))
     meta = pooled(config, device=torch.device("meta")).to_empty(device="cpu")
     meta.reset_parameters()
@@ -100,6 +100,29 @@ def test_any_piece_of_a_start_is_the_same():
     init.fill(piece, 3500, 4)
     assert torch.equal(piece, whole[3500:8500, 4:])
     assert not torch.equal(whole[:4096], whole[4096:8192])
+
+
+@pytest.mark.parametrize("init_fn", [None, torch.nn.init.normal_])
+def test_a_start_leaves_the_random_numbers_of_others_alone(init_fn):
+    state = torch.get_rng_state()
+    SeededInit(7, 100, 8, init_fn)(torch.empty(100, 8))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_init_fn_it_starts_as_torchrec_starts_a_table_of_its_size():
+    (weight,) = pooled(HASH).parameters()
+    assert 0.99 * 50**-0.5 < float(weight.abs().max()) <= 50**-0.5
+    shard = torch.full((20, 8), 9.0)  # of rows that TorchRec's own sharders do not tell
+    SeededInit(7, 100, 8, None)(shard)
+    assert 0.05 < float(shard.abs().max()) <= 0.1
+
+
+@pytest.mark.parametrize("more", [{"init_fn": torch.nn.init.zeros_}, {"weight_init_max": 0.5}])
+def test_a_users_start_of_one_table_is_refused(more):
+    with pytest.raises(
+        ValueError, match=r"'memory': table 'a' must not say how it starts, got init_fn .*leave init_fn"
+    ):
+        CompressedEmbeddingBagCollection(tables(**more), compression=HASH)
 
 
 @dataclass(frozen=True, kw_only=True)

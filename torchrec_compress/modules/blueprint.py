@@ -54,7 +54,11 @@ class Blueprint(Generic[TableConfig]):
         methods: the method by table name.
         parts: what each table is stored as, by table name.
         lookups: every output of the collection, in order.
-        seed: of start codes and hashes.
+        seed: of start codes and hashes, and of what native tables that are shared start as.
+
+    Attributes:
+        by_table: the look-ups of every table.
+        shares: of every shared native table, its bytes cut among the tables that look it up, by what these take dense.
     """
 
     given: list[TableConfig]
@@ -64,12 +68,20 @@ class Blueprint(Generic[TableConfig]):
     lookups: list[Lookup]
     seed: int
     by_table: dict[str, list[Lookup]] = field(init=False)
+    shares: dict[str, dict[str, int]] = field(init=False)
 
     def __post_init__(self) -> None:
         by_table: dict[str, list[Lookup]] = {table.name: [] for table in self.tables}
         for lookup in self.lookups:
             by_table[lookup.table.name].append(lookup)
         object.__setattr__(self, "by_table", by_table)
+        owners: dict[str, dict[str, int]] = {}
+        for table in self.tables:
+            for name in self.parts[table.name].shared:
+                owners.setdefault(name, {})[table.name] = dense_bytes(table)
+        totals = {name: part.num_bytes for parts in self.parts.values() for name, part in parts.shared.items()}
+        shares = {name: dict(zip(mine, cut(totals[name], mine.values()), strict=True)) for name, mine in owners.items()}
+        object.__setattr__(self, "shares", shares)
 
     @classmethod
     def of(cls, tables: Sequence[TableConfig], compression: Compression, seed: int) -> Blueprint[TableConfig]:
@@ -91,7 +103,7 @@ class Blueprint(Generic[TableConfig]):
             for table, outputs in zip(copies, _output_names(copies), strict=True)
             for feature, output in zip(table.feature_names, outputs, strict=True)
         ]
-        check_shared(parts, {table.name: getattr(table, "pooling", None) for table in copies})
+        check_shared(copies, parts)
         _check_made_names(copies, parts, [lookup.key for lookup in lookups])
         return cls(given, copies, methods, parts, lookups, int(seed))
 
@@ -118,28 +130,27 @@ class Blueprint(Generic[TableConfig]):
 
     def bags(self) -> tuple[list[EmbeddingBagConfig], list[RemappedFeature]]:
         """Return the physical tables that are pooled natively behind rewritten ids, and their look-ups."""
-        tables: list[EmbeddingBagConfig] = []
+        tables: dict[str, EmbeddingBagConfig] = {}
         remaps: list[RemappedFeature] = []
         for table in self.tables:
             if isinstance(table, EmbeddingBagConfig):
                 for part in self.parts[table.name].bags:
-                    physical = self._physical(table, part)
-                    _merge(tables, EmbeddingBagConfig(**physical, pooling=table.pooling))
+                    _merge(tables, EmbeddingBagConfig(**self._physical(table, part), pooling=table.pooling))
                     remaps += self._remapped(table, part)
-        return tables, remaps
+        return [*tables.values()], remaps
 
     def rows(self) -> dict[str, tuple[list[EmbeddingConfig], list[RemappedFeature]]]:
         """Return the physical tables whose rows come back unpooled, and their look-ups, one group per width and part.
 
         Tables of one group share an `EmbeddingCollection`, which wants one width and, here, one rewrite per look-up.
         """
-        groups: dict[str, tuple[list[EmbeddingConfig], list[RemappedFeature]]] = {}
+        groups: dict[str, tuple[dict[str, EmbeddingConfig], list[RemappedFeature]]] = {}
         for table in self.tables:
             for part in self._unpooled(table.name):
-                tables, remaps = groups.setdefault(row_group(part), ([], []))
+                tables, remaps = groups.setdefault(row_group(part), ({}, []))
                 _merge(tables, EmbeddingConfig(**self._physical(table, part)))
                 remaps += self._remapped(table, part)
-        return groups
+        return {group: ([*tables.values()], remaps) for group, (tables, remaps) in groups.items()}
 
     def managed(self) -> list[ManagedTable]:
         """Return the tables with managers."""
@@ -182,17 +193,11 @@ class Blueprint(Generic[TableConfig]):
         bag_tables = any(isinstance(config, EmbeddingBagConfig) for config in self.tables)
         return parts.rows if bag_tables else parts.bags + parts.rows
 
-    def shares(self, shared: str) -> dict[str, int]:
-        """Return the name in plans: the table's, with the part's where a module holds several, or what is shared."""
-        mine = [table for table in self.tables if shared in self.parts[table.name].shared]
-        total = self.parts[mine[0].name].shared[shared].num_bytes
-        return dict(zip([table.name for table in mine], cut(total, map(dense_bytes, mine)), strict=True))
-
     def stored_bytes(self, table: str) -> int:
-        """Return the bytes that a table is stored in, of shared native tables its share."""
+        """Return the bytes that a table is stored in; of shared native tables its share, so that all sum up."""
         shared = self.parts[table].shared
         alone = self.methods[table].stored_bytes(self.by_table[table][0].table)
-        return alone + sum(self.shares(name)[table] - part.num_bytes for name, part in shared.items())
+        return alone + sum(self.shares[name][table] - part.num_bytes for name, part in shared.items())
 
     def _physical(self, table: BaseEmbeddingConfig, part: NativePart) -> dict[str, Any]:
         return {
@@ -249,13 +254,11 @@ def row_group(part: NativePart) -> str:
     return f"{part.shared or part.name}_{part.embedding_dim}"
 
 
-def _merge(tables: list[TableConfig], table: TableConfig) -> None:
-    """Add a physical table, or its look-ups to the one of its name."""
-    for known in tables:
-        if known.name == table.name:
-            known.feature_names += table.feature_names
-            return
-    tables.append(table)
+def _merge(tables: dict[str, TableConfig], table: TableConfig) -> None:
+    """Add a physical table, or its look-ups to the shared one of its name."""
+    known = tables.setdefault(table.name, table)
+    if known is not table:
+        known.feature_names += table.feature_names
 
 
 def _output_names(tables: Any) -> list[list[str]]:

@@ -155,8 +155,7 @@ def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
     owners: dict[str, dict[str, int]] = {}  # by native table, the user's tables that it is of, by weight
     for name in blueprint.methods:
         for physical in blueprint.native_names(name).values():
-            shared = physical in blueprint.parts[name].shared
-            owners[physical] = blueprint.shares(physical) if shared else {name: 1}
+            owners[physical] = blueprint.shares.get(physical, {name: 1})
     sizes: Counter[tuple[str, str]] = Counter()
     missing = {("code", name) for name in blueprint.methods if blueprint.parts[name].codes is not None}
     missing |= {("native", physical) for physical in owners}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.methods.storage import NativePart, Parts
 from torchrec_compress.ops import stable_salt
@@ -25,6 +27,14 @@ class SeededInit:
         seed: of the table.
         num_rows, width: of the whole table.
         init_fn: of a block of rows, in place; None: as TorchRec does for a table of this size.
+
+    Example:
+        >>> start = SeededInit(seed=0, num_rows=6, width=2, init_fn=None)
+        >>> whole, last_rows = torch.empty(6, 2), torch.empty(2, 2)
+        >>> start(whole)
+        >>> start.fill(last_rows, first_row=4, first_column=0)
+        >>> torch.equal(last_rows, whole[4:])
+        True
     """
 
     seed: int
@@ -33,9 +43,11 @@ class SeededInit:
     init_fn: Callable[[Tensor], Tensor | None] | None
 
     def __call__(self, weight: Tensor) -> None:
-        """Fill a whole table; what has another size is a shard, which `fill` fills."""
+        """Fill a whole table, or draw a shard, whose rows TorchRec does not tell: our sharders `fill` it afterwards."""
         if tuple(weight.shape) == (self.num_rows, self.width):
             self.fill(weight, 0, 0)
+        else:
+            self._draw(weight)
 
     @torch.no_grad()
     def fill(self, weight: Tensor, first_row: int, first_column: int) -> None:
@@ -51,13 +63,16 @@ class SeededInit:
     def _block(self, start: int) -> Tensor:
         block = torch.empty(min(_BLOCK_ROWS, self.num_rows - start), self.width, device="cpu")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stable_salt(self.seed, str(start)))
-            if self.init_fn is None:
-                bound = self.num_rows**-0.5
-                nn.init.uniform_(block, -bound, bound)
-            else:
-                self.init_fn(block)
+            torch.default_generator.manual_seed(stable_salt(self.seed, str(start)))  # no GPU's generator is touched
+            self._draw(block)
         return block
+
+    def _draw(self, rows: Tensor) -> None:
+        if self.init_fn is None:
+            bound = self.num_rows**-0.5
+            nn.init.uniform_(rows, -bound, bound)
+        else:
+            self.init_fn(rows)
 
 
 def seeded_init(seed: int, part: NativePart) -> SeededInit:
@@ -66,29 +81,49 @@ def seeded_init(seed: int, part: NativePart) -> SeededInit:
     return SeededInit(stable_salt(seed, part.shared), part.num_embeddings, part.embedding_dim, part.init_fn)
 
 
-def check_shared(parts: Mapping[str, Parts], pooling: Mapping[str, Any]) -> None:
-    """Raise ValueError where parts that share a table do not agree.
+def check_shared(tables: Sequence[BaseEmbeddingConfig], parts: Mapping[str, Parts]) -> None:
+    """Check parts that share a table.
 
     Args:
+        tables: the user's configs.
         parts: by the user's table.
-        pooling: of the user's tables; None where a collection does not pool.
+
+    Raises:
+        ValueError: they do not agree, or a user's table says how it starts, which the others would have to as well.
     """
     first: dict[str, tuple[str, dict[str, Any]]] = {}
-    for table, stored in parts.items():
+    for table in tables:
+        stored = parts[table.name]
         for part in stored.native:
             if part.shared is None:
                 continue
+            where = f"shared native table {part.shared!r}"
+            if part.init_fn is None and _says_how_it_starts(table):
+                raise ValueError(
+                    f"{where}: table {table.name!r} must not say how it starts, got init_fn {table.init_fn}; leave "
+                    "init_fn, weight_init_min and weight_init_max out, since others share its rows"
+                )
             mine = {name: getattr(part, name) for name in _AGREE}
             mine["use"] = "bags" if part in stored.bags else "rows"
-            mine["pooling"] = pooling[table] if part in stored.bags else None
-            other, theirs = first.setdefault(part.shared, (table, mine))
+            mine["pooling"] = getattr(table, "pooling", None) if part in stored.bags else None
+            other, theirs = first.setdefault(part.shared, (table.name, mine))
             differ = [name for name in mine if mine[name] != theirs[name]]
             if differ:
                 raise ValueError(
-                    f"shared native table {part.shared!r}: tables {other!r} and {table!r} must agree in {differ}, got "
+                    f"{where}: tables {other!r} and {table.name!r} must agree in {differ}, got "
                     f"{[theirs[name] for name in differ]} and {[mine[name] for name in differ]}; let them share under "
                     "two names, or make them agree"
                 )
+
+
+def _says_how_it_starts(table: BaseEmbeddingConfig) -> bool:
+    """Return whether a user's init differs from the one that TorchRec writes into every config."""
+    plain = replace(table, init_fn=None, weight_init_min=None, weight_init_max=None)
+    mine, default = (
+        (init.func, init.args, init.keywords) if isinstance(init, partial) else init
+        for init in (table.init_fn, plain.init_fn)
+    )
+    return mine is not None and mine != default
 
 
 def cut(total: int, weights: Iterable[int]) -> list[int]:

@@ -48,7 +48,7 @@ class Counting:
             for path, collection in self._collections.items()
             for name in collection.methods()
             for physical in collection.blueprint.native_names(name).values()
-            if physical not in collection.blueprint.parts[name].shared
+            if physical not in collection.blueprint.shares
         }
 
     def count(self) -> tuple[dict[str, TablePlan], list[RankPlan]]:
@@ -85,10 +85,9 @@ class Counting:
         return path, self._native_names.get((path, name), name)
 
     def _shares(self, path: str, name: str) -> dict[str, int]:
-        """Return the user's tables that a native table is of, by weight: several where they share it."""
+        """Return the user's tables that a stored tensor is of, by weight: several where they share it."""
         collection = self._collections.get(path)
-        is_shared = collection is not None and name not in collection.methods()
-        return collection.blueprint.shares(name) if collection is not None and is_shared else {name: 1}
+        return {name: 1} if collection is None else collection.blueprint.shares.get(name, {name: 1})
 
     def _unplanned(self, path: str, name: str, parts: list[PartPlan]) -> list[PartPlan]:
         """Return what no sharder was passed for, and so every rank holds."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -26,7 +25,7 @@ from torchrec_compress.modules.remapped import (
 )
 from torchrec_compress.modules.shared import SeededInit
 from torchrec_compress.ops import TableRows
-from torchrec_compress.seams import EmbeddingCollectionContext, KJTList, KJTListSplitsAwaitable
+from torchrec_compress.seams import EmbeddingCollectionContext, KJTList, KJTListSplitsAwaitable, local_shards
 from torchrec_compress.sharding.agree import run_together
 
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
@@ -253,7 +252,7 @@ def _materialised(module: RemappedEmbeddingCollection, name: str, device: torch.
 
 
 @torch.no_grad()
-def copy_values(module: nn.Module, sharded: nn.Module) -> None:
+def copy_values(module: EmbeddingBagCollection | EmbeddingCollection, sharded: nn.Module) -> None:
     """Copy real values into a sharded collection; TorchRec itself does so on a GPU only, and else draws new ones.
 
     From the meta device TorchRec's draws stand, but for what starts from a seed under every plan.
@@ -262,15 +261,11 @@ def copy_values(module: nn.Module, sharded: nn.Module) -> None:
     if not any(tensor.is_meta for tensor in values.values()):
         sharded.load_state_dict(values)
         return
-    configs = (
-        module.embedding_bag_configs() if isinstance(module, EmbeddingBagCollection) else module.embedding_configs()
-    )  # type: ignore[operator]
+    pooled = isinstance(module, EmbeddingBagCollection)
+    configs = module.embedding_bag_configs() if pooled else module.embedding_configs()
     seeded = {config.name: config.init_fn for config in configs if isinstance(config.init_fn, SeededInit)}
     for name, value in sharded.state_dict().items() if seeded else ():
-        init = seeded.get(name.split(".")[-2])
-        if init is not None:
-            shards = value.local_shards() if isinstance(value, ShardedTensor) else ()
-            for shard in shards:
-                init.fill(shard.tensor, *shard.metadata.shard_offsets)
-            if not isinstance(value, ShardedTensor):
-                init.fill(value, 0, 0)
+        start = seeded.get(name.split(".")[-2])
+        if start is not None:
+            for shard, offsets in local_shards(value):
+                start.fill(shard, *(offsets or (0, 0)))
