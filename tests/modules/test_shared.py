@@ -111,10 +111,10 @@ def test_a_start_leaves_the_random_numbers_of_others_alone(init_fn):
 
 def test_without_init_fn_it_starts_as_torchrec_starts_a_table_of_its_size():
     (weight,) = pooled(HASH).parameters()
-    assert 0.99 * 50**-0.5 < float(weight.abs().max()) <= 50**-0.5
+    assert 0.9 * 50**-0.5 < float(weight.detach().abs().max()) <= 50**-0.5
     shard = torch.full((20, 8), 9.0)  # of rows that TorchRec's own sharders do not tell
     SeededInit(7, 100, 8, None)(shard)
-    assert 0.05 < float(shard.abs().max()) <= 0.1
+    assert 0.09 < float(shard.abs().max()) <= 0.1
 
 
 @pytest.mark.parametrize("more", [{"init_fn": torch.nn.init.zeros_}, {"weight_init_max": 0.5}])

@@ -14,6 +14,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
 from tests.methods.throwaway import SharedHashConfig, SharedPiecesConfig
 from tests.modules import batches
+from tests.sharding import swaps
 from tests.sharding.models import Model, local_state, loss_of, make_plan, optimizer_of, shard, whole_state
 from tests.sharding.test_parity import KINDS, check, compare_with_unsharded, draw
 from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
@@ -63,23 +64,38 @@ def test_it_starts_the_same_under_every_plan(two_ranks, four_ranks, kind, pooled
         assert torch.equal(whole_state([{key: state[key]} for state in by_rank], like)[key], like[key])
 
 
-def under_torchrecs(device: str) -> tuple[float, float]:
-    """Return the largest start value, and how much a step changes: from meta TorchRec's sharders do not tell rows."""
+def in_scripts(kind: str, pooled: bool) -> dict[tuple[str, ...], str]:
+    more = dict.fromkeys(("one", "two"), SHARED[kind])
+    swaps.STORED.update(more)
+    try:
+        return swaps.all_swaps([*more, "hash", "pq"], pooled, ("TorchRec's planner",))
+    finally:
+        for name in more:
+            del swaps.STORED[name]
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("kind", SHARED)
+def test_every_kind_of_script(two_ranks, kind, pooled):
+    """Whosesoever sharders, from CPU or meta, piped or not."""
+    for found in two_ranks.run(in_scripts, kind, pooled):
+        assert {key: wrong for key, wrong in found.items() if wrong} == {}
+
+
+def starts(how: str) -> dict[str, Any]:
     sharders: Any = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]
-    model = build("bags", device=device)
-    sharded = DistributedModelParallel(
-        model, device=torch.device("cpu"), plan=make_plan(model, "table_wise", sharders), sharders=sharders
-    )
-    largest = max(float(value.abs().max()) for name, value in local_values(sharded) if "memory" in name)
-    return largest, float(loss_of(sharded, draw("plain", 0, 0, KEYS, batches.ROWS, False)).detach())
+    model = build("bags", device="meta")
+    plan = make_plan(model, how, sharders)
+    return local_state(DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders))
 
 
-def local_values(model: Any) -> list[tuple[str, Any]]:
-    found = []
-    for name, value in model.state_dict().items():
-        shards = value.local_shards() if hasattr(value, "local_shards") else ()
-        found += [(name, shard.tensor) for shard in shards]
-    return [*found, ("memory", torch.zeros(1))]
+@pytest.mark.parametrize("how", ["table_wise", "column_wise"])
+def test_torchrecs_own_sharders_draw_where_they_do_not_tell_the_rows(two_ranks, how):
+    like = build("bags").state_dict()
+    (key,) = (name for name in like if "memory.weight" in name)
+    weight = whole_state([{key: state[key]} for state in two_ranks.run(starts, how)], like)[key]
+    assert 0.9 * 50**-0.5 < float(weight.abs().max()) <= 50**-0.5
+    assert len(weight.unique()) > 0.9 * weight.numel()
 
 
 def save(kind: str, how: str, folder: str) -> tuple[Any, Any]:

@@ -175,7 +175,7 @@ def _agreed(
         if wish != plain[first]:
             raise ValueError(
                 f"constraints: tables {first!r} and {table!r} share the native table {name!r} and must wish for the "
-                f"same, but for pooling factors and the like, got {mine[first]} and {mine[table]}; name {name!r} instead"
+                f"same, but for their look-ups, got {mine[first]} and {mine[table]}; name {name!r} instead"
             )
     return plain.get(first, ParameterConstraints())
 
