@@ -175,3 +175,18 @@ def test_a_fit_of_one_table_does_not_overwrite_what_others_share():
 def test_shares_are_whole_and_sum_up():
     assert cut(100, [1, 1, 1]) == [33, 33, 34]
     assert sum(cut(12345, [7, 300, 1, 90])) == 12345
+
+
+def test_a_checkpoint_of_tables_that_share_another_is_refused():
+    @dataclass(frozen=True, kw_only=True)
+    class Elsewhere(SharedHashConfig):
+        def parts(self, table, seed):
+            (bag,) = super().parts(table, seed).bags
+            return Parts(bags=(replace(bag, shared="other"),))
+
+    state = pooled(HASH).state_dict()
+    loaded = pooled(HASH, device=torch.device("meta")).to_empty(device="cpu")
+    loaded.load_state_dict(state)
+    assert torch.equal(next(loaded.parameters()), next(pooled(HASH).parameters()))
+    with pytest.raises(ValueError, match="table 'a': the checkpoint's method must be those of"):
+        pooled(Elsewhere(num_buckets=50)).load_state_dict(state, strict=False)
