@@ -38,6 +38,7 @@ __all__ = [
     "copy_backward_optimizer",
     "copy_to_host",
     "fused_rows",
+    "local_shards",
     "look_up_local",
     "optimizers_in_backward",
     "plan_as",
@@ -227,6 +228,17 @@ def shape_and_dtype(value: Tensor | ShardedTensor) -> tuple[tuple[int, ...], tor
         whole = value.metadata()
         return tuple(whole.size), whole.tensor_properties.dtype
     return tuple(value.shape), value.dtype
+
+
+def local_shards(value: object) -> list[tuple[Tensor, list[int] | None]]:
+    """Return this rank's shards of a tensor with their offsets in the whole; None for a plain tensor."""
+    if isinstance(value, ShardedTensor):
+        return [(shard.tensor, list(shard.metadata.shard_offsets)) for shard in value.local_shards()]
+    if hasattr(value, "local_shards"):
+        return list(zip(value.local_shards(), value.local_offsets(), strict=True))  # type: ignore[attr-defined]
+    if hasattr(value, "to_local"):
+        return local_shards(value.to_local())  # type: ignore[attr-defined]
+    return [(value, None)]  # type: ignore[list-item]
 
 
 def copy_to_host(value: ShardedTensor) -> ShardedTensor:

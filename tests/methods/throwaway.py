@@ -22,11 +22,13 @@ from torchrec_compress.methods import (
     NativePart,
     Parts,
     TableData,
+    TableDecoder,
     TableState,
 )
 from torchrec_compress.methods.buckets import BucketSums
 from torchrec_compress.methods.learned import LearnedWhole
 from torchrec_compress.methods.storage import Remap
+from torchrec_compress.ops import Rows, TableRows, pool_rows, stable_salt
 
 
 @contextmanager
@@ -159,3 +161,62 @@ def _means(rows: Tensor, part: NativePart, ids: Tensor) -> Tensor:
     sums = BucketSums(part.num_embeddings, rows.shape[1])
     sums.add(rows, part.remap(ids), None)
     return sums.means()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedHashConfig(HashConfig):
+    """Hashed rows that all tables share."""
+
+    method: ClassVar[str] = "shared_hash"
+
+    def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
+        """Return the buckets."""
+        (bag,) = super().parts(table, seed).bags
+        return Parts(bags=(replace(bag, shared="memory"),))
+
+
+class SideBySide(TableDecoder):
+    """Lay the rows of an id side by side, and pool."""
+
+    def forward(
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Rows]
+    ) -> Tensor:
+        """Return the sums over bags."""
+        found = torch.cat([part.gather() if isinstance(part, TableRows) else part for part in rows], dim=1)
+        if offsets is not None:
+            return pool_rows(found, offsets, weights)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedPiecesConfig(MethodConfig):
+    """Rows of two pieces each, all of one memory that all tables share (ROBE, arXiv 2108.02191, in blocks)."""
+
+    method: ClassVar[str] = "shared_pieces"
+    needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "nothing"
+    new_ids: ClassVar[str] = "pieces that others trained"
+    num_pieces: int
+
+    def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
+        """Return two ways into the memory."""
+        return Parts(
+            rows=tuple(
+                NativePart(
+                    name,
+                    self.num_pieces,
+                    table.embedding_dim // 2,
+                    Remap("hash", self.num_pieces, stable_salt(seed, f"{table.name}:{name}")),
+                    shared="memory",
+                )
+                for name in ("left", "right")
+            )
+        )
+
+    def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> SideBySide:
+        """Return what puts rows together."""
+        return SideBySide()
+
+    def learn(self, table: BaseEmbeddingConfig, data: TableData) -> LearnedWhole:
+        """Return nothing: the memory is trained."""
+        self.check_fit(table, data)
+        return LearnedWhole(table, TableState())

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.methods import DenseConfig, MethodConfig, dense_bytes
+from torchrec_compress.methods.base import stored_together
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def resolve(tables: Sequence[BaseEmbeddingConfig], compression: Compression) -> 
             )
         config = by_key[table.name if table.name in by_key else keys[0]]
         chosen[table.name] = _or_dense(table, config)
+    _leave_costly_shares({table.name: table for table in tables}, chosen)
     if unused:
         names = sorted(table.name for table in tables)
         raise ValueError(f"compression: every key must fit a table, got {sorted(unused)}; the tables are {names}")
@@ -86,8 +88,29 @@ def _or_dense(table: BaseEmbeddingConfig, config: MethodConfig) -> MethodConfig:
     fits = config.fits(table)
     if fits:
         config.check(table)
-    if not config.is_compressed or (fits and config.stored_bytes(table) < dense_bytes(table)):
+    if not config.is_compressed or (fits and _own_bytes(table, config) < dense_bytes(table)):
         return config
+    return _dense(table, config)
+
+
+def _own_bytes(table: BaseEmbeddingConfig, config: MethodConfig) -> int:
+    """Return what a table adds beside native tables that it may share with others."""
+    return config.stored_bytes(table) - sum(part.num_bytes for part in config.parts(table, seed=0).shared.values())
+
+
+def _leave_costly_shares(tables: Mapping[str, BaseEmbeddingConfig], chosen: dict[str, MethodConfig]) -> None:
+    """Make tables dense that take more bytes together, with the native table that they share, than they would dense."""
+    shared = {
+        name: method.parts(tables[name], seed=0).shared for name, method in chosen.items() if method.fits(tables[name])
+    }
+    for part in dict.fromkeys(part for mine in shared.values() for part in mine):
+        names = [name for name, mine in shared.items() if part in mine and chosen[name].is_compressed]
+        together = stored_together((chosen[name], tables[name]) for name in names)
+        if together >= sum(dense_bytes(tables[name]) for name in names):
+            chosen.update({name: _dense(tables[name], chosen[name]) for name in names})
+
+
+def _dense(table: BaseEmbeddingConfig, config: MethodConfig) -> MethodConfig:
     logger.info("table %r stays dense: %s would not save bytes", table.name, config.method)
     dense = DenseConfig()
     dense.check(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -156,7 +157,7 @@ class MethodConfig(ABC):
         return 0
 
     def stored_bytes(self, table: BaseEmbeddingConfig) -> int:
-        """Return all bytes that storing the table takes, from its config alone.
+        """Return all bytes that storing the table takes, from its config alone: as if it shared nothing with others.
 
         Codes, native rows, codebooks and hot rows; the four-byte mark of a code table's integers, and what a manager
         keeps for training alone, too.
@@ -165,7 +166,7 @@ class MethodConfig(ABC):
         total = self.decoder_bytes(table)
         if parts.codes is not None:
             total += table.num_embeddings * parts.codes.row_size * parts.codes.dtype.itemsize + MARK_BYTES
-        total += sum(native.num_bytes for native in parts.native)
+        total += parts.native_bytes
         total += 0 if parts.managed is None else parts.managed.state_bytes
         return total + (dense_bytes(table) if parts.dense else 0)
 
@@ -182,6 +183,16 @@ class MethodConfig(ABC):
 def dense_bytes(table: BaseEmbeddingConfig) -> int:
     """Return the bytes of the user's own table."""
     return table.num_embeddings * table.embedding_dim * DATA_TYPE_NUM_BITS[table.data_type] // 8
+
+
+def stored_together(methods: Iterable[tuple[MethodConfig, BaseEmbeddingConfig]]) -> int:
+    """Return all bytes that storing tables of one collection takes: what they share is counted once."""
+    total, shared = 0, {}
+    for method, table in methods:
+        mine = method.parts(table, seed=0).shared
+        total += method.stored_bytes(table) - sum(part.num_bytes for part in mine.values())
+        shared |= mine
+    return total + sum(part.num_bytes for part in shared.values())
 
 
 def init_like(table: BaseEmbeddingConfig, weight: Tensor) -> None:

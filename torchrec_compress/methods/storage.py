@@ -71,6 +71,9 @@ class NativePart:
         init_fn: initialises its weight in place; None: as the user's table.
         decay: whether l2 may pull it towards zero.
         data_type: of the stored weight, FP32 or FP16; what is looked up is float32 all the same.
+        shared: name of the physical table where several of a collection's tables, or several parts of one, look up the
+            same rows; its parts agree in all but name and remap. It starts from the collection's seed and this name
+            alone, and no fit of one table fills it.
 
     Raises:
         ValueError: a name that is no identifier; another data type, which TorchRec would store as FP16.
@@ -83,6 +86,7 @@ class NativePart:
     init_fn: Callable[[Tensor], Tensor | None] | None = None
     decay: bool = True
     data_type: DataType = DataType.FP32
+    shared: str | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for a name unfit for a module, or a data type that TorchRec's tables do not have."""
@@ -119,6 +123,8 @@ class ManagedPart:
 
     def __post_init__(self) -> None:
         """Raise ValueError unless rows are float32."""
+        if self.rows.shared is not None:
+            raise ValueError(f"managed part {self.rows.name!r}: must not be shared, got {self.rows.shared!r}")
         if self.rows.data_type != DataType.FP32:
             raise ValueError(
                 f"managed part {self.rows.name!r}: data_type must be FP32, got {self.rows.data_type.value}"
@@ -179,3 +185,14 @@ class Parts:
     def native(self) -> tuple[NativePart, ...]:
         """All native parts."""
         return self.bags + self.rows + (() if self.managed is None else (self.managed.rows,))
+
+    @property
+    def shared(self) -> dict[str, NativePart]:
+        """One part of every physical table that may be shared with other tables, by its name."""
+        return {part.shared: part for part in self.native if part.shared is not None}
+
+    @property
+    def native_bytes(self) -> int:
+        """Bytes of native tables: what is shared is counted once, and whole."""
+        own = sum(part.num_bytes for part in self.native if part.shared is None)
+        return own + sum(part.num_bytes for part in self.shared.values())

@@ -15,10 +15,11 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
 from torchrec_compress.compression import Compression, resolve
 from torchrec_compress.methods import MethodConfig, NativePart, Parts
-from torchrec_compress.methods.base import init_like
+from torchrec_compress.methods.base import dense_bytes, init_like
 from torchrec_compress.modules.code_bank import CodeTableConfig
 from torchrec_compress.modules.managed import ManagedTable
 from torchrec_compress.modules.remapped import RemappedFeature
+from torchrec_compress.modules.shared import check_shared, cut, seeded_init
 from torchrec_compress.names import check_feature_names, check_table_names
 
 MANAGED = "managed"  # the group of all rows with managers; no group of native tables is called so
@@ -53,7 +54,11 @@ class Blueprint(Generic[TableConfig]):
         methods: the method by table name.
         parts: what each table is stored as, by table name.
         lookups: every output of the collection, in order.
-        seed: of start codes and hashes.
+        seed: of start codes and hashes, and of what native tables that are shared start as.
+
+    Attributes:
+        by_table: the look-ups of every table.
+        shares: of every shared native table, its bytes cut among the tables that look it up, by what these take dense.
     """
 
     given: list[TableConfig]
@@ -63,12 +68,20 @@ class Blueprint(Generic[TableConfig]):
     lookups: list[Lookup]
     seed: int
     by_table: dict[str, list[Lookup]] = field(init=False)
+    shares: dict[str, dict[str, int]] = field(init=False)
 
     def __post_init__(self) -> None:
         by_table: dict[str, list[Lookup]] = {table.name: [] for table in self.tables}
         for lookup in self.lookups:
             by_table[lookup.table.name].append(lookup)
         object.__setattr__(self, "by_table", by_table)
+        owners: dict[str, dict[str, int]] = {}
+        for table in self.tables:
+            for name in self.parts[table.name].shared:
+                owners.setdefault(name, {})[table.name] = dense_bytes(table)
+        totals = {name: part.num_bytes for parts in self.parts.values() for name, part in parts.shared.items()}
+        shares = {name: dict(zip(mine, cut(totals[name], mine.values()), strict=True)) for name, mine in owners.items()}
+        object.__setattr__(self, "shares", shares)
 
     @classmethod
     def of(cls, tables: Sequence[TableConfig], compression: Compression, seed: int) -> Blueprint[TableConfig]:
@@ -90,6 +103,7 @@ class Blueprint(Generic[TableConfig]):
             for table, outputs in zip(copies, _output_names(copies), strict=True)
             for feature, output in zip(table.feature_names, outputs, strict=True)
         ]
+        check_shared(copies, parts)
         _check_made_names(copies, parts, [lookup.key for lookup in lookups])
         return cls(given, copies, methods, parts, lookups, int(seed))
 
@@ -116,27 +130,27 @@ class Blueprint(Generic[TableConfig]):
 
     def bags(self) -> tuple[list[EmbeddingBagConfig], list[RemappedFeature]]:
         """Return the physical tables that are pooled natively behind rewritten ids, and their look-ups."""
-        tables, remaps = [], []
+        tables: dict[str, EmbeddingBagConfig] = {}
+        remaps: list[RemappedFeature] = []
         for table in self.tables:
             if isinstance(table, EmbeddingBagConfig):
                 for part in self.parts[table.name].bags:
-                    physical = _physical(table, part, self._keys(table, part))
-                    tables.append(EmbeddingBagConfig(**physical, pooling=table.pooling))
+                    _merge(tables, EmbeddingBagConfig(**self._physical(table, part), pooling=table.pooling))
                     remaps += self._remapped(table, part)
-        return tables, remaps
+        return [*tables.values()], remaps
 
     def rows(self) -> dict[str, tuple[list[EmbeddingConfig], list[RemappedFeature]]]:
         """Return the physical tables whose rows come back unpooled, and their look-ups, one group per width and part.
 
         Tables of one group share an `EmbeddingCollection`, which wants one width and, here, one rewrite per look-up.
         """
-        groups: dict[str, tuple[list[EmbeddingConfig], list[RemappedFeature]]] = {}
+        groups: dict[str, tuple[dict[str, EmbeddingConfig], list[RemappedFeature]]] = {}
         for table in self.tables:
             for part in self._unpooled(table.name):
-                tables, remaps = groups.setdefault(row_group(part), ([], []))
-                tables.append(EmbeddingConfig(**_physical(table, part, self._keys(table, part))))
+                tables, remaps = groups.setdefault(row_group(part), ({}, []))
+                _merge(tables, EmbeddingConfig(**self._physical(table, part)))
                 remaps += self._remapped(table, part)
-        return groups
+        return {group: ([*tables.values()], remaps) for group, (tables, remaps) in groups.items()}
 
     def managed(self) -> list[ManagedTable]:
         """Return the tables with managers."""
@@ -144,7 +158,7 @@ class Blueprint(Generic[TableConfig]):
         for table in self.tables:
             part = self.parts[table.name].managed
             if part is not None:
-                native = EmbeddingConfig(**_physical(table, part.rows, [table.name]))
+                native = EmbeddingConfig(**{**self._physical(table, part.rows), "feature_names": [table.name]})
                 keys = tuple(lookup.key for lookup in self.by_table[table.name])
                 names = tuple(table.feature_names)
                 found.append(ManagedTable(table.name, table.num_embeddings, part, native, names, keys))
@@ -179,8 +193,21 @@ class Blueprint(Generic[TableConfig]):
         bag_tables = any(isinstance(config, EmbeddingBagConfig) for config in self.tables)
         return parts.rows if bag_tables else parts.bags + parts.rows
 
-    def _keys(self, table: BaseEmbeddingConfig, part: NativePart) -> list[str]:
-        return [native_key(lookup, part) for lookup in self.by_table[table.name]]
+    def stored_bytes(self, table: str) -> int:
+        """Return the bytes that a table is stored in; of shared native tables its share, so that all sum up."""
+        shared = self.parts[table].shared
+        alone = self.methods[table].stored_bytes(self.by_table[table][0].table)
+        return alone + sum(self.shares[name][table] - part.num_bytes for name, part in shared.items())
+
+    def _physical(self, table: BaseEmbeddingConfig, part: NativePart) -> dict[str, Any]:
+        return {
+            "name": physical_name(table.name, part),
+            "num_embeddings": part.num_embeddings,
+            "embedding_dim": part.embedding_dim,
+            "feature_names": [native_key(lookup, part) for lookup in self.by_table[table.name]],
+            "data_type": part.data_type,
+            "init_fn": seeded_init(self.seed, part) if part.shared else part.init_fn or partial(init_like, table),
+        }
 
     def _remapped(self, table: BaseEmbeddingConfig, part: NativePart) -> list[RemappedFeature]:
         native, planned = physical_name(table.name, part), self._planned_name(table, part)
@@ -198,7 +225,9 @@ class Blueprint(Generic[TableConfig]):
         ]
 
     def _planned_name(self, table: BaseEmbeddingConfig, part: NativePart) -> str:
-        """Return the table's name, and the part's where a module holds several of the table."""
+        """Return the table's name, and the part's where a module holds several; or the name of what is shared."""
+        if part.shared is not None:
+            return part.shared
         is_one_of_several = len(self.parts[table.name].bags) > 1 and isinstance(table, EmbeddingBagConfig)
         return f"{table.name}.{part.name}" if is_one_of_several else table.name
 
@@ -212,7 +241,7 @@ def _with_features(table: TableConfig) -> TableConfig:
 
 def physical_name(table: str, part: NativePart) -> str:
     """Return the name of the native table that stores a part."""
-    return f"{table}__{part.name}"
+    return part.shared or f"{table}__{part.name}"
 
 
 def native_key(lookup: Lookup, part: NativePart) -> str:
@@ -222,18 +251,14 @@ def native_key(lookup: Lookup, part: NativePart) -> str:
 
 def row_group(part: NativePart) -> str:
     """Return the name of the collection that holds an unpooled part."""
-    return f"{part.name}_{part.embedding_dim}"
+    return f"{part.shared or part.name}_{part.embedding_dim}"
 
 
-def _physical(table: BaseEmbeddingConfig, part: NativePart, keys: list[str]) -> dict[str, Any]:
-    return {
-        "name": physical_name(table.name, part),
-        "num_embeddings": part.num_embeddings,
-        "embedding_dim": part.embedding_dim,
-        "feature_names": keys,
-        "data_type": part.data_type,
-        "init_fn": part.init_fn or partial(init_like, table),
-    }
+def _merge(tables: dict[str, TableConfig], table: TableConfig) -> None:
+    """Add a physical table, or its look-ups to the shared one of its name."""
+    known = tables.setdefault(table.name, table)
+    if known is not table:
+        known.feature_names += table.feature_names
 
 
 def _output_names(tables: Any) -> list[list[str]]:
@@ -256,6 +281,13 @@ def _check_names(tables: Sequence[BaseEmbeddingConfig]) -> None:
 def _check_made_names(tables: Sequence[BaseEmbeddingConfig], parts: Mapping[str, Parts], keys: Sequence[str]) -> None:
     """Raise ValueError where a name that is made of the user's names is another one of them."""
     names = {table.name for table in tables}
+    shared = {name for stored in parts.values() for name in stored.shared}
+    check_table_names(sorted(shared), "compressed collection: shared native table")
+    own = {physical_name(table, part) for table, stored in parts.items() for part in stored.native if not part.shared}
+    if shared & own:
+        raise ValueError(
+            f"compressed collection: shared native tables must not be called as others are, got {sorted(shared & own)}"
+        )
     for table, stored in parts.items():
         made = {physical_name(table, part) for part in stored.native}
         if made & names:

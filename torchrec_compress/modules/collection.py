@@ -172,6 +172,14 @@ class CompressedParts(nn.Module):
             targets |= dict(decoder.named_parameters()) | dict(decoder.named_buffers())
         if self.managed is not None and name in self.managed.managers:
             targets |= dict(self.managed.managers[name].named_buffers())
+        shared = sorted(
+            part.name for part in self.blueprint.parts[name].native if part.shared and part.name in state.native
+        )
+        if shared:
+            raise ValueError(
+                f"table {name!r}: parts {shared} are shared with other tables, which a fit of one must not overwrite; "
+                "load a state dict, or train from the start values"
+            )
         tensors = {**state.decoder, **state.native, **state.managed}
         for key, value in tensors.items():
             if key not in targets or targets[key].shape != value.shape:

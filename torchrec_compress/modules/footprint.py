@@ -13,6 +13,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_compress.methods import METHODS, dense_bytes
 from torchrec_compress.modules.blueprint import Blueprint
+from torchrec_compress.modules.shared import cut
 from torchrec_compress.seams import shape_and_dtype
 
 
@@ -25,7 +26,7 @@ class TableFootprint:
         dense_bytes: what the user's own table would take.
         code_bytes: code table (and the four-byte mark of its integers).
         decoder_bytes: codebooks and hot rows.
-        native_bytes: rows of native tables.
+        native_bytes: rows of native tables; of one that tables share, the share by dense bytes.
         managed_bytes: what the manager of a table keeps, as a sketch.
         training_bytes: of `managed_bytes`, those that no look-up of a trained model reads.
     """
@@ -151,7 +152,10 @@ def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
     Raises:
         ValueError: the state dict lacks a part of a table.
     """
-    owners = {physical: name for name in blueprint.methods for physical in blueprint.native_names(name).values()}
+    owners: dict[str, dict[str, int]] = {}  # by native table, the user's tables that it is of, by weight
+    for name in blueprint.methods:
+        for physical in blueprint.native_names(name).values():
+            owners[physical] = blueprint.shares.get(physical, {name: 1})
     sizes: Counter[tuple[str, str]] = Counter()
     missing = {("code", name) for name in blueprint.methods if blueprint.parts[name].codes is not None}
     missing |= {("native", physical) for physical in owners}
@@ -162,9 +166,10 @@ def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
         if stored is not None:
             missing.discard(stored)
             kind, name = stored
-            name = owners[name] if kind == "native" else name
+            mine = owners[name] if kind == "native" else {name: 1}
             shape, dtype = shape_and_dtype(value)
-            sizes[kind, name] += math.prod(shape) * dtype.itemsize
+            for owner, share in zip(mine, cut(math.prod(shape) * dtype.itemsize, mine.values()), strict=True):
+                sizes[kind, owner] += share
     if missing:
         raise ValueError(
             f"footprint: every part of a table must be in the state dict, got none for {sorted(missing)}; count the "

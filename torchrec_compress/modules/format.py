@@ -85,7 +85,12 @@ class StateFormat:
         if code_part is not None:
             codes = (code_part.row_size, str(code_part.dtype), *([code_part.num_packed] * (code_part.num_packed > 0)))
         formats = [low_bit] if low_bit and bank is not None and bank.has_low_bit_rows else []
-        method = (codes is None, [(p.name, p.remap.kind) for p in native], [name for name, _ in tensors], *formats)
+        method = (
+            codes is None,
+            [(p.name, p.remap.kind, *([p.shared] * (p.shared is not None))) for p in native],
+            [name for name, _ in tensors],
+            *formats,
+        )
         sizes = (
             (table.num_embeddings, table.embedding_dim, codes),
             [(p.num_embeddings, p.embedding_dim, p.remap.value, *_half(p)) for p in native],

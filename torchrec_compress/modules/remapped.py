@@ -36,8 +36,8 @@ class RemappedFeature:
         remap: from ids to rows of the native table.
         table: the user's table.
         native_table: the native table.
-        planned: the name that planner, plan and constraints know the native table by: the user's table, and
-            "table.part" where a module holds several native tables of it.
+        planned: the name that planner, plan and constraints know the native table by: the user's table, "table.part"
+            where a module holds several native tables of it, and its own where several tables share it.
     """
 
     feature: str
@@ -47,6 +47,11 @@ class RemappedFeature:
     table: str
     native_table: str
     planned: str
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether others of the user's tables may look up the same native table."""
+        return self.planned == self.native_table
 
 
 def remapped_ids(features: KeyedJaggedTensor, remaps: Sequence[RemappedFeature]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from torchrec.distributed.types import ModuleSharder
 
 from torchrec_compress.compression.candidates import step
 from torchrec_compress.methods import MethodConfig
-from torchrec_compress.methods.base import NUM_LEVELS
+from torchrec_compress.methods.base import NUM_LEVELS, stored_together
 from torchrec_compress.planner.accounting import DenseOptimizer
 from torchrec_compress.planner.enumerators import CompressedEnumerator
 from torchrec_compress.planner.lookups import decode_bytes
@@ -211,7 +211,9 @@ class _Trial:
 
 def _least_bytes(what_if: WhatIf, changes: Mapping[str, MethodConfig]) -> int:
     """Return what the tables take at least, once: a quick look before all of them are estimated."""
-    return sum(changes.get(name, method).stored_bytes(what_if.tables[name]) for name, method in what_if.methods.items())
+    return stored_together(
+        (changes.get(name, method), what_if.tables[name]) for name, method in what_if.methods.items()
+    )
 
 
 def _proposals(options: list[ShardingOption]) -> list[list[ShardingOption]]:

@@ -22,7 +22,9 @@ from torchrec_compress.modules.remapped import (
     RemappedEmbeddingBagCollection,
     RemappedEmbeddingBagRows,
     RemappedEmbeddingCollection,
+    RemappedFeature,
 )
+from torchrec_compress.planner.lookups import Lookups
 from torchrec_compress.sharding import get_default_sharders
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,10 @@ _FOR_CODES = {
     "feature_names",
     "device_group",
 }
+_NO_LOOKUPS: dict[str, Any] = {
+    name: getattr(ParameterConstraints(), name)
+    for name in ("pooling_factors", "num_poolings", "batch_sizes", "feature_names")
+}
 
 
 def shardable_modules(
@@ -84,17 +90,18 @@ def translate_constraints(
 
     A part keeps of its table's `sharding_types` and `compute_kernels` what it can do. Where nothing is left, it gets
     the nearest that it can do: row-wise for a code table that was to be cut by columns, the plain kernel for one that
-    was to be cached. Pooling factors and batch sizes, one per feature, reach all parts as they are.
+    was to be cached. Pooling factors and batch sizes, one per feature, reach all parts as they are. A native table that
+    several tables share gets the pooling factors of all of them, and what else they wish for, which must be the same.
 
     Args:
         module: the model, before it is sharded.
         constraints: by table name; they are copied, never written to. "table.tensor" names a decoder's tensor, and
-            "table.part" one of several native tables, which else gets its table's.
+            "table.part" one of several native tables, which else gets its table's; one that is shared has its own name.
         compute_device: of the topology: "cpu", "cuda" or "mtia".
         sharders: as for the planner, default `torchrec_compress.sharding.get_default_sharders()`.
 
     Raises:
-        ValueError: a sharding type or kernel that TorchRec does not know.
+        ValueError: a sharding type or kernel that TorchRec does not know; tables that share one differ in their wishes.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig
@@ -110,6 +117,7 @@ def translate_constraints(
     for name, wish in wishes.items():
         _check_names(f"constraints[{name!r}].sharding_types", wish.sharding_types, ShardingType)
         _check_names(f"constraints[{name!r}].compute_kernels", wish.compute_kernels, EmbeddingComputeKernel)
+    wishes |= _of_shared(module, wishes)
     found: dict[str, list[ParameterConstraints]] = {}
     used = set()
     for path, part, sharder in shardable_modules(module, get_default_sharders() if sharders is None else sharders):
@@ -124,10 +132,82 @@ def translate_constraints(
                 }
                 mine = wishes[asked] if kind is None else _translate(wishes[asked], can, where)
                 found.setdefault(name, []).append(_for_codes(mine, where) if kind == "code table" else mine)
+    used |= {name for _, entries in _shared(module) for entry in entries for name in (entry.table, entry.planned)}
     unknown = sorted(set(wishes) - used)
     if unknown:
         logger.warning("constraints: no table or tensor is called %s; they have no effect", unknown)
     return {**wishes, **{name: _together(of_parts) for name, of_parts in found.items()}}
+
+
+def _shared(module: nn.Module) -> Iterator[tuple[str, list[RemappedFeature]]]:
+    """Yield the name and the look-ups of every native table that the user's tables share."""
+    for part in module.modules():
+        if isinstance(part, RemappedEmbeddingBagCollection | RemappedEmbeddingCollection):
+            found: dict[str, list[RemappedFeature]] = {}
+            for entry in part.remaps:
+                if entry.is_shared:
+                    found.setdefault(entry.planned, []).append(entry)
+            yield from found.items()
+
+
+def _of_shared(module: nn.Module, wishes: Mapping[str, ParameterConstraints]) -> dict[str, ParameterConstraints]:
+    """Return the constraints of native tables that tables share, by name; of two collections' the more look-ups."""
+    found: dict[str, ParameterConstraints] = {}
+    for name, entries in _shared(module):
+        mine = _with_lookups(wishes.get(name) or _agreed(name, entries, wishes), name, entries, wishes)
+        if name not in found or sum(mine.pooling_factors) > sum(found[name].pooling_factors):
+            found[name] = mine
+    return found
+
+
+def _agreed(
+    name: str, entries: list[RemappedFeature], wishes: Mapping[str, ParameterConstraints]
+) -> ParameterConstraints:
+    """Return what tables wish that share a native table, but for their look-ups.
+
+    Raises:
+        ValueError: they wish for different things.
+    """
+    mine = {entry.table: wishes[entry.table] for entry in entries if entry.table in wishes}
+    plain = {table: dataclasses.replace(wish, **_NO_LOOKUPS) for table, wish in mine.items()}
+    first = next(iter(plain), "")
+    for table, wish in plain.items():
+        if wish != plain[first]:
+            raise ValueError(
+                f"constraints: tables {first!r} and {table!r} share the native table {name!r} and must wish for the "
+                f"same, but for their look-ups, got {mine[first]} and {mine[table]}; name {name!r} instead"
+            )
+    return plain.get(first, ParameterConstraints())
+
+
+def _with_lookups(
+    wish: ParameterConstraints, name: str, entries: list[RemappedFeature], wishes: Mapping[str, ParameterConstraints]
+) -> ParameterConstraints:
+    """Return a shared native table's constraints with the look-ups of all its tables, unless they say their own.
+
+    Raises:
+        ValueError: some tables have batch sizes, others none.
+    """
+    if dataclasses.replace(wish, **_NO_LOOKUPS) != wish:
+        return wish
+    factors: list[float] = []
+    poolings: list[float] = []
+    batches: list[int] = []
+    for table in dict.fromkeys(entry.table for entry in entries):
+        mine = [entry.feature for entry in entries if entry.table == table]
+        of_table = Lookups.of(table, wishes, 0)
+        times = len(mine) // len(set(mine))  # the parts of the table that share it
+        factors += of_table.pooling_factors * times
+        poolings += of_table.num_poolings * times
+        batches += of_table.batch_sizes * times
+    if any(batches) and not all(batches):
+        raise ValueError(
+            f"constraints: tables that share the native table {name!r} must all have batch_sizes, or none, got "
+            f"{batches} by look-up; add the missing ones"
+        )
+    return dataclasses.replace(
+        wish, pooling_factors=factors, num_poolings=poolings, batch_sizes=batches if all(batches) else None
+    )
 
 
 def _table_of(part: nn.Module, name: str) -> str:

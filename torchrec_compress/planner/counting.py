@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.managed import ManagedCollection
+from torchrec_compress.modules.shared import cut
 from torchrec_compress.planner.accounting import DenseOptimizer, managed_bytes, shard_bytes
 from torchrec_compress.planner.records import KINDS, Kind, PartPlan, RankPlan, TablePlan
 
@@ -46,6 +48,7 @@ class Counting:
             for path, collection in self._collections.items()
             for name in collection.methods()
             for physical in collection.blueprint.native_names(name).values()
+            if physical not in collection.blueprint.shares
         }
 
     def count(self) -> tuple[dict[str, TablePlan], list[RankPlan]]:
@@ -56,7 +59,10 @@ class Counting:
         """
         parts: dict[tuple[str, str], list[PartPlan]] = {}
         for option in self._options:
-            parts.setdefault(self._table_of(option), []).append(self._part(option))
+            path, name = self._table_of(option)
+            shares = self._shares(path, name)
+            for table, part in zip(shares, _cut(self._part(option), [*shares.values()]), strict=True):
+                parts.setdefault((path, table), []).append(part)
         for path, collection in self._collections.items():
             for name in collection.methods():
                 parts.setdefault((path, name), []).extend(self._unplanned(path, name, parts.get((path, name), [])))
@@ -78,11 +84,15 @@ class Counting:
         # a native table whose own sharder was not passed is planned by TorchRec's, by its own name
         return path, self._native_names.get((path, name), name)
 
+    def _shares(self, path: str, name: str) -> dict[str, int]:
+        """Return the user's tables that a stored tensor is of, by weight: several where they share it."""
+        collection = self._collections.get(path)
+        return {name: 1} if collection is None else collection.blueprint.shares.get(name, {name: 1})
+
     def _unplanned(self, path: str, name: str, parts: list[PartPlan]) -> list[PartPlan]:
         """Return what no sharder was passed for, and so every rank holds."""
         collection = self._collections[path]
-        table = collection.blueprint.by_table[name][0].table
-        rest = collection.methods()[name].stored_bytes(table) - sum(part.stored_bytes for part in parts)
+        rest = collection.blueprint.stored_bytes(name) - sum(part.stored_bytes for part in parts)
         if not rest:
             return []
         for rank in self._ranks:
@@ -131,7 +141,8 @@ class Counting:
     def _training_bytes(self, option: ShardingOption) -> int:
         path, name = self._table_of(option)
         collection = self._collections.get(path)
-        managed = None if collection is None else collection.blueprint.parts[name].managed
+        parts = None if collection is None else collection.blueprint.parts.get(name)  # none: of several tables
+        managed = None if parts is None else parts.managed
         return 0 if managed is None else managed.training_bytes
 
     def _shard(self, option: ShardingOption, shard: Shard) -> tuple[int, int, int, int]:
@@ -162,6 +173,13 @@ class Counting:
         rank.activation_bytes += activations
         rank.device_bytes += storage.ddr if self._on_host else storage.hbm
         rank.host_bytes += 0 if self._on_host else storage.ddr
+
+
+def _cut(part: PartPlan, weights: list[int]) -> list[PartPlan]:
+    """Return the share of a stored tensor that each of several tables is counted with."""
+    names = ("stored_bytes", "weight_bytes", "optimizer_bytes", "gradient_bytes", "activation_bytes", "training_bytes")
+    shares = [cut(getattr(part, name), weights) for name in names]
+    return [replace(part, **dict(zip(names, mine, strict=True))) for mine in zip(*shares, strict=True)]
 
 
 def _storage(shard: Shard) -> Storage:

@@ -12,7 +12,7 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterSharding, ShardingEnv, ShardingType
 from torchrec.distributed.utils import append_prefix
-from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_compress.modules.features import check_ranges, split_features
@@ -23,8 +23,9 @@ from torchrec_compress.modules.remapped import (
     remap_features,
     remapped_ids,
 )
+from torchrec_compress.modules.shared import SeededInit
 from torchrec_compress.ops import TableRows
-from torchrec_compress.seams import EmbeddingCollectionContext, KJTList, KJTListSplitsAwaitable
+from torchrec_compress.seams import EmbeddingCollectionContext, KJTList, KJTListSplitsAwaitable, local_shards
 from torchrec_compress.sharding.agree import run_together
 
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
@@ -251,8 +252,20 @@ def _materialised(module: RemappedEmbeddingCollection, name: str, device: torch.
 
 
 @torch.no_grad()
-def copy_values(module: nn.Module, sharded: nn.Module) -> None:
-    """Copy real values into a sharded collection; TorchRec itself does so on a GPU only, and else draws new ones."""
+def copy_values(module: EmbeddingBagCollection | EmbeddingCollection, sharded: nn.Module) -> None:
+    """Copy real values into a sharded collection; TorchRec itself does so on a GPU only, and else draws new ones.
+
+    From the meta device TorchRec's draws stand, but for what starts from a seed under every plan.
+    """
     values = module.state_dict()
     if not any(tensor.is_meta for tensor in values.values()):
         sharded.load_state_dict(values)
+        return
+    pooled = isinstance(module, EmbeddingBagCollection)
+    configs = module.embedding_bag_configs() if pooled else module.embedding_configs()
+    seeded = {config.name: config.init_fn for config in configs if isinstance(config.init_fn, SeededInit)}
+    for name, value in sharded.state_dict().items() if seeded else ():
+        start = seeded.get(name.split(".")[-2])
+        if start is not None:
+            for shard, offsets in local_shards(value):
+                start.fill(shard, *(offsets or (0, 0)))

@@ -12,11 +12,12 @@ import pytest
 import torch
 import yaml
 
+from torchrec_compress.seams import local_shards
 from torchrec_compress.train import sealed
 from torchrec_compress.train.config import RunConfig, override
 from torchrec_compress.train.engine import checkpoint
 from torchrec_compress.train.engine.checkpoint import Checkpoints
-from torchrec_compress.train.engine.trainable import Trainable, local_shards
+from torchrec_compress.train.engine.trainable import Trainable
 from torchrec_compress.train.ranks import start
 from torchrec_compress.train.stages import full_model, run
 
@@ -150,7 +151,7 @@ def test_a_file_size_limit_at_save_leaves_the_old_checkpoint(tmp_path):
     script = f"""
 import pathlib, resource, signal, torch
 from torchrec_compress.train.engine.checkpoint import Checkpoints
-from torchrec_compress.train.engine.trainable import Trainable, local_shards
+from torchrec_compress.train.engine.trainable import Trainable
 from torchrec_compress.train.stages import full_model
 from torchrec_compress.train.config import ParallelConfig
 from torchrec_compress.train.ranks import start

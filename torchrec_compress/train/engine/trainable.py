@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -27,6 +26,7 @@ from torchrec_compress.modules.after_step import managed_owners
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS
+from torchrec_compress.seams import local_shards
 from torchrec_compress.sharding import get_default_sharders
 from torchrec_compress.train.check import check_optim
 from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig, of_pattern
@@ -309,17 +309,6 @@ def make_constraints(
         factors = [float(pooling.get(feature, 1)) for feature in configs[table].feature_names]
         constraints[table] = ParameterConstraints(sharding_types=list(kinds), pooling_factors=factors)
     return constraints
-
-
-def local_shards(value: object) -> list[tuple[Tensor, list[int] | None]]:
-    """Return this rank's shards of a tensor with their offsets in the whole; None for a plain tensor."""
-    if isinstance(value, ShardedTensor):
-        return [(shard.tensor, list(shard.metadata.shard_offsets)) for shard in value.local_shards()]
-    if hasattr(value, "local_shards"):
-        return list(zip(value.local_shards(), value.local_offsets(), strict=True))  # type: ignore[attr-defined]
-    if hasattr(value, "to_local"):
-        return local_shards(value.to_local())  # type: ignore[attr-defined]
-    return [(value, None)]  # type: ignore[list-item]
 
 
 @torch.no_grad()
