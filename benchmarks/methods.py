@@ -5,7 +5,8 @@ Run: python benchmarks/methods.py        (CPU, one thread; writes methods.md bes
 Four tables of 200,000 rows x 64, batches of 2,048 bags, Zipf(1.05) ids. All methods live in one process and take turns
 batch by batch, so that a busy machine slows all of them; ratios are medians of the ratios of neighbours, with the 10th
 and the 90th percentile. A step is forward, backward and SGD: fused in FBGEMM's kernel for the dense tables (TorchRec's
-FusedEmbeddingBagCollection), plain for codebooks and shared rows; frozen codes and rows take none.
+FusedEmbeddingBagCollection, and narrow rows in one like it), plain for codebooks, projections and shared rows; frozen
+codes and rows take none. A step of cafe ends with `after_step`.
 """
 
 from __future__ import annotations
@@ -16,19 +17,22 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 
-from torchrec_compress import CompressedEmbeddingBagCollection, compress
+from torchrec_compress import CompressedEmbeddingBagCollection, after_step, compress
 from torchrec_compress.methods import (
+    CafeConfig,
     HashConfig,
     Int4Config,
     Int8Config,
     MEmComConfig,
     MethodConfig,
+    NarrowConfig,
     PQConfig,
     RandomCodesConfig,
 )
@@ -41,6 +45,8 @@ METHODS: dict[str, MethodConfig] = {
     "tiers, M = 4, 10,000 int4 rows": PQConfig(num_codes=4, num_hot_rows=10_000, hot_dtype="int4", popularity="count"),
     "memcom, 4,000 buckets": MEmComConfig(num_buckets=4000),
     "hash, 4,000 buckets": HashConfig(num_buckets=4000),
+    "cafe, 2,000 hot rows, 1,600 cold": CafeConfig(num_hot_rows=2000, num_cold_rows=1600),
+    "narrow, 16 numbers": NarrowConfig(width=16),
     "int8": Int8Config(),
     "int4": Int4Config(),
 }
@@ -69,7 +75,17 @@ def collections(steps: list[KeyedJaggedTensor]) -> dict[str, nn.Module]:
             if fitted
             else CompressedEmbeddingBagCollection(tables(), compression=config)
         )
+        if config.method == "narrow":
+            _fuse(made[name])
     return made
+
+
+def _fuse(module: Any) -> None:
+    """Put TorchRec's fused tables in the place of the stock ones, as sharding does."""
+    stock = module.bags.native
+    fused = FusedEmbeddingBagCollection(stock.embedding_bag_configs(), torch.optim.SGD, {"lr": 0.01})
+    fused.load_state_dict(stock.state_dict())
+    module.bags.native = fused
 
 
 def draw(pooling_factor: int, step: int) -> KeyedJaggedTensor:
@@ -92,11 +108,11 @@ def train(module: nn.Module, batch: KeyedJaggedTensor) -> None:
     if out.requires_grad:
         out.sum().backward()
     parameters = [] if isinstance(module, FusedEmbeddingBagCollection) else list(module.parameters())
-    with torch.no_grad():
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.add_(parameter.grad, alpha=-0.01)
-                parameter.grad = None
+    optimizer = torch.optim.SGD(parameters, lr=0.01) if parameters else None
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad()
+    after_step(module, 0, optimizer)
 
 
 def milliseconds(
