@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.planner import Topology
 
-from torchrec_compress.fit import fit_mec
+from torchrec_compress.fit.mec import learn_mec
 from torchrec_compress.methods import mec
 
 README = Path(__file__).parents[1] / "README.md"
@@ -32,9 +32,9 @@ def test_the_swap_runs_and_compresses() -> None:
 
 def test_a_trained_collection_is_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
     def quick(*rows, options, **given):
-        return fit_mec(*rows, options=dataclasses.replace(options, num_steps=5), **given)
+        return learn_mec(*rows, options=dataclasses.replace(options, num_steps=5), **given)
 
-    monkeypatch.setattr(mec, "fit_mec", quick)  # a thousand steps take half a minute and show nothing more
+    monkeypatch.setattr(mec, "learn_mec", quick)  # a thousand steps take half a minute and show nothing more
     table = EmbeddingBagConfig(name="user", num_embeddings=20_000, embedding_dim=16, feature_names=["user"])
     names: dict = {
         "trained_collection": EmbeddingBagCollection([table]),

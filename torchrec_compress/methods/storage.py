@@ -73,7 +73,7 @@ class NativePart:
         data_type: of the stored weight, FP32 or FP16; what is looked up is float32 all the same.
         shared: name of the physical table where several of a collection's tables, or several parts of one, look up the
             same rows; its parts agree in all but name and remap. It starts from the collection's seed and this name
-            alone, and no fit of one table fills it.
+            alone, without init_fn as TorchRec starts a table of its size, and no fit of one table fills it.
 
     Raises:
         ValueError: a name that is no identifier; another data type, which TorchRec would store as FP16.
