@@ -160,12 +160,21 @@ def test_what_is_no_sample_is_refused() -> None:
     config, ids = HashConfig(num_buckets=5), torch.arange(10)
     cases = [
         (replace(WHOLE, weights=torch.ones(10)), "weights must come with the ids of a sample"),
-        (replace(WHOLE, ids=ids.int()), "ids of a sample must be a vector of int64"),
-        (replace(WHOLE, ids=ids[:0]), "ids of a sample must be a vector of int64"),
-        (replace(WHOLE, ids=ids.flip(0)), r"ids of a sample must ascend in \[0, 403\)"),
-        (replace(WHOLE, ids=ids + NUM_ROWS - 9), r"ids of a sample must ascend in \[0, 403\)"),
-        (replace(WHOLE, ids=ids, weights=torch.ones(9)), "weights of a sample must be 10 finite numbers >= 0"),
-        (replace(WHOLE, ids=ids, weights=-torch.ones(10)), "weights of a sample must be 10 finite numbers >= 0"),
+        (replace(WHOLE, ids=ids.int()), "ids must be a vector of int64, got torch.int32"),
+        (replace(WHOLE, ids=[1, 2]), "ids must be a vector of int64, got list"),
+        (replace(WHOLE, ids=ids.to("meta")), "ids must be on the cpu"),
+        (replace(WHOLE, ids=ids[:0]), "ids of a sample must ascend, one at least"),
+        (replace(WHOLE, ids=ids.flip(0)), "ids of a sample must ascend"),
+        (replace(WHOLE, ids=ids + NUM_ROWS - 9), r"ids must be in \[0, 403\), got 403"),
+        (replace(WHOLE, ids=ids, weights=torch.ones(9)), "weights of a sample must be 10 numbers in .0, 2..53., one"),
+        (replace(WHOLE, ids=ids, weights=-torch.ones(10)), "weights of a sample must be 10 numbers in"),
+        (replace(WHOLE, ids=ids, weights=torch.full((10,), 1e38)), "weights of a sample must be 10 numbers in"),
+        (replace(WHOLE, ids=ids, weights=torch.full((10,), torch.nan)), "weights of a sample must be 10 numbers in"),
+        (replace(WHOLE, ids=ids, weights=[1.0] * 10), "weights of a sample must be a tensor of floating-point numbers"),
+        (
+            replace(WHOLE, ids=ids, weights=torch.ones(10).to_sparse()),
+            "weights of a sample must be a tensor of floating",
+        ),
     ]
     for data, message in cases:
         with pytest.raises(ValueError, match=f"table 'item': {message}"):
@@ -179,11 +188,26 @@ def test_what_is_no_sample_is_refused() -> None:
         PQConfig(num_codes=2, codebook_size=4).learn(table(), replace(WHOLE, ids=ids))
 
 
-def test_a_table_is_finished_when_every_id_is_encoded() -> None:
-    found = PQConfig(num_codes=2, codebook_size=4, num_hot_rows=3).learn(table(), WHOLE)
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_every_id_is_encoded_once(config: MethodConfig) -> None:
+    found = config.learn(table(), WHOLE)
     found.encode(torch.arange(400), rows()[:400])
-    with pytest.raises(ValueError, match=r"each of 403 ids must be encoded once before finish\(\), got 400"):
+    with pytest.raises(ValueError, match=r"each of 403 ids must be encoded once before finish\(\), got all but 3"):
         found.finish()
+    for ids, message in (
+        (torch.tensor([402, 399]), "each id must be encoded once, got 399 twice"),
+        (torch.tensor([401, 401]), "each id must be encoded once, got 401 twice"),
+        (torch.tensor([402, -1]), r"ids must be in \[0, 403\), got -1"),
+        (torch.tensor([402, 403]), r"ids must be in \[0, 403\), got 403"),
+        (torch.tensor([401.0, 402.0]), "ids must be a vector of int64, got torch.float32"),
+        ([401, 402], "ids must be a vector of int64, got list"),
+    ):
+        with pytest.raises(ValueError, match=f"table 'item': {message}"):
+            found.encode(ids, rows()[:2])  # type: ignore[arg-type]
+    found.encode(torch.arange(400, 403), rows()[400:])
+    found.finish()
+    with pytest.raises(ValueError, match=r"rows must be encoded before finish\(\)"):
+        found.encode(torch.arange(0), rows()[:0])
 
 
 def test_blocks_are_checked_and_the_id_is_named() -> None:

@@ -323,3 +323,9 @@ def test_tensors_of_a_batch_that_do_not_go_together(config):
         batch = KeyedJaggedTensor(keys=["item"], values=values, lengths=counts, weights=factors)
         with pytest.raises(ValueError, match=message):
             collection(batch)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**70, True, 1.0, "1", None])
+def test_a_seed_is_one_that_every_generator_takes(seed):
+    with pytest.raises(ValueError, match=r"seed must be an int in \[0, 2\*\*63\), got"):
+        CompressedEmbeddingBagCollection([table()], compression=PQ, seed=seed)

@@ -71,7 +71,7 @@ class TableData:
         if self.ids is None:
             return weights
         mine = weights[self.ids]
-        return mine if self.weights is None else torch.where(mine > 0, self.weights, 0.0)
+        return mine if self.weights is None else torch.where(mine > 0, self.weights.to(mine.dtype), 0.0)
 
 
 def check_sample(table: BaseEmbeddingConfig, data: TableData) -> None:
@@ -82,14 +82,28 @@ def check_sample(table: BaseEmbeddingConfig, data: TableData) -> None:
         if weights is not None:
             raise ValueError(f"{where}: weights must come with the ids of a sample, got none")
         return
-    if ids.dtype != torch.int64 or ids.dim() != 1 or not len(ids):
-        raise ValueError(f"{where}: ids of a sample must be a vector of int64, got {ids.dtype} {tuple(ids.shape)}")
-    if int(ids[0]) < 0 or int(ids[-1]) >= table.num_embeddings or not bool((ids[1:] > ids[:-1]).all()):
-        raise ValueError(f"{where}: ids of a sample must ascend in [0, {table.num_embeddings})")
-    if weights is not None and (
-        weights.shape != ids.shape or not bool((torch.isfinite(weights) & (weights >= 0)).all())
-    ):
-        raise ValueError(f"{where}: weights of a sample must be {len(ids)} finite numbers >= 0, one for each id")
+    check_block_ids(where, ids, table.num_embeddings)
+    if not len(ids) or not bool((ids[1:] > ids[:-1]).all()):
+        raise ValueError(f"{where}: ids of a sample must ascend, one at least")
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor) or weights.layout != torch.strided or weights.dtype not in _FLOATS:
+        got = f"{weights.dtype} ({weights.layout})" if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"{where}: weights of a sample must be a tensor of floating-point numbers, got {got}")
+    if weights.shape != ids.shape or weights.is_meta or not bool(((weights >= 0) & (weights <= 2**53)).all()):
+        raise ValueError(f"{where}: weights of a sample must be {len(ids)} numbers in [0, 2**53], one for each id")
+
+
+def check_block_ids(where: str, ids: object, num_rows: int) -> None:
+    """Raise ValueError unless ids are a vector of int64 in [0, N), in the host's memory."""
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 1 or ids.layout != torch.strided:
+        got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"{where}: ids must be a vector of int64, got {got}")
+    if ids.device.type != "cpu":
+        raise ValueError(f"{where}: ids must be on the cpu, where tables are fitted, got {ids.device}")
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= num_rows):
+        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        raise ValueError(f"{where}: ids must be in [0, {num_rows}), got {wrong}")
 
 
 def check_trained_rows(table: BaseEmbeddingConfig, rows: Tensor, ids: Tensor | None = None) -> None:
@@ -98,6 +112,7 @@ def check_trained_rows(table: BaseEmbeddingConfig, rows: Tensor, ids: Tensor | N
     if not isinstance(rows, Tensor) or rows.is_meta or rows.layout != torch.strided or rows.dtype not in _FLOATS:
         got = f"{rows.dtype} on {rows.device} ({rows.layout})" if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(f"{where}: pre-trained rows must be a tensor of floating-point values, got {got}")
+    rows = rows.detach()
     num_rows = table.num_embeddings if ids is None else len(ids)
     if rows.shape != (num_rows, table.embedding_dim):
         raise ValueError(
@@ -153,7 +168,8 @@ class Learned(ABC):
 
     def __init__(self, table: BaseEmbeddingConfig) -> None:
         self._table = table
-        self._num_encoded = 0
+        self._is_encoded = torch.zeros(table.num_embeddings, dtype=torch.bool)
+        self._is_finished = False
 
     def encode(self, ids: Tensor, rows: Tensor | None) -> Tensor | None:
         """Return the rows of the code table that ids have, or None where there is no code table.
@@ -166,15 +182,28 @@ class Learned(ABC):
             (L, row_size) in the code table's dtype.
 
         Raises:
-            ValueError: there are no rows, or one is not finite.
+            ValueError: there are no rows, or one is not finite; ids are out of range, repeated or encoded before.
         """
+        self._check_new(ids)
         if self.needs_rows:
             if rows is None:
                 raise _without_rows(self._table)
             check_trained_rows(self._table, rows, ids)
             rows = rows.detach().float()
-        self._num_encoded += len(ids)
+        self._is_encoded[ids] = True
         return self._encode(ids, rows)
+
+    def _check_new(self, ids: Tensor) -> None:
+        """Raise ValueError unless these are ids of the table of which none was encoded yet."""
+        where = f"table {self._table.name!r}"
+        check_block_ids(where, ids, self._table.num_embeddings)
+        if self._is_finished:
+            raise ValueError(f"{where}: rows must be encoded before finish(); learn() again")
+        ordered = ids.sort().values
+        twice = self._is_encoded[ordered]
+        twice[1:] |= ordered[1:] == ordered[:-1]
+        if bool(twice.any()):
+            raise ValueError(f"{where}: each id must be encoded once, got {int(ordered[twice][0])} twice")
 
     @abstractmethod
     def _encode(self, ids: Tensor, rows: Tensor | None) -> Tensor | None:
@@ -186,11 +215,13 @@ class Learned(ABC):
         Raises:
             ValueError: not every id was encoded once.
         """
-        if self._num_encoded != self._table.num_embeddings:
+        if not bool(self._is_encoded.all()):
+            missing = int((~self._is_encoded).sum())
             raise ValueError(
                 f"table {self._table.name!r}: each of {self._table.num_embeddings} ids must be encoded once before "
-                f"finish(), got {self._num_encoded}"
+                f"finish(), got all but {missing}"
             )
+        self._is_finished = True
         return self._finish()
 
     @abstractmethod

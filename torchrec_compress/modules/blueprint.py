@@ -88,12 +88,12 @@ class Blueprint(Generic[TableConfig]):
         """Check the user's configs and lay out their parts.
 
         Raises:
-            ValueError: the seed is no int, a name is missing, repeated or unfit for a module, or a method cannot store
-                its table.
+            ValueError: the seed is no int in [0, 2**63), a name is missing, repeated or unfit for a module, or a method
+                cannot store its table.
         """
         _check_names(tables)
-        if isinstance(seed, bool) or not isinstance(seed, Integral):
-            raise ValueError(f"compressed collection: seed must be an int, got {seed!r}")
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
+            raise ValueError(f"compressed collection: seed must be an int in [0, 2**63), got {seed!r}")
         given = [table if table.feature_names else _with_features(table) for table in tables]
         copies = [_with_features(table) for table in given]
         methods = resolve(copies, compression)
