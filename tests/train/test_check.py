@@ -173,6 +173,28 @@ def test_no_batch_of_one_row_is_normalised(config, data, size, world, message):
         check_run(changed, None, data, world)
 
 
+def test_tables_that_are_not_compressed_have_a_sharding_type_of_the_device(config, data):
+    wide, rows = ["row_wise", "table_wise"], {"parallel.device": "cpu", "parallel.sharding_types": {"*": ["row_wise"]}}
+    few = {"method": "hash", "num_buckets": 3}
+    scratch = {"start": "scratch", "compression": {"*": few}, "retrain.epochs": 1}
+    mixed = {**scratch, "compression": {"item": {"method": "dense"}, "*": few}}
+    for stage, table, changes in (("pretrain", "user", {}), ("retrain", "item", mixed)):
+        found = override(config, {**rows, **changes})
+        message = (
+            rf"^parallel.sharding_types: table '{table}' of {stage}, .* \['table_wise', .* 'cpu', got \['row_wise'\];"
+        )
+        with pytest.raises(ValueError, match=message):
+            check_run(found, compression_of(found.compression), data)
+        for fine in (
+            {"parallel.sharding_types": {"*": wide}},
+            {"parallel.device": "cuda"},
+            {f"{stage}.optim.tables": "adam"},
+            {**scratch, "compression.item": few},
+        ):
+            changed = override(found, fine)
+            check_run(changed, compression_of(changed.compression), data)
+
+
 def test_settings_of_a_stage_that_is_not_used_may_be_anything():
     check_config(
         override(RunConfig(), {"pretrain.epochs": 0, "start": "scratch", "compression": HASH, "retrain.epochs": 1})
