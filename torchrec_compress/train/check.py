@@ -24,6 +24,7 @@ from torchrec_compress.train.byte_budget import Budget, budget_of
 from torchrec_compress.train.config import (
     DataConfig,
     GeneratorConfig,
+    ModelConfig,
     OptimConfig,
     RunConfig,
     StageConfig,
@@ -35,6 +36,7 @@ from torchrec_compress.train.data.batch import Share
 from torchrec_compress.train.data.open import check_source
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.data.splits import check_fractions
+from torchrec_compress.train.engine.profile import WARM_UP
 from torchrec_compress.train.models.click import make_model, tables_of
 
 # what a kind of data has no use for; a value there would be lost without a word
@@ -67,6 +69,11 @@ def check_config(config: RunConfig) -> Compression | Budget | None:
     for name, stage in used_stages(config).items():
         _check_stage(name, stage)
     _check_data(config.data)
+    if "dcn" not in config.model.name:
+        for key in ("num_cross_layers", "cross_rank"):
+            got = getattr(config.model, key)
+            if got != getattr(ModelConfig(), key):
+                raise ValueError(f"model.{key}: has no meaning with model.name = {config.model.name!r}, got {got!r}")
     known = [kind.value for kind in ShardingType]
     for pattern, kinds in config.parallel.sharding_types.items():
         for kind in kinds:
@@ -168,8 +175,14 @@ def check_run(config: RunConfig, wanted: Compression | Budget | None, data: Clic
         if stage.optim.tables != "adam":  # which replicates them
             _check_sharding(config, name, _stock(config, wanted, name, tables))
         steps = len(data.batches("train", stage.batch_size, config.seed, Share(0, world)))
-        if round(stage.epochs * steps) < 1:
+        total, profiled = round(stage.epochs * steps), config.parallel.profile_steps
+        if total < 1:
             raise ValueError(f"{name}.epochs: must make a step, got {stage.epochs} of the {steps} steps of an epoch")
+        if profiled and total < WARM_UP + profiled:
+            raise ValueError(
+                f"parallel.profile_steps: must be at most {max(0, total - WARM_UP)}, the steps of {name} after a "
+                f"warm-up of {WARM_UP}, got {profiled}"
+            )
         if config.model.batch_norm:
             _check_batch_norm(name, stage, data.num_rows("train"), world)
 
