@@ -70,6 +70,8 @@ PARQUET = {"data.kind": "parquet", "data.path": "x"}
         ({"parallel.sharding_types": {"user": ["rowwise"]}}, "parallel.sharding_types.user: .*did you mean 'row_wise'"),
         ({"data.kind": "parquet"}, "data.path: must be set"),
         ({"data.kind": "parquet", "data.path": ""}, "data.path: must be set"),
+        ({"model.cross_rank": 4}, "model.cross_rank: has no meaning with model.name = 'deepfm', got 4"),
+        ({"model": {"name": "dlrm", "num_cross_layers": 2}}, "model.num_cross_layers: has no meaning with model.name"),
         ({"data.streaming": True}, "data.streaming: must be false with data.kind = 'generator'"),
         ({"data.path": "x"}, "data.path: has no meaning with data.kind = 'generator'"),
         ({"data.label": "y"}, "data.label: has no meaning with data.kind = 'generator'"),
@@ -173,6 +175,37 @@ def test_no_batch_of_one_row_is_normalised(config, data, size, world, message):
         check_run(changed, None, data, world)
 
 
+def test_tables_that_are_not_compressed_have_a_sharding_type_of_the_device(config, data):
+    wide, rows = ["row_wise", "table_wise"], {"parallel.device": "cpu", "parallel.sharding_types": {"*": ["row_wise"]}}
+    few = {"method": "hash", "num_buckets": 3}
+    scratch = {"start": "scratch", "compression": {"*": few}, "retrain.epochs": 1}
+    mixed = {**scratch, "compression": {"item": {"method": "dense"}, "*": few}}
+    for stage, table, changes in (("pretrain", "user", {}), ("retrain", "item", mixed)):
+        found = override(config, {**rows, **changes})
+        message = (
+            rf"^parallel.sharding_types: table '{table}' of {stage}, .* \['table_wise', .* 'cpu', got \['row_wise'\];"
+        )
+        with pytest.raises(ValueError, match=message):
+            check_run(found, compression_of(found.compression), data)
+        for fine in (
+            {"parallel.sharding_types": {"*": wide}},
+            {"parallel.device": "cuda"},
+            {f"{stage}.optim.tables": "adam"},
+            {**scratch, "compression.item": few},
+        ):
+            changed = override(found, fine)
+            check_run(changed, compression_of(changed.compression), data)
+
+
+def test_a_key_of_the_model_or_the_profile_that_acts_is_taken(config, data):
+    for name in ("dcnv2", "dlrm_dcnv2"):
+        check_config(override(RunConfig(), {"model": {"name": name, "num_cross_layers": 2, "cross_rank": 4}}))
+    steps = len(data.batches("train", config.pretrain.batch_size, 0))
+    check_run(override(config, {"parallel.profile_steps": steps - 10}), None, data)
+    with pytest.raises(ValueError, match=rf"^parallel\.profile_steps: must be at most {steps - 10}, "):
+        check_run(override(config, {"parallel.profile_steps": steps - 9}), None, data)
+
+
 def test_settings_of_a_stage_that_is_not_used_may_be_anything():
     check_config(
         override(RunConfig(), {"pretrain.epochs": 0, "start": "scratch", "compression": HASH, "retrain.epochs": 1})
@@ -244,6 +277,11 @@ def test_names_that_are_no_tables():
     [
         ({"model": {"name": "dlrm", "bottom": [8]}}, r"model\.bottom: must be empty without dense columns"),
         ({"model.hidden": []}, r"model\.hidden: must hold at least one"),
+        (
+            {"parallel.profile_steps": 1, "pretrain.epochs": 0.1},
+            r"parallel\.profile_steps: must be at most 0, the steps of pretrain after a warm-up of 10, got 1",
+        ),
+        ({"parallel.profile_steps": 100}, r"parallel\.profile_steps: must be at most \d+, the steps of pretrain"),
         ({"pretrain.epochs": 1e-6}, r"pretrain\.epochs: must make a step, got 1e-06 of the \d+ steps"),
     ],
 )

@@ -12,12 +12,14 @@ from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from torchrec_compress import cli
 from torchrec_compress.dry_run.config import PlanConfig
 from torchrec_compress.schema import leaves
 from torchrec_compress.train.byte_budget import Budget, budget_of
-from torchrec_compress.train.command_line import load_yaml, read
+from torchrec_compress.train.command_line import dump, load_yaml, read, yaml_line
 from torchrec_compress.train.config import ParallelConfig, RunConfig, of_pattern, override
 
 MARKER = "module_that_tells_of_its_import"
@@ -248,6 +250,21 @@ def test_a_name_that_yaml_takes_for_something_else_wants_quotes(tmp_path, word):
     path.write_text(f"data: {{label: '{word}', vocab: {{'{word}': 3}}}}")
     found = read(RunConfig(), [str(path)], "usage").data
     assert found.label == word and found.vocab == {word: 3}
+
+
+# what looks like a number, a date, a merge, to one YAML or another; and any other text
+_marked = st.text("0123456789+-.:_eExnaifNOynt<=~ \t\n\r#'\"\x85\u2028", max_size=12)
+_texts = _marked | st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=60)
+_values = _texts | st.integers(-(10**18), 10**18) | st.floats(allow_nan=False, allow_infinity=False) | st.booleans()
+
+
+@given(_texts, st.dictionaries(_texts, _values | st.lists(_values)))
+def test_text_is_written_so_that_it_is_read_as_text(text, found):
+    config = dataclasses.replace(RunConfig(), output=text, compression=found, context={text: text})
+    for written in (dump(config), dump(config, allow_unicode=False)):
+        assert load_yaml(written) == dataclasses.asdict(config)
+        assert yaml.safe_load(written)["output"] == text  # others read YAML 1.1
+    assert load_yaml(yaml_line([text, found])) == [text, found]
 
 
 def test_numbers_are_numbers_in_every_usual_form():

@@ -21,7 +21,7 @@ from torchrec_compress.train.data.memory import ClickData
 from torchrec_compress.train.engine.checkpoint import check_same
 from torchrec_compress.train.engine.loop import train
 from torchrec_compress.train.evaluate.scoring import check_labels
-from torchrec_compress.train.identity import check_unchanged
+from torchrec_compress.train.identity import check_unchanged, record
 from torchrec_compress.train.ranks import start
 
 CHANGES = [
@@ -61,6 +61,12 @@ def test_a_folder_with_other_settings_is_refused(finished, tmp_path, change, lef
     with pytest.raises(ValueError, match=rf"{key}.* must be .* as when it was written, got"):
         _run(config, folder)
     assert check_output(override(config, {"output": str(folder)})).outcome == "FAIL"
+
+
+def test_a_run_whose_folder_looks_like_a_number_is_opened_again(finished, tmp_path):
+    folder, config = _copy(finished, tmp_path), override(finished.config, {"output": "1e3"})
+    record(config, folder, {})
+    check_unchanged(config, folder)
 
 
 def test_a_run_whose_full_model_lies_elsewhere_is_refused_too(finished, tmp_path):

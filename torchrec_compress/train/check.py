@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -23,16 +24,19 @@ from torchrec_compress.train.byte_budget import Budget, budget_of
 from torchrec_compress.train.config import (
     DataConfig,
     GeneratorConfig,
+    ModelConfig,
     OptimConfig,
     RunConfig,
     StageConfig,
     needs_pretrained,
+    of_pattern,
     override,
 )
 from torchrec_compress.train.data.batch import Share
 from torchrec_compress.train.data.open import check_source
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.data.splits import check_fractions
+from torchrec_compress.train.engine.profile import WARM_UP
 from torchrec_compress.train.models.click import make_model, tables_of
 
 # what a kind of data has no use for; a value there would be lost without a word
@@ -65,6 +69,11 @@ def check_config(config: RunConfig) -> Compression | Budget | None:
     for name, stage in used_stages(config).items():
         _check_stage(name, stage)
     _check_data(config.data)
+    if "dcn" not in config.model.name:
+        for key in ("num_cross_layers", "cross_rank"):
+            got = getattr(config.model, key)
+            if got != getattr(ModelConfig(), key):
+                raise ValueError(f"model.{key}: has no meaning with model.name = {config.model.name!r}, got {got!r}")
     known = [kind.value for kind in ShardingType]
     for pattern, kinds in config.parallel.sharding_types.items():
         for kind in kinds:
@@ -163,11 +172,47 @@ def check_run(config: RunConfig, wanted: Compression | Budget | None, data: Clic
     with torch.device("meta"):  # the nets' widths are checked where they are built
         make_model(EmbeddingBagCollection(tables=tables), data.num_dense, config.model)
     for name, stage in used_stages(config).items():
+        if stage.optim.tables != "adam":  # which replicates them
+            _check_sharding(config, name, _stock(config, wanted, name, tables))
         steps = len(data.batches("train", stage.batch_size, config.seed, Share(0, world)))
-        if round(stage.epochs * steps) < 1:
+        total, profiled = round(stage.epochs * steps), config.parallel.profile_steps
+        if total < 1:
             raise ValueError(f"{name}.epochs: must make a step, got {stage.epochs} of the {steps} steps of an epoch")
+        if profiled and total < WARM_UP + profiled:
+            raise ValueError(
+                f"parallel.profile_steps: must be at most {max(0, total - WARM_UP)}, the steps of {name} after a "
+                f"warm-up of {WARM_UP}, got {profiled}"
+            )
         if config.model.batch_norm:
             _check_batch_norm(name, stage, data.num_rows("train"), world)
+
+
+def _stock(
+    config: RunConfig, wanted: Compression | Budget | None, stage: str, tables: list[EmbeddingBagConfig]
+) -> list[str]:
+    """Return the tables that TorchRec's own collection holds in a stage: those that are not compressed."""
+    if stage == "pretrain":
+        return [table.name for table in tables]
+    if wanted is None or isinstance(wanted, Budget):  # which tables a budget leaves alone is not known yet
+        return []
+    chosen = resolve(tables, wanted)
+    return [table.name for table in tables if chosen[table.name].parts(table, config.seed).dense]
+
+
+def _check_sharding(config: RunConfig, stage: str, tables: list[str]) -> None:
+    """Raise ValueError where TorchRec offers a table of its own collection none of the types that it may have."""
+    is_cpu = config.parallel.device == "cpu" or (config.parallel.device == "auto" and not torch.cuda.is_available())
+    device = "cpu" if is_cpu else "cuda"
+    offered = EmbeddingBagCollectionSharder().sharding_types(device)
+    for name in tables:
+        kinds = of_pattern(config.parallel.sharding_types, name)
+        if kinds and not set(kinds) & set(offered):
+            offered.remove("data_parallel")  # tables that train in the backward are never that
+            raise ValueError(
+                f"parallel.sharding_types: table {name!r} of {stage}, which is not compressed there, must have one of "
+                f"{offered}, which TorchRec offers on the device {device!r}, got {kinds}; add one, or replicate the "
+                f"tables by {stage}.optim.tables = 'adam'"
+            )
 
 
 def _check_batch_norm(name: str, stage: StageConfig, num_rows: int, world: int) -> None:

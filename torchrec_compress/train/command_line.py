@@ -60,6 +60,21 @@ for _tag, _pattern in zip(_NUMBERS, (_INT, _FLOAT), strict=True):
     _Loader.add_implicit_resolver(_tag, _pattern, list("-+0123456789."))
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, with quotes around text that `_Loader`, or a reader of YAML 1.1, would take for more."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Return text, escaped where it holds the line break U+0085, which would be read back as another."""
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None)
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*_Loader.yaml_implicit_resolvers.get(first, []), *found]
+    for first, found in {**_Loader.yaml_implicit_resolvers, **yaml.SafeDumper.yaml_implicit_resolvers}.items()
+}
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
 def load_yaml(text: str) -> Any:
     """Return what YAML says, as plain data.
 
@@ -125,9 +140,10 @@ def read(start: Config, arguments: Sequence[str], usage: str) -> Config:
     return config
 
 
-def dump(config: Any) -> str:
-    """Return a config as YAML."""
-    return yaml.safe_dump(plain(dataclasses.asdict(config), ""), sort_keys=False, allow_unicode=True)
+def dump(config: Any, *, allow_unicode: bool = True) -> str:
+    """Return a config as YAML that `load_yaml` reads back as it is; without `allow_unicode`, it is ASCII."""
+    value = plain(dataclasses.asdict(config), "")
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode)
 
 
 def origin(error: str, arguments: Sequence[str], keys: Collection[str]) -> str:
@@ -205,7 +221,8 @@ def yaml_line(value: Any) -> str:
         >>> yaml_line([0.8, None])
         '[0.8, null]'
     """
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _told(kind: type, where: str = "") -> Iterator[tuple[str, str]]:

@@ -226,13 +226,14 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a run uses its ranks; under torchrun only, but for `device` and `profile_steps`.
+    """How a run uses its ranks; a process without torchrun is one rank, for which all but `timeout` acts too.
 
     Args:
         device: where the model trains; "auto" is a GPU where there is one.
         timeout: seconds that a rank waits for the others before the job ends with an error.
         sharding_types: allowed sharding types, such as ["row_wise"], by table name, else by the last pattern that fits;
-            a table that none fits may be sharded in any way but "data_parallel".
+            a table that none fits may be sharded in any way but "data_parallel". On a CPU TorchRec does not offer
+            "row_wise" for tables that are not compressed, as the full model's; give both: ["row_wise", "table_wise"].
         init: "host" makes every rank start from the same whole model in its host's memory, so that any number of ranks
             starts with the same weights; "shards" makes each rank draw its own shards on its device, for tables that
             no host can hold.

@@ -6,10 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
-from torchrec_compress.train.command_line import load_yaml
+from torchrec_compress.train.command_line import dump, load_yaml
 from torchrec_compress.train.config import RunConfig, lasting, needs_pretrained, override
 from torchrec_compress.train.engine.checkpoint import check_same
 from torchrec_compress.train.journal import versions
@@ -90,7 +89,7 @@ def check_unchanged(config: RunConfig, folder: Path, files: dict[str, Any] | Non
 def record(config: RunConfig, folder: Path, files: dict[str, Any]) -> None:
     """Write the resolved config, the versions and what tells the data files beside a run."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    write_text(folder / "config.yaml", dump(config, allow_unicode=False))
     _record_versions(folder)
     write_json(folder / "inputs.json", files)
 

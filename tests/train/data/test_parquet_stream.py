@@ -261,6 +261,18 @@ def test_ids_that_a_subsample_is_drawn_by(tmp_path, wrong):
         open_data(_config(tmp_path, **change))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("wrong", [2**31, 2**31 + 5, 2**40])
+def test_ids_that_no_table_can_have(tmp_path, streaming, wrong):
+    ids = np.where(np.arange(40) == 7, wrong, 1)
+    for name, values in (("user", ids), ("tags", pa.array([[int(value)] for value in ids]))):
+        _write(tmp_path / "a.parquet", {**_columns(40), name: values})
+        with pytest.raises(
+            ValueError, match=rf"a\.parquet: ids of column '{name}' must be below 2\*\*31, got {wrong};"
+        ):
+            open_data(_config(tmp_path / "a.parquet", streaming=streaming))
+
+
 def test_large_unsigned_labels_are_clicks(tmp_path):
     columns = _columns(40)
     columns["label"] = np.where(columns["label"] == 1, 2**63 + 5, 0).astype(np.uint64)

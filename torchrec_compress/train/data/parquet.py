@@ -20,6 +20,7 @@ from torchrec_compress.train.data.parquet_schema import (
     parquet_files,
     parse_filter,
     read_schema,
+    rows_of,
     warn_of_row_numbers,
 )
 from torchrec_compress.train.data.source import SPLITS
@@ -192,9 +193,9 @@ def check_ids(path: Path, name: str, ids: np.ndarray, size: int, first: int = 0)
     """Raise ValueError where an id is outside [0, size); -1 is none in columns of lists, which are two-dimensional."""
     if size < 1:
         raise ValueError(f"{path}: column {name!r} must hold an id, got none in {len(ids)} rows; name it in data.drop")
-    lowest, limit = -1 if ids.ndim == 2 else 0, min(size, 2**31)
-    if int(ids.min(initial=0)) < lowest or int(ids.max(initial=0)) >= limit:
-        where = tuple(np.argwhere((ids < lowest) | (ids >= limit))[0].tolist())
+    lowest = -1 if ids.ndim == 2 else 0
+    if int(ids.min(initial=0)) < lowest or int(ids.max(initial=0)) >= size:
+        where = tuple(np.argwhere((ids < lowest) | (ids >= size))[0].tolist())
         raise ValueError(
             f"{path}: ids of column {name!r} must be in [0, {size}), got {ids[where]} in row {first + where[0]}"
         )
@@ -238,7 +239,7 @@ def _ids(
         width = config.pooling.get(name, values.shape[1] if values.ndim == 2 else 1)
         if width < (values.shape[1] if values.ndim == 2 else 1):
             raise ValueError(f"data.pooling: must be at least the ids of a row, got {width} for {name!r}")
-        size = config.vocab.get(name, schema.stated.get(name, int(values.max()) + 1))
+        size = config.vocab.get(name, schema.stated.get(name)) or rows_of(path, name, int(values.max()))
         check_ids(path, name, values, size)
         if values.ndim == 1 and size >= len(values) > 1 and len(np.unique(values)) == len(values):
             warn_of_row_numbers(path, name)

@@ -233,6 +233,20 @@ def _is_size(value: object) -> bool:
     return type(value) is int and 1 <= value <= 2**31
 
 
+def rows_of(path: Path, name: str, largest: int) -> int:
+    """Return the rows of a table by its largest id.
+
+    Raises:
+        ValueError: no table has as many; ids are int32 in memory.
+    """
+    if largest >= 2**31:
+        raise ValueError(
+            f"{path}: ids of column {name!r} must be below 2**31, got {largest}; number them anew, or leave the column "
+            "out by data.drop"
+        )
+    return largest + 1
+
+
 def warn_of_row_numbers(path: Path, name: str) -> None:
     """Warn of a feature that has as many ids as there are rows, of which nothing can be learnt."""
     logger.warning(

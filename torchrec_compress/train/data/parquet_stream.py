@@ -24,6 +24,7 @@ from torchrec_compress.train.data.parquet_schema import (
     open_parquet,
     parquet_files,
     read_schema,
+    rows_of,
     warn_of_row_numbers,
 )
 from torchrec_compress.train.data.source import SPLITS
@@ -218,16 +219,16 @@ def _statistics(metadata: pq.FileMetaData, group: int, column: str) -> Any:
 def _table_rows(config: DataConfig, schema: Schema, name: str, metadata: dict[Path, pq.FileMetaData]) -> int:
     if name in config.vocab or name in schema.stated:
         return config.vocab.get(name, schema.stated.get(name, 0))
-    largest = -1
+    rows = 0
     for path, found in metadata.items():
         for group in range(found.num_row_groups):
             statistics = _statistics(found, group, name)
             if statistics is None or (statistics.num_values and not statistics.has_min_max):
                 raise ValueError(f"data.vocab: must give the rows of {name!r}, of which {path} has no statistics")
             if statistics.num_values:  # none where all lists are empty
-                largest = max(largest, int(statistics.max))
-    if largest < 0:
+                rows = max(rows, rows_of(path, name, int(statistics.max)))
+    if rows < 1:
         raise ValueError(f"{config.path}: column {name!r} must hold an id, got none; name it in data.drop")
-    if largest + 1 >= sum(found.num_rows for found in metadata.values()) > 1:  # how many there are is not known
+    if rows >= sum(found.num_rows for found in metadata.values()) > 1:  # how many there are is not known
         warn_of_row_numbers(Path(str(config.path)), name)
-    return largest + 1
+    return rows

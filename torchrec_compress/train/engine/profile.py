@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.profiler import profile, schedule
 
-_WARM_UP = 10
+WARM_UP = 10  # steps before those that are traced
 
 
 class Profile:
@@ -23,7 +23,7 @@ class Profile:
         if steps > 0:
             path = folder / f"trace_rank{rank}.json"
             self._profile = profile(
-                schedule=schedule(wait=_WARM_UP - 1, warmup=1, active=steps, repeat=1),
+                schedule=schedule(wait=WARM_UP - 1, warmup=1, active=steps, repeat=1),
                 on_trace_ready=lambda found: found.export_chrome_trace(str(path)),
             )
 
