@@ -132,14 +132,14 @@ def why_no_smaller(footprint: Mapping[str, Any]) -> str | None:
     Example:
         >>> small = TableFootprint("dense", dense_bytes=1000, code_bytes=0, decoder_bytes=0, native_bytes=1000)
         >>> why_no_smaller(Footprint({"weekday": small}).to_dict())
-        "all tables are dense: 'dense' was asked for, or they are too small for their method to save bytes"
+        "all tables are dense: asked for, chosen for a budget, or they are too small for their method to save bytes"
     """
     tables = footprint.get("tables")
     if not tables:
         return "no table is compressed: no compression was asked for"
     if any(METHODS[table["method"]].is_compressed for table in tables.values()):
         return None
-    return "all tables are dense: 'dense' was asked for, or they are too small for their method to save bytes"
+    return "all tables are dense: asked for, chosen for a budget, or they are too small for their method to save bytes"
 
 
 def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:

@@ -344,3 +344,11 @@ def test_a_subsample_by_a_column_of_bools_is_refused(tmp_path):
     pq.write_table(pa.table({**columns, "is_new": np.arange(90) % 2 == 0}), path)
     with pytest.raises(ValueError, match=r"data.subsample_by: column 'is_new' must hold ids, got bools"):
         load_data(DataConfig(kind="parquet", path=str(path), drop=["is_new"], subsample=0.5, subsample_by="is_new"))
+
+
+def test_a_file_of_no_ids_is_refused_with_what_its_columns_are_used_for(tmp_path):
+    path = tmp_path / "a.parquet"
+    columns = {"user": np.arange(90) % 9, "label": np.arange(90) % 2, "split": np.repeat([0, 1, 2], 30)}
+    pq.write_table(pa.table(columns), path)
+    with pytest.raises(ValueError, match=r"besides those of other use, \['label', 'split', 'user'\], got"):
+        load_data(DataConfig(kind="parquet", path=str(path), row_filter="user < 5"))

@@ -118,12 +118,13 @@ def read_schema(file: pq.ParquetFile, path: Path, config: DataConfig) -> Schema:
     stated = _stated(path, (file.schema_arrow.metadata or {}).get(b"vocab"))
     filtered = [parse_filter(config.row_filter)[0]] if config.row_filter else []
     others = [name for name in (config.split, config.subsample_by, *filtered) if name]
-    special = {config.label, config.kind_column, *config.drop, *config.dense, *(set(others) - set(stated))}
+    used = [config.label, config.kind_column, *config.drop, *config.dense, *(set(others) - set(stated))]
+    special = {name for name in used if name is not None}
     features = list(config.features) or _usual_features(file, path, stated, special)
     schema = Schema(features, list(config.dense), config.label, config.kind_column, others, stated)
     check_columns(file, path, schema)
     if not features:
-        raise ValueError(f"{path}: must have id columns besides {sorted(map(str, special))}, got {names}")
+        raise ValueError(f"{path}: must have id columns besides those of other use, {sorted(special)}, got {names}")
     _check_uses(config, features)
     check_table_names(features, f"{path}: column")
     check_feature_names(features, f"{path}: column")
