@@ -19,7 +19,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from tests.cases import CASES, is_managed
-from tests.sharding.models import local_state, optimizer_of
+from tests.sharding.models import RATE, local_state, optimizer_of
 from tests.sharding.scripts import Clicks
 from torchrec_compress import (
     CompressedEmbeddingBagCollection,
@@ -31,7 +31,7 @@ from torchrec_compress.methods import TableData
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.train.engine.trainable import load_plain
 
-ROWS, DIM, BAGS, STEPS, RATE = 90, 8, 4, 2, 0.1
+ROWS, DIM, BAGS, STEPS = 90, 8, 4, 2
 STORED = {method: configs[0] for method, configs in CASES.items()}
 METHODS = {method: config for method, config in STORED.items() if not is_managed(config)}  # no loop is changed
 SHARDERS = ("TorchRec's", "bags alone", "ours")

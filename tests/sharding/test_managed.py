@@ -16,7 +16,7 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from tests.sharding.models import Model, local_state, loss_of, optimizer_of, whole_state
+from tests.sharding.models import RATE, Model, local_state, loss_of, optimizer_of, whole_state
 from torchrec_compress import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
@@ -28,7 +28,7 @@ from torchrec_compress.modules.after_step import managed_owners
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.sharding import get_default_sharders
 
-RATE, STEPS, BAGS = 0.1, 5, 4
+STEPS, BAGS = 5, 4
 CAFE = CafeConfig(num_hot_rows=8, num_cold_rows=20, num_blocks=4, threshold=1.5, decay=0.9)
 TWO = CafeConfig(
     num_hot_rows=8, num_cold_rows=20, num_medium_rows=8, num_blocks=4, importance="frequency", medium_threshold=1.5
