@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torchrec import EmbeddingConfig, PoolingType
+from torchrec import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.planner import ParameterConstraints, Topology
 
 from tests.methods.throwaway import LowRankConfig, QuotientRemainderConfig
 from tests.modules import batches
@@ -15,8 +18,13 @@ from tests.sharding import swaps
 from tests.sharding.models import Model, local_state, whole_state
 from tests.sharding.test_checkpoints import build, step
 from tests.sharding.test_parity import KINDS, check, compare_with_unsharded
-from torchrec_compress import CompressedEmbeddingCollection
-from torchrec_compress.methods import DenseConfig, PQConfig
+from torchrec_compress import (
+    CompressedEmbeddingBagCollection,
+    CompressedEmbeddingCollection,
+    get_default_sharders,
+)
+from torchrec_compress.methods import DenseConfig, HashConfig, PQConfig
+from torchrec_compress.planner import EmbeddingShardingPlanner, translate_constraints
 
 COMPRESSION = {
     "user": LowRankConfig(width=4),
@@ -49,6 +57,37 @@ def unpooled() -> Model:
 def test_pooled_tables_train_as_unsharded(two_ranks, kind, how):
     arguments = (PoolingType.SUM, True)
     check(two_ranks.run(compare_with_unsharded, mixed, arguments, how, kind, batches.KEYS, batches.ROWS, True), 1e-5)
+
+
+def plan_of(kinds: dict[str, str], pooling: PoolingType) -> str:
+    """Return what sharding a collection of three hashed tables under a plan of these kinds says, "" if nothing."""
+    tables = [
+        EmbeddingBagConfig(name=name, num_embeddings=400, embedding_dim=8, feature_names=[name], pooling=pooling)
+        for name in kinds
+    ]
+    model = Model(CompressedEmbeddingBagCollection(tables, compression=HashConfig(num_buckets=40)))
+    constraints = {name: ParameterConstraints(sharding_types=[kind]) for name, kind in kinds.items()}
+    sharders = get_default_sharders(fused_params={"learning_rate": 0.1})
+    planner = EmbeddingShardingPlanner(
+        Topology(world_size=dist.get_world_size(), compute_device="cpu"),
+        batch_size=8,
+        constraints=translate_constraints(model, constraints, "cpu", sharders),
+    )
+    plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    try:
+        DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("other", ["table_wise", "data_parallel"])
+def test_row_wise_means_beside_other_kinds_are_refused_since_torchrec_divides_all(two_ranks, other):
+    mixed_kinds, one_kind = {"a": "row_wise", "b": other, "c": other}, dict.fromkeys("abc", "row_wise")
+    for told in two_ranks.run(plan_of, mixed_kinds, PoolingType.MEAN):
+        assert "must not be row-wise beside tables that are not, got ['a__buckets'] row-wise and ['b__buckets'," in told
+    assert two_ranks.run(plan_of, mixed_kinds, PoolingType.SUM) == ["", ""]
+    assert two_ranks.run(plan_of, one_kind, PoolingType.MEAN) == ["", ""]
 
 
 @pytest.mark.parametrize("how", KINDS)

@@ -7,7 +7,15 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
-from torchrec.distributed.types import CommOp, ParameterSharding, QuantizedCommCodecs, ShardingEnv, ShardingEnv2D
+from torchrec.distributed.types import (
+    CommOp,
+    ParameterSharding,
+    QuantizedCommCodecs,
+    ShardingEnv,
+    ShardingEnv2D,
+    ShardingType,
+)
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
 from torchrec_compress.seams import backward_optimizer
 
@@ -34,6 +42,28 @@ def check_names(where: str, plan: Mapping[str, ParameterSharding], names: Collec
         raise ValueError(
             f"{where}: the plan must have an entry for each of {sorted(names)}, got none for {missing}, and unknown "
             f"entries {unknown}; let a planner make it, or see 'A plan made by hand' in docs/planner.md"
+        )
+
+
+def check_means(where: str, tables: Iterable[EmbeddingBagConfig], plan: Mapping[str, ParameterSharding]) -> None:
+    """Raise ValueError for a plan under which TorchRec returns wrong values: row-wise means beside other tables.
+
+    It adds row-wise bags up and divides them afterwards, by a divisor that knows of row-wise sums, but not of tables
+    that are sharded otherwise: those are divided as well (`_create_mean_pooling_divisor`, up to 1.9.2 at least).
+
+    Args:
+        where: names the part.
+        tables: of one collection.
+        plan: by their names.
+    """
+    cut = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
+    kinds = {table.name: plan[table.name].sharding_type for table in tables}
+    means = [table.name for table in tables if table.pooling == PoolingType.MEAN and kinds[table.name] in cut]
+    others = [name for name, kind in kinds.items() if kind not in cut]
+    if means and others:
+        raise ValueError(
+            f"{where}: tables that pool by mean must not be row-wise beside tables that are not, got {means} row-wise "
+            f"and {others} otherwise; TorchRec would divide those too. Constrain all of them to one of the two kinds"
         )
 
 

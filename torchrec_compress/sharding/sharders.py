@@ -28,6 +28,7 @@ from torchrec_compress.modules.remapped import (
 from torchrec_compress.modules.replicated import strip_in_backward_optimizers
 from torchrec_compress.sharding.checks import (
     check_env,
+    check_means,
     check_names,
     check_no_empty_shard,
     tell_of_defaults,
@@ -152,6 +153,7 @@ class RemappedEmbeddingBagCollectionSharder(_RemappedSharder[RemappedEmbeddingBa
         """Return the sharded collection."""
         check_env(env, "native tables")
         plan = self._native_plan(module, params, _device(device), module_fqn)
+        check_means(module_fqn or "native tables", module.native.embedding_bag_configs(), plan)
         return ShardedRemappedEmbeddingBagCollection(module, plan, env, _device(device), self._stock)
 
     @property
