@@ -132,7 +132,7 @@ def why_no_smaller(footprint: Mapping[str, Any]) -> str | None:
     Example:
         >>> small = TableFootprint("dense", dense_bytes=1000, code_bytes=0, decoder_bytes=0, native_bytes=1000)
         >>> why_no_smaller(Footprint({"weekday": small}).to_dict())
-        "all tables are dense: asked for, chosen for a budget, or they are too small for their method to save bytes"
+        'all tables are dense: asked for, chosen for a budget, or they are too small for their method to save bytes'
     """
     tables = footprint.get("tables")
     if not tables:
