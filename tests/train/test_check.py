@@ -197,6 +197,25 @@ def test_tables_that_are_not_compressed_have_a_sharding_type_of_the_device(confi
             check_run(changed, compression_of(changed.compression), data)
 
 
+def test_a_table_that_a_budget_may_leave_whole_has_a_sharding_type_of_the_device(config, data):
+    rows = {
+        "parallel.device": "cpu",
+        "parallel.sharding_types": {"user": ["row_wise"]},
+        "pretrain.optim.tables": "adam",
+    }
+    found = override(config, {**rows, "compression": {"budget_ratio": 1.1}, "retrain.epochs": 1})
+    message = "^parallel.sharding_types: table 'user' of retrain, which the budget may leave whole, must .*'table_wise'"
+    with pytest.raises(ValueError, match=message):
+        check_run(found, compression_of(found.compression), data)
+    for fine in (
+        {"compression": {"budget_ratio": 3}},  # too little for the whole of it
+        {"retrain.optim.tables": "adam"},
+        {"parallel.sharding_types.user": ["row_wise", "table_wise"]},
+    ):
+        changed = override(found, fine)
+        check_run(changed, compression_of(changed.compression), data)
+
+
 def test_a_key_of_the_model_or_the_profile_that_acts_is_taken(config, data):
     for name in ("dcnv2", "dlrm_dcnv2"):
         check_config(override(RunConfig(), {"model": {"name": name, "num_cross_layers": 2, "cross_rank": 4}}))

@@ -169,15 +169,36 @@ def smallest_bytes(tables: Sequence[EmbeddingBagConfig], codes: CodebookConfig |
         >>> smallest_bytes([EmbeddingBagConfig(name="day", num_embeddings=7, embedding_dim=4)], None, [1])
         46
     """
-    total = 0
-    for table in tables:
-        sizes = [DenseConfig().stored_bytes(table)]
-        for config in candidates_of(table, codes or _USUAL, num_codes):
-            with suppress(ValueError):  # this table cannot be stored this way
-                config.check(table)
-                sizes.append(config.stored_bytes(table))
-        total += min(sizes)
-    return total
+    return sum(_smallest(table, codes or _USUAL, num_codes) for table in tables)
+
+
+def maybe_dense(
+    tables: Sequence[EmbeddingBagConfig], budget_bytes: int, codes: CodebookConfig | None, num_codes: Sequence[int]
+) -> list[str]:
+    """Return the tables that `for_budget` could leave dense, from their sizes alone; arguments as there.
+
+    Example:
+        >>> day = EmbeddingBagConfig(name="day", num_embeddings=7, embedding_dim=4)
+        >>> user = EmbeddingBagConfig(name="user", num_embeddings=1000, embedding_dim=4)
+        >>> maybe_dense([day, user], 4000, None, [1])
+        ['day']
+    """
+    smallest = [_smallest(table, codes or _USUAL, num_codes) for table in tables]
+    left = budget_bytes - sum(smallest)
+    return [
+        table.name
+        for table, least in zip(tables, smallest, strict=True)
+        if DenseConfig().stored_bytes(table) - least <= left
+    ]
+
+
+def _smallest(table: EmbeddingBagConfig, base: CodebookConfig, num_codes: Sequence[int]) -> int:
+    sizes = [DenseConfig().stored_bytes(table)]
+    for config in candidates_of(table, base, num_codes):
+        with suppress(ValueError):  # this table cannot be stored this way
+            config.check(table)
+            sizes.append(config.stored_bytes(table))
+    return min(sizes)
 
 
 def _table(name: str, rows: Tensor) -> EmbeddingBagConfig:

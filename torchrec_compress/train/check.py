@@ -16,7 +16,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.compression import Compression, parse, resolve
-from torchrec_compress.compression.budget import smallest_bytes
+from torchrec_compress.compression.budget import maybe_dense, smallest_bytes
 from torchrec_compress.methods import CodebookConfig, MethodConfig, as_codebook
 from torchrec_compress.names import check_feature_names, check_folder_names, check_table_names
 from torchrec_compress.schema import nearest
@@ -173,7 +173,8 @@ def check_run(config: RunConfig, wanted: Compression | Budget | None, data: Clic
         make_model(EmbeddingBagCollection(tables=tables), data.num_dense, config.model)
     for name, stage in used_stages(config).items():
         if stage.optim.tables != "adam":  # which replicates them
-            _check_sharding(config, name, _stock(config, wanted, name, tables))
+            budgeted = name == "retrain" and isinstance(wanted, Budget)
+            _check_sharding(config, name, _stock(config, wanted, name, tables), budgeted)
         steps = len(data.batches("train", stage.batch_size, config.seed, Share(0, world)))
         total, profiled = round(stage.epochs * steps), config.parallel.profile_steps
         if total < 1:
@@ -190,26 +191,27 @@ def check_run(config: RunConfig, wanted: Compression | Budget | None, data: Clic
 def _stock(
     config: RunConfig, wanted: Compression | Budget | None, stage: str, tables: list[EmbeddingBagConfig]
 ) -> list[str]:
-    """Return the tables that TorchRec's own collection holds in a stage: those that are not compressed."""
-    if stage == "pretrain":
+    """Return the tables that TorchRec's own collection holds in a stage, or may hold where a budget chooses."""
+    if stage == "pretrain" or wanted is None:
         return [table.name for table in tables]
-    if wanted is None or isinstance(wanted, Budget):  # which tables a budget leaves alone is not known yet
-        return []
+    if isinstance(wanted, Budget):
+        return maybe_dense(tables, wanted.num_bytes(_dense_bytes(tables)), base_of(wanted), wanted.num_codes)
     chosen = resolve(tables, wanted)
     return [table.name for table in tables if chosen[table.name].parts(table, config.seed).dense]
 
 
-def _check_sharding(config: RunConfig, stage: str, tables: list[str]) -> None:
+def _check_sharding(config: RunConfig, stage: str, tables: list[str], budgeted: bool) -> None:
     """Raise ValueError where TorchRec offers a table of its own collection none of the types that it may have."""
     is_cpu = config.parallel.device == "cpu" or (config.parallel.device == "auto" and not torch.cuda.is_available())
     device = "cpu" if is_cpu else "cuda"
     offered = EmbeddingBagCollectionSharder().sharding_types(device)
+    reason = "which the budget may leave whole" if budgeted else "which is not compressed there"
     for name in tables:
         kinds = of_pattern(config.parallel.sharding_types, name)
         if kinds and not set(kinds) & set(offered):
             offered.remove("data_parallel")  # tables that train in the backward are never that
             raise ValueError(
-                f"parallel.sharding_types: table {name!r} of {stage}, which is not compressed there, must have one of "
+                f"parallel.sharding_types: table {name!r} of {stage}, {reason}, must have one of "
                 f"{offered}, which TorchRec offers on the device {device!r}, got {kinds}; add one, or replicate the "
                 f"tables by {stage}.optim.tables = 'adam'"
             )
@@ -373,8 +375,11 @@ def _check_trains(config: RunConfig, tables: list[EmbeddingBagConfig], chosen: M
 
 
 def _check_budget(budget: Budget, tables: list[EmbeddingBagConfig]) -> None:
-    dense = sum(4 * table.num_embeddings * table.embedding_dim for table in tables)
-    wanted = budget.num_bytes(dense)
+    wanted = budget.num_bytes(_dense_bytes(tables))
     least = smallest_bytes(tables, base_of(budget), budget.num_codes)
     if wanted < least:
         raise ValueError(f"compression: the budget must be at least {least:,} bytes for these tables, got {wanted:,}")
+
+
+def _dense_bytes(tables: list[EmbeddingBagConfig]) -> int:
+    return sum(4 * table.num_embeddings * table.embedding_dim for table in tables)
