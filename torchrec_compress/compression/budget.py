@@ -180,7 +180,7 @@ def maybe_dense(
     Example:
         >>> day = EmbeddingBagConfig(name="day", num_embeddings=7, embedding_dim=4)
         >>> user = EmbeddingBagConfig(name="user", num_embeddings=1000, embedding_dim=4)
-        >>> maybe_dense([day, user], 4000, None, [1])
+        >>> maybe_dense([day, user], 8000, None, [1])
         ['day']
     """
     smallest = [_smallest(table, codes or _USUAL, num_codes) for table in tables]
