@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,12 @@ CASES: dict[str, list[MethodConfig]] = {
         MEmComConfig(num_buckets=40, scalars="grouped"),
         MEmComConfig(num_buckets=40, scalars="grouped", bias=True),
     ],
-    "narrow": [NarrowConfig(width=4), NarrowConfig(width=12)],
+    "narrow": [
+        NarrowConfig(width=4),
+        NarrowConfig(width=12),
+        NarrowConfig(width=8, bits=8),
+        NarrowConfig(width=16, bits=4),
+    ],
     "pq": [
         PQConfig(num_codes=4, codebook_size=16),
         PQConfig(num_codes=2, codebook_size=300),
@@ -107,7 +113,8 @@ def dense_collection() -> EmbeddingBagCollection:
 
 def fit(config: MethodConfig, seed: int = 0) -> CompressedEmbeddingBagCollection:
     """Return the test table compressed."""
-    return compress(dense_collection(), config, counts={"item": counts()}, contexts={"item": contexts()}, seed=seed)
+    given = {"counts": {"item": counts()}, "contexts": {"item": contexts()}}
+    return at_rest(compress(dense_collection(), config, seed=seed, **given))
 
 
 @cache
@@ -118,7 +125,7 @@ def fitted(config: MethodConfig) -> CompressedEmbeddingBagCollection:
 
 def fresh(config: MethodConfig, seed: int = 0, **changes: object) -> CompressedEmbeddingBagCollection:
     """Return an unfitted collection of the test table."""
-    return CompressedEmbeddingBagCollection([table(**changes)], compression=config, seed=seed)
+    return at_rest(CompressedEmbeddingBagCollection([table(**changes)], compression=config, seed=seed))
 
 
 def batch(bags: list[list[int]], weights: list[float] | None = None, key: str = "item") -> KeyedJaggedTensor:
@@ -135,6 +142,18 @@ def batch(bags: list[list[int]], weights: list[float] | None = None, key: str = 
 def is_managed(config: MethodConfig) -> bool:
     """Return whether rows of the method change other than by gradient."""
     return config.parts(table(), 0).managed is not None
+
+
+def steps_itself(config: MethodConfig) -> bool:
+    """Return whether a training step changes rows of the method otherwise than by an optimizer that the loop calls."""
+    return is_managed(config) or config.parts(table(), 0).trained is not None
+
+
+def at_rest(collection: Any) -> Any:
+    """Return a collection of which no rows are trained in the backward: that would take an optimizer."""
+    for rows in () if collection.trained is None else collection.trained.tables.values():
+        rows.requires_grad_(False)
+    return collection
 
 
 def code_size(config: MethodConfig) -> int:

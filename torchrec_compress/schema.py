@@ -82,7 +82,9 @@ class Text:
     def as_type(self, hint: Any) -> Any:
         """Return the plain value: the text itself where the key takes text."""
         kinds = {get_origin(part) or part for part in _options(hint)}
-        if str in kinds or Literal in kinds:
+        if str in kinds or any(
+            str in map(type, get_args(part)) for part in _options(hint) if get_origin(part) is Literal
+        ):
             return None if types.NoneType in kinds and self.text == "null" else self.text
         return self.read(self.text)
 
@@ -217,6 +219,11 @@ def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def _close(value: Any, known: Sequence[Any]) -> str:
+    """Return the same for one of several values, or nothing for a number."""
+    return nearest(value, known) if isinstance(value, str) else ""
+
+
 def words(hint: Any) -> str:
     """Return what a value must be, in words.
 
@@ -287,10 +294,10 @@ def _typed(value: Any, hint: Any, where: str, old: Any = None) -> Any:
             return {_name(key, where): _typed(part, inner, _join(where, key)) for key, part in value.items()}
         if kind is list and isinstance(value, (list, tuple)):
             return [_typed(part, get_args(option)[0], f"{where}[{n}]") for n, part in enumerate(value)]
-        if kind is Literal and type(value) is str:
+        if kind is Literal and type(value) in {type(each) for each in get_args(option)}:
             if value not in get_args(option):
                 known = list(get_args(option))
-                raise ValueError(f"{where}: must be one of {known}, got {value!r}{nearest(value, known)}")
+                raise ValueError(f"{where}: must be one of {known}, got {value!r}{_close(value, known)}")
             return value
         if kind in (bool, int, str) and type(value) is kind:
             return _in_range(_scalar(value, kind, where), hint, where)

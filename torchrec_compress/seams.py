@@ -35,6 +35,7 @@ __all__ = [
     "KJTListSplitsAwaitable",
     "RowTable",
     "backward_optimizer",
+    "backward_settings",
     "copy_backward_optimizer",
     "copy_to_host",
     "fused_rows",
@@ -267,6 +268,12 @@ def backward_optimizer(parameter: Tensor) -> str | None:
     """Return the name of the optimizer that `apply_optimizer_in_backward` gave a parameter, or None."""
     classes = getattr(parameter, _READ_BY_SHARDERS[0], None)
     return classes[0].__name__ if classes else None
+
+
+def backward_settings(parameter: Tensor) -> dict[str, Any]:
+    """Return the settings that `apply_optimizer_in_backward` gave the optimizer of a parameter, or none."""
+    settings = getattr(parameter, _READ_BY_SHARDERS[1], None)
+    return dict(settings[0]) if settings else {}
 
 
 def copy_backward_optimizer(source: Tensor, target: Tensor) -> None:

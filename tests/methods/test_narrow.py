@@ -50,7 +50,11 @@ def test_what_one_id_teaches_the_projection_serves_all():
 @pytest.mark.parametrize(
     ("width", "dim", "message"),
     [
-        (5, DIM, "width must be a multiple of 4 in .4, 12., below its embedding_dim 16, got 5; the nearest is 4"),
+        (
+            5,
+            DIM,
+            "width must be a multiple of 4 in .4, 12., with bits=32 and embedding_dim 16, got 5; the nearest is 4",
+        ),
         (16, DIM, "got 16; the nearest is 12"),
         (0, DIM, "got 0; the nearest is 4"),
         (-8, DIM, "got -8; the nearest is 4"),

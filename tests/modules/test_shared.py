@@ -10,7 +10,8 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingConfig
 from tests.methods.throwaway import SharedHashConfig, SharedPiecesConfig, registered
 from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, compress
 from torchrec_compress.methods import MethodConfig, Parts
-from torchrec_compress.modules.shared import SeededInit, cut
+from torchrec_compress.methods.start import SeededInit
+from torchrec_compress.modules.shared import cut
 
 HASH, PIECES = SharedHashConfig(num_buckets=50), SharedPiecesConfig(num_pieces=60)
 EITHER = pytest.mark.parametrize("config", [HASH, PIECES], ids=["bags", "rows"])

@@ -9,7 +9,7 @@ from torchrec import EmbeddingConfig, PoolingType
 from torchrec.distributed.shard import shard_modules
 from torchrec.distributed.types import ShardedModule
 
-from tests.cases import CONFIGS, IDS, NUM_ROWS, fit, is_managed, table
+from tests.cases import CONFIGS, IDS, NUM_ROWS, fit, steps_itself, table
 from tests.modules import batches
 from tests.sharding.models import RATE, Model, local_state, loss_of, make_plan, optimizer_of, shard, whole_state
 from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, get_default_sharders
@@ -90,7 +90,7 @@ def check(results, allowed: float = 0.0) -> None:
 
 
 # what changes rows other than by gradient is held against tests/managers/test_contract.py
-TRAINED = [(config, name) for config, name in zip(CONFIGS, IDS, strict=True) if not is_managed(config)]
+TRAINED = [(config, name) for config, name in zip(CONFIGS, IDS, strict=True) if not steps_itself(config)]
 
 
 @pytest.mark.parametrize("how", KINDS)

@@ -167,6 +167,7 @@ class MethodConfig(ABC):
         if parts.codes is not None:
             total += table.num_embeddings * parts.codes.row_size * parts.codes.dtype.itemsize + MARK_BYTES
         total += parts.native_bytes
+        total += 0 if parts.trained is None else table.num_embeddings * parts.trained.format().row_bytes
         total += 0 if parts.managed is None else parts.managed.state_bytes
         return total + (dense_bytes(table) if parts.dense else 0)
 

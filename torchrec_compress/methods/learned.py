@@ -143,12 +143,14 @@ class TableState:
         decoder: parameters and buffers of the decoder by name.
         native: weights of native parts by part name ("" is the dense table).
         managed: buffers of the manager by name.
+        trained: the rows of a trained part, (N, bytes per row) uint8, by the name "rows".
     """
 
     codes: Tensor | None = None
     decoder: dict[str, Tensor] = field(default_factory=dict)
     native: dict[str, Tensor] = field(default_factory=dict)
     managed: dict[str, Tensor] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Learned(ABC):

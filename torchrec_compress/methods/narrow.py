@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,21 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.fit.codes import CHUNK_ROWS
 from torchrec_compress.fit.popularity import popularity_weights
-from torchrec_compress.methods.base import BagDecoder, MethodConfig, TableData, TableState, init_like, register
+from torchrec_compress.methods.base import (
+    BagDecoder,
+    MethodConfig,
+    TableData,
+    TableState,
+    dense_bytes,
+    init_like,
+    register,
+)
 from torchrec_compress.methods.learned import Learned
-from torchrec_compress.methods.storage import NativePart, Parts, Remap
+from torchrec_compress.methods.start import SeededInit
+from torchrec_compress.methods.storage import NativePart, Parts, Remap, TrainedPart
+from torchrec_compress.ops import TrainedOptimizer, encode_trained, stable_salt
 
+_OPTIMIZERS = get_args(TrainedOptimizer)
 _LANES = 4  # FBGEMM takes row widths that are multiples of it
 
 
@@ -32,35 +43,62 @@ class NarrowConfig(MethodConfig):
     P starts with orthonormal rows and z so large that embeddings have the spread of the
     user's table. Gradients reach z through P with their own length, so the rows' learning rate is that of a full table.
 
-    Bytes: 4 N r + 4 r D; held in training: an element-wise optimizer as much again, a row-wise one 4 N more.
+    With 8 or 4 bits a number, rows are trained where they lie: decoded, pooled, updated and rounded again, up or down
+    with the probability that makes the expected value right (2010.11305), by kernels of ours.
+
+    Bytes: 4 N r + 4 r D, with few bits N (r bits / 8 + 1) + 4 r D. Held in training beside them: 4 N r by an
+    element-wise optimizer, 4 N by a row-wise one; with state_bits=8, N (r + 2) and N.
 
     Args:
-        width: numbers per id, r; a multiple of 4 below the embedding's width.
+        width: numbers per id, r; a multiple of 4 below the embedding's width, with few bits also that width, of which
+            there is no projection then.
+        bits: of a number, 32 (float32 in a stock table), 8 or 4.
+        optimizer: of rows of few bits, "sgd", "adagrad" or "rowwise_adagrad"; None: the one that the user gives tables.
+            The learning rate is the user's in any case.
+        state_bits: of a value of the optimizer's state beside rows of few bits, 32 or 8.
 
     Example:
-        >>> NarrowConfig(width=16).to_dict()
-        {'method': 'narrow', 'width': 16}
+        >>> NarrowConfig(width=16, bits=8, state_bits=8).to_dict()
+        {'method': 'narrow', 'width': 16, 'bits': 8, 'optimizer': None, 'state_bits': 8}
     """
 
     method: ClassVar[str] = "narrow"
     needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "nothing"
     new_ids: ClassVar[str] = "its untrained row"
     width: int
+    bits: Literal[32, 8, 4] = 32
+    optimizer: TrainedOptimizer | None = None
+    state_bits: Literal[32, 8] = 32
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings that do nothing beside the others."""
+        super().__post_init__()
+        for name, allowed in (("bits", (32, 8, 4)), ("state_bits", (32, 8)), ("optimizer", (None, *_OPTIMIZERS))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"narrow: {name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
+        idle = {"optimizer": self.optimizer is not None, "state_bits": self.state_bits != 32}
+        if self.bits == 32 and any(idle.values()):
+            name = next(name for name, given in idle.items() if given)
+            raise ValueError(
+                f"narrow: {name} must be left out with bits=32, whose rows are a stock table with the optimizer that "
+                f"tables are given, got {getattr(self, name)!r}; set bits to 8 or 4"
+            )
 
     def check(self, table: BaseEmbeddingConfig) -> None:
         """Raise ValueError unless the width is a multiple of 4 below the embedding's, and name the nearest one."""
         super().check(table)
-        most = (table.embedding_dim - 1) // _LANES * _LANES
+        below = table.embedding_dim - (self.bits == 32)  # with few bits the whole width saves too
+        most = below // _LANES * _LANES
         if most < _LANES:
             raise ValueError(
-                f"table {table.name!r}: embedding_dim must be above {_LANES} with narrow rows, got "
-                f"{table.embedding_dim}; leave the table dense"
+                f"table {table.name!r}: embedding_dim must be {'above' if self.bits == 32 else 'at least'} {_LANES} with "
+                f"narrow rows, got {table.embedding_dim}; leave the table dense"
             )
         if self.width % _LANES or not _LANES <= self.width <= most:
             nearest = min(most, max(_LANES, round(self.width / _LANES) * _LANES))
             raise ValueError(
-                f"table {table.name!r}: width must be a multiple of {_LANES} in [{_LANES}, {most}], below its "
-                f"embedding_dim {table.embedding_dim}, got {self.width}; the nearest is {nearest}"
+                f"table {table.name!r}: width must be a multiple of {_LANES} in [{_LANES}, {most}], with bits="
+                f"{self.bits} and embedding_dim {table.embedding_dim}, got {self.width}; the nearest is {nearest}"
             )
 
     @property
@@ -70,30 +108,38 @@ class NarrowConfig(MethodConfig):
 
     def fits(self, table: BaseEmbeddingConfig) -> bool:
         """Return whether there are rows enough to make up for the projection; a width too large is an error instead."""
-        saved = (table.embedding_dim - self.width) * table.num_embeddings
-        return saved <= 0 or saved > self.width * table.embedding_dim
+        if self.width > table.embedding_dim or self.width % _LANES or self.width < _LANES:
+            return True
+        return self.stored_bytes(table) < dense_bytes(table) or self.width * self.bits == table.embedding_dim * 32
 
     def smaller(self, level: int) -> NarrowConfig | None:
         """Return the same at half the width, a quarter, and so on."""
         width = (self.width >> (level + 1)) // _LANES * _LANES
-        return NarrowConfig(width=width) if width >= _LANES else None
+        return replace(self, width=width) if width >= _LANES else None
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the narrow rows."""
         start = partial(_init_rows, table)
+        if self.bits != 32:
+            whole = SeededInit(stable_salt(seed, table.name), table.num_embeddings, self.width, start)
+            return Parts(trained=TrainedPart(self.width, self.bits, whole, self.optimizer, self.state_bits))
         return Parts(bags=(NativePart("rows", table.num_embeddings, self.width, Remap(), start),))
 
-    def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> Projection:
-        """Return the projection."""
+    def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> Projection | None:
+        """Return the projection; rows of the embedding's width need none."""
+        if self.width == table.embedding_dim:
+            return None
         return Projection(self.width, table.embedding_dim, device)
 
     def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return the bytes of the projection."""
-        return 4 * self.width * table.embedding_dim
+        return 0 if self.width == table.embedding_dim else 4 * self.width * table.embedding_dim
 
     def learn(self, table: BaseEmbeddingConfig, data: TableData) -> NarrowTable:
         """Find the directions that hold most of the rows, weighted by counts: their leading right singular vectors."""
         self.check_fit(table, data)
+        if self.width == table.embedding_dim:  # nothing to choose
+            return NarrowTable(table, None, self.parts(table, data.seed).trained)
         rows, kind = data.trained_rows(table), "none" if data.counts is None else "count"
         weights = data.row_weights(popularity_weights(data.counts, kind, table.num_embeddings))
         moments = torch.zeros(table.embedding_dim, table.embedding_dim, dtype=torch.float64)
@@ -105,7 +151,7 @@ class NarrowConfig(MethodConfig):
         leading = vectors[:, -self.width :].flip(1).T
         # a singular vector is known up to its sign: the largest entry is positive, whatever the solver returned
         top = leading.gather(1, leading.abs().argmax(dim=1, keepdim=True))
-        return NarrowTable(table, (leading * top.sign()).float().contiguous())
+        return NarrowTable(table, (leading * top.sign()).float().contiguous(), self.parts(table, data.seed).trained)
 
 
 class NarrowTable(Learned):
@@ -113,21 +159,30 @@ class NarrowTable(Learned):
 
     Args:
         table: the user's config.
-        projection: (r, D) float32 with orthonormal rows.
+        projection: (r, D) float32 with orthonormal rows, or None: rows are kept whole.
+        trained: how rows of few bits are stored, or None for float32 ones.
     """
 
-    def __init__(self, table: BaseEmbeddingConfig, projection: Tensor) -> None:
+    def __init__(self, table: BaseEmbeddingConfig, projection: Tensor | None, trained: TrainedPart | None) -> None:
         super().__init__(table)
-        self._projection = projection
-        self._rows = torch.empty(table.num_embeddings, len(projection))
+        self._projection, self._trained = projection, trained
+        width = table.embedding_dim if projection is None else len(projection)
+        shape = (table.num_embeddings, width if trained is None else trained.format().row_bytes)
+        self._rows = torch.empty(shape, dtype=torch.float32 if trained is None else torch.uint8)
 
     def _encode(self, ids: Tensor, rows: Tensor | None) -> None:
         assert rows is not None
-        self._rows.index_copy_(0, ids, rows @ self._projection.T)
+        narrow = rows if self._projection is None else rows @ self._projection.T
+        if self._trained is not None:
+            narrow = encode_trained(narrow, self._trained.format())
+        self._rows.index_copy_(0, ids, narrow)
 
     def _finish(self) -> TableState:
         """Return narrow rows and projection."""
-        return TableState(native={"rows": self._rows}, decoder={"projection": self._projection})
+        decoder = {} if self._projection is None else {"projection": self._projection}
+        if self._trained is not None:
+            return TableState(trained={"rows": self._rows}, decoder=decoder)
+        return TableState(native={"rows": self._rows}, decoder=decoder)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, DataType
 
 from torchrec_compress.managers import Blocks, RowManager
-from torchrec_compress.ops import hash_ids
+from torchrec_compress.methods.start import SeededInit
+from torchrec_compress.ops import TrainedFormat, TrainedOptimizer, hash_ids
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,29 @@ class ManagedPart:
 
 
 @dataclass(frozen=True)
+class TrainedPart:
+    """Rows of a few bits that are trained where they lie, in their backward, by kernels of ours; pooled like bags.
+
+    Args:
+        width: numbers per row.
+        bits: of a number, 8 or 4.
+        start: what the rows start from, as float32.
+        optimizer: that trains them, or None for the one that the user gives native tables.
+        state_bits: of a value of the optimizer's state, 32 or 8.
+    """
+
+    width: int
+    bits: Literal[8, 4]
+    start: SeededInit
+    optimizer: TrainedOptimizer | None = None
+    state_bits: Literal[32, 8] = 32
+
+    def format(self, optimizer: TrainedOptimizer = "sgd") -> TrainedFormat:
+        """Return what kernels know of the rows, and of the state that an optimizer keeps beside them."""
+        return TrainedFormat(self.width, self.bits, optimizer, self.state_bits)
+
+
+@dataclass(frozen=True)
 class Parts:
     """What one table is stored as.
 
@@ -161,16 +185,19 @@ class Parts:
             already.
         rows: native tables whose unpooled rows go to the decoder.
         managed: a native table whose ids get rows while they are trained.
+        trained: rows of a few bits that train where they lie, pooled; a `BagDecoder` makes embeddings of the bags, or
+            they are the embedding already.
         dense: the user's own table, untouched.
 
     Raises:
-        ValueError: bags beside other parts, or two parts of one name.
+        ValueError: bags or trained rows beside other parts, or two parts of one name.
     """
 
     codes: CodePart | None = None
     bags: tuple[NativePart, ...] = ()
     rows: tuple[NativePart, ...] = ()
     managed: ManagedPart | None = None
+    trained: TrainedPart | None = None
     dense: bool = False
 
     def __post_init__(self) -> None:
@@ -178,8 +205,14 @@ class Parts:
         names = [part.name for part in self.native]
         if len(set(names)) < len(names):
             raise ValueError(f"parts: names of native parts must differ, got {names}")
-        if self.bags and (self.codes or self.rows or self.managed or self.dense):
-            raise ValueError(f"parts: bags are pooled without other parts, got others beside {names}")
+        others = self.codes or self.rows or self.managed or self.dense
+        if (self.bags and (others or self.trained)) or (self.trained and others):
+            raise ValueError(f"parts: bags are pooled without other parts, got others beside {names or 'trained rows'}")
+
+    @property
+    def are_bags(self) -> bool:
+        """Whether the table is pooled first and decoded, if at all, afterwards."""
+        return bool(self.bags) or self.trained is not None
 
     @property
     def native(self) -> tuple[NativePart, ...]:

@@ -10,7 +10,7 @@ from functools import partial
 from numbers import Integral
 from typing import Any, Generic, TypeVar
 
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
 from torchrec_compress.compression import Compression, resolve
@@ -20,7 +20,9 @@ from torchrec_compress.modules.code_bank import CodeTableConfig
 from torchrec_compress.modules.managed import ManagedTable
 from torchrec_compress.modules.remapped import RemappedFeature
 from torchrec_compress.modules.shared import check_shared, cut, seeded_init
+from torchrec_compress.modules.trained_rows import TrainedTable
 from torchrec_compress.names import check_feature_names, check_table_names
+from torchrec_compress.ops import stable_salt
 
 MANAGED = "managed"  # the group of all rows with managers; no group of native tables is called so
 
@@ -164,6 +166,19 @@ class Blueprint(Generic[TableConfig]):
                 found.append(ManagedTable(table.name, table.num_embeddings, part, native, names, keys))
         return found
 
+    def trained(self) -> list[TrainedTable]:
+        """Return the tables of trained rows."""
+        found = []
+        for table in self.tables:
+            part = self.parts[table.name].trained
+            if part is not None:
+                keys = tuple(lookup.key for lookup in self.by_table[table.name])
+                is_mean = isinstance(table, EmbeddingBagConfig) and table.pooling == PoolingType.MEAN
+                dither = stable_salt(self.seed, f"{table.name}:dither")
+                names = tuple(table.feature_names)
+                found.append(TrainedTable(table.name, table.num_embeddings, part, dither, is_mean, names, keys))
+        return found
+
     def found_rows(self, lookup: Lookup) -> list[tuple[str, str]]:
         """Return where a look-up's rows of each unpooled part are, in the order that its decoder takes them.
 
@@ -174,7 +189,9 @@ class Blueprint(Generic[TableConfig]):
         return [(row_group(part), native_key(lookup, part)) for part in self._unpooled(lookup.table.name)]
 
     def bag_keys(self, lookup: Lookup) -> list[str]:
-        """Return the key of a look-up's bag of each part that is pooled natively."""
+        """Return the key of a look-up's bag of each part that is pooled before it is decoded."""
+        if self.parts[lookup.table.name].trained is not None:
+            return [lookup.key]
         return [native_key(lookup, part) for part in self.parts[lookup.table.name].bags]
 
     def native_names(self, table: str) -> dict[str, str]:

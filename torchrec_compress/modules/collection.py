@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.types import ShardedModule
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_compress.methods import MethodConfig, TableState
@@ -21,6 +21,7 @@ from torchrec_compress.modules.footprint import Footprint, count
 from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.modules.remapped import RemappedEmbeddingCollection, found_rows
 from torchrec_compress.modules.replicated import strip_where_replicated
+from torchrec_compress.modules.trained import TrainedCollection
 from torchrec_compress.ops import NOT_SUMMED, TableRows, check_ids, lookup_codes
 from torchrec_compress.seams import shape_and_dtype
 
@@ -34,6 +35,7 @@ class CompressedParts(nn.Module):
         code_tables: code tables, or None.
         rows: groups of native tables whose rows come back unpooled.
         managed: tables with managers, or None.
+        trained: tables of trained rows, or None.
         decoder: codebooks and other small parameters.
     """
 
@@ -52,6 +54,8 @@ class CompressedParts(nn.Module):
         rows, managed = blueprint.rows(), blueprint.managed()
         self.rows = nn.ModuleDict({group: self._rows_kind(*members, device) for group, members in rows.items()})
         self.managed = self._managed_kind(managed, device) if managed else None
+        trained, pooled = blueprint.trained(), any(isinstance(table, EmbeddingBagConfig) for table in blueprint.tables)
+        self.trained = TrainedCollection(trained, pooled, is_weighted, device) if trained else None
         self.decoder = Decoder(blueprint, is_weighted, device)
         for name, bank in self._code_banks().items():
             if name in self.decoder.banks:
@@ -140,6 +144,8 @@ class CompressedParts(nn.Module):
         self.decoder.reset_parameters()
         if self.managed is not None:
             self.managed.reset_parameters()
+        if self.trained is not None:
+            self.trained.reset_parameters()
         for bank in self._code_banks().values():
             if bank.is_filled:
                 bank.seal()  # over low-bit rows too, which the decoder has just reset
@@ -172,6 +178,8 @@ class CompressedParts(nn.Module):
             targets |= dict(decoder.named_parameters()) | dict(decoder.named_buffers())
         if self.managed is not None and name in self.managed.managers:
             targets |= dict(self.managed.managers[name].named_buffers())
+        if self.trained is not None and name in self.trained.tables:
+            targets["rows"] = self.trained.tables[name].rows
         shared = sorted(
             part.name for part in self.blueprint.parts[name].native if part.shared and part.name in state.native
         )
@@ -180,7 +188,7 @@ class CompressedParts(nn.Module):
                 f"table {name!r}: parts {shared} are shared with other tables, which a fit of one must not overwrite; "
                 "load a state dict, or train from the start values"
             )
-        tensors = {**state.decoder, **state.native, **state.managed}
+        tensors = {**state.decoder, **state.native, **state.managed, **state.trained}
         for key, value in tensors.items():
             if key not in targets or targets[key].shape != value.shape:
                 have = {part: tuple(tensor.shape) for part, tensor in targets.items()}
@@ -197,6 +205,10 @@ class CompressedParts(nn.Module):
             bank.check()  # what stays is marked anew below
         for key, value in tensors.items():
             targets[key].copy_(value)
+        if state.trained:
+            assert self.trained is not None
+            self.trained.tables[name].forget()
+            self.trained.tables[name].note()
         if bank is not None and bank.is_filled:
             bank.seal()
 
@@ -221,6 +233,10 @@ class CompressedParts(nn.Module):
         if parts.bags:
             bags = [weights[part.name][part.remap(ids)].float() for part in parts.bags]
             return decode_pooled(self.decoder.banks[name], bags).float() if name in self.decoder.banks else bags[0]
+        if parts.trained is not None:
+            assert self.trained is not None
+            bag = self.trained.tables[name].served(ids)
+            return decode_pooled(self.decoder.banks[name], [bag]).float() if name in self.decoder.banks else bag
         if parts.managed is not None:
             assert self.managed is not None
             return self.managed.served(name, ids)

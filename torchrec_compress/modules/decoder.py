@@ -11,7 +11,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 from torchrec.modules.embedding_modules import process_pooled_embeddings, reorder_inverse_indices
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_compress.methods import NativePart
+from torchrec_compress.methods import Parts
 from torchrec_compress.modules.blueprint import Blueprint, Lookup
 from torchrec_compress.modules.codes import Codes, pool_codes, pool_low_bit, row_codes, unpooled_codes
 from torchrec_compress.modules.features import split_features
@@ -67,13 +67,18 @@ class Decoder(nn.Module):
             if bank is not None:
                 self.banks[table.name] = bank
             else:
-                _check_is_embedding(table, blueprint.parts[table.name].bags)
+                _check_is_embedding(table, blueprint.parts[table.name])
         self._format = StateFormat(blueprint, self.banks)
         self.register_buffer("format_version", torch.full((1,), FORMAT_VERSION, device=device))
         self.register_buffer("layout", torch.tensor(self._format.layout, dtype=torch.int64, device=device))
         mine = [lookup for lookup in blueprint.lookups if lookup.table.name in self.banks]
-        self._decoded = [lookup for lookup in mine if not blueprint.parts[lookup.table.name].bags]
-        self._bagged = [lookup for lookup in mine if blueprint.parts[lookup.table.name].bags]
+        self._decoded = [lookup for lookup in mine if not blueprint.parts[lookup.table.name].are_bags]
+        self._bagged = [
+            lookup
+            for lookup in blueprint.lookups
+            for parts in (blueprint.parts[lookup.table.name],)
+            if parts.trained is not None or (parts.are_bags and lookup.table.name in self.banks)
+        ]
         self._bag_lookups: list[BagLookup] = []
         self._coded_keys: list[str] = []
         self._coded_tables: list[str] = []
@@ -104,7 +109,7 @@ class Decoder(nn.Module):
 
     @property
     def bagged(self) -> list[Lookup]:
-        """The look-ups that `decode_bags` decodes."""
+        """The look-ups that `decode_bags` returns."""
         return self._bagged
 
     def reset_parameters(self) -> None:
@@ -186,18 +191,20 @@ class Decoder(nn.Module):
             for lookup, mine in zip(self._decoded, self._is_coded, strict=True)
         ]
 
-    def decode_bags(self, bags: dict[str, Tensor]) -> dict[str, Tensor]:
+    def decode_bags(self, bags: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the embeddings of the tables that are decoded after they were pooled, by look-up key.
 
         Args:
             bags: (B, width), or unpooled (L, width), by the keys of native look-ups.
+            trained: the same, of tables of trained rows; those without a decoder are returned as they are.
         """
-        return {
-            lookup.key: decode_pooled(
-                self.banks[lookup.table.name], [bags[key] for key in self.blueprint.bag_keys(lookup)]
-            )
-            for lookup in self._bagged
-        }
+        found = {}
+        for lookup in self._bagged:
+            name = lookup.table.name
+            source = bags if self.blueprint.parts[name].trained is None else trained
+            mine = [source[key] for key in self.blueprint.bag_keys(lookup)]
+            found[lookup.key] = decode_pooled(self.banks[name], mine) if name in self.banks else mine[0]
+        return found
 
     def _coded(self, codes: dict[str, Codes] | None) -> tuple[list[Codes], list[Tensor], list[Tensor | None]]:
         """Return the codes of every look-up of codes, and the codebooks and hot rows of their tables."""
@@ -233,10 +240,12 @@ def decode_pooled(bank: nn.Module, bags: list[Tensor]) -> Tensor:
     return bank([bag.to(dtype) for bag in bags])
 
 
-def _check_is_embedding(table: BaseEmbeddingConfig, bags: tuple[NativePart, ...]) -> None:
+def _check_is_embedding(table: BaseEmbeddingConfig, parts: Parts) -> None:
     """Raise ValueError where bags without a decoder are not the embedding already."""
-    widths = {part.name: part.embedding_dim for part in bags}
-    if bags and [*widths.values()] != [table.embedding_dim]:
+    widths = {part.name: part.embedding_dim for part in parts.bags}
+    if parts.trained is not None:
+        widths["trained"] = parts.trained.width
+    if parts.are_bags and [*widths.values()] != [table.embedding_dim]:
         raise ValueError(
             f"table {table.name!r}: a method without a decoder must have one bag of width {table.embedding_dim}, got "
             f"{widths}; return a BagDecoder"

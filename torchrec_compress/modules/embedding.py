@@ -76,7 +76,7 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         self._build_shared(blueprint, False, device, will_fit)
         dense = blueprint.dense_tables()
         self.dense = EmbeddingCollection(dense, device) if dense else None
-        self._guard_dense_tables([self.code_tables, *self.rows.values(), self.managed])
+        self._guard_dense_tables([self.code_tables, *self.rows.values(), self.managed, self.trained])
         self._features = sorted({lookup.feature for lookup in blueprint.lookups})
         self._dense_lookups = self._names_in_dense(dense)
         self._bags = [
@@ -100,7 +100,8 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         for lookup, values in zip(self.decoder.lookups, self.decoder.unpooled(features, codes, rows), strict=True):
             found[lookup.key] = values.float()  # whatever the parameters are cast to, as TorchRec's own are
         bags = {key: gathered_rows(rows[group][key]) for group, key in self._bags}
-        for key, values in self.decoder.decode_bags(bags).items():
+        trained = self.trained(features) if self.trained is not None else {}
+        for key, values in self.decoder.decode_bags(bags, trained).items():
             found[key] = values.float()
         for lookup in self.blueprint.lookups:
             if lookup.key not in found:  # a native bag: its rows are the embedding

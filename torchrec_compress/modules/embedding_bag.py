@@ -28,6 +28,7 @@ from torchrec_compress.modules.remapped import (
     RemappedEmbeddingBagRows,
     RemappedEmbeddingCollection,
 )
+from torchrec_compress.modules.trained import TrainedCollection
 
 _NATIVE = (
     EmbeddingBagCollection,
@@ -35,6 +36,7 @@ _NATIVE = (
     RemappedEmbeddingBagCollection,
     RemappedEmbeddingCollection,
     ManagedCollection,
+    TrainedCollection,
 )
 
 # the pieces that an output is put together from, in the order of `assemble`
@@ -103,7 +105,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         self.dense = EmbeddingBagCollection(dense, is_weighted, device) if dense else None
         bags, bag_remaps = blueprint.bags()
         self.bags = RemappedEmbeddingBagCollection(bags, bag_remaps, is_weighted, device) if bags else None
-        self._guard_dense_tables([self.code_tables, self.bags, *self.rows.values(), self.managed])
+        self._guard_dense_tables([self.code_tables, self.bags, *self.rows.values(), self.managed, self.trained])
         self._features = sorted({lookup.feature for lookup in blueprint.lookups})
         self._sources = self._find_sources(dense)
 
@@ -118,10 +120,13 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         pooled: list[KeyedTensor] = []
         if self.dense is not None:
             pooled.append(self.dense(features))
+        bags: dict[str, Tensor] = {}
         if self.bags is not None:
             pooled.append(self.bags(features))
+            bags = bags_by_key(pooled[-1])
+        trained = self.trained(features) if self.trained is not None else {}
         decoded = self.decoder(features, codes, rows) if self.decoder.lookups else None
-        of_bags = self.decoder.decode_bags(bags_by_key(pooled[-1])) if self.decoder.bagged else {}
+        of_bags = self.decoder.decode_bags(bags, trained)
         return assemble(
             pooled,
             decoded,
@@ -231,6 +236,8 @@ class MEmComEmbeddingBagCollection(CompressedEmbeddingBagCollection):
 def native_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of stock TorchRec tables inside a model: those that a fused optimizer may train.
 
+    And those that stand for tables of trained rows, which train in the backward alone; they have no elements.
+
     Codebooks and other replicated parameters are not among them; they belong to the dense optimizer.
 
     Raises:
@@ -252,5 +259,9 @@ def native_parameters(module: nn.Module) -> list[nn.Parameter]:
             f"native_parameters: the model must not be sharded yet, got sharded tables at {late}; call it, and "
             "apply_optimizer_in_backward, before DistributedModelParallel"
         )
-    stock = [child for child in module.modules() if isinstance(child, EmbeddingBagCollection | EmbeddingCollection)]
+    stock = [
+        child
+        for child in module.modules()
+        if isinstance(child, EmbeddingBagCollection | EmbeddingCollection | TrainedCollection)
+    ]
     return [parameter for child in stock for parameter in child.parameters()]

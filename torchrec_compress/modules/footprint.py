@@ -26,7 +26,7 @@ class TableFootprint:
         dense_bytes: what the user's own table would take.
         code_bytes: code table (and the four-byte mark of its integers).
         decoder_bytes: codebooks and hot rows.
-        native_bytes: rows of native tables; of one that tables share, the share by dense bytes.
+        native_bytes: rows of native tables, and trained rows; of a table that several share, the share by dense bytes.
         managed_bytes: what the manager of a table keeps, as a sketch.
         training_bytes: of `managed_bytes`, those that no look-up of a trained model reads.
     """
@@ -161,6 +161,7 @@ def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
     missing |= {("native", physical) for physical in owners}
     missing |= {("dense", table.name) for table in blueprint.dense_tables()}
     missing |= {("managed", table.name) for table in blueprint.managed()}
+    missing |= {("trained", table.name) for table in blueprint.trained()}
     for key, value in state.items():
         stored = _stored(key)
         if stored is not None:
@@ -182,7 +183,7 @@ def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
                 dense_bytes=dense_bytes(table),
                 code_bytes=sizes["code", table.name],
                 decoder_bytes=sizes["decoder", table.name],
-                native_bytes=sizes["native", table.name] + sizes["dense", table.name],
+                native_bytes=sum(sizes[kind, table.name] for kind in ("native", "dense", "trained")),
                 managed_bytes=sizes["managed", table.name],
                 training_bytes=0 if managed is None else managed.training_bytes,
             )
@@ -197,6 +198,8 @@ def _stored(key: str) -> tuple[str, str] | None:
     path = key.split(".")
     if path[0] == "managed" and path[1] == "managers":
         return "managed", path[2]
+    if path[0] == "trained":
+        return "trained", path[2]
     if path[0] in ("code_tables", "decoder") and "banks" in path:
         return path[0].removesuffix("_tables"), path[path.index("banks") + 1]
     if len(path) > 2 and path[-3] in ("embedding_bags", "embeddings"):

@@ -100,6 +100,9 @@ class StateFormat:
             state = parts.managed.state()
             method += tuple(state)
             sizes += (parts.managed.blocks.num_blocks, [tuple(buffer.shape) for buffer in state.values()])
+        if parts.trained is not None:
+            method += ("trained",)
+            sizes += (parts.trained.width, parts.trained.bits)
         return [zlib.crc32(repr(field).encode()) for field in (method, sizes, [p.remap.salt for p in native])]
 
 

@@ -9,6 +9,7 @@ from torchrec_compress.sharding.sharders import (
     RemappedEmbeddingBagRowsSharder,
     RemappedEmbeddingCollectionSharder,
 )
+from torchrec_compress.sharding.trained_sharders import TrainedCollectionSharder
 
 __all__ = [
     "CodeTableCollectionSharder",
@@ -18,6 +19,7 @@ __all__ = [
     "RemappedEmbeddingBagCollectionSharder",
     "RemappedEmbeddingBagRowsSharder",
     "RemappedEmbeddingCollectionSharder",
+    "TrainedCollectionSharder",
     "compressed_sharders",
     "get_default_sharders",
 ]

@@ -22,6 +22,7 @@ from torchrec_compress.sharding.sharders import (
     RemappedEmbeddingBagRowsSharder,
     RemappedEmbeddingCollectionSharder,
 )
+from torchrec_compress.sharding.trained_sharders import TrainedCollectionSharder
 
 Sharders = list[ModuleSharder[nn.Module]]
 Registry = dict[str, QuantizedCommCodecs]
@@ -84,6 +85,7 @@ def compressed_sharders(
         RemappedEmbeddingBagRowsSharder(bags),
         ManagedCollectionSharder(rows),
         ManagedBagRowsSharder(bags),
+        TrainedCollectionSharder(rows),
         DecoderSharder({**(rows.fused_params or {}), **(bags.fused_params or {})}),
     ]  # type: ignore[list-item]
 

@@ -1,0 +1,89 @@
+"""Which optimizer trains rows of a few bits: the one that the user gives stock tables, or the method's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torchrec_compress.methods.storage import TrainedPart
+from torchrec_compress.ops import TrainedOptimizer
+
+# by the class that `apply_optimizer_in_backward` was given, or the value of FBGEMM's EmbOptimType
+_KINDS: dict[str, TrainedOptimizer] = {
+    "SGD": "sgd",
+    "sgd": "sgd",
+    "exact_sgd": "sgd",
+    "Adagrad": "adagrad",
+    "exact_adagrad": "adagrad",
+    "RowWiseAdagrad": "rowwise_adagrad",
+    "exact_row_wise_adagrad": "rowwise_adagrad",
+}
+_ADAGRADS = ("adagrad", "rowwise_adagrad")
+# settings that do something else than their being left out would, by the value that leaves it so
+_OFF: dict[str, Any] = {
+    "momentum": 0,
+    "dampening": 0,
+    "weight_decay": 0,
+    "nesterov": False,
+    "maximize": False,
+    "lr_decay": 0,
+    "initial_accumulator_value": 0,
+}
+
+
+@dataclass(frozen=True)
+class RowOptimizer:
+    """What trains the rows of one table.
+
+    Args:
+        kind: of the optimizer.
+        given: of the one that the user gave tables, whose settings count.
+        group: the settings that the user sees, read at every step: "lr", and "eps" with Adagrad.
+    """
+
+    kind: TrainedOptimizer
+    given: TrainedOptimizer
+    group: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, name: str, group: Mapping[str, Any], part: TrainedPart, where: str) -> RowOptimizer:
+        """Return what trains a table.
+
+        Args:
+            name: of the optimizer's class, or of FBGEMM's `EmbOptimType`.
+            group: its settings.
+            part: of the table; its own choice of optimizer comes first.
+            where: names the table in errors.
+
+        Raises:
+            ValueError: rows of a few bits cannot be trained so.
+        """
+        kind = _KINDS.get(name)
+        if kind is None:
+            raise ValueError(
+                f"{where}: rows of {part.bits} bits must be trained by one of SGD, Adagrad and RowWiseAdagrad, got "
+                f"{name}; choose one of them for native_parameters(model)"
+            )
+        wrong = {key: group[key] for key, off in _OFF.items() if group.get(key, off) != off}
+        if wrong:
+            raise ValueError(
+                f"{where}: rows of {part.bits} bits are trained without {sorted(wrong)}, got {wrong}; leave them out"
+            )
+        wanted = part.optimizer or kind
+        if wanted != kind and not {wanted, kind} <= {*_ADAGRADS}:
+            raise ValueError(
+                f"{where}: the method's optimizer must go with the learning rate of the one that tables are given, got "
+                f"{wanted} for {kind}; leave it out, or give tables an Adagrad"
+            )
+        return cls(wanted, kind, group)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, now."""
+        return float(self.group["lr"])
+
+    @property
+    def eps(self) -> float:
+        """What is added to the root of the state."""
+        return float(self.group.get("eps", 0.0))

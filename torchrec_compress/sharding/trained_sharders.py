@@ -1,0 +1,91 @@
+"""The sharder of tables of trained rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.types import ParameterSharding, ShardingEnv
+
+from torchrec_compress.modules.row_optimizer import RowOptimizer
+from torchrec_compress.modules.trained import TrainedCollection
+from torchrec_compress.modules.trained_rows import WholeRows
+from torchrec_compress.seams import backward_optimizer, backward_settings
+from torchrec_compress.sharding.checks import check_env, check_names, tell_of_defaults
+from torchrec_compress.sharding.native import NativeSharder
+from torchrec_compress.sharding.trained import SHARDING_TYPES, ShardedTrainedCollection
+
+# what FBGEMM's tables do where nothing is said
+_DEFAULTS = {"learning_rate": 0.01, "eps": 1e-8}
+_OURS = ("optimizer", *_DEFAULTS, "weight_decay", "momentum")
+
+
+class TrainedCollectionSharder(NativeSharder[TrainedCollection]):
+    """Shard tables of trained rows row-wise or table-wise.
+
+    Args:
+        stock: TorchRec's sharder, whose optimizer, rate and codecs are taken.
+    """
+
+    def __init__(self, stock: EmbeddingCollectionSharder | None = None) -> None:
+        super().__init__(EmbeddingCollectionSharder() if stock is None else stock)
+
+    def shard(
+        self,
+        module: TrainedCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedTrainedCollection:
+        """Return the sharded collection."""
+        where = module_fqn or "trained rows"
+        check_env(env, where)
+        check_names(where, params, module.tables.keys(), optional=False)
+        tell_of_defaults([rows.handle for rows in module.tables.values()], sorted(params), self.fused_params)
+        optimizers = {
+            table.name: self._optimizer(module.tables[table.name], table.part, table.where)
+            for table in module.configs()
+        }
+        device = torch.device("cpu") if device is None else device
+        return ShardedTrainedCollection(module, params, env, device, optimizers, self.qcomm_codecs_registry)
+
+    def _optimizer(self, rows: WholeRows, part: Any, where: str) -> RowOptimizer:
+        """Return what trains a table: what `apply_optimizer_in_backward` said of it, else the fused parameters."""
+        marked = backward_optimizer(rows.handle)
+        if marked is not None:
+            return RowOptimizer.of(marked, backward_settings(rows.handle), part, where)
+        given = self.fused_params or {}
+        lost = sorted(set(given) - {*_OURS})
+        if lost:
+            raise ValueError(
+                f"{where}: fused_params must be of {sorted(_OURS)} for rows of {part.bits} bits, which are no table "
+                f"of FBGEMM's, got {lost}; leave them out, or mark native_parameters(model) by "
+                "apply_optimizer_in_backward"
+            )
+        name = str(getattr(given.get("optimizer"), "value", given.get("optimizer", "exact_sgd")))
+        settings = {**_DEFAULTS, **{key: value for key, value in given.items() if key != "optimizer"}}
+        settings["lr"] = settings.pop("learning_rate")
+        if name.endswith("sgd"):
+            settings.pop("momentum", None)  # FBGEMM's SGD has none either
+        return RowOptimizer.of(name, settings, part, where)
+
+    def shardable_parameters(self, module: TrainedCollection) -> dict[str, nn.Parameter]:
+        """Return the rows by the names of the user's tables; they are buffers."""
+        return {name: rows.rows for name, rows in module.tables.items()}
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Return what keeps rows whole, and on one rank each."""
+        return list(SHARDING_TYPES)
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """Return the name that the planner's tables of bandwidths know."""
+        return [EmbeddingComputeKernel.FUSED.value]
+
+    @property
+    def module_type(self) -> type[TrainedCollection]:
+        """The module that is sharded."""
+        return TrainedCollection
