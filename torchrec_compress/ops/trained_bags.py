@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from torchrec_compress.ops import trained_reference
 from torchrec_compress.ops.checks import check_index, check_one_device, check_weight_count
+from torchrec_compress.ops.cpp.trained import cpp_look_up, cpp_update, cpp_weight_gradients
 from torchrec_compress.ops.dispatch import cpp_serves
 from torchrec_compress.ops.ids import check_ids
 from torchrec_compress.ops.pooling import as_factors, check_offsets, check_weights
@@ -144,6 +145,8 @@ def _look_up(
     where: str,
     use_cpp: bool,
 ) -> Tensor:
+    if use_cpp:
+        return cpp_look_up(rows, ids, offsets, factors, format, is_mean, where)
     _check_values(rows, ids, offsets, factors, where)
     return trained_reference.look_up(rows, ids, offsets, factors, format, is_mean)
 
@@ -168,8 +171,25 @@ def _update(
             f"{list(grads.shape)}"
         )
     check_one_device(where, {"rows": rows, "grads": grads})
+    if use_cpp:
+        return cpp_update(rows, state, ids, offsets, factors, grads.detach(), format, is_mean, step, where)
     _check_values(rows, ids, offsets, factors, where)
     trained_reference.update(rows, state, ids, offsets, factors, grads, format, is_mean, step, where)
+
+
+def _weight_gradients(
+    rows: Tensor,
+    ids: Tensor,
+    offsets: Tensor | None,
+    grads: Tensor,
+    format: TrainedFormat,
+    is_mean: bool,
+    where: str,
+    use_cpp: bool,
+) -> Tensor:
+    if use_cpp:
+        return cpp_weight_gradients(rows, ids, offsets, grads, format, is_mean, where)
+    return trained_reference.weight_gradients(rows, ids, offsets, grads, format, is_mean)
 
 
 class _TrainedBag(torch.autograd.Function):
@@ -190,7 +210,7 @@ class _TrainedBag(torch.autograd.Function):
         (rows, state), (format, is_mean, step, where, use_cpp) = ctx.tables, ctx.told
         of_weights = None
         if ctx.needs_input_grad[1]:
-            of_weights = trained_reference.weight_gradients(rows, ids, offsets, grad, format, is_mean)
+            of_weights = _weight_gradients(rows, ids, offsets, grad, format, is_mean, where, use_cpp)
         if step is not None:
             if not isinstance(step, TrainedStep):
                 step = step()
