@@ -38,6 +38,8 @@ from torchrec_compress.ops.lowbit import SCALE_BYTES, dequantize_rows, quantize_
 from torchrec_compress.ops.lowbit_bags import low_bit_bag
 from torchrec_compress.ops.pooling import check_offsets, check_weights, pool_rows, scale_rows
 from torchrec_compress.ops.table_bags import Rows, TableRows, pool_table
+from torchrec_compress.ops.trained import Optimizer, TrainedFormat, TrainedStep, decode_trained, encode_trained
+from torchrec_compress.ops.trained_bags import trained_bag, update_trained
 from torchrec_compress.ops.types import BagLookup, IdBags, Span
 
 __all__ = [
@@ -46,9 +48,12 @@ __all__ = [
     "SCALE_BYTES",
     "BagLookup",
     "IdBags",
+    "Optimizer",
     "Rows",
     "Span",
     "TableRows",
+    "TrainedFormat",
+    "TrainedStep",
     "can_check",
     "changed",
     "check_filled",
@@ -62,7 +67,9 @@ __all__ = [
     "code_gather",
     "codebook_bag",
     "codebook_bags",
+    "decode_trained",
     "dequantize_rows",
+    "encode_trained",
     "flag_of",
     "hash_codes",
     "hash_ids",
@@ -85,5 +92,7 @@ __all__ = [
     "stable_salt",
     "tiers",
     "total_of",
+    "trained_bag",
     "unpack_codes",
+    "update_trained",
 ]

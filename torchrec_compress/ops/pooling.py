@@ -57,7 +57,7 @@ def as_factors(weights: Tensor, dtype: torch.dtype, where: str = "codebook_bag")
     return weights.to(dtype if dtype == torch.float64 else torch.float32)
 
 
-def check_offsets(offsets: Tensor, num_ids: int) -> None:
+def check_offsets(offsets: Tensor, num_ids: int, where: str = "codebook_bag") -> None:
     """Raise where bags do not cover the ids; inside `torch.compile` and on a GPU only the type is checked.
 
     `F.embedding_bag` takes decreasing offsets and returns uninitialised memory (torch 2.13).
@@ -65,6 +65,7 @@ def check_offsets(offsets: Tensor, num_ids: int) -> None:
     Args:
         offsets: (B + 1,) integer.
         num_ids: L.
+        where: names the look-up in the error.
 
     Raises:
         ValueError: offsets are not int32 or int64 of one dimension, decrease, or do not run from 0 to L.
@@ -72,16 +73,16 @@ def check_offsets(offsets: Tensor, num_ids: int) -> None:
     Example:
         >>> check_offsets(torch.tensor([0, 2, 2, 3]), 3)
     """
-    check_index("offsets", offsets, "codebook_bag")
+    check_index("offsets", offsets, where)
     if torch.compiler.is_compiling() or offsets.device.type != "cpu":
         return
     if offsets.numel() == 0 or int(offsets[0]) != 0 or int(offsets[-1]) != num_ids:
         ends = [] if offsets.numel() == 0 else [int(offsets[0]), int(offsets[-1])]
         raise ValueError(
-            f"codebook_bag: offsets must start with 0 and must end with the number of ids, {num_ids}, got {ends}"
+            f"{where}: offsets must start with 0 and must end with the number of ids, {num_ids}, got {ends}"
         )
     if bool((offsets[1:] < offsets[:-1]).any()):
-        raise ValueError(f"codebook_bag: offsets must not decrease, got {offsets.tolist()[:20]}")
+        raise ValueError(f"{where}: offsets must not decrease, got {offsets.tolist()[:20]}")
 
 
 def repeat_offsets(offsets: Tensor, times: int, num_ids: int) -> Tensor:

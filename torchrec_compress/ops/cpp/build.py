@@ -18,15 +18,21 @@ from typing import NamedTuple
 import torch
 
 from torchrec_compress.ops.cache import CannotBuild, cache_folder, distrust, make_private
-from torchrec_compress.ops.cpp import operators
+from torchrec_compress.ops.cpp import operators, trained
 
 SOURCES = Path(__file__).parent / "csrc"
 # The stable ABI of torch 2.11, the oldest torch that is supported: one library serves it and every later torch.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512vl")
 _ISA_FLAGS = {
-    "kernels_avx2": ("-mavx2", "-mfma"),
-    "kernels_avx512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl"),
+    "kernels_avx2": _AVX2,
+    "kernels_avx512": _AVX512,
+    "trained_avx2": _AVX2,
+    "trained_avx512": _AVX512,
 }
+# what trained rows become must not depend on the processor, nor on who computes it: no fused multiply-adds
+_PLAIN_FLAGS = dict.fromkeys(("trained_base", "trained_avx2", "trained_avx512"), ("-ffp-contract=off",))
 _OTHER_COMPILER = "Set CXX to a compiler of C++17 for this machine"
 _log = logging.getLogger(__name__)
 
@@ -38,7 +44,8 @@ def library_path() -> Path:
         >>> library_path().suffix
         '.so'
     """
-    key = hashlib.sha256(repr((FLAGS, _ISA_FLAGS, platform.machine(), platform.libc_ver(sys.executable))).encode())
+    flags = (FLAGS, _ISA_FLAGS, _PLAIN_FLAGS)
+    key = hashlib.sha256(repr((*flags, platform.machine(), platform.libc_ver(sys.executable))).encode())
     for source in sorted(SOURCES.iterdir()):
         if source.suffix in (".cpp", ".h"):
             key.update(source.read_bytes())
@@ -174,6 +181,7 @@ def _compile(compiler: list[str], folder: Path) -> Path:
     commands = []
     for source in sorted(SOURCES.glob("*.cpp")):
         extra = _ISA_FLAGS.get(source.stem, ()) if is_x86 else ()
+        extra = (*extra, *_PLAIN_FLAGS.get(source.stem, ()))
         commands.append([*compiler, *flags, *extra, "-c", str(source), "-o", str(folder / f"{source.stem}.o")])
     _run_all(commands)
     library = folder / "library.so"
@@ -225,4 +233,5 @@ def load() -> str:
         raise CannotBuild(f"{library} does not load: {error}", _OTHER_COMPILER) from error
     name.restype = ctypes.c_char_p
     operators.register()
+    trained.register()
     return name().decode()

@@ -1,46 +1,17 @@
 // What the operators are given, checked: an error is a ValueError in Python. Included by codebook_bags.cpp alone.
 #pragma once
 #include "codebook_bags.h"
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+#include "tensors.h"
 
 #include <algorithm>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 namespace torchrec_compress {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Numbers = std::vector<int64_t>;
-
-// Raises ValueError in Python.
-template <typename... Parts>
-void require(bool holds, const Parts&... parts) {
-  if (holds) return;
-  std::ostringstream message;
-  ((message << parts), ...);
-  throw std::invalid_argument(message.str());
-}
-
-bool is_aligned(const Tensor& tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() == 0;
-}
-
-// Returns a tensor whose numbers lie one behind another, each at a multiple of its size: a copy, where views are given
-// or memory that is another program's.
-Tensor laid_out(const Tensor& tensor) {
-  const Tensor whole = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-  return is_aligned(whole) ? whole : torch::stable::clone(whole);
-}
 
 // What kernels read through an address, kept for as long as this lives.
 class Operands {
@@ -68,23 +39,6 @@ class Operands {
  private:
   Tensors kept_;
 };
-
-int64_t read(const void* numbers, int bytes, int64_t i) {
-  return bytes == 8 ? static_cast<const int64_t*>(numbers)[i] : static_cast<const int32_t*>(numbers)[i];
-}
-
-template <typename Offset>
-void check_offsets(const Offset* offsets, int64_t num_bags, int64_t num_ids) {
-  require(offsets[0] == 0, "codebook_bag: offsets must start with 0, got ", offsets[0]);
-  bool decreases = false;
-  for (int64_t b = 0; b < num_bags; ++b) decreases |= offsets[b] > offsets[b + 1];
-  if (decreases)
-    for (int64_t b = 0; b < num_bags; ++b)
-      require(offsets[b] <= offsets[b + 1], "codebook_bag: offsets must not decrease, got ", offsets[b], " before ",
-              offsets[b + 1]);
-  require(num_ids < 0 || offsets[num_bags] == num_ids, "codebook_bag: offsets must end with the number of ids, ",
-          num_ids, ", got ", offsets[num_bags]);
-}
 
 // The flags of a look-up, as ops/cpu.py writes them.
 enum Flags : int64_t { RESIDUAL = 1, MEAN = 2, GATHERED = 4, PACKED = 8, ODD = 16 };
@@ -123,9 +77,7 @@ struct Call {
     batch.offsets = operands.integers(*offsets, "offsets", &batch.offset_bytes);
     require(offsets->numel() >= 1, "codebook_bag: offsets must be of shape (B + 1,), got none");
     num_bags = offsets->numel() - 1;
-    batch.offset_bytes == 8
-        ? check_offsets(static_cast<const int64_t*>(batch.offsets), num_bags, batch.num_ids)
-        : check_offsets(static_cast<const int32_t*>(batch.offsets), num_bags, batch.num_ids);
+    check_offsets(batch.offsets, batch.offset_bytes, num_bags, batch.num_ids, "codebook_bag");
   }
 
   int64_t offset(int64_t bag) const { return batch.offsets ? read(batch.offsets, batch.offset_bytes, bag) : bag; }

@@ -1,9 +1,9 @@
 // The operators: spread the kernels over threads. LibTorch's stable ABI, so that one library serves every torch since
 // 2.11 (TORCH_TARGET_VERSION on the command line of the compiler).
 #include "call.h"
+#include "processor.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <mutex>
 #include <tuple>
 
@@ -11,19 +11,11 @@ namespace torchrec_compress {
 namespace {
 
 const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
 #if defined(__x86_64__)
-    // torch's own variable, so that one setting holds for torch and for us
-    const char* set = std::getenv("ATEN_CPU_CAPABILITY");
-    const std::string wanted = set == nullptr ? "" : set;
-    if (wanted == "default" || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kernels_base;
-    if (wanted != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"))
-      return kernels_avx512;
-    return kernels_avx2;
-#endif
-    return kernels_base;
-  }();
+  static const Kernels& chosen = choose(kernels_base, kernels_avx2, kernels_avx512);
   return chosen;
+#endif
+  return kernels_base;
 }
 
 // An output that no cache holds is not fetched into one before it is overwritten. Smaller ones are read from the caches by

@@ -1,0 +1,270 @@
+"""Trained rows of few bits, looked up and pooled in one pass, and updated in one pass where they lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from torchrec_compress.ops import trained_reference
+from torchrec_compress.ops.checks import check_index, check_one_device, check_weight_count
+from torchrec_compress.ops.cpp.trained import cpp_look_up, cpp_update, cpp_weight_gradients
+from torchrec_compress.ops.dispatch import cpp_serves
+from torchrec_compress.ops.ids import check_ids
+from torchrec_compress.ops.pooling import as_factors, check_offsets, check_weights
+from torchrec_compress.ops.trained import TrainedFormat, TrainedStep, check_rows
+
+# a step, or what is asked for it when the gradients are there
+Step = TrainedStep | Callable[[], TrainedStep]
+
+
+def trained_bag(
+    rows: Tensor,
+    state: Tensor,
+    ids: Tensor,
+    offsets: Tensor | None,
+    format: TrainedFormat,
+    *,
+    weights: Tensor | None = None,
+    is_mean: bool = False,
+    step: Step | None,
+    where: str,
+    backend: str | None = None,
+) -> Tensor:
+    """Sum, bag by bag, trained rows of one table; the backward updates them.
+
+    As with FBGEMM's fused tables the gradient of the rows is not returned, it is applied: the backward updates rows and
+    state in place, see `update_trained`, and returns a gradient for weights alone, of the rows as they are then. A
+    backward that is run again through a graph that was kept updates again. Without a step, or where gradients are not
+    enabled, rows are only looked up. Ids, offsets and weights may be views of any strides.
+
+    Args:
+        rows: (N, bytes per row) uint8, see `encode_trained`; contiguous where there is a step.
+        state: (N, bytes per state) uint8, zeros before the first step; contiguous where there is a step.
+        ids: (L,) int32 or int64 rows of the table.
+        offsets: (B + 1,) int32 or int64, from 0 up to L; bag b is the ids [offsets[b], offsets[b + 1]). None: every id
+            is a bag of its own.
+        format: of rows and state.
+        weights: (L,) floating point factors of the ids, or None.
+        is_mean: whether sums are divided by the ids of a bag.
+        step: what the update needs to know, or a function that returns it, called in the backward; None: no update.
+        where: names the table in errors.
+        backend: see `requested_backend`; "fbgemm" and "torch" are the PyTorch reference.
+
+    Returns:
+        (B, r) float32; an empty bag is zeros.
+
+    Raises:
+        ValueError: types, devices, shapes or layout do not fit; an id is out of range, a weight is not finite, or
+            offsets decrease or do not run from 0 to L (CPU). In the backward: as `update_trained`.
+        RuntimeError: `backend` cannot be had.
+
+    Example:
+        >>> from torchrec_compress.ops import encode_trained
+        >>> form = TrainedFormat(2, 8, "sgd")
+        >>> rows, state = encode_trained(torch.tensor([[127.0, 0.0]]), form), torch.zeros(1, 0, dtype=torch.uint8)
+        >>> step = TrainedStep(learning_rate=1.0, eps=0.0, seed=0, step=0)
+        >>> out = trained_bag(rows, state, torch.tensor([0]), None, form, step=step, where="table 'user'")
+        >>> out.backward(torch.tensor([[7.0, -3.0]]))
+        >>> rows.tolist()  # numbers and the code of the scale
+        [[120, 3, 200]]
+    """
+    _check(rows, state, ids, offsets, weights, format, where)
+    factors = None if weights is None else as_factors(weights, torch.float32, where)
+    if step is not None:
+        _check_written(rows, state, where)
+        if isinstance(step, TrainedStep):
+            _check_step(step, where)
+    use_cpp = _use_cpp(rows, backend)
+    is_weight_trained = factors is not None and factors.requires_grad
+    if torch.is_grad_enabled() and (step is not None or is_weight_trained):
+        given = (rows, state, ids, offsets, format, is_mean, step, where, use_cpp)
+        return _TrainedBag.apply(rows.new_empty(0, dtype=torch.float32).requires_grad_(), factors, given)
+    return _look_up(rows, ids, offsets, factors, format, is_mean, where, use_cpp)
+
+
+def update_trained(
+    rows: Tensor,
+    state: Tensor,
+    ids: Tensor,
+    offsets: Tensor | None,
+    grads: Tensor,
+    format: TrainedFormat,
+    *,
+    weights: Tensor | None = None,
+    is_mean: bool = False,
+    step: TrainedStep,
+    where: str,
+    backend: str | None = None,
+) -> None:
+    """Update the rows of a batch in place, and round them by a dither whose mean is no change.
+
+    The gradients of an id are summed in the order of the batch, then it is updated once: by x -= lr g ("sgd"), by s +=
+    mean(g^2), x -= lr g / (sqrt(s) + eps) ("row_wise_adagrad"), or so with a sum for every number ("adagrad"). These
+    are FBGEMM's EXACT_SGD, EXACT_ROWWISE_ADAGRAD and EXACT_ADAGRAD. The bits written are the same on every
+    device, for any number of threads, and for a shard those of the whole table.
+
+    Args:
+        grads: (B, r) float32 of the bags; everything else is as in `trained_bag`.
+
+    Raises:
+        ValueError: as `trained_bag`; or a gradient is not finite, or a row or a state is larger than the format holds,
+            named with its id and the step. Then no byte has been written.
+        RuntimeError: `backend` cannot be had.
+
+    Example:
+        >>> form = TrainedFormat(2, 8)
+        >>> rows, state = torch.zeros(1, 3, dtype=torch.uint8), torch.zeros(1, 4, dtype=torch.uint8)
+        >>> step = TrainedStep(learning_rate=0.1, eps=1e-8, seed=0, step=0)
+        >>> update_trained(rows, state, torch.tensor([0]), None, torch.ones(1, 2), form, step=step, where="table 't'")
+        >>> state.view(torch.float32).item()
+        1.0
+    """
+    _check(rows, state, ids, offsets, weights, format, where)
+    _check_written(rows, state, where)
+    _check_step(step, where)
+    factors = None if weights is None else as_factors(weights, torch.float32, where)
+    _update(rows, state, ids, offsets, factors, grads, format, is_mean, step, where, _use_cpp(rows, backend))
+
+
+def _use_cpp(rows: Tensor, backend: str | None) -> bool:
+    return rows.is_cpu and cpp_serves(backend)
+
+
+def _look_up(
+    rows: Tensor,
+    ids: Tensor,
+    offsets: Tensor | None,
+    factors: Tensor | None,
+    format: TrainedFormat,
+    is_mean: bool,
+    where: str,
+    use_cpp: bool,
+) -> Tensor:
+    if use_cpp:
+        return cpp_look_up(rows, ids, offsets, factors, format, is_mean, where)
+    _check_values(rows, ids, offsets, factors, where)
+    return trained_reference.look_up(rows, ids, offsets, factors, format, is_mean)
+
+
+def _update(
+    rows: Tensor,
+    state: Tensor,
+    ids: Tensor,
+    offsets: Tensor | None,
+    factors: Tensor | None,
+    grads: Tensor,
+    format: TrainedFormat,
+    is_mean: bool,
+    step: TrainedStep,
+    where: str,
+    use_cpp: bool,
+) -> None:
+    num_bags = ids.shape[0] if offsets is None else offsets.shape[0] - 1
+    if grads.dtype != torch.float32 or tuple(grads.shape) != (num_bags, format.width):
+        raise ValueError(
+            f"{where}: grads must be float32 of shape [{num_bags}, {format.width}], got {grads.dtype} of shape "
+            f"{list(grads.shape)}"
+        )
+    check_one_device(where, {"rows": rows, "grads": grads})
+    if use_cpp:
+        return cpp_update(rows, state, ids, offsets, factors, grads.detach(), format, is_mean, step, where)
+    _check_values(rows, ids, offsets, factors, where)
+    trained_reference.update(rows, state, ids, offsets, factors, grads, format, is_mean, step, where)
+
+
+def _weight_gradients(
+    rows: Tensor,
+    ids: Tensor,
+    offsets: Tensor | None,
+    grads: Tensor,
+    format: TrainedFormat,
+    is_mean: bool,
+    where: str,
+    use_cpp: bool,
+) -> Tensor:
+    if use_cpp:
+        return cpp_weight_gradients(rows, ids, offsets, grads, format, is_mean, where)
+    return trained_reference.weight_gradients(rows, ids, offsets, grads, format, is_mean)
+
+
+class _TrainedBag(torch.autograd.Function):
+    """The look-up, and the update as its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, factors: Tensor | None, given: tuple[Any, ...]) -> Tensor:
+        rows, state, ids, offsets, format, is_mean, step, where, use_cpp = given
+        # rows and state are kept as they are: two look-ups of one table update it one after another
+        ctx.tables, ctx.told = (rows, state), (format, is_mean, step, where, use_cpp)
+        ctx.save_for_backward(ids, offsets, factors)
+        return _look_up(rows, ids, offsets, factors, format, is_mean, where, use_cpp)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        ids, offsets, factors = ctx.saved_tensors
+        (rows, state), (format, is_mean, step, where, use_cpp) = ctx.tables, ctx.told
+        of_weights = None
+        if ctx.needs_input_grad[1]:
+            of_weights = _weight_gradients(rows, ids, offsets, grad, format, is_mean, where, use_cpp)
+        if step is not None:
+            if not isinstance(step, TrainedStep):
+                step = step()
+                _check_step(step, where)
+            _update(rows, state, ids, offsets, factors, grad, format, is_mean, step, where, use_cpp)
+        return None, of_weights, None
+
+
+def _check(
+    rows: Tensor,
+    state: Tensor,
+    ids: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    format: TrainedFormat,
+    where: str,
+) -> None:
+    """Raise ValueError where types, devices or shapes do not fit."""
+    check_rows("rows", rows, format.row_bytes, where)
+    check_rows("state", state, format.state_bytes, where)
+    if state.shape[0] != rows.shape[0]:
+        raise ValueError(f"{where}: state must be one per row, {rows.shape[0]}, got {state.shape[0]}")
+    check_one_device(where, {"rows": rows, "state": state, "ids": ids, "offsets": offsets, "weights": weights})
+    check_index("ids", ids, where)
+    if offsets is not None:
+        check_index("offsets", offsets, where)
+    if weights is not None:
+        check_weight_count(weights, ids.shape[0], where)
+
+
+def _check_values(rows: Tensor, ids: Tensor, offsets: Tensor | None, factors: Tensor | None, where: str) -> None:
+    """Raise ValueError for an id, an offset or a weight that cannot be."""
+    check_ids(ids, rows.shape[0], where)
+    if offsets is not None:
+        check_offsets(offsets, ids.shape[0], where)
+    if factors is not None:
+        check_weights(factors, where)
+
+
+def _check_written(rows: Tensor, state: Tensor, where: str) -> None:
+    for name, tensor in (("rows", rows), ("state", state)):
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{where}: {name} must be contiguous where they are updated, got strides {list(tensor.stride())}; "
+                "train a whole table, not a view of one"
+            )
+
+
+def _check_step(step: TrainedStep, where: str) -> None:
+    for name in ("learning_rate", "eps"):
+        value = getattr(step, name)
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: {name} must be finite, got {value}")
+    for name in ("seed", "step", "first_id"):
+        value = getattr(step, name)
+        if not 0 <= value < 2**63:
+            raise ValueError(f"{where}: {name} must be in [0, 2**63), got {value}")
