@@ -17,6 +17,7 @@ from tests.test_layering import FILES, LAUNCH, PACKAGE, ROOT
 BORROWED = {
     "_replace": "named tuples",
     "_exit": "os",
+    "_version": "torch.Tensor, its count of writes",
     "_buffers": "nn.Module",
     "_parameters": "nn.Module",
     "_assert_async": "torch",

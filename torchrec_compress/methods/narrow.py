@@ -90,9 +90,10 @@ class NarrowConfig(MethodConfig):
         below = table.embedding_dim - (self.bits == 32)  # with few bits the whole width saves too
         most = below // _LANES * _LANES
         if most < _LANES:
+            at_least = "above" if self.bits == 32 else "at least"
             raise ValueError(
-                f"table {table.name!r}: embedding_dim must be {'above' if self.bits == 32 else 'at least'} {_LANES} with "
-                f"narrow rows, got {table.embedding_dim}; leave the table dense"
+                f"table {table.name!r}: embedding_dim must be {at_least} {_LANES} with narrow rows, got "
+                f"{table.embedding_dim}; leave the table dense"
             )
         if self.width % _LANES or not _LANES <= self.width <= most:
             nearest = min(most, max(_LANES, round(self.width / _LANES) * _LANES))

@@ -32,13 +32,21 @@ from torchrec_compress.ops.integers import (
     keep_integers,
     known,
     mark_of,
+    num_writes,
     total_of,
 )
 from torchrec_compress.ops.lowbit import SCALE_BYTES, dequantize_rows, quantize_rows, quantized_row_bytes
 from torchrec_compress.ops.lowbit_bags import low_bit_bag
 from torchrec_compress.ops.pooling import check_offsets, check_weights, pool_rows, scale_rows
 from torchrec_compress.ops.table_bags import Rows, TableRows, pool_table
-from torchrec_compress.ops.trained import Optimizer, TrainedFormat, TrainedStep, decode_trained, encode_trained
+from torchrec_compress.ops.trained import (
+    TrainedFormat,
+    TrainedOptimizer,
+    TrainedStep,
+    are_encoded,
+    decode_trained,
+    encode_trained,
+)
 from torchrec_compress.ops.trained_bags import trained_bag, update_trained
 from torchrec_compress.ops.types import BagLookup, IdBags, Span
 
@@ -48,12 +56,13 @@ __all__ = [
     "SCALE_BYTES",
     "BagLookup",
     "IdBags",
-    "Optimizer",
     "Rows",
     "Span",
     "TableRows",
     "TrainedFormat",
+    "TrainedOptimizer",
     "TrainedStep",
+    "are_encoded",
     "can_check",
     "changed",
     "check_filled",
@@ -81,6 +90,7 @@ __all__ = [
     "low_bit_bag",
     "mark_of",
     "num_escape_codes",
+    "num_writes",
     "pack_codes",
     "packed_width",
     "pool_rows",

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-Optimizer = Literal["sgd", "row_wise_adagrad", "adagrad"]
+TrainedOptimizer = Literal["sgd", "rowwise_adagrad", "adagrad"]
 _SIGN = 0x7FFFFFFF  # all bits but the sign
 
 
@@ -25,7 +25,7 @@ class TrainedFormat:
     Args:
         width: numbers per row, r; with 4 bits a multiple of 2.
         bits: of a number, 8 or 4.
-        optimizer: what trains the rows: "sgd", "row_wise_adagrad" with one sum of squares per row, or "adagrad" with
+        optimizer: what trains the rows: "sgd", "rowwise_adagrad" with one sum of squares per row, or "adagrad" with
             one per number.
         state_bits: of a sum of squares, 32 (a float32) or 8 (a small float, rounded stochastically).
 
@@ -39,11 +39,11 @@ class TrainedFormat:
 
     width: int
     bits: Literal[8, 4]
-    optimizer: Optimizer = "row_wise_adagrad"
+    optimizer: TrainedOptimizer = "rowwise_adagrad"
     state_bits: Literal[32, 8] = 32
 
     def __post_init__(self) -> None:
-        allowed = {"bits": (8, 4), "optimizer": get_args(Optimizer), "state_bits": (32, 8)}
+        allowed = {"bits": (8, 4), "optimizer": get_args(TrainedOptimizer), "state_bits": (32, 8)}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(
@@ -67,7 +67,7 @@ class TrainedFormat:
         """Bytes of a row's optimizer state."""
         if self.optimizer == "sgd":
             return 0
-        if self.optimizer == "row_wise_adagrad":
+        if self.optimizer == "rowwise_adagrad":
             return self.state_bits // 8
         return 4 * self.width if self.state_bits == 32 else self.width + 2
 
@@ -245,11 +245,16 @@ def decode_trained(rows: Tensor, format: TrainedFormat) -> Tensor:
         [[1.0, -1.0]]
     """
     check_rows("rows", rows, format.row_bytes, "decode_trained")
-    numbers, codes = rows[:, :-1].to(torch.int32), rows[:, -1]
+    return _numbers(rows, format).float() * SCALE.decode(rows[:, -1]).unsqueeze(1)
+
+
+def _numbers(rows: Tensor, format: TrainedFormat) -> Tensor:
+    """Return the numbers of rows, (N, r) int32."""
+    numbers = rows[:, :-1].to(torch.int32)
     if format.bits == 4:
         numbers = torch.stack([numbers & 15, numbers >> 4], dim=2).flatten(1)
     half = 2 ** (format.bits - 1)
-    return ((numbers ^ half) - half).float() * SCALE.decode(codes).unsqueeze(1)
+    return (numbers ^ half) - half
 
 
 def check_rows(name: str, rows: Tensor, row_bytes: int, where: str) -> None:
@@ -267,3 +272,26 @@ def check_rows(name: str, rows: Tensor, row_bytes: int, where: str) -> None:
             f"{where}: {name} must be uint8 of shape (rows, {row_bytes}), got {rows.dtype} of shape "
             f"{list(rows.shape)}{remedy}"
         )
+
+
+def are_encoded(rows: Tensor, format: TrainedFormat) -> Tensor:
+    """Return which of these rows `encode_trained` or an update could have made.
+
+    Scales are rounded up to the next code, so a row's largest number is never much below the largest of its format.
+
+    Args:
+        rows: (N, bytes per row) uint8.
+        format: of the rows.
+
+    Returns:
+        (N,) bool.
+
+    Example:
+        >>> form = TrainedFormat(2, 8)
+        >>> are_encoded(torch.tensor([[127, 0, 100], [60, 0, 100]], dtype=torch.uint8), form).tolist()
+        [True, False]
+    """
+    check_rows("rows", rows, format.row_bytes, "are_encoded")
+    largest = _numbers(rows, format).abs().amax(1)
+    at_least = int(format.largest * (1 - 2.0**-3))  # a code is up to an eighth above the last
+    return (largest <= format.largest) & ((largest >= at_least) | (rows[:, -1] <= 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from torchrec_compress.ops.ids import check_ids
 from torchrec_compress.ops.pooling import as_factors, check_offsets, check_weights
 from torchrec_compress.ops.trained import TrainedFormat, TrainedStep, check_rows
 
-# a step, or what is asked for it when the gradients are there
-Step = TrainedStep | Callable[[], TrainedStep]
+# a step, or what is asked for it when the gradients are there, around the update; None: there is none
+Step = TrainedStep | Callable[[], AbstractContextManager[TrainedStep | None]]
 
 
 def trained_bag(
@@ -38,9 +39,8 @@ def trained_bag(
     """Sum, bag by bag, trained rows of one table; the backward updates them.
 
     As with FBGEMM's fused tables the gradient of the rows is not returned, it is applied: the backward updates rows and
-    state in place, see `update_trained`, and returns a gradient for weights alone, of the rows as they are then. A
-    backward that is run again through a graph that was kept updates again. Without a step, or where gradients are not
-    enabled, rows are only looked up. Ids, offsets and weights may be views of any strides.
+    state in place, see `update_trained`, and returns a gradient for weights alone. A backward that is run again through
+    a kept graph updates again. Without a step, or gradients, rows are only looked up. Inputs may be views.
 
     Args:
         rows: (N, bytes per row) uint8, see `encode_trained`; contiguous where there is a step.
@@ -51,7 +51,8 @@ def trained_bag(
         format: of rows and state.
         weights: (L,) floating point factors of the ids, or None.
         is_mean: whether sums are divided by the ids of a bag.
-        step: what the update needs to know, or a function that returns it, called in the backward; None: no update.
+        step: what the update needs to know, or a function that returns a context manager of it, entered in the
+            backward around the update; None, or one of None: no update.
         where: names the table in errors.
         backend: see `requested_backend`; "fbgemm" and "torch" are the PyTorch reference.
 
@@ -103,10 +104,10 @@ def update_trained(
 ) -> None:
     """Update the rows of a batch in place, and round them by a dither whose mean is no change.
 
-    The gradients of an id are summed in the order of the batch, then it is updated once: by x -= lr g ("sgd"), by s +=
-    mean(g^2), x -= lr g / (sqrt(s) + eps) ("row_wise_adagrad"), or so with a sum for every number ("adagrad"). These
-    are FBGEMM's EXACT_SGD, EXACT_ROWWISE_ADAGRAD and EXACT_ADAGRAD. The bits written are the same on every
-    device, for any number of threads, and for a shard those of the whole table.
+    The gradients of an id are summed in the order of the batch, then, unless they sum to zero, it is updated once: by
+    x -= lr g ("sgd"), by s += mean(g^2), x -= lr g / (sqrt(s) + eps) ("rowwise_adagrad"), or so with a sum for every
+    number ("adagrad"). These are FBGEMM's EXACT_SGD, EXACT_ROWWISE_ADAGRAD and EXACT_ADAGRAD. The bits written are the
+    same on every device, for any number of threads, and for a shard those of the whole table.
 
     Args:
         grads: (B, r) float32 of the bags; everything else is as in `trained_bag`.
@@ -212,10 +213,10 @@ class _TrainedBag(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_weights = _weight_gradients(rows, ids, offsets, grad, format, is_mean, where, use_cpp)
         if step is not None:
-            if not isinstance(step, TrainedStep):
-                step = step()
-                _check_step(step, where)
-            _update(rows, state, ids, offsets, factors, grad, format, is_mean, step, where, use_cpp)
+            with nullcontext(step) if isinstance(step, TrainedStep) else step() as told:
+                if told is not None:
+                    _check_step(told, where)
+                    _update(rows, state, ids, offsets, factors, grad, format, is_mean, told, where, use_cpp)
         return None, of_weights, None
 
 

@@ -81,6 +81,8 @@ def update(
             "nothing has been updated"
         ),
     )
+    moves = bits_of(gradients).amax(1) > 0  # others, rounded anew, would move all the same
+    distinct, gradients = distinct[moves], gradients[moves]
     random = _Random.of(distinct + step.first_id, step)
     updated = _UPDATES[format.optimizer](state.index_select(0, distinct), gradients, format, step, random)
     _refuse(
@@ -242,4 +244,4 @@ def _read_largest(state: Tensor) -> Tensor:
     return (upper << 16).view(torch.float32)
 
 
-_UPDATES = {"sgd": _sgd, "row_wise_adagrad": _row_wise, "adagrad": _each_number}
+_UPDATES = {"sgd": _sgd, "rowwise_adagrad": _row_wise, "adagrad": _each_number}

@@ -7,10 +7,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from torchrec_compress.ops.trained import Optimizer, TrainedFormat, TrainedStep
+from torchrec_compress.ops.trained import TrainedFormat, TrainedOptimizer, TrainedStep
 
 # how an optimizer is told to a kernel; see csrc/trained.h
-_NUMBERS = {name: number for number, name in enumerate(get_args(Optimizer))}
+_NUMBERS = {name: number for number, name in enumerate(get_args(TrainedOptimizer))}
 
 
 def cpp_look_up(

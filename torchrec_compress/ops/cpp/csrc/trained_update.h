@@ -66,7 +66,9 @@ class Row {
     copy(undo, row, row_bytes());
     __builtin_memcpy(undo + row_bytes(), state, table_.state_bytes);
     sum_grads(first, last);
-    if (largest_bits(grads_, width()) >= INFINITE) return TrainedFault::GRADIENT;
+    const uint32_t largest = largest_bits(grads_, width());
+    if (largest >= INFINITE) return TrainedFault::GRADIENT;
+    if (largest == 0) return TrainedFault::NOTHING;  // rounded anew, it would move all the same
     const uint64_t random = draw(update_.seed, uint64_t(update_.first_id + id));
     const float scale = Scale::decode(row[row_bytes() - 1]);
     for (int j = 0; j < width(); ++j) values_[j] = number_at(row, j) * scale;
