@@ -272,8 +272,13 @@ def backward_optimizer(parameter: Tensor) -> str | None:
 
 def backward_settings(parameter: Tensor) -> dict[str, Any]:
     """Return the settings that `apply_optimizer_in_backward` gave the optimizer of a parameter, or none."""
-    settings = getattr(parameter, _READ_BY_SHARDERS[1], None)
-    return dict(settings[0]) if settings else {}
+    given = getattr(parameter, _READ_BY_SHARDERS[1], None)
+    settings = dict(given[0]) if given else {}
+    # TorchRec's sharders write into what parameters share, whichever of them comes first
+    if "learning_rate" in settings:
+        settings["lr"] = settings.pop("learning_rate")
+    settings.pop("optimizer", None)
+    return settings
 
 
 def copy_backward_optimizer(source: Tensor, target: Tensor) -> None:

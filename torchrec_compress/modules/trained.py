@@ -13,6 +13,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_compress.modules.features import IdRange, split_features
 from torchrec_compress.modules.managed import SHARDERS
+from torchrec_compress.modules.row_optimizer import RowOptimizer
 from torchrec_compress.modules.trained_rows import TrainedTable, WholeRows
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
@@ -45,6 +46,21 @@ class TrainedCollection(nn.Module):
     def configs(self) -> tuple[TrainedTable, ...]:
         """Return the configs of the tables."""
         return self._configs
+
+    def table(self, name: str) -> TrainedTable:
+        """Return the config of a table."""
+        (found,) = (table for table in self._configs if table.name == name)
+        return found
+
+    def state_bytes(self, name: str, optimizer: str | None) -> int:
+        """Return the bytes per row of a table's optimizer state.
+
+        Args:
+            name: of the table.
+            optimizer: that tables are given, by its class or FBGEMM's name; None: FBGEMM's default.
+        """
+        part = self.table(name).part
+        return part.format(RowOptimizer.of(optimizer or "exact_sgd", {}, part, f"table {name!r}").kind).state_bytes
 
     def reset_parameters(self) -> None:
         """Draw all rows anew."""

@@ -159,6 +159,11 @@ class TrainedRows(nn.Module):
                 "floating-point tensors alone, and take such rows from one of the models as they are"
             )
 
+    @property
+    def optimizer(self) -> RowOptimizer | None:
+        """What trains the rows, or None as long as nothing does."""
+        return self._optimizer
+
     def train_by(self, optimizer: RowOptimizer) -> None:
         """Have an optimizer train the rows; its state is made when another one did before.
 
@@ -282,6 +287,13 @@ class WholeRows(TrainedRows):
         handle = self._parameters.pop("handle")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._parameters["handle"] = handle
+
+
+def note_rows(module: nn.Module) -> None:
+    """Take the trained rows of a model as they are for what a checkpoint made of them; whoever copies them calls it."""
+    for part in module.modules():
+        if isinstance(part, TrainedRows):
+            part.note()
 
 
 @torch.fx.wrap

@@ -12,6 +12,7 @@ from torchrec.distributed.types import ShardingType
 from torchrec.optim import RowWiseAdagrad
 
 from torchrec_compress.modules.managed import ManagedCollection
+from torchrec_compress.modules.trained import TrainedCollection
 from torchrec_compress.seams import backward_optimizer
 
 DenseOptimizer: TypeAlias = str | float
@@ -135,11 +136,13 @@ def fused_optimizer(option: ShardingOption, fused_params: dict[str, Any] | None)
         option: of the table; `apply_optimizer_in_backward` leaves its mark on the tensor.
         fused_params: of its sharder, which count where there is no mark.
     """
-    marked = backward_optimizer(option.tensor)
+    part = option.module[1]
+    tensor = part.tables[option.name].handle if isinstance(part, TrainedCollection) else option.tensor
+    marked = backward_optimizer(tensor)
     if marked is not None:
         return marked
     chosen = (fused_params or {}).get("optimizer")
-    return None if chosen is None else str(chosen)
+    return None if chosen is None else str(getattr(chosen, "value", chosen))
 
 
 def is_replicated(option: ShardingOption) -> bool:
@@ -157,7 +160,7 @@ def shard_bytes(
 ) -> ShardBytes:
     """Return the lasting bytes of one shard.
 
-    Codes and low-bit rows are integers: nothing trains them. Replicated floats are trained by the dense optimizer,
+    Codes and frozen rows are integers: nothing trains them. Replicated floats are trained by the dense optimizer,
     whatever `apply_optimizer_in_backward` asked for, since DDP owns their gradients.
 
     Args:
@@ -169,6 +172,9 @@ def shard_bytes(
     rows, columns = shard.size
     value_bytes = option.tensor.element_size()
     weights = rows * columns * value_bytes
+    part = option.module[1]
+    if isinstance(part, TrainedCollection):
+        return ShardBytes(weights, rows * part.state_bytes(option.name, fused_optimizer(option, fused_params)), 0)
     if not option.tensor.is_floating_point():
         return ShardBytes(weights, 0, 0)
     if is_replicated(option):

@@ -24,6 +24,7 @@ from torchrec_compress.modules.remapped import (
     RemappedEmbeddingCollection,
     RemappedFeature,
 )
+from torchrec_compress.modules.trained import TrainedCollection
 from torchrec_compress.planner.lookups import Lookups
 from torchrec_compress.sharding import get_default_sharders
 
@@ -36,6 +37,7 @@ _PARTS: dict[type[nn.Module], str] = {
     RemappedEmbeddingBagRows: "native table of unpooled rows",
     ManagedCollection: "table with a manager",
     ManagedBagRows: "table with a manager",
+    TrainedCollection: "table of trained rows",
     Decoder: "replicated decoder",
 }
 # what to do instead, nearest first: what a sharding type is wished for is how it spreads bytes and traffic

@@ -30,6 +30,7 @@ from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.modules.remapped import RemappedEmbeddingBagCollection, RemappedEmbeddingCollection
+from torchrec_compress.modules.trained import TrainedCollection
 from torchrec_compress.ops import requested_backend
 from torchrec_compress.planner.accounting import (
     DenseOptimizer,
@@ -120,6 +121,11 @@ class _Estimator(ShardEstimator):
             stand_in.output_dtype = option.output_dtype or DataType.FP32
             if not isinstance(part, RemappedEmbeddingBagCollection):
                 plan_as(stand_in, is_pooled=False)
+        elif isinstance(part, TrainedCollection):  # its rows travel as floats
+            width = part.table(option.name).part.width
+            plan_as(stand_in, torch.empty(option.tensor.shape[0], width, device="meta"), is_pooled=False)
+            for shard in stand_in.shards:
+                shard.size = [shard.size[0], width]
         elif isinstance(part, Decoder):
             stand_in.name, _, tensor = option.name.partition(".")
             lookups = self._decoder_lookups(part, stand_in.name, tensor, option.batch_size)
@@ -179,9 +185,9 @@ class CompressedPerfEstimator(_Estimator):
     ) -> None:
         perf = estimated.perf
         assert perf is not None
-        if not option.tensor.is_floating_point():
-            perf.bwd_compute = perf.bwd_comms = perf.prefetch_compute = 0.0
         part = option.module[1]
+        if not option.tensor.is_floating_point() and not isinstance(part, TrainedCollection):
+            perf.bwd_compute = perf.bwd_comms = perf.prefetch_compute = 0.0
         if isinstance(part, CodeTableCollection):
             if part not in self._short_ids:
                 self._short_ids[part] = all(config.num_embeddings < _INT32_ROWS for config in part.configs())

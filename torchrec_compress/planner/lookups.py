@@ -115,6 +115,6 @@ def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size:
                 if name not in charged:
                     table = part.blueprint.by_table[name][0].table
                     lookups = Lookups.of(name, constraints, batch_size)
-                    makes_rows = part.blueprint.methods[name].makes_rows and not part.blueprint.parts[name].bags
+                    makes_rows = part.blueprint.methods[name].makes_rows and not part.blueprint.parts[name].are_bags
                     found[name] = found.get(name, 0) + decoded_bytes(table, lookups, makes_rows)
     return found

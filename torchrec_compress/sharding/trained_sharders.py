@@ -19,8 +19,8 @@ from torchrec_compress.sharding.native import NativeSharder
 from torchrec_compress.sharding.trained import SHARDING_TYPES, ShardedTrainedCollection
 
 # what FBGEMM's tables do where nothing is said
-_DEFAULTS = {"learning_rate": 0.01, "eps": 1e-8}
-_OURS = ("optimizer", *_DEFAULTS, "weight_decay", "momentum")
+_DEFAULTS = {"lr": 0.01, "eps": 1e-8}
+_NAMES = {"learning_rate": "lr", "eps": "eps", "weight_decay": "weight_decay"}
 
 
 class TrainedCollectionSharder(NativeSharder[TrainedCollection]):
@@ -57,21 +57,18 @@ class TrainedCollectionSharder(NativeSharder[TrainedCollection]):
         """Return what trains a table: what `apply_optimizer_in_backward` said of it, else the fused parameters."""
         marked = backward_optimizer(rows.handle)
         if marked is not None:
-            return RowOptimizer.of(marked, backward_settings(rows.handle), part, where)
+            return RowOptimizer.of(marked, {**_DEFAULTS, **backward_settings(rows.handle)}, part, where)
         given = self.fused_params or {}
-        lost = sorted(set(given) - {*_OURS})
+        lost = sorted(set(given) - {"optimizer", *_NAMES})
         if lost:
             raise ValueError(
-                f"{where}: fused_params must be of {sorted(_OURS)} for rows of {part.bits} bits, which are no table "
-                f"of FBGEMM's, got {lost}; leave them out, or mark native_parameters(model) by "
+                f"{where}: fused_params must be of {['optimizer', *_NAMES]} for rows of {part.bits} bits, which FBGEMM "
+                f"does not train, got {lost}; leave them out, or mark native_parameters(model) by "
                 "apply_optimizer_in_backward"
             )
         name = str(getattr(given.get("optimizer"), "value", given.get("optimizer", "exact_sgd")))
-        settings = {**_DEFAULTS, **{key: value for key, value in given.items() if key != "optimizer"}}
-        settings["lr"] = settings.pop("learning_rate")
-        if name.endswith("sgd"):
-            settings.pop("momentum", None)  # FBGEMM's SGD has none either
-        return RowOptimizer.of(name, settings, part, where)
+        settings = {_NAMES[key]: value for key, value in given.items() if key != "optimizer"}
+        return RowOptimizer.of(name, {**_DEFAULTS, **settings}, part, where)
 
     def shardable_parameters(self, module: TrainedCollection) -> dict[str, nn.Parameter]:
         """Return the rows by the names of the user's tables; they are buffers."""

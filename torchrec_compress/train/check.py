@@ -18,7 +18,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec_compress.compression import Compression, parse, resolve
 from torchrec_compress.compression.budget import maybe_dense, smallest_bytes
 from torchrec_compress.methods import CodebookConfig, MethodConfig, as_codebook
+from torchrec_compress.modules.row_optimizer import RowOptimizer
 from torchrec_compress.names import check_feature_names, check_folder_names, check_table_names
+from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS
 from torchrec_compress.schema import nearest
 from torchrec_compress.train.byte_budget import Budget, budget_of
 from torchrec_compress.train.config import (
@@ -145,6 +147,7 @@ def check_tables(
         elif wanted is not None:
             chosen = resolve(tables, wanted)
             _check_trains(config, tables, chosen)
+            _check_row_optimizer(config, tables, chosen)
             unfit = sorted(name for name, method in chosen.items() if method.needs != "nothing")
             if unfit and config.start == "scratch" and config.parallel.init == "shards":
                 raise ValueError(f"parallel.init: must be 'host' for tables that are fitted, got 'shards' and {unfit}")
@@ -154,7 +157,7 @@ def check_tables(
                     f"start: must be 'pretrained' for tables that are fitted to trained ones, got 'scratch' and {unfit}"
                 )
     except ValueError as error:
-        named = str(error).startswith(("compression", "parallel", "start"))
+        named = str(error).startswith(("compression", "parallel", "start", "retrain"))
         raise error if named else ValueError(f"compression: {error}") from error
     return tables
 
@@ -365,13 +368,24 @@ def _check_trains(config: RunConfig, tables: list[EmbeddingBagConfig], chosen: M
     if stage.epochs <= 0 or stage.train_dense:
         return
     parts = [(chosen[table.name], chosen[table.name].parts(table, config.seed)) for table in tables]
-    has_tables = any(stored.dense or stored.native for _, stored in parts)
+    has_tables = any(stored.dense or stored.native or stored.trained for _, stored in parts)
     if (stage.train_tables and has_tables) or (stage.train_codebooks and any(method.codewords for method, _ in parts)):
         return
     raise ValueError(
         "retrain: must train something, got train_dense false and tables of which nothing that is switched on trains: "
         f"{sorted({method.method for method, _ in parts})}"
     )
+
+
+def _check_row_optimizer(
+    config: RunConfig, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]
+) -> None:
+    """Raise ValueError where rows of a few bits cannot be trained as the stage says."""
+    stage, where = config.retrain, "retrain.optim.tables"
+    for table in tables if stage.epochs > 0 else ():
+        part = chosen[table.name].parts(table, config.seed).trained
+        if part is not None:
+            RowOptimizer.of(FUSED_OPTIMIZERS[stage.optim.tables].__name__, {}, part, f"{where}: table {table.name!r}")
 
 
 def _check_budget(budget: Budget, tables: list[EmbeddingBagConfig]) -> None:

@@ -24,6 +24,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec_compress.modules import after_step, discard, native_parameters, optimizer_bytes
 from torchrec_compress.modules.after_step import managed_owners
 from torchrec_compress.modules.collection import CompressedParts
+from torchrec_compress.modules.trained_rows import note_rows
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS
 from torchrec_compress.seams import local_shards
@@ -292,7 +293,9 @@ def make_constraints(
         if pattern not in tables and not fnmatch.filter(tables, pattern):
             raise ValueError(f"parallel.sharding_types: {pattern!r} must fit a table of {sorted(tables)}, got none")
     native = {
-        name.split(".")[-2]: value.shape[0] for name, value in model.named_parameters() if _part(name) == "tables"
+        name.split(".")[-2]: value.shape[0]
+        for name, value in model.named_parameters()
+        if _part(name) == "tables" and value.numel()  # trained rows are cut as their table is
     }
     constraints = {}
     for table, rows in tables.items():
@@ -335,3 +338,4 @@ def load_plain(module: nn.Module, state: dict[str, Tensor]) -> None:
                     f"load_plain: {name!r} must have shape {tuple(local.shape)}, got {tuple(source.shape)}"
                 )
             local.copy_(source)
+    note_rows(module)

@@ -1,0 +1,182 @@
+"""Sharded trained rows: against unsharded ones, on other numbers of ranks, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, PoolingType
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+from tests.sharding.models import RATE, Model, local_state, loss_of, optimizer_of, whole_state
+from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, native_parameters
+from torchrec_compress.methods import DenseConfig, NarrowConfig, PQConfig
+from torchrec_compress.planner import EmbeddingShardingPlanner
+from torchrec_compress.sharding import get_default_sharders
+
+STEPS, BAGS = 4, 4
+ADAGRAD = {"lr": 0.1, "eps": 1e-8}
+MIXED = {
+    "item": NarrowConfig(width=4, bits=8, optimizer="rowwise_adagrad", state_bits=8),
+    "user": NarrowConfig(width=8, bits=8, state_bits=8),
+    "word": NarrowConfig(width=4, bits=4),
+    "code": PQConfig(num_codes=2, codebook_size=8),
+    "*": DenseConfig(),
+}
+SIZES = {"item": 120, "user": 90, "word": 80, "code": 70, "day": 7}
+KEYS = {"item": 120, "also_item": 120, "user": 90, "word": 80, "code": 70, "day": 7}
+
+
+def model_of(pooled: bool, weighted: bool = False, mean: bool = False) -> Model:
+    torch.manual_seed(0)
+    kind: Any = EmbeddingBagConfig if pooled else EmbeddingConfig
+    features = {name: [name, "also_item"] if name == "item" else [name] for name in SIZES}
+    options = {"pooling": PoolingType.MEAN} if mean else {}
+    tables = [
+        kind(name=name, num_embeddings=size, embedding_dim=8, feature_names=features[name], **options)
+        for name, size in SIZES.items()
+    ]
+    if pooled:
+        return Model(CompressedEmbeddingBagCollection(tables, is_weighted=weighted, compression=MIXED))
+    return Model(CompressedEmbeddingCollection(tables, compression=MIXED))
+
+
+def draw(kind: str, step: int, rank: int, weighted: bool) -> KeyedJaggedTensor:
+    """Return one rank's batch, steep."""
+    seeded = torch.Generator().manual_seed(1000 * step + rank)
+    num_bags = BAGS + rank if kind == "uneven" else BAGS
+    longest = {"empty": 1, "rank 1 empty": 1 if rank == 1 else 4}.get(kind, 4)
+    lengths = torch.randint(0, longest, (len(KEYS), num_bags), generator=seeded)
+    values = [
+        (torch.rand(number, generator=seeded) ** 3 * size).long()
+        for size, number in zip(KEYS.values(), lengths.sum(1).tolist(), strict=True)
+    ]
+    ids = torch.cat(values).to(torch.int32 if kind == "int32" else torch.int64)
+    weights = torch.rand(len(ids), generator=seeded) if weighted else None
+    return KeyedJaggedTensor.from_lengths_sync(list(KEYS), ids, lengths.view(-1).to(ids.dtype), weights)
+
+
+def sharded_model(how: str, form: str) -> DistributedModelParallel:
+    model = model_of(form != "rows", form == "weighted bags", form == "means")
+    apply_optimizer_in_backward(torch.optim.Adagrad, native_parameters(model), dict(ADAGRAD))
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    wishes = {name: ParameterConstraints(sharding_types=[how]) for name in ("item", "user", "word", "code")}
+    wishes["day"] = ParameterConstraints(sharding_types=["table_wise"])
+    topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
+    planner = EmbeddingShardingPlanner(topology, 8, wishes, stats=[])
+    sharders = get_default_sharders()
+    plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    sharded.load_state_dict(values)  # of whole tables
+    return sharded
+
+
+def train_sharded(how: str, kind: str, form: str) -> tuple[list[torch.Tensor], dict, dict]:
+    sharded = sharded_model(how, form)
+    optimizer, outputs = optimizer_of(sharded), []
+    for step in range(STEPS):
+        features = draw(kind, step, dist.get_rank(), form == "weighted bags")
+        with torch.no_grad():
+            outputs.append(sharded(features))
+        optimizer.zero_grad()
+        loss_of(sharded, features).backward()
+        optimizer.step()
+    state = {
+        f"{name}.{key}": value.local_shards()[0].tensor.clone() if value.local_shards() else None
+        for name, kept in sharded.fused_optimizer.state_dict()["state"].items()
+        for key, value in kept.items()
+        if hasattr(value, "local_shards") and "trained" in name
+    }
+    return outputs, local_state(sharded), state
+
+
+def together(batches: list[KeyedJaggedTensor]) -> KeyedJaggedTensor:
+    """Return the batches of all ranks as one."""
+    jagged = [batch.to_dict() for batch in batches]
+    parts = [[each[key] for each in jagged] for key in KEYS]
+    weights = None
+    if batches[0].weights_or_none() is not None:
+        weights = torch.cat([part.weights() for of_key in parts for part in of_key])
+    return KeyedJaggedTensor.from_lengths_sync(
+        list(KEYS),
+        torch.cat([part.values() for of_key in parts for part in of_key]),
+        torch.cat([part.lengths() for of_key in parts for part in of_key]),
+        weights,
+    )
+
+
+def train_unsharded(world: int, kind: str, form: str) -> tuple[list[list[torch.Tensor]], Model]:
+    weighted = form == "weighted bags"
+    model = model_of(form != "rows", weighted, form == "means")
+    native = native_parameters(model)
+    apply_optimizer_in_backward(torch.optim.Adagrad, native, dict(ADAGRAD))
+    mine = {id(parameter) for parameter in native}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if id(p) not in mine], lr=RATE)
+    outputs = []
+    for step in range(STEPS):
+        drawn = [draw(kind, step, rank, weighted) for rank in range(world)]
+        with torch.no_grad():
+            outputs.append([model(features) for features in drawn])
+        optimizer.zero_grad()
+        (loss_of(model, together(drawn)) / world).backward()
+        optimizer.step()
+    return outputs, model
+
+
+@pytest.mark.parametrize("how", ["row_wise", "table_wise"])
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [("plain", "bags"), ("uneven", "weighted bags"), ("rank 1 empty", "means"), ("int32", "rows"), ("empty", "bags")],
+)
+def test_values_and_updates_are_those_of_the_unsharded_tables(two_ranks, how, kind, form):
+    """Gradients are summed in another order, so that a number in hundreds may be rounded the other way."""
+    results = two_ranks.run(train_sharded, how, kind, form)
+    outputs, model = train_unsharded(2, kind, form)
+    for rank, (got, _, _) in enumerate(results):
+        for step in range(STEPS):
+            torch.testing.assert_close(got[step], outputs[step][rank], rtol=1e-3, atol=5e-3)
+    expected = model.state_dict()
+    got = whole_state([state for _, state, _ in results], expected)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        if value.dtype == torch.uint8 and "trained" in name:
+            assert float((got[name] != value).float().mean()) < 0.01, name
+        else:
+            torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-3, msg=lambda text, n=name: f"{n}: {text}")
+    start = model_of(form != "rows").state_dict()
+    for name in ("item", "user", "word"):
+        key = f"embeddings.trained.tables.{name}.rows"
+        assert kind == "empty" or float((expected[key] != start[key]).float().mean()) > 0.05, name
+
+
+class WithStock(torch.nn.Module):
+    """A collection behind a stock one, which is sharded first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        stock = EmbeddingBagConfig(name="stock", num_embeddings=20, embedding_dim=8, feature_names=["day"])
+        self.stock = EmbeddingBagCollection([stock])
+        self.embeddings = model_of(True).embeddings
+
+
+def rates_beside_stock() -> dict[str, float]:
+    model = WithStock()
+    parameters = [*model.stock.parameters(), *native_parameters(model.embeddings)]
+    apply_optimizer_in_backward(torch.optim.Adagrad, parameters, {"lr": 0.25, "eps": 1e-3})
+    sharders = get_default_sharders()
+    topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
+    plan = EmbeddingShardingPlanner(topology, 8, stats=[]).collective_plan(model, sharders, dist.GroupMember.WORLD)
+    sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    tables = sharded.module.embeddings.trained.tables
+    return {name: (rows.optimizer.rate, rows.optimizer.eps, rows.optimizer.kind) for name, rows in tables.items()}
+
+
+def test_the_rate_that_tables_share_reaches_all_of_them(two_ranks):
+    """TorchRec's sharders take "lr" out of the settings that `apply_optimizer_in_backward` gave several tables."""
+    for found in two_ranks.run(rates_beside_stock):
+        kinds = {"item": "rowwise_adagrad", "user": "adagrad", "word": "adagrad"}
+        assert found == {name: (0.25, 1e-3, kind) for name, kind in kinds.items()}
