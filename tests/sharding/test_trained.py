@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, PoolingType
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints, Topology
@@ -75,7 +77,7 @@ def sharded_model(how: str, form: str) -> DistributedModelParallel:
     return sharded
 
 
-def train_sharded(how: str, kind: str, form: str) -> tuple[list[torch.Tensor], dict, dict]:
+def train_sharded(how: str, kind: str, form: str) -> tuple[list[torch.Tensor], dict]:
     sharded = sharded_model(how, form)
     optimizer, outputs = optimizer_of(sharded), []
     for step in range(STEPS):
@@ -85,13 +87,7 @@ def train_sharded(how: str, kind: str, form: str) -> tuple[list[torch.Tensor], d
         optimizer.zero_grad()
         loss_of(sharded, features).backward()
         optimizer.step()
-    state = {
-        f"{name}.{key}": value.local_shards()[0].tensor.clone() if value.local_shards() else None
-        for name, kept in sharded.fused_optimizer.state_dict()["state"].items()
-        for key, value in kept.items()
-        if hasattr(value, "local_shards") and "trained" in name
-    }
-    return outputs, local_state(sharded), state
+    return outputs, local_state(sharded)
 
 
 def together(batches: list[KeyedJaggedTensor]) -> KeyedJaggedTensor:
@@ -136,11 +132,11 @@ def test_values_and_updates_are_those_of_the_unsharded_tables(two_ranks, how, ki
     """Gradients are summed in another order, so that a number in hundreds may be rounded the other way."""
     results = two_ranks.run(train_sharded, how, kind, form)
     outputs, model = train_unsharded(2, kind, form)
-    for rank, (got, _, _) in enumerate(results):
+    for rank, (got, _) in enumerate(results):
         for step in range(STEPS):
             torch.testing.assert_close(got[step], outputs[step][rank], rtol=1e-3, atol=5e-3)
     expected = model.state_dict()
-    got = whole_state([state for _, state, _ in results], expected)
+    got = whole_state([state for _, state in results], expected)
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         if value.dtype == torch.uint8 and "trained" in name:
@@ -180,3 +176,77 @@ def test_the_rate_that_tables_share_reaches_all_of_them(two_ranks):
     for found in two_ranks.run(rates_beside_stock):
         kinds = {"item": "rowwise_adagrad", "user": "adagrad", "word": "adagrad"}
         assert found == {name: (0.25, 1e-3, kind) for name, kind in kinds.items()}
+
+
+def optimizer_state(sharded: DistributedModelParallel) -> dict[str, Any]:
+    """Return the optimizer's state of trained rows: this rank's bytes with their first row, and counts of steps."""
+    found: dict[str, Any] = {}
+    for name, kept in sharded.fused_optimizer.state_dict()["state"].items():
+        if "trained" in name:
+            for key, value in kept.items():
+                if isinstance(value, ShardedTensor):
+                    shards = value.local_shards()
+                    found[f"{name}.{key}"] = [(s.metadata.shard_offsets[0], s.tensor.clone()) for s in shards]
+                else:
+                    found[f"{name}.{key}"] = value.clone()
+    return found
+
+
+def states_of(sharded: DistributedModelParallel, optimizer: Any) -> dict[str, Any]:
+    return {"model": sharded.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def train(sharded: DistributedModelParallel, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        features = together([draw("plain", step, rank, False) for rank in range(2)])
+        optimizer.zero_grad()
+        loss_of(sharded, features).backward()
+        optimizer.step()
+
+
+def train_and_save(how: str, folder: str) -> tuple:
+    sharded = sharded_model(how, "bags")
+    optimizer = optimizer_of(sharded)
+    train(sharded, optimizer, range(3))
+    dcp.save(states_of(sharded, optimizer), checkpoint_id=folder)
+    return local_state(sharded), optimizer_state(sharded)
+
+
+def load(how: str, folder: str) -> tuple:
+    sharded = sharded_model(how, "bags")
+    optimizer = optimizer_of(sharded)
+    train(sharded, optimizer, range(5, 6))
+    state = states_of(sharded, optimizer)
+    dcp.load(state, checkpoint_id=folder)
+    sharded.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    found = local_state(sharded), optimizer_state(sharded)
+    train(sharded, optimizer, range(3, 4))
+    return found
+
+
+def whole(by_rank: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Put the ranks' optimizer states together; counts of steps must be equal on all of them."""
+    found = {}
+    for name, first in by_rank[0].items():
+        if isinstance(first, list):
+            parts = sorted((part for mine in by_rank for part in mine[name]), key=lambda part: part[0])
+            found[name] = torch.cat([tensor for _, tensor in parts])
+        else:
+            assert all(torch.equal(mine[name], first) for mine in by_rank), name
+            found[name] = first
+    return found
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("row_wise", "table_wise"), ("table_wise", "row_wise")])
+def test_rows_and_state_are_bit_equal_on_other_ranks(two_ranks, four_ranks, saved, loaded, tmp_path):
+    first = two_ranks.run(train_and_save, saved, str(tmp_path / "saved"))
+    then = four_ranks.run(load, loaded, str(tmp_path / "saved"))
+    like = model_of(True).state_dict()
+    before, after = (whole_state([state for state, _ in found], like) for found in (first, then))
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    state, again = (whole([kept for _, kept in found]) for found in (first, then))
+    assert state.keys() == again.keys() and len(state) == 6
+    assert all(torch.equal(value, state[name]) for name, value in again.items())
+    assert [int(value) for name, value in state.items() if name.endswith(".step")] == [3, 3, 3]
+    assert all(value.any() for value in state.values())
