@@ -65,7 +65,7 @@ static inline uint64_t draw(uint64_t start, uint64_t number) {
 
 // Floats that a kernel works in for one row, each part of them aligned to 64 bytes.
 static inline int64_t trained_floats(const TrainedTable& table) { return (table.width + 31) / 16 * 16; }
-constexpr int TRAINED_PARTS = 5;
+constexpr int TRAINED_PARTS = 6;
 
 // Nothing here throws, allocates or writes outside its range of work; sums are made in one order and without fused
 // multiply-adds, so every instruction set and every split over threads gives the same bits, and PyTorch too.

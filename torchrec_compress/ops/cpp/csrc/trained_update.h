@@ -27,13 +27,92 @@ inline uint32_t largest_bits(const float* values, int width) {
   return largest;
 }
 
-inline float sum_of_squares(const float* values, int width) {
-  float lanes[16] = {};
-  int j = 0;
-  for (; j + 16 <= width; j += 16)
-    for (int k = 0; k < 16; ++k) lanes[k] += values[j + k] * values[j + k];
-  for (int k = 0; j + k < width; ++k) lanes[k] += values[j + k] * values[j + k];
-  return sum_of_lanes(lanes);
+// Loops over the numbers of a row. WIDTH 0 is any width. What is written is told apart from what is read, or the
+// compiler would not vectorise them.
+template <int WIDTH>
+struct Loops {
+  static constexpr int N = WIDTH && WIDTH < SUM_LANES ? WIDTH : SUM_LANES, PARTS = WIDTH / N;
+
+  static inline int of(int width) { return WIDTH ? WIDTH : width; }
+
+  // In 16 lanes, which are then halved.
+  static inline float sum_of_squares(const float* values, int any) {
+    const int width = of(any);
+    float lanes[16] = {};
+    int j = 0;
+    if constexpr (WIDTH != 0 && WIDTH % 16 == 0) {
+      constexpr int SUMS = 16 / SUM_LANES;
+      typename Lanes<SUM_LANES>::Vector sums[SUMS] = {};
+      for (; j < WIDTH; j += 16)
+        for (int q = 0; q < SUMS; ++q) {
+          const auto value = load<SUM_LANES>(values + j + q * SUM_LANES);
+          sums[q] += value * value;
+        }
+      for (int q = 0; q < SUMS; ++q) store<SUM_LANES>(lanes + q * SUM_LANES, sums[q]);
+    }
+    for (; j + 16 <= width; j += 16)
+      for (int k = 0; k < 16; ++k) lanes[k] += values[j + k] * values[j + k];
+    for (int k = 0; j + k < width; ++k) lanes[k] += values[j + k] * values[j + k];
+    return sum_of_lanes(lanes);
+  }
+
+  template <int BITS>
+  static inline void decode(float* __restrict values, const uint8_t* __restrict row, float scale, int any) {
+    if constexpr (WIDTH != 0)
+      for (int q = 0; q < PARTS; ++q)
+        store<N>(values + q * N, numbers<N, BITS>(row + q * N * BITS / 8) * scale);
+    else
+      for (int j = 0; j < any; ++j) values[j] = number<BITS>(row, j) * scale;
+  }
+
+  static inline void step(float* __restrict values, const float* __restrict grads, float factor, int any) {
+    for (int j = 0; j < of(any); ++j) values[j] -= factor * grads[j];
+  }
+
+  static inline void step_each(float* __restrict values, float* __restrict sums, const float* __restrict grads,
+                               float learning_rate, float eps, int any) {
+    for (int j = 0; j < of(any); ++j) {
+      sums[j] += grads[j] * grads[j];
+      values[j] -= learning_rate / (__builtin_sqrtf(sums[j]) + eps) * grads[j];
+    }
+  }
+
+  static inline void decode_shares(float* __restrict sums, const uint8_t* __restrict codes, float largest, int any) {
+    for (int j = 0; j < of(any); ++j) sums[j] = Share::decode(codes[j]) * largest;
+  }
+
+  static inline void round_shares(uint8_t* __restrict codes, const float* __restrict sums, float largest,
+                                  uint32_t random, int any) {
+    for (int j = 0; j < of(any); ++j) codes[j] = uint8_t(Share::round_by(spread(random, j), sums[j] / largest));
+  }
+
+  // Rounds values to numbers of `LARGEST` at most, a byte each.
+  template <int LARGEST>
+  static inline void round(uint8_t* __restrict found, const float* __restrict values, float inverse, uint32_t random,
+                           int any) {
+    for (int j = 0; j < of(any); ++j) {
+      const float dither = float(int((spread(random, j) >> 16) * 2 + 1)) * 7.62939453125e-6f;  // 2^-17
+      const float moved = values[j] * inverse + dither;
+      int number = int(moved);
+      number -= float(number) > moved;
+      number = number > LARGEST ? LARGEST : number;
+      found[j] = uint8_t(number < -LARGEST ? -LARGEST : number);
+    }
+  }
+
+  static inline void pack(uint8_t* __restrict row, const uint8_t* __restrict found, int any) {
+    for (int j = 0; j < of(any) / 2; ++j) row[j] = uint8_t((found[2 * j] & 15) | found[2 * j + 1] << 4);
+  }
+};
+
+// Copies of a few bytes, without a call.
+inline void copy_bytes(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  switch (bytes) {
+    case 0: return;
+    case 1: *to = *from; return;
+    case 4: __builtin_memcpy(to, from, 4); return;
+  }
+  __builtin_memcpy(to, from, bytes);
 }
 
 inline void fetch_all(const void* from, int64_t bytes) {
@@ -55,6 +134,7 @@ class Row {
     sums_ = scratch + 2 * floats;
     new_row_ = reinterpret_cast<uint8_t*>(scratch + 3 * floats);
     new_state_ = reinterpret_cast<uint8_t*>(scratch + 4 * floats);
+    numbers_ = reinterpret_cast<uint8_t*>(scratch + 5 * floats);
   }
 
   inline TrainedFault::Kind step(int64_t number) {
@@ -63,33 +143,33 @@ class Row {
     uint8_t* row = table_.rows + id * table_.row_bytes;
     uint8_t* state = table_.state + id * table_.state_bytes;
     uint8_t* undo = update_.undo + number * (table_.row_bytes + table_.state_bytes);
-    copy(undo, row, row_bytes());
-    __builtin_memcpy(undo + row_bytes(), state, table_.state_bytes);
+    __builtin_memcpy(undo, row, row_bytes());
+    copy_bytes(undo + row_bytes(), state, table_.state_bytes);
     sum_grads(first, last);
     const uint32_t largest = largest_bits(grads_, width());
     if (largest >= INFINITE) return TrainedFault::GRADIENT;
     if (largest == 0) return TrainedFault::NOTHING;  // rounded anew, it would move all the same
     const uint64_t random = draw(update_.seed, uint64_t(update_.first_id + id));
     const float scale = Scale::decode(row[row_bytes() - 1]);
-    for (int j = 0; j < width(); ++j) values_[j] = number_at(row, j) * scale;
+    Loop::template decode<BITS>(values_, row, scale, width());
     if (!step_state(state, uint32_t(random >> 32))) return TrainedFault::STATE;
     if (!round_row(uint32_t(random))) return TrainedFault::VALUES;
-    copy(row, new_row_, row_bytes());
-    __builtin_memcpy(state, new_state_, table_.state_bytes);
+    __builtin_memcpy(row, new_row_, row_bytes());
+    copy_bytes(state, new_state_, table_.state_bytes);
     return TrainedFault::NOTHING;
   }
 
  private:
+  using Loop = Loops<WIDTH>;
+  static constexpr int LARGEST = (1 << (BITS - 1)) - 1;
   const TrainedTable table_;
   const TrainedUpdate update_;
   const int any_width_;
-  float *__restrict grads_, *__restrict values_, *__restrict sums_;
-  uint8_t *__restrict new_row_, *__restrict new_state_;
+  float *grads_, *values_, *sums_;
+  uint8_t *new_row_, *new_state_, *numbers_;
 
   inline int width() const { return WIDTH ? WIDTH : any_width_; }
   inline int64_t row_bytes() const { return width() * BITS / 8 + 1; }
-  static inline float number_at(const uint8_t* row, int j) { return number<BITS>(row, j); }
-  static inline void copy(uint8_t* to, const uint8_t* from, int64_t bytes) { __builtin_memcpy(to, from, bytes); }
 
   inline int64_t bag_of(uint32_t payload) const { return update_.bags ? update_.bags[payload] : payload; }
 
@@ -108,7 +188,7 @@ class Row {
   inline void sum_grads(uint32_t first, uint32_t last) {
     const uint32_t end = update_.starts[update_.num_distinct] - 1;
     if constexpr (WIDTH != 0) {
-      constexpr int N = WIDTH < SUM_LANES ? WIDTH : SUM_LANES, PARTS = WIDTH / N;
+      constexpr int N = Loop::N, PARTS = Loop::PARTS;
       typename Lanes<N>::Vector sums[PARTS];
 #pragma GCC unroll 16
       for (int q = 0; q < PARTS; ++q) sums[q] = typename Lanes<N>::Vector{};
@@ -142,9 +222,7 @@ class Row {
     return table_.state_bits == 32 ? step_each(state) : step_each_share(state, random);
   }
 
-  inline void step_values(float factor) {
-    for (int j = 0; j < width(); ++j) values_[j] -= factor * grads_[j];
-  }
+  inline void step_values(float factor) { Loop::step(values_, grads_, factor, width()); }
 
   inline float factor(float sum) const { return update_.learning_rate / (__builtin_sqrtf(sum) + update_.eps); }
 
@@ -154,7 +232,7 @@ class Row {
       __builtin_memcpy(&sum, state, 4);
     else
       sum = RowState::decode(*state);
-    sum += sum_of_squares(grads_, width()) / float(width());
+    sum += Loop::sum_of_squares(grads_, width()) / float(width());
     step_values(factor(sum));
     if (table_.state_bits == 32) {
       __builtin_memcpy(new_state_, &sum, 4);
@@ -166,10 +244,7 @@ class Row {
   }
 
   inline uint32_t step_sums() {
-    for (int j = 0; j < width(); ++j) {
-      sums_[j] += grads_[j] * grads_[j];
-      values_[j] -= factor(sums_[j]) * grads_[j];
-    }
+    Loop::step_each(values_, sums_, grads_, update_.learning_rate, update_.eps, width());
     return largest_bits(sums_, width());
   }
 
@@ -182,36 +257,22 @@ class Row {
 
   inline bool step_each_share(const uint8_t* state, uint32_t random) {
     const float before = float_of(uint32_t(state[0] | state[1] << 8) << 16);
-    for (int j = 0; j < width(); ++j) sums_[j] = Share::decode(state[2 + j]) * before;
+    Loop::decode_shares(sums_, state + 2, before, width());
     const uint32_t upper = (step_sums() + 0xFFFF) >> 16;
     const float scale = upper ? float_of(upper << 16) : 1.0f;
     new_state_[0] = uint8_t(upper);
     new_state_[1] = uint8_t(upper >> 8);
-    for (int j = 0; j < width(); ++j) new_state_[2 + j] = uint8_t(Share::round_by(spread(random, j), sums_[j] / scale));
+    Loop::round_shares(new_state_ + 2, sums_, scale, random, width());
     return upper < INFINITE >> 16;
-  }
-
-  inline int rounded(int j, float inverse, uint32_t random) const {
-    constexpr int LARGEST = (1 << (BITS - 1)) - 1;
-    const float dither = float(int((spread(random, j) >> 16) * 2 + 1)) * 7.62939453125e-6f;  // 2^-17
-    const float moved = values_[j] * inverse + dither;
-    int found = int(moved);
-    found -= float(found) > moved;
-    found = found > LARGEST ? LARGEST : found;
-    return found < -LARGEST ? -LARGEST : found;
   }
 
   // Rounds the values; false where no scale is large enough.
   inline bool round_row(uint32_t random) {
-    const int code = Scale::round_up(float_of(largest_bits(values_, width())) / float((1 << (BITS - 1)) - 1));
+    const int code = Scale::round_up(float_of(largest_bits(values_, width())) / float(LARGEST));
     if (code > 255) return false;
     const float inverse = 1.0f / Scale::decode(uint32_t(code));
-    if (BITS == 8) {
-      for (int j = 0; j < width(); ++j) new_row_[j] = uint8_t(rounded(j, inverse, random));
-    } else {
-      for (int j = 0; j < width() / 2; ++j)
-        new_row_[j] = uint8_t((rounded(2 * j, inverse, random) & 15) | rounded(2 * j + 1, inverse, random) << 4);
-    }
+    Loop::template round<LARGEST>(BITS == 8 ? new_row_ : numbers_, values_, inverse, random, width());
+    if (BITS == 4) Loop::pack(new_row_, numbers_, width());
     new_row_[row_bytes() - 1] = uint8_t(code);
     return true;
   }
