@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,8 +69,8 @@ def trained_bag(
         >>> form = TrainedFormat(2, 8, "sgd")
         >>> rows, state = encode_trained(torch.tensor([[127.0, 0.0]]), form), torch.zeros(1, 0, dtype=torch.uint8)
         >>> step = TrainedStep(learning_rate=1.0, eps=0.0, seed=0, step=0)
-        >>> out = trained_bag(rows, state, torch.tensor([0]), None, form, step=step, where="table 'user'")
-        >>> out.backward(torch.tensor([[7.0, -3.0]]))
+        >>> bags = trained_bag(rows, state, torch.tensor([0]), None, form, step=step, where="table 'user'")
+        >>> bags.backward(torch.tensor([[7.0, -3.0]]))
         >>> rows.tolist()  # numbers and the code of the scale
         [[120, 3, 200]]
     """
@@ -78,14 +78,11 @@ def trained_bag(
     factors = None if weights is None else as_factors(weights, torch.float32, where)
     if step is not None:
         _check_written(rows, state, where)
-        if isinstance(step, TrainedStep):
-            _check_step(step, where)
-    use_cpp = _use_cpp(rows, backend)
-    is_weight_trained = factors is not None and factors.requires_grad
-    if torch.is_grad_enabled() and (step is not None or is_weight_trained):
-        given = (rows, state, ids, offsets, format, is_mean, step, where, use_cpp)
+        _check_step(step, where)
+    given = _Given(rows, state, ids, offsets, format, is_mean, step, where, _use_cpp(rows, backend))
+    if torch.is_grad_enabled() and (step is not None or (factors is not None and factors.requires_grad)):
         return _TrainedBag.apply(rows.new_empty(0, dtype=torch.float32).requires_grad_(), factors, given)
-    return _look_up(rows, ids, offsets, factors, format, is_mean, where, use_cpp)
+    return _look_up(given, factors)
 
 
 def update_trained(
@@ -129,42 +126,46 @@ def update_trained(
     _check_written(rows, state, where)
     _check_step(step, where)
     factors = None if weights is None else as_factors(weights, torch.float32, where)
-    _update(rows, state, ids, offsets, factors, grads, format, is_mean, step, where, _use_cpp(rows, backend))
+    given = _Given(rows, state, ids, offsets, format, is_mean, step, where, _use_cpp(rows, backend))
+    with torch.no_grad():
+        _update(given, factors, grads, step)
+
+
+class _Given(NamedTuple):
+    """A look-up's arguments, but for the weights."""
+
+    rows: Tensor
+    state: Tensor
+    ids: Tensor
+    offsets: Tensor | None
+    format: TrainedFormat
+    is_mean: bool
+    step: Step | None
+    where: str
+    use_cpp: bool
 
 
 def _use_cpp(rows: Tensor, backend: str | None) -> bool:
     return rows.is_cpu and cpp_serves(backend)
 
 
-def _look_up(
-    rows: Tensor,
-    ids: Tensor,
-    offsets: Tensor | None,
-    factors: Tensor | None,
-    format: TrainedFormat,
-    is_mean: bool,
-    where: str,
-    use_cpp: bool,
-) -> Tensor:
+def _look_up(given: _Given, factors: Tensor | None) -> Tensor:
+    rows, _, ids, offsets, format, is_mean, _, where, use_cpp = given
     if use_cpp:
         return cpp_look_up(rows, ids, offsets, factors, format, is_mean, where)
-    _check_values(rows, ids, offsets, factors, where)
+    _check_values(given, factors)
     return trained_reference.look_up(rows, ids, offsets, factors, format, is_mean)
 
 
-def _update(
-    rows: Tensor,
-    state: Tensor,
-    ids: Tensor,
-    offsets: Tensor | None,
-    factors: Tensor | None,
-    grads: Tensor,
-    format: TrainedFormat,
-    is_mean: bool,
-    step: TrainedStep,
-    where: str,
-    use_cpp: bool,
-) -> None:
+def _weight_gradients(given: _Given, grads: Tensor) -> Tensor:
+    rows, _, ids, offsets, format, is_mean, _, where, use_cpp = given
+    if use_cpp:
+        return cpp_weight_gradients(rows, ids, offsets, grads, format, is_mean, where)
+    return trained_reference.weight_gradients(rows, ids, offsets, grads, format, is_mean)
+
+
+def _update(given: _Given, factors: Tensor | None, grads: Tensor, step: TrainedStep) -> None:
+    rows, state, ids, offsets, format, is_mean, _, where, use_cpp = given
     num_bags = ids.shape[0] if offsets is None else offsets.shape[0] - 1
     if grads.dtype != torch.float32 or tuple(grads.shape) != (num_bags, format.width):
         raise ValueError(
@@ -172,51 +173,34 @@ def _update(
             f"{list(grads.shape)}"
         )
     check_one_device(where, {"rows": rows, "grads": grads})
-    if use_cpp:
-        return cpp_update(rows, state, ids, offsets, factors, grads.detach(), format, is_mean, step, where)
-    _check_values(rows, ids, offsets, factors, where)
-    trained_reference.update(rows, state, ids, offsets, factors, grads, format, is_mean, step, where)
-
-
-def _weight_gradients(
-    rows: Tensor,
-    ids: Tensor,
-    offsets: Tensor | None,
-    grads: Tensor,
-    format: TrainedFormat,
-    is_mean: bool,
-    where: str,
-    use_cpp: bool,
-) -> Tensor:
-    if use_cpp:
-        return cpp_weight_gradients(rows, ids, offsets, grads, format, is_mean, where)
-    return trained_reference.weight_gradients(rows, ids, offsets, grads, format, is_mean)
+    if not use_cpp:
+        _check_values(given, factors)
+    update = cpp_update if use_cpp else trained_reference.update
+    update(rows, state, ids, offsets, factors, grads, format, is_mean, step, where)
 
 
 class _TrainedBag(torch.autograd.Function):
     """The look-up, and the update as its backward."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, factors: Tensor | None, given: tuple[Any, ...]) -> Tensor:
-        rows, state, ids, offsets, format, is_mean, step, where, use_cpp = given
-        # rows and state are kept as they are: two look-ups of one table update it one after another
-        ctx.tables, ctx.told = (rows, state), (format, is_mean, step, where, use_cpp)
-        ctx.save_for_backward(ids, offsets, factors)
-        return _look_up(rows, ids, offsets, factors, format, is_mean, where, use_cpp)
+    def forward(ctx: Any, anchor: Tensor, factors: Tensor | None, given: _Given) -> Tensor:
+        # rows and state may change before the backward: two look-ups of one table update it one after another
+        ctx.given = given._replace(ids=None, offsets=None)
+        ctx.save_for_backward(given.ids, given.offsets, factors)
+        return _look_up(given, factors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         ids, offsets, factors = ctx.saved_tensors
-        (rows, state), (format, is_mean, step, where, use_cpp) = ctx.tables, ctx.told
-        of_weights = None
-        if ctx.needs_input_grad[1]:
-            of_weights = _weight_gradients(rows, ids, offsets, grad, format, is_mean, where, use_cpp)
+        given: _Given = ctx.given._replace(ids=ids, offsets=offsets)
+        of_weights = _weight_gradients(given, grad) if ctx.needs_input_grad[1] else None
+        step = given.step
         if step is not None:
             with nullcontext(step) if isinstance(step, TrainedStep) else step() as told:
                 if told is not None:
-                    _check_step(told, where)
-                    _update(rows, state, ids, offsets, factors, grad, format, is_mean, told, where, use_cpp)
+                    _check_step(told, given.where)
+                    _update(given, factors, grad, told)
         return None, of_weights, None
 
 
@@ -242,13 +226,13 @@ def _check(
         check_weight_count(weights, ids.shape[0], where)
 
 
-def _check_values(rows: Tensor, ids: Tensor, offsets: Tensor | None, factors: Tensor | None, where: str) -> None:
+def _check_values(given: _Given, factors: Tensor | None) -> None:
     """Raise ValueError for an id, an offset or a weight that cannot be."""
-    check_ids(ids, rows.shape[0], where)
-    if offsets is not None:
-        check_offsets(offsets, ids.shape[0], where)
+    check_ids(given.ids, given.rows.shape[0], given.where)
+    if given.offsets is not None:
+        check_offsets(given.offsets, given.ids.shape[0], given.where)
     if factors is not None:
-        check_weights(factors, where)
+        check_weights(factors, given.where)
 
 
 def _check_written(rows: Tensor, state: Tensor, where: str) -> None:
@@ -260,7 +244,9 @@ def _check_written(rows: Tensor, state: Tensor, where: str) -> None:
             )
 
 
-def _check_step(step: TrainedStep, where: str) -> None:
+def _check_step(step: Step, where: str) -> None:
+    if not isinstance(step, TrainedStep):
+        return  # it is asked in the backward
     for name in ("learning_rate", "eps"):
         value = getattr(step, name)
         if not math.isfinite(value):

@@ -31,8 +31,9 @@ _ISA_FLAGS = {
     "trained_avx2": _AVX2,
     "trained_avx512": _AVX512,
 }
-# what trained rows become must not depend on the processor, nor on who computes it: no fused multiply-adds
-_PLAIN_FLAGS = dict.fromkeys(("trained_base", "trained_avx2", "trained_avx512"), ("-ffp-contract=off",))
+# what trained rows become must not depend on the processor, nor on who computes it: no fused multiply-adds; that no
+# one looks at floating point exceptions changes no value, but lets choices between two values be vectorised
+_PLAIN_FLAGS = ("-ffp-contract=off", "-fno-trapping-math")
 _OTHER_COMPILER = "Set CXX to a compiler of C++17 for this machine"
 _log = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ def _compile(compiler: list[str], folder: Path) -> Path:
     commands = []
     for source in sorted(SOURCES.glob("*.cpp")):
         extra = _ISA_FLAGS.get(source.stem, ()) if is_x86 else ()
-        extra = (*extra, *_PLAIN_FLAGS.get(source.stem, ()))
+        extra = (*extra, *(_PLAIN_FLAGS if source.stem.startswith("trained") else ()))
         commands.append([*compiler, *flags, *extra, "-c", str(source), "-o", str(folder / f"{source.stem}.o")])
     _run_all(commands)
     library = folder / "library.so"
