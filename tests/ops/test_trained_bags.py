@@ -28,7 +28,7 @@ from tests.ops.trained import (
     step_of,
     table_of,
 )
-from torchrec_compress.ops import TrainedFormat, decode_trained, trained_bag, update_trained
+from torchrec_compress.ops import TrainedFormat, decode_trained, encode_trained, trained_bag, update_trained
 from torchrec_compress.ops.trained import ROW_STATE, SCALE
 from torchrec_compress.ops.trained_reference import _UPDATES, _Random
 
