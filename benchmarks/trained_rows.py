@@ -87,8 +87,8 @@ def formats() -> list[TrainedFormat]:
     """Return the formats that are timed."""
     bits: tuple[Literal[8, 4], ...] = (8, 4)
     states: tuple[tuple[Optimizer, Literal[32, 8]], ...] = (
-        ("row_wise_adagrad", 32),
-        ("row_wise_adagrad", 8),
+        ("rowwise_adagrad", 32),
+        ("rowwise_adagrad", 8),
         ("adagrad", 8),
     )
     return [TrainedFormat(width, each, *state) for width in (DIM, DIM // 4) for each in bits for state in states]
@@ -162,7 +162,7 @@ def peak(options: argparse.Namespace) -> None:
         run(small, True)
     before = resident()
     known = {name_of(form): form for form in formats()}
-    of_full = {baseline(name): name for name in ("row_wise_adagrad", "adagrad")}
+    of_full = {baseline(name): name for name in ("rowwise_adagrad", "adagrad")}
     name = options.memory
     run = trained(options.rows, known[name]) if name in known else full(options.rows, of_full[name])
     for _ in range(2):
@@ -198,8 +198,8 @@ def main() -> None:
         return peak(options)
     load = os.getloadavg()[0]
     torch.zeros(_HEAP, dtype=torch.uint8)  # the heap that later calls find in place
-    base_of = {baseline(name): baseline(name) for name in ("row_wise_adagrad", "adagrad")}
-    runs = {baseline(name): full(options.rows, name) for name in ("row_wise_adagrad", "adagrad")}
+    base_of = {baseline(name): baseline(name) for name in ("rowwise_adagrad", "adagrad")}
+    runs = {baseline(name): full(options.rows, name) for name in ("rowwise_adagrad", "adagrad")}
     for form in formats():
         base_of[name_of(form)] = baseline(form.optimizer)
         runs[name_of(form)] = trained(options.rows, form)
