@@ -197,6 +197,19 @@ def test_tables_that_are_not_compressed_have_a_sharding_type_of_the_device(confi
             check_run(changed, compression_of(changed.compression), data)
 
 
+def test_trained_rows_have_an_optimizer_that_trains_them(config, data):
+    few = {"method": "narrow", "width": 4, "bits": 8}
+    found = override(config, {"start": "scratch", "compression": {"*": few}, "retrain.epochs": 1})
+    check_run(found, compression_of(found.compression), data)
+    for changes, message in (
+        ({"retrain.optim.tables": "adam"}, "one of SGD, Adagrad and RowWiseAdagrad, got Adam"),
+        ({"retrain.optim.tables": "sgd", "compression": {"*": {**few, "optimizer": "adagrad"}}}, "got adagrad for sgd"),
+    ):
+        wrong = override(found, changes)
+        with pytest.raises(ValueError, match=rf"^retrain\.optim\.tables: table 'user': .*{message}"):
+            check_run(wrong, compression_of(wrong.compression), data)
+
+
 def test_a_table_that_a_budget_may_leave_whole_has_a_sharding_type_of_the_device(config, data):
     rows = {
         "parallel.device": "cpu",

@@ -52,9 +52,10 @@ def test_three_stages_end_with_a_summary(config, tmp_path, method, tables):
     assert (tmp_path / "a" / "config.yaml").is_file() and (tmp_path / "a" / "versions.json").is_file()
 
 
-@pytest.mark.parametrize("method", ["hash", "random", "quantile"])
+@pytest.mark.parametrize("method", ["hash", "random", "quantile", "narrow"])
 def test_tables_that_need_no_full_model_start_from_scratch(config, tmp_path, method):
-    options = {"num_buckets": 20} if method == "hash" else {"num_codes": 2, "codebook_size": 16}
+    options = {"num_codes": 2, "codebook_size": 16}
+    options = {"hash": {"num_buckets": 20}, "narrow": {"width": 4, "bits": 8}}.get(method, options)
     changes = {
         "start": "scratch",
         "compression": {"*": {"method": method, **options}},
@@ -64,6 +65,29 @@ def test_tables_that_need_no_full_model_start_from_scratch(config, tmp_path, met
     assert not (tmp_path / "full").exists() and "fitted" not in summary
     with pytest.raises(ValueError, match=r"retrain\.epochs"):
         _run(config, tmp_path, "b", **{**changes, "retrain.epochs": 0.0})
+
+
+def test_what_training_held_is_the_most_of_its_stages(config, tmp_path):
+    full = _run(config, tmp_path, "full alone")
+    tables = full["footprint"]["dense_bytes"]
+    held = full["held_bytes"]
+    assert held == tables + full["optimizer_bytes"] and full["optimizer_bytes"] > tables / 8  # a value a row
+    pq = {"compression": {"*": {"method": "pq", "num_codes": 2, "codebook_size": 16}}}
+    assert _run(config, tmp_path, "a", **pq)["held_bytes"] == held
+    narrow = {"method": "narrow", "width": 4, "bits": 8, "optimizer": "adagrad", "state_bits": 8}
+    small = {"start": "scratch", "retrain": vars(config.pretrain), "compression": {"*": narrow}}
+    found = _run(config, tmp_path, "b", **{**small, "retrain.optim.tables": "adagrad"})
+    stored, state = found["footprint"]["total_bytes"], found["optimizer_bytes"]
+    assert found["held_bytes"] == stored + state
+    kept = found["footprint"]["tables"].values()
+    narrow_bytes = sum(table["dense_bytes"] for table in kept if table["method"] == "narrow")
+    rows, projection = narrow_bytes // (4 * 8), 4 * 4 * 8
+    number = sum(table["method"] == "narrow" for table in kept)
+    left = tables - narrow_bytes
+    assert stored == rows * 5 + number * projection + left and number > 1  # numbers of 8 bits, and scales
+    net = full["optimizer_bytes"] - 4 * tables // (4 * 8)  # by Adam; the full tables by row-wise Adagrad
+    # Adagrad in 8 bits with a count of steps, in 32 bits, and Adam
+    assert state == net + rows * 6 + number * 8 + left + number * (2 * projection + 4)
 
 
 def test_a_start_from_scratch_depends_on_the_seed_alone(config, tmp_path):
@@ -203,6 +227,7 @@ def test_compare_reports_resumes_and_survives_a_bad_variant(config, capfd):
     output = compare(config)
     report = json.loads((output / "report.json").read_text())
     assert list(report["variants"]) == ["full", "pq"] and report["variants"]["pq"]["seeds"] == [0, 1]
+    assert report["variants"]["pq"]["held_bytes"] == report["variants"]["full"]["held_bytes"] > 0
     assert report["variants"]["full"]["optimizer_bytes"] > 0 and report["variants"]["pq"]["optimizer_bytes"] is None
     assert len(list((output / "full").glob("*/summary.json"))) == 2  # one per seed, shared by the variants
     text = (output / "report.md").read_text()

@@ -192,6 +192,7 @@ def _run_full(config: RunConfig, data: ClickSource, source: Path, folder: Path, 
         "metrics": full["metrics"],
         "undefined": full["undefined"],
         "optimizer_bytes": full["training"]["optimizer_bytes"],
+        "held_bytes": _held_by_full(source),
         "training": full["training"],
     }
 
@@ -225,9 +226,17 @@ def _run_compressed(
         summary["optimizer_bytes"] = trained.optimizer_bytes
         summary["metrics"], summary["undefined"] = score(trained.trainable.logits, data, config.data, ranks)
         path = trained.checkpoint
+    held = summary["footprint"]["total_bytes"] + summary.get("optimizer_bytes", 0)
+    summary["held_bytes"] = held if source is None else max(held, _held_by_full(source))
     if config.parallel.init == "host":
         on_first(lambda: _save_compressed(config, data, methods, path, folder), ranks)
     return summary
+
+
+def _held_by_full(source: Path) -> int:
+    """Return the bytes of the full model's tables and of all optimizer state while it was trained."""
+    full = read_json(source / "summary.json", keys=("training", "dense_bytes"))
+    return full["dense_bytes"] + full["training"]["optimizer_bytes"]
 
 
 def _chosen(

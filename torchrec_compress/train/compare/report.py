@@ -22,8 +22,8 @@ _COLUMNS = {
 _NOTE = (
     "Mean ± sample standard deviation over the seeds. Bytes count everything stored: codes, codebooks, per-id scalars,",
     "hot rows and dense tables. `smaller`: the bytes of the variant `full` over them. `ratio`: the fp32 bytes of the",
-    "variant's own tables over them, of all tables and of the compressed ones alone. Optimizer state is apart,",
-    "and only where there was training.",
+    "variant's own tables over them, of all tables and of the compressed ones alone. `held in training`: the most that",
+    "tables and all optimizer state took in a stage, one copy of each; that of the full model where it came first.",
 )
 
 
@@ -70,6 +70,7 @@ def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     if fitted and all("training" in run for run in runs):
         result["before_training"] = _spread(fitted)
     result["optimizer_bytes"] = runs[0].get("optimizer_bytes")
+    result["held_bytes"] = runs[0].get("held_bytes")
     result["usage"] = runs[0].get("usage", {})
     result["training"] = [run["training"] for run in runs if "training" in run]
     return result
@@ -142,6 +143,7 @@ def _markdown(report: dict[str, Any], pictures: list[str]) -> str:
         "ratio, compressed",
         *columns.values(),
         "optimizer bytes",
+        "held in training",
         "seeds",
     ]
     lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
@@ -154,7 +156,8 @@ def _markdown(report: dict[str, Any], pictures: list[str]) -> str:
             f"{row['compressed_ratio']:.1f}x",
         ]
         cells += [_number(row["test"].get(key), len(row["seeds"])) for key in columns]
-        cells += ["-" if row["optimizer_bytes"] is None else f"{row['optimizer_bytes']:,}", str(len(row["seeds"]))]
+        cells += ["-" if row[key] is None else f"{row[key]:,}" for key in ("optimizer_bytes", "held_bytes")]
+        cells.append(str(len(row["seeds"])))
         lines.append("| " + " | ".join(cells) + " |")
     lines += _gap_lines(rows) + _training_lines(rows) + _usage_lines(rows)
     for picture in pictures:
