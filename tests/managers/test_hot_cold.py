@@ -250,6 +250,27 @@ def test_counts_fill_the_hot_rows():
     assert rows(manager, [4])[0][0] in range(3, 8)
 
 
+@pytest.mark.parametrize(
+    "counts",
+    [
+        2 + torch.rand(PER_BLOCK, dtype=torch.float64),  # differ in fractions alone
+        2.0 + torch.arange(PER_BLOCK, dtype=torch.float16) / 64,
+        2**44 * torch.randperm(PER_BLOCK).add(2),  # in units of a score, past int64
+        2**53 - torch.randperm(PER_BLOCK),  # past what float32 tells apart
+        torch.randperm(PER_BLOCK).to(torch.uint8) + 2,
+        torch.full((PER_BLOCK,), 3),
+    ],
+)
+def test_hot_rows_are_of_the_largest_counts_whatever_their_size(counts):
+    sizes = replace(SIZES, buckets=1, slots=4)
+    manager = HotCold(1, PER_BLOCK, sizes)
+    manager.fill(counts)
+    expected = counts.double().argsort(descending=True, stable=True)[:3]
+    assert [rows(manager, [place]) for place in expected.tolist()] == [[[0]], [[1]], [[2]]]
+    found = manager.sketch.find(expected)
+    torch.testing.assert_close(found.score, counts[expected].float())
+
+
 def test_a_cast_leaves_scores_alone():
     manager = HotCold(1, PER_BLOCK, BY_GRADIENT)
     before = {name: buffer.dtype for name, buffer in manager.named_buffers()}

@@ -134,10 +134,12 @@ class HotCold(RowManager):
         """Take scores from look-ups, and give hot rows to those that score most, without moving any.
 
         Args:
-            counts: (places here,) integer; of a table that holds them as `remap` then says.
+            counts: (places here,) integer or floating point, finite and >= 0; of a table that holds them as `remap`
+                then says.
         """
-        places = torch.arange(len(counts), device=counts.device)
-        seen = distinct(places, counts.long() * UNIT)
+        # the largest first: what float32 scores round to the same stays in the order of the counts
+        exact, places = counts.double().sort(descending=True, stable=True)
+        seen = Distinct(places, exact * UNIT, torch.ones_like(places, dtype=torch.bool))
         self.sketch.add(seen)
         self._promote(seen, None)
 
