@@ -91,6 +91,12 @@ class HotCold(RowManager):
             self.register_buffer("norms", torch.zeros(num_blocks, 2, dtype=torch.float32, device=device))
         self._noted: list[tuple[Tensor, Tensor | None]] = []
 
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Hot, cold and medium rows, buckets and slots of a block, and reads of an id."""
+        sizes = self._sizes
+        return sizes.hot_rows, sizes.cold_rows, sizes.medium_rows, sizes.buckets, sizes.slots, self.reads
+
     def remap(self, places: Tensor, *, train: bool) -> Tensor:
         """Return the hot row of an id, or its cold row and, with medium rows, its medium row or -1."""
         found, first = self.sketch.find(places), self._first_row(places)

@@ -83,6 +83,14 @@ class TableManager(nn.Module, ABC):
     training_only: tuple[str, ...] = ()
     """Buffers that no look-up of a trained model reads."""
 
+    @property
+    @abstractmethod
+    def layout(self) -> tuple[int, ...]:
+        """Whole numbers that say what the rows and buffers of a block are, where shapes alone do not.
+
+        State dicts of another layout are refused.
+        """
+
     @abstractmethod
     def after_step(self, table: OwnedTable, step: int) -> None:
         """Re-cluster, re-fit, promote, demote, re-encode.
