@@ -1,5 +1,6 @@
 """CAFE's manager by itself: what is promoted, what moves, and what no step may change."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -224,6 +225,57 @@ def test_hot_rows_and_the_sketch_agree(sizes, batches):
     assert int(in_block.max()) < sizes.hot_rows + sizes.cold_rows
     hot = first[in_block < sizes.hot_rows]
     assert len(hot.unique()) == len(hot)
+    assert manager.fault() is None
+
+
+def busy() -> HotCold:
+    """Return a manager with hot ids in both blocks, some of which lost their slots."""
+    manager, owned = HotCold(2, PER_BLOCK, SIZES), table(2, SIZES)
+    seeded = torch.Generator().manual_seed(0)
+    for step in range(8):
+        look_up(manager, torch.randint(0, 2 * PER_BLOCK, (60,), generator=seeded).tolist())
+        manager.after_step(owned, step)
+    assert manager.hot_ids.all()
+    return manager
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "fault"),
+    [
+        ("hot_ids", lambda ids: ids[1].fill_(PER_BLOCK + 1), r"hot_ids out of \[0, 30\]"),
+        ("hot_ids", lambda ids: ids[1].fill_(-1), r"hot_ids out of \[0, 30\]"),
+        ("hot_ids", lambda ids: ids.copy_(ids.roll(1, 0)), "sketch.rows that are not those of hot_ids"),
+        ("hot_ids", lambda ids: ids.zero_(), "sketch.rows that are not those of hot_ids"),
+        ("sketch.rows", lambda rows: rows[0, 0].fill_(4), r"sketch.rows out of \[0, 3\]"),
+        ("sketch.rows", lambda rows: rows[0, 0].fill_(-1), r"sketch.rows out of \[0, 3\]"),
+        ("sketch.rows", lambda rows: rows.fill_(2), "sketch.rows that are not those of hot_ids"),
+        ("sketch.ids", lambda ids: ids[0, 0].fill_(PER_BLOCK + 1), r"sketch.ids out of \[0, 30\]"),
+        ("sketch.ids", lambda ids: ids.copy_(ids.roll(1, 0)), "sketch.ids in buckets of others"),
+    ],
+)
+def test_integers_that_no_step_leaves_are_a_fault(name, change, fault):
+    manager = busy()
+    assert manager.fault() is None
+    change(manager.get_buffer(name))
+    assert re.search(fault, manager.fault() or "")
+
+
+def test_ids_of_the_sketch_without_a_hot_row_are_looked_at_too():
+    for change, fault in (
+        (lambda ids: ids.copy_(ids.roll(1, 0)), "sketch.ids in buckets of others"),
+        (lambda ids: ids[:, 0].copy_(ids[:, 1]), "one of sketch.ids twice"),
+        (lambda ids: ids[0, 0].fill_(-3), "sketch.ids out of [0, 30]"),
+    ):
+        manager = busy()
+        manager.hot_ids.zero_()
+        manager.sketch.rows.zero_()
+        assert manager.sketch.ids[:, :2].all()
+        change(manager.sketch.ids)
+        assert manager.fault() == fault
+
+
+def test_a_manager_without_blocks_has_no_fault():
+    assert HotCold(0, PER_BLOCK, SIZES).fault() is None
 
 
 @pytest.mark.parametrize("sizes", [SIZES, MEDIUM, BY_GRADIENT])

@@ -117,6 +117,22 @@ class HotCold(RowManager):
             norms = torch.linalg.vector_norm(gradients.float(), dim=1).nan_to_num(0.0, 0.0, 0.0)
         self._noted.append((places.long(), norms))
 
+    def fault(self) -> str | None:
+        """Return what does not hold of hot ids and the sketch; a row of the sketch is that of the hot id there."""
+        fault = self.sketch.fault()
+        if fault is not None:
+            return fault
+        if not bool(((self.hot_ids >= 0) & (self.hot_ids <= self._ids_per_block)).all()):
+            return f"hot_ids out of [0, {self._ids_per_block}]"
+        rows, sizes = self.sketch.rows, self._sizes
+        if not bool(((rows >= 0) & (rows <= sizes.hot_rows)).all()):
+            return f"sketch.rows out of [0, {sizes.hot_rows}]"
+        block = torch.arange(len(rows), device=rows.device).unsqueeze(1) // sizes.buckets
+        owner = self.hot_ids[:, 0][(block * sizes.hot_rows + rows - 1).clamp(min=0)] if rows.numel() else rows
+        if bool(((rows > 0) & ((owner != self.sketch.ids) | (owner == 0))).any()):
+            return "sketch.rows that are not those of hot_ids"
+        return None
+
     def discard(self) -> None:
         """Forget the look-ups since the last step."""
         self._noted = []

@@ -52,8 +52,8 @@ class StateFormat:
             unsaid = self._check_layout(layout.tolist(), prefix)
             if unsaid:
                 logger.warning(
-                    "tables %s: the state dict, of an earlier version, does not say which rows of a block are what (hot, "
-                    "cold or medium); taken as those of this compression, unchecked",
+                    "tables %s: the state dict, of an earlier version, does not say which rows of a block are what "
+                    "(hot, cold or medium); taken as those of this compression, unchecked",
                     [self._blueprint.tables[number].name for number in unsaid],
                 )
                 said = layout.clone()

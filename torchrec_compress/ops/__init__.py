@@ -32,6 +32,7 @@ from torchrec_compress.ops.integers import (
     keep_integers,
     known,
     mark_of,
+    num_writes,
     total_of,
 )
 from torchrec_compress.ops.lowbit import SCALE_BYTES, dequantize_rows, quantize_rows, quantized_row_bytes
@@ -74,6 +75,7 @@ __all__ = [
     "low_bit_bag",
     "mark_of",
     "num_escape_codes",
+    "num_writes",
     "pack_codes",
     "packed_width",
     "pool_rows",

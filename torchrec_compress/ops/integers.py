@@ -75,7 +75,8 @@ _SEEN: dict[int, _Seen] = {}
 _INTACT: dict[int, list[tuple[weakref.ref[Tensor], int]]] = {}
 
 
-def _version(tensor: Tensor) -> int:
+def num_writes(tensor: Tensor) -> int:
+    """Return torch's count of what has written to a tensor; that of inference tensors is not known."""
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -84,7 +85,7 @@ def _is_unwritten(tensor: Tensor, seen: _Seen) -> bool:
 
     What writes through `.data`, past torch's count of versions, shows in these alone.
     """
-    if seen.tensor() is not tensor or seen.version != _version(tensor) or seen.address != tensor.data_ptr():
+    if seen.tensor() is not tensor or seen.version != num_writes(tensor) or seen.address != tensor.data_ptr():
         return False
     return seen.view is None or seen.sample is None or torch.equal(seen.view, seen.sample)
 
@@ -105,7 +106,7 @@ def known(tensor: Tensor, compute: Callable[[Tensor], int]) -> int:
         values = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach()  # of a view, whole rows
         view = values[:: max(1, -(-len(values) // _SAMPLED))]
     sample = None if view is None else view.clone()
-    seen = _Seen(weakref.ref(tensor, partial(_forget, key)), _version(tensor), tensor.data_ptr(), view, sample, value)
+    seen = _Seen(weakref.ref(tensor, partial(_forget, key)), num_writes(tensor), tensor.data_ptr(), view, sample, value)
     _SEEN[key] = seen
     return value
 
@@ -162,7 +163,7 @@ def check_intact(integers: Sequence[Tensor], is_set: Tensor, table: str, is_samp
     held = [is_set, *integers]
     last = () if is_sampled else _INTACT.get(id(is_set), ())
     if len(last) == len(held) and all(
-        [ref() is tensor and version == _version(tensor) for (ref, version), tensor in zip(last, held, strict=True)]
+        [ref() is tensor and version == num_writes(tensor) for (ref, version), tensor in zip(last, held, strict=True)]
     ):
         return
     flag = flag_of(is_set)
@@ -174,7 +175,7 @@ def check_intact(integers: Sequence[Tensor], is_set: Tensor, table: str, is_samp
             is_set.fill_(mark)
     elif flag != mark:
         raise ValueError(changed(table))
-    _INTACT[id(is_set)] = [(weakref.ref(tensor), _version(tensor)) for tensor in held]
+    _INTACT[id(is_set)] = [(weakref.ref(tensor), num_writes(tensor)) for tensor in held]
 
 
 def changed(table: str) -> str:
