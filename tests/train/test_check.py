@@ -66,6 +66,10 @@ PARQUET = {"data.kind": "parquet", "data.path": "x"}
             {"pretrain": {"train_dense": False, "train_tables": False, "train_codebooks": False}},
             "pretrain: must train something",
         ),
+        (
+            {"compression": {"budget_ratio": 2, "codes": {"method": "quantile", "num_codes": 1}}},
+            "compression.codes: must be a method that is fitted to rows alone, got 'quantile', which needs contexts",
+        ),
         ({"compression": {"budget_ratio": 2, "num_codes": []}}, "compression.num_codes: must hold a code length"),
         ({"parallel.sharding_types": {"user": ["rowwise"]}}, "parallel.sharding_types.user: .*did you mean 'row_wise'"),
         ({"data.kind": "parquet"}, "data.path: must be set"),

@@ -245,7 +245,7 @@ def base_of(budget: Budget) -> CodebookConfig | None:
     """Return the method that a budget's candidates are made of, or None for the usual one.
 
     Raises:
-        ValueError: it is not a method of codes.
+        ValueError: it is not a method of codes, or needs contexts, which no trial fit has.
     """
     if not budget.codes:
         return None
@@ -255,6 +255,11 @@ def base_of(budget: Budget) -> CodebookConfig | None:
         raise ValueError(str(error).replace("compression", "compression.codes", 1)) from error
     if found is None:
         raise ValueError(f"compression.codes: must be one method of codes, got {budget.codes}")
+    if found.needs == "contexts":
+        raise ValueError(
+            f"compression.codes: must be a method that is fitted to rows alone, got {found.method!r}, which needs "
+            "contexts; name it by table, in place of a budget"
+        )
     return found
 
 
