@@ -154,7 +154,7 @@ def check_tables(
                     f"start: must be 'pretrained' for tables that are fitted to trained ones, got 'scratch' and {unfit}"
                 )
     except ValueError as error:
-        named = str(error).startswith(("compression", "parallel", "start"))
+        named = str(error).startswith(("compression", "parallel", "start", "retrain"))
         raise error if named else ValueError(f"compression: {error}") from error
     return tables
 
@@ -304,6 +304,10 @@ def _check_stage(name: str, stage: StageConfig) -> None:
     check_optim(stage.optim, f"{name}.optim")
     if not (stage.train_dense or stage.train_tables or stage.train_codebooks):
         raise ValueError(f"{name}: must train something, got train_dense, train_tables and train_codebooks all false")
+    if name == "pretrain" and not (stage.train_dense or stage.train_tables):
+        raise ValueError(
+            "pretrain: must train something, got train_dense and train_tables false; the full model has no codebooks"
+        )
 
 
 def _check_data(config: DataConfig) -> None:
@@ -371,7 +375,8 @@ def _check_trains(config: RunConfig, tables: list[EmbeddingBagConfig], chosen: M
         return
     parts = [(chosen[table.name], chosen[table.name].parts(table, config.seed)) for table in tables]
     has_tables = any(stored.dense or stored.native for _, stored in parts)
-    if (stage.train_tables and has_tables) or (stage.train_codebooks and any(method.codewords for method, _ in parts)):
+    has_decoders = any(chosen[table.name].decoder_bytes(table) for table in tables)
+    if (stage.train_tables and has_tables) or (stage.train_codebooks and has_decoders):
         return
     raise ValueError(
         "retrain: must train something, got train_dense false and tables of which nothing that is switched on trains: "
