@@ -93,6 +93,25 @@ def test_the_ids_that_score_most_have_the_rows_and_equals_do_not_take_turns():
     assert rows(manager, [lost])[0][0] < 3
 
 
+def test_a_row_changes_hands_for_more_than_a_tenth():
+    manager, owned = HotCold(1, PER_BLOCK, replace(SIZES, buckets=8)), table(1, SIZES)
+    look_up(manager, [1, 2, 3] * 20)
+    manager.after_step(owned, 0)
+    for step, (places, is_hot) in enumerate((([4] * 21, False), ([4], False), ([4], True)), start=1):
+        look_up(manager, places)  # 21 and 22 of 20 are not enough, 23 are
+        manager.after_step(owned, step)
+        assert (rows(manager, [4])[0][0] < 3) is is_hot
+
+
+def test_cold_and_medium_rows_are_shared_by_different_ids():
+    sizes = replace(SIZES, cold_rows=5, medium_rows=5, medium_threshold=0.5, threshold=99.0, buckets=30)
+    manager, owned = HotCold(1, PER_BLOCK, sizes), table(1, sizes)
+    look_up(manager, list(range(PER_BLOCK)))
+    manager.after_step(owned, 0)
+    pairs = {(cold - 3, medium - 8) for cold, medium in rows(manager, list(range(PER_BLOCK))) if medium >= 0}
+    assert len(pairs) > 10  # of 25; by one hash 5
+
+
 def test_a_hot_id_that_loses_its_slot_frees_its_row():
     sizes = replace(SIZES, hot_rows=1, buckets=1, slots=1)
     manager, owned = HotCold(1, PER_BLOCK, sizes), table(1, sizes)
@@ -135,6 +154,15 @@ def test_importance_is_the_gradient_over_the_running_mean():
     look_up(manager, [2], [2.0])
     manager.after_step(owned, 1)
     torch.testing.assert_close(manager.sketch.find(torch.tensor([2])).score, torch.tensor([2.0]))
+
+
+def test_a_block_of_small_gradients_is_scored_as_exactly_as_others():
+    sizes = replace(BY_GRADIENT, decay=1.0)
+    manager, owned = HotCold(2, PER_BLOCK, sizes), table(2, sizes)
+    look_up(manager, [1, PER_BLOCK + 1, PER_BLOCK + 2], [3e3, 3e-12, 1e-12])
+    manager.after_step(owned, 0)
+    found = manager.sketch.find(torch.tensor([1, PER_BLOCK + 1, PER_BLOCK + 2]))
+    torch.testing.assert_close(found.score, torch.tensor([1.0, 1.5, 0.5]))
 
 
 def test_scores_decay_and_gradients_that_are_not_finite_count_for_nothing():

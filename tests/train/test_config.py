@@ -282,7 +282,7 @@ def test_what_1_1_alone_has_a_meaning_for_is_text():
         "list": ["=", "<<"],
         "hex": "0x_",
     }
-    with pytest.raises(ValueError, match="seed: must be int in .*, got '0x_'"):
+    with pytest.raises(ValueError, match=r"seed: must be int in .*, got '0x_'"):
         read(RunConfig(), ["--seed", "0x_"], "usage")
 
 
