@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pytest
 
-from torchrec_compress.schema import Natural, Positive, Range, Text, build, nearest, plain, words
+from torchrec_compress.schema import Natural, Positive, Range, Text, build, nearest, plain, settle_numbers, words
 from torchrec_compress.train.command_line import read
 from torchrec_compress.train.config import RunConfig
 
@@ -81,6 +81,18 @@ def test_integers_of_numpy_are_ints_and_nothing_else_is():
     for bad in (np.bool_(True), np.float64(3), np.array([3])):
         with pytest.raises(ValueError, match="count: must be int at least 0 or null, got"):
             build(Outer, {"count": bad})
+
+
+def test_texts_and_numbers_of_numpy_are_pythons_own_in_code():
+    @dataclass(frozen=True)
+    class Made:
+        name: str
+        kind: Literal["a", "b"]
+        count: int
+
+    made = Made(np.str_("x"), np.str_("a"), np.int8(3))  # type: ignore[arg-type]
+    settle_numbers(made)
+    assert [type(value) for value in (made.name, made.kind, made.count)] == [str, str, int] and made.kind == "a"
 
 
 def test_nested_keys_change_what_they_name_and_nothing_else():

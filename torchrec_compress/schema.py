@@ -133,7 +133,7 @@ def build(kind: type[Config], values: Mapping[str, Any], where: str = "", base: 
 
 
 def settle_numbers(config: Any) -> None:
-    """Make the numbers of a dataclass made in code Python's own, as NumPy's integers are taken for ints.
+    """Make the numbers and texts of a dataclass made in code Python's own, as NumPy's are taken for them.
 
     Raises:
         ValueError: a number, a switch or a nested config is something else.
@@ -155,6 +155,8 @@ def settle_numbers(config: Any) -> None:
             settle_numbers(value)
         elif {bool, int, float} & set(_options(hint)):
             object.__setattr__(config, field.name, _typed(value, hint, where))
+        elif isinstance(value, str):
+            object.__setattr__(config, field.name, str.__str__(value))
 
 
 def plain(value: Any, where: str) -> Any:

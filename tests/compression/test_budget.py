@@ -9,8 +9,9 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec_compress import compress, decompress
 from torchrec_compress.compression import budget, for_budget
 from torchrec_compress.compression.budget import measure_candidates
+from torchrec_compress.fit.mec import MECFit
 from torchrec_compress.fit.popularity import popularity_weights
-from torchrec_compress.methods import PQConfig
+from torchrec_compress.methods import MECConfig, PQConfig, QuantileCodesConfig
 
 FEW = PQConfig(num_codes=1, codebook_size=32, popularity="count")  # codewords, which are quick to fit
 
@@ -90,6 +91,22 @@ def test_bad_input_says_what_to_do() -> None:
         for_budget(rows, {}, 1000)
     with pytest.raises(ValueError, match="budget"):
         for_budget(rows, {"user": torch.ones(500)}, 10, num_codes=(1,), codes=FEW)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_candidates_that_train_in_their_fit_do_so_whatever_is_switched_off(mode) -> None:
+    given = {"user": torch.randn(600, 8, generator=torch.Generator().manual_seed(0))}, {"user": torch.ones(600)}
+    codes = MECConfig(num_codes=1, codebook_size=16, fit_options=MECFit(num_steps=3, batch_size=64))
+    expected = for_budget(*given, 2500, num_codes=(1,), codes=codes)
+    with mode():
+        assert for_budget(*given, 2500, num_codes=(1,), codes=codes) == expected
+    assert expected["user"].method == "mec"
+
+
+def test_codes_that_need_contexts_are_refused() -> None:
+    given = {"user": torch.randn(60, 8)}, {"user": torch.ones(60)}
+    with pytest.raises(ValueError, match="codes must be fitted to rows alone, got 'quantile', which needs contexts"):
+        for_budget(*given, 2500, codes=QuantileCodesConfig(num_codes=1, codebook_size=16))
 
 
 def test_heads_are_tried_in_int4_and_in_int8():

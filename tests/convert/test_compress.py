@@ -14,7 +14,7 @@ from torchrec import (
     PoolingType,
 )
 
-from tests.cases import CASES, DIM, NUM_ROWS, contexts, counts, dense_collection, fit, fresh, rows, table
+from tests.cases import CASES, DIM, NUM_ROWS, contexts, counts, dense_collection, fit, fitted, fresh, rows, table
 from tests.cases import batch as one_feature
 from tests.modules.batches import KEYS, MIXED, batch, collection, expected, tables
 from torchrec_compress import CompressedEmbeddingBagCollection, compress, compress_into, decompress
@@ -83,6 +83,28 @@ def test_the_fit_of_every_method_gets_the_seed(method):
     for seed in (0, 5):
         state = config.fit(table(), TableData(rows(), counts(), contexts(), seed))
         assert torch.equal(fit(config, seed=seed).code_tables.banks["item"].codes, state.codes)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", CASES)
+def test_what_is_compressed_without_gradients_can_be_trained(method, mode):
+    config, features = CASES[method][-1], one_feature([[1, 2], [402]])
+    with mode():
+        model = fit(config)
+    for name, value in fitted(config).state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert not any(value.is_inference() for value in [*model.parameters(), *model.buffers()])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if trained:
+        model(features).values().sum().backward()
+    assert all(parameter.grad is not None for parameter in trained)
+
+
+def test_a_collection_that_can_never_be_trained_is_refused():
+    with torch.inference_mode():
+        collection = fresh(PQConfig(num_codes=2, codebook_size=16))
+        with pytest.raises(ValueError, match="collection must not be made under"):
+            compress_into(collection, {"item": rows()})
 
 
 def test_decompressing_twice_changes_nothing():

@@ -152,6 +152,16 @@ def test_restart_moves_exactly_the_dead_codewords_and_clears_their_moments() -> 
     assert moments[1, :4].any()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_it_trains_where_gradients_are_switched_off(mode) -> None:
+    rows = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    expected = fit_mec(rows, 2, 8, options=MECFit(num_steps=5, batch_size=32))
+    with mode():
+        found = fit_mec(rows, 2, 8, options=MECFit(num_steps=5, batch_size=32))
+    assert torch.equal(found.codes, expected.codes) and torch.equal(found.codebooks, expected.codebooks)
+    assert not found.codebooks.requires_grad
+
+
 def test_dead_codewords_come_back_to_life() -> None:
     rows, alive = skewed_table(), {}
     for every in (0, 25):

@@ -1,5 +1,6 @@
 """CAFE's manager by itself: what is promoted, what moves, and what no step may change."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -92,6 +93,25 @@ def test_the_ids_that_score_most_have_the_rows_and_equals_do_not_take_turns():
     assert rows(manager, [lost])[0][0] < 3
 
 
+def test_a_row_changes_hands_for_more_than_a_tenth():
+    manager, owned = HotCold(1, PER_BLOCK, replace(SIZES, buckets=8)), table(1, SIZES)
+    look_up(manager, [1, 2, 3] * 20)
+    manager.after_step(owned, 0)
+    for step, (places, is_hot) in enumerate((([4] * 21, False), ([4], False), ([4], True)), start=1):
+        look_up(manager, places)  # 21 and 22 of 20 are not enough, 23 are
+        manager.after_step(owned, step)
+        assert (rows(manager, [4])[0][0] < 3) is is_hot
+
+
+def test_cold_and_medium_rows_are_shared_by_different_ids():
+    sizes = replace(SIZES, cold_rows=5, medium_rows=5, medium_threshold=0.5, threshold=99.0, buckets=30)
+    manager, owned = HotCold(1, PER_BLOCK, sizes), table(1, sizes)
+    look_up(manager, list(range(PER_BLOCK)))
+    manager.after_step(owned, 0)
+    pairs = {(cold - 3, medium - 8) for cold, medium in rows(manager, list(range(PER_BLOCK))) if medium >= 0}
+    assert len(pairs) > 10  # of 25; by one hash 5
+
+
 def test_a_hot_id_that_loses_its_slot_frees_its_row():
     sizes = replace(SIZES, hot_rows=1, buckets=1, slots=1)
     manager, owned = HotCold(1, PER_BLOCK, sizes), table(1, sizes)
@@ -134,6 +154,15 @@ def test_importance_is_the_gradient_over_the_running_mean():
     look_up(manager, [2], [2.0])
     manager.after_step(owned, 1)
     torch.testing.assert_close(manager.sketch.find(torch.tensor([2])).score, torch.tensor([2.0]))
+
+
+def test_a_block_of_small_gradients_is_scored_as_exactly_as_others():
+    sizes = replace(BY_GRADIENT, decay=1.0)
+    manager, owned = HotCold(2, PER_BLOCK, sizes), table(2, sizes)
+    look_up(manager, [1, PER_BLOCK + 1, PER_BLOCK + 2], [3e3, 3e-12, 1e-12])
+    manager.after_step(owned, 0)
+    found = manager.sketch.find(torch.tensor([1, PER_BLOCK + 1, PER_BLOCK + 2]))
+    torch.testing.assert_close(found.score, torch.tensor([1.0, 1.5, 0.5]))
 
 
 def test_scores_decay_and_gradients_that_are_not_finite_count_for_nothing():
@@ -224,6 +253,57 @@ def test_hot_rows_and_the_sketch_agree(sizes, batches):
     assert int(in_block.max()) < sizes.hot_rows + sizes.cold_rows
     hot = first[in_block < sizes.hot_rows]
     assert len(hot.unique()) == len(hot)
+    assert manager.fault() is None
+
+
+def busy() -> HotCold:
+    """Return a manager with hot ids in both blocks, some of which lost their slots."""
+    manager, owned = HotCold(2, PER_BLOCK, SIZES), table(2, SIZES)
+    seeded = torch.Generator().manual_seed(0)
+    for step in range(8):
+        look_up(manager, torch.randint(0, 2 * PER_BLOCK, (60,), generator=seeded).tolist())
+        manager.after_step(owned, step)
+    assert manager.hot_ids.all()
+    return manager
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "fault"),
+    [
+        ("hot_ids", lambda ids: ids[1].fill_(PER_BLOCK + 1), r"hot_ids out of \[0, 30\]"),
+        ("hot_ids", lambda ids: ids[1].fill_(-1), r"hot_ids out of \[0, 30\]"),
+        ("hot_ids", lambda ids: ids.copy_(ids.roll(1, 0)), "sketch.rows that are not those of hot_ids"),
+        ("hot_ids", lambda ids: ids.zero_(), "sketch.rows that are not those of hot_ids"),
+        ("sketch.rows", lambda rows: rows[0, 0].fill_(4), r"sketch.rows out of \[0, 3\]"),
+        ("sketch.rows", lambda rows: rows[0, 0].fill_(-1), r"sketch.rows out of \[0, 3\]"),
+        ("sketch.rows", lambda rows: rows.fill_(2), "sketch.rows that are not those of hot_ids"),
+        ("sketch.ids", lambda ids: ids[0, 0].fill_(PER_BLOCK + 1), r"sketch.ids out of \[0, 30\]"),
+        ("sketch.ids", lambda ids: ids.copy_(ids.roll(1, 0)), "sketch.ids in buckets of others"),
+    ],
+)
+def test_integers_that_no_step_leaves_are_a_fault(name, change, fault):
+    manager = busy()
+    assert manager.fault() is None
+    change(manager.get_buffer(name))
+    assert re.search(fault, manager.fault() or "")
+
+
+def test_ids_of_the_sketch_without_a_hot_row_are_looked_at_too():
+    for change, fault in (
+        (lambda ids: ids.copy_(ids.roll(1, 0)), "sketch.ids in buckets of others"),
+        (lambda ids: ids[:, 0].copy_(ids[:, 1]), "one of sketch.ids twice"),
+        (lambda ids: ids[0, 0].fill_(-3), "sketch.ids out of [0, 30]"),
+    ):
+        manager = busy()
+        manager.hot_ids.zero_()
+        manager.sketch.rows.zero_()
+        assert manager.sketch.ids[:, :2].all()
+        change(manager.sketch.ids)
+        assert manager.fault() == fault
+
+
+def test_a_manager_without_blocks_has_no_fault():
+    assert HotCold(0, PER_BLOCK, SIZES).fault() is None
 
 
 @pytest.mark.parametrize("sizes", [SIZES, MEDIUM, BY_GRADIENT])
@@ -248,6 +328,27 @@ def test_counts_fill_the_hot_rows():
     assert sorted(rows(manager, [5, 6, 7])) == [[0], [1], [2]]
     assert rows(manager, [PER_BLOCK + 3])[0][0] in range(8, 11)
     assert rows(manager, [4])[0][0] in range(3, 8)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        2 + torch.rand(PER_BLOCK, dtype=torch.float64),  # differ in fractions alone
+        2.0 + torch.arange(PER_BLOCK, dtype=torch.float16) / 64,
+        2**44 * torch.randperm(PER_BLOCK).add(2),  # in units of a score, past int64
+        2**53 - torch.randperm(PER_BLOCK),  # past what float32 tells apart
+        torch.randperm(PER_BLOCK).to(torch.uint8) + 2,
+        torch.full((PER_BLOCK,), 3),
+    ],
+)
+def test_hot_rows_are_of_the_largest_counts_whatever_their_size(counts):
+    sizes = replace(SIZES, buckets=1, slots=4)
+    manager = HotCold(1, PER_BLOCK, sizes)
+    manager.fill(counts)
+    expected = counts.double().argsort(descending=True, stable=True)[:3]
+    assert [rows(manager, [place]) for place in expected.tolist()] == [[[0]], [[1]], [[2]]]
+    found = manager.sketch.find(expected)
+    torch.testing.assert_close(found.score, counts[expected].float())
 
 
 def test_a_cast_leaves_scores_alone():

@@ -22,6 +22,7 @@ from torchrec_compress.methods import (
     MECConfig,
     MEmComConfig,
     MethodConfig,
+    NarrowConfig,
     PQConfig,
     QuantileCodesConfig,
     RandomCodesConfig,
@@ -99,6 +100,17 @@ def test_a_weighted_sample_teaches_nearly_what_all_rows_do(structure: Any) -> No
     few = error(in_blocks(config, data, list(torch.arange(NUM_ROWS).split(100))))
     assert whole <= few * 1.05  # k-means ends in a local optimum either way
     assert few < 1.25 * whole
+
+
+@pytest.mark.parametrize("config", SAMPLED, ids=[f"{c.method}-{n}" for n, c in enumerate(SAMPLED)])
+def test_weights_of_a_sample_may_want_gradients(config: MethodConfig) -> None:
+    ids, weights = torch.arange(350), torch.rand(350) + 0.1
+    states = []
+    for given in (weights, weights.clone().requires_grad_()):
+        data = replace(WHOLE, rows=rows()[ids], ids=ids, weights=given)
+        states.append(tensors(in_blocks(config, data, [torch.arange(NUM_ROWS)])))
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value) and not states[1][name].requires_grad, name
 
 
 def test_hot_rows_of_a_sample_weigh_nothing_in_it() -> None:
@@ -179,6 +191,10 @@ def test_what_is_no_sample_is_refused() -> None:
     for data, message in cases:
         with pytest.raises(ValueError, match=f"table 'item': {message}"):
             config.learn(table(), data)
+    nothing = TableData(rows()[:10], ids=ids, weights=torch.zeros(10))
+    for method in (NarrowConfig(width=4), PQConfig(num_codes=2, codebook_size=4), config):
+        with pytest.raises(ValueError, match="table 'item': at least one weight of a sample must be above 0, got all"):
+            method.learn(table(), nothing)
     sample = replace(WHOLE, rows=rows()[:10], ids=ids)
     with pytest.raises(ValueError, match="table 'item': this method must learn from all 403 rows, got a sample of 10"):
         MEmComConfig(num_buckets=5).learn(table(), sample)

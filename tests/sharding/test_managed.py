@@ -294,6 +294,41 @@ def wrong_shape() -> str:
     return ""
 
 
+def averaged() -> tuple[str, str]:
+    """Return what is said where one rank alone has integers that no step leaves, written in place or loaded."""
+    tables = [EmbeddingBagConfig(name="item", num_embeddings=120, embedding_dim=8, feature_names=["item"])]
+    model = Model(CompressedEmbeddingBagCollection(tables, compression=CAFE))
+    sharders = get_default_sharders(fused_params={})
+    wishes = {"item": ParameterConstraints(sharding_types=["row_wise"])}
+    planner = EmbeddingShardingPlanner(Topology(world_size=2, compute_device="cpu"), constraints=wishes, stats=[])
+    plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    state = model.state_dict()
+    state["embeddings.managed.managers.item.sketch.rows"][-1] = 1  # of the last rank's blocks
+    sharded = DistributedModelParallel(model, plan=plan, sharders=sharders, device=torch.device("cpu"))
+    features = KeyedJaggedTensor.from_lengths_sync(["item"], torch.tensor([3]), torch.tensor([1]))
+    (owner,), said = managed_owners(sharded), []
+    for case in ("written", "loaded"):
+        owner.managers["item"].reset_parameters()
+        sharded(features)
+        if case == "loaded":
+            sharded.load_state_dict(state)
+        elif dist.get_rank():
+            owner.managers["item"].hot_ids.fill_(-1)
+        try:
+            sharded(features)
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    return said[0], said[1]
+
+
+def test_integers_that_no_step_leaves_are_an_error_of_all_ranks(two_ranks):
+    for written, loaded in two_ranks.run(averaged):
+        assert "table 'item': the integers of its manager must be" in written
+        assert "got hot_ids out of" in written
+        assert "got sketch.rows that are not those of hot_ids" in loaded
+
+
 def test_a_state_of_another_shape_is_refused(two_ranks):
     for message in two_ranks.run(wrong_shape):
         assert "managers.item.hot_ids: must be (8, 1) of torch.int32, got (3, 1) of torch.int32" in message

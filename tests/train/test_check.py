@@ -66,6 +66,14 @@ PARQUET = {"data.kind": "parquet", "data.path": "x"}
             {"pretrain": {"train_dense": False, "train_tables": False, "train_codebooks": False}},
             "pretrain: must train something",
         ),
+        (
+            {"pretrain": {"train_dense": False, "train_tables": False}},
+            "pretrain: must train something, .* the full model has no codebooks",
+        ),
+        (
+            {"compression": {"budget_ratio": 2, "codes": {"method": "quantile", "num_codes": 1}}},
+            "compression.codes: must be a method that is fitted to rows alone, got 'quantile', which needs contexts",
+        ),
         ({"compression": {"budget_ratio": 2, "num_codes": []}}, "compression.num_codes: must hold a code length"),
         ({"parallel.sharding_types": {"user": ["rowwise"]}}, "parallel.sharding_types.user: .*did you mean 'row_wise'"),
         ({"data.kind": "parquet"}, "data.path: must be set"),
@@ -375,10 +383,11 @@ def test_a_stage_trains_something_of_these_methods(method, part):
     config = override(
         RunConfig(), {"compression": {"*": {"method": method, **options}}, "retrain.epochs": 1.0, **flags}
     )
-    with pytest.raises(ValueError, match="retrain: must train something, got train_dense false"):
+    with pytest.raises(ValueError, match=r"^retrain: must train something, got train_dense false"):
         check_tables(config, compression_of(config.compression), {"user": 400, "item": 300})
-    fine = override(config, {"compression": {"*": {"method": "pq", "num_codes": 2}}, "retrain.train_codebooks": True})
-    check_tables(fine, compression_of(fine.compression), {"user": 400, "item": 300})
+    for codes in ({"method": "pq", "num_codes": 2}, {"method": "narrow", "width": 8}):
+        fine = override(config, {"compression": {"*": codes}, "retrain.train_codebooks": True})
+        check_tables(fine, compression_of(fine.compression), {"user": 400, "item": 300})
 
 
 def test_threads_are_bounded():

@@ -19,7 +19,7 @@ from torchrec_compress import cli
 from torchrec_compress.dry_run.config import PlanConfig
 from torchrec_compress.schema import leaves
 from torchrec_compress.train.byte_budget import Budget, budget_of
-from torchrec_compress.train.command_line import dump, load_yaml, read, yaml_line
+from torchrec_compress.train.command_line import dump, load_yaml, origin, read, yaml_line
 from torchrec_compress.train.config import ParallelConfig, RunConfig, of_pattern, override
 
 MARKER = "module_that_tells_of_its_import"
@@ -272,6 +272,46 @@ def test_numbers_are_numbers_in_every_usual_form():
     assert [load_yaml(text) for text in texts] == [0, -7, 1000, 31, 1.5, 0.5, -2.0, 1e3, 1e-3, 150.0, 5.0]
     assert [type(load_yaml(text)) for text in ("7", "1e3")] == [int, float]
     assert load_yaml(".inf") == float("inf") and load_yaml("-.inf") == -float("inf")
+
+
+def test_what_1_1_alone_has_a_meaning_for_is_text():
+    assert load_yaml("{split: =, =: 1, also: <<, list: [=, <<], hex: 0x_}") == {
+        "split": "=",
+        "=": 1,
+        "also": "<<",
+        "list": ["=", "<<"],
+        "hex": "0x_",
+    }
+    with pytest.raises(ValueError, match=r"seed: must be int in .*, got '0x_'"):
+        read(RunConfig(), ["--seed", "0x_"], "usage")
+
+
+@pytest.mark.parametrize("text", ["!!int 010", "!!int '1:30'", "!!int 0b11", "!!int 0x_", "!!float 1:30", "!!float ''"])
+def test_explicit_tags_read_numbers_as_1_2_does(text):
+    with pytest.raises(ValueError, match=r"must be written as in YAML 1\.2, got"):
+        load_yaml(text)
+    found = [load_yaml(text) for text in ("!!int 7", "!!int '0x1f'", "!!float 3", "!!float '1e3'")]
+    assert found == [7, 31, 3.0, 1000.0] and [type(value) for value in found] == [int, int, float, float]
+
+
+def test_an_error_names_the_last_file_that_gives_its_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("data: {kind: parquet, label: y}\nseed: 1\n")
+    Path("b.yaml").write_text("data.label: z\nretrain: {epochs: 1}\n")
+    keys = ["data", "seed", "retrain"]
+    for error, words, said in (
+        ("data.label: no", "a.yaml --config b.yaml", "b.yaml: "),
+        ("data.label: no", "--config=b.yaml --config a.yaml", "a.yaml: "),
+        ("data.kind: no", "a.yaml --config b.yaml", "a.yaml: "),
+        ("data.path: must be set", "a.yaml --config b.yaml", "a.yaml: "),
+        ("retrain: no", "a.yaml --config b.yaml", "b.yaml: "),
+        ("retrain.epochs: no", "--config b.yaml", "b.yaml: "),
+        ("data.label: no", "a.yaml --data.label x --config b.yaml", "b.yaml: "),
+        ("data.label: no", "a.yaml --config b.yaml --data.label x", "command line: "),
+        ("data.label: no", "a.yaml --data {}", "command line: "),
+        ("no key", "a.yaml --config b.yaml", ""),
+    ):
+        assert origin(error, words.split(), keys) == said + error
 
 
 def test_merged_mappings_are_read(tmp_path):

@@ -2,19 +2,64 @@
 
 import pytest
 
-from torchrec_compress.train.config import OptimConfig, RunConfig, StageConfig
+from torchrec_compress.train.config import ModelConfig, OptimConfig, RunConfig, StageConfig
 from torchrec_compress.train.idle import idle_settings
 
 HASH = {"*": {"method": "hash", "num_buckets": 9}}
 PQ = {"u": {"method": "pq", "num_codes": 2}, **HASH}
 ON = StageConfig(epochs=1, optim=OptimConfig(codebook_lr=0.5), train_codebooks=False)
+TRAINED = StageConfig(epochs=1, optim=OptimConfig(codebook_lr=0.5))
+ALL = OptimConfig(tables="adagrad", table_lr=0.9, lookup_l2=0.1, dense_lr=0.9, dense_l2=0.1)
 
 
 @pytest.mark.parametrize(
     ("config", "lines"),
     [
         (RunConfig(), []),
-        (RunConfig(pretrain=StageConfig(patience=7), compression=PQ, retrain=ON), []),
+        (RunConfig(pretrain=StageConfig(patience=7), compression=PQ, retrain=TRAINED), []),
+        (
+            RunConfig(compression=PQ, retrain=ON),
+            ["retrain.optim.codebook_lr: changes nothing with retrain.train_codebooks = false"],
+        ),
+        (
+            RunConfig(pretrain=StageConfig(train_codebooks=False, optim=OptimConfig(codebook_lr=0.5))),
+            [
+                "pretrain.optim.codebook_lr: changes nothing in the full model, which has no codebooks",
+                "pretrain.train_codebooks: changes nothing in the full model, which has no codebooks",
+            ],
+        ),
+        (
+            RunConfig(pretrain=StageConfig(train_tables=False, optim=ALL)),
+            [
+                f"pretrain.optim.{key}: changes nothing with pretrain.train_tables = false"
+                for key in ("table_lr", "tables", "lookup_l2")
+            ],
+        ),
+        (
+            RunConfig(compression=PQ, retrain=StageConfig(epochs=1, train_tables=False, optim=ALL)),
+            [
+                f"retrain.optim.{key}: changes nothing with retrain.train_tables = false"
+                for key in ("table_lr", "tables")
+            ],
+        ),
+        (
+            RunConfig(pretrain=StageConfig(train_tables=False, optim=OptimConfig(tables="adam", table_l2=0.1))),
+            ["pretrain.optim.table_l2: changes nothing with pretrain.train_tables = false"],
+        ),
+        (
+            RunConfig(pretrain=StageConfig(train_dense=False, optim=ALL)),
+            [
+                f"pretrain.optim.{key}: changes nothing with pretrain.train_dense = false"
+                for key in ("dense_lr", "dense_l2")
+            ],
+        ),
+        (RunConfig(pretrain=StageConfig(optim=ALL)), []),
+        (RunConfig(start="scratch", compression=HASH, retrain=StageConfig(epochs=1, optim=ALL)), []),
+        (
+            RunConfig(model=ModelConfig(name="dcnv2", num_cross_layers=0, cross_rank=8)),
+            ["model.cross_rank: changes nothing with model.num_cross_layers = 0"],
+        ),
+        (RunConfig(model=ModelConfig(name="dcnv2", cross_rank=8)), []),
         (
             RunConfig(start="scratch", compression=HASH, pretrain=StageConfig(optim=OptimConfig(table_lr=0.9))),
             ["pretrain.optim.table_lr: changes nothing with start = 'scratch', which has no stage pretrain"],
@@ -35,8 +80,12 @@ ON = StageConfig(epochs=1, optim=OptimConfig(codebook_lr=0.5), train_codebooks=F
                 "retrain.train_codebooks: changes nothing without a table that has codebooks or a projection",
             ],
         ),
-        (RunConfig(compression={"method": "narrow", "width": 8}, retrain=ON), []),
-        (RunConfig(compression={"budget_ratio": 9}, retrain=ON), []),
+        (RunConfig(compression={"method": "narrow", "width": 8}, retrain=TRAINED), []),
+        (RunConfig(compression={"budget_ratio": 9}, retrain=TRAINED), []),
+        (
+            RunConfig(compression={"budget_ratio": 9}, context={"user": "item"}),
+            ["context: changes nothing without a table that is fitted to contexts (quantile)"],
+        ),
         (
             RunConfig(compression=HASH, context={"user": "item"}),
             ["context: changes nothing without a table that is fitted to contexts (quantile)"],

@@ -78,7 +78,8 @@ def for_budget(
     _check_arguments(tables, counts, budget_bytes, num_codes, codes, seed)
     base = codes or _USUAL
     candidates: dict[str, list[Candidate[MethodConfig]]] = {}
-    with tqdm(tables.items(), desc="measuring candidates", unit="table", disable=not progress, leave=False) as bar:
+    bar = tqdm(tables.items(), desc="measuring candidates", unit="table", disable=not progress, leave=False)
+    with bar, torch.inference_mode(False):  # some methods train in their fits
         for name, rows in bar:
             bar.set_postfix_str(name)
             candidates[name] = measure_candidates(name, rows, counts[name].cpu(), base, num_codes, seed)
@@ -127,6 +128,8 @@ def _check_arguments(
         raise ValueError(f"for_budget: num_codes must be code lengths of at least 1, got {num_codes!r}")
     if codes is not None and as_codebook(codes) is None:
         raise ValueError(f"for_budget: codes must be a method of codes such as PQConfig(num_codes=1), got {codes!r}")
+    if codes is not None and codes.needs == "contexts":
+        raise ValueError(f"for_budget: codes must be fitted to rows alone, got {codes.method!r}, which needs contexts")
     check_seed("for_budget", seed)
 
 

@@ -94,12 +94,13 @@ def compress(
         raise ValueError("compress: dense must have tables, got none")
     device = next(iter(rows.values())).device
     collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
-    if isinstance(dense, EmbeddingCollection):
-        configs, kept = dense.embedding_configs(), dense.need_indices()
-        collection = CompressedEmbeddingCollection(configs, device, kept, compression, seed, will_fit=True)
-    else:
-        bags, kept = dense.embedding_bag_configs(), dense.is_weighted()
-        collection = CompressedEmbeddingBagCollection(bags, device, kept, compression, seed, will_fit=True)
+    with torch.inference_mode(False):  # what is made in it can never be trained
+        if isinstance(dense, EmbeddingCollection):
+            configs, kept = dense.embedding_configs(), dense.need_indices()
+            collection = CompressedEmbeddingCollection(configs, device, kept, compression, seed, will_fit=True)
+        else:
+            bags, kept = dense.embedding_bag_configs(), dense.is_weighted()
+            collection = CompressedEmbeddingBagCollection(bags, device, kept, compression, seed, will_fit=True)
     compress_into(collection, rows, counts=counts, contexts=contexts, seed=seed, progress=progress)
     return collection
 
@@ -154,7 +155,8 @@ def compress_into(
         seed: of the fit; the collection's own, which is the default, since its hashes were made from that.
 
     Raises:
-        ValueError: as for `compress`; the seed is not the collection's.
+        ValueError: as for `compress`; the seed is not the collection's, or this was made under
+            `torch.inference_mode()`.
     """
     if not isinstance(collection, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
         raise ValueError(f"compress_into: collection must be a compressed one, got {kind_of(collection, *_COMPRESSED)}")
@@ -163,6 +165,11 @@ def compress_into(
             f"compress_into: seed must be the collection's own, {collection.seed}, got {seed}; leave it out"
         )
     _check_whole("compress_into", collection)
+    if any(value.is_inference() for value in [*collection.parameters(), *collection.buffers()]):
+        raise ValueError(
+            "compress_into: collection must not be made under torch.inference_mode(), whose tensors can never be "
+            "trained, got inference tensors; make it outside"
+        )
     tables = {table.name: table for table in collection.table_configs()}
     counts = {} if counts is None else counts
     contexts = {} if contexts is None else contexts
@@ -183,7 +190,8 @@ def compress_into(
         inputs[name] = TableData(None, counts.get(name), contexts.get(name), collection.seed, progress)
         if name in known or methods[name].needs != "nothing":
             methods[name].check_fit(table, inputs[name])
-    with tqdm(tables.items(), desc="fitting", unit="table", disable=not progress, leave=False) as bar:
+    bar = tqdm(tables.items(), desc="fitting", unit="table", disable=not progress, leave=False)
+    with bar, torch.inference_mode(False):
         for name, table in bar:
             bar.set_postfix_str(f"{name}: {methods[name].method}")
             if name not in known and methods[name].needs == "nothing":

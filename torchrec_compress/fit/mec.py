@@ -227,6 +227,7 @@ def restart_dead(
     return moved
 
 
+@torch.enable_grad()  # whatever the caller has switched off
 def train_auto_encoder(
     model: MECAutoEncoder, rows: Tensor, weights: Tensor, options: MECFit, generator: torch.Generator, progress: bool
 ) -> None:

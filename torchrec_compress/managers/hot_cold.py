@@ -91,6 +91,12 @@ class HotCold(RowManager):
             self.register_buffer("norms", torch.zeros(num_blocks, 2, dtype=torch.float32, device=device))
         self._noted: list[tuple[Tensor, Tensor | None]] = []
 
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Hot, cold and medium rows, buckets and slots of a block, and reads of an id."""
+        sizes = self._sizes
+        return sizes.hot_rows, sizes.cold_rows, sizes.medium_rows, sizes.buckets, sizes.slots, self.reads
+
     def remap(self, places: Tensor, *, train: bool) -> Tensor:
         """Return the hot row of an id, or its cold row and, with medium rows, its medium row or -1."""
         found, first = self.sketch.find(places), self._first_row(places)
@@ -110,6 +116,22 @@ class HotCold(RowManager):
         if self._sizes.importance == "gradient":
             norms = torch.linalg.vector_norm(gradients.float(), dim=1).nan_to_num(0.0, 0.0, 0.0)
         self._noted.append((places.long(), norms))
+
+    def fault(self) -> str | None:
+        """Return what does not hold of hot ids and the sketch; a row of the sketch is that of the hot id there."""
+        fault = self.sketch.fault()
+        if fault is not None:
+            return fault
+        if not bool(((self.hot_ids >= 0) & (self.hot_ids <= self._ids_per_block)).all()):
+            return f"hot_ids out of [0, {self._ids_per_block}]"
+        rows, sizes = self.sketch.rows, self._sizes
+        if not bool(((rows >= 0) & (rows <= sizes.hot_rows)).all()):
+            return f"sketch.rows out of [0, {sizes.hot_rows}]"
+        block = torch.arange(len(rows), device=rows.device).unsqueeze(1) // sizes.buckets
+        owner = self.hot_ids[:, 0][(block * sizes.hot_rows + rows - 1).clamp(min=0)] if rows.numel() else rows
+        if bool(((rows > 0) & ((owner != self.sketch.ids) | (owner == 0))).any()):
+            return "sketch.rows that are not those of hot_ids"
+        return None
 
     def discard(self) -> None:
         """Forget the look-ups since the last step."""
@@ -134,10 +156,12 @@ class HotCold(RowManager):
         """Take scores from look-ups, and give hot rows to those that score most, without moving any.
 
         Args:
-            counts: (places here,) integer; of a table that holds them as `remap` then says.
+            counts: (places here,) integer or floating point, finite and >= 0; of a table that holds them as `remap`
+                then says.
         """
-        places = torch.arange(len(counts), device=counts.device)
-        seen = distinct(places, counts.long() * UNIT)
+        # the largest first: what float32 scores round to the same stays in the order of the counts
+        exact, places = counts.double().sort(descending=True, stable=True)
+        seen = Distinct(places, exact * UNIT, torch.ones_like(places, dtype=torch.bool))
         self.sketch.add(seen)
         self._promote(seen, None)
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from torchrec_compress.ops import num_writes
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,45 @@ class OwnedTable(NamedTuple):
     group: dist.ProcessGroup | None = None
 
 
+class _Writes(NamedTuple):
+    """A buffer, where it is held, and torch's count of what had written to it."""
+
+    held: dict[str, Tensor | None]
+    name: str
+    buffer: Tensor
+    number: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is still held, and nothing has written to it since."""
+        return self.held[self.name] is self.buffer and num_writes(self.buffer) == self.number
+
+
 class TableManager(nn.Module, ABC):
     """What changes a table other than by its gradient. It holds no table; its buffers are its checkpoint.
 
     Buffers are two-dimensional, start as zeros, and have a first axis that is a multiple of the blocks: they are cut
-    with the rows. They keep their dtypes whatever a model is cast to. The outcome is a pure function of state, batches,
-    step and seed, never of the number of ranks: hash an id's place in its block, add in an order that no rank changes.
+    with the rows. They keep their dtypes whatever a model is cast to. Their integers mean nothing once they are
+    averaged: who holds the manager notes its own writes, and asks for a `fault` where there were others. The outcome is
+    a pure function of state, batches, step and seed, never of the number of ranks: hash an id's place in its block, add
+    in an order that no rank changes.
     """
 
     training_only: tuple[str, ...] = ()
     """Buffers that no look-up of a trained model reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._noted_writes: list[_Writes] | None = None
+        self.register_load_state_dict_post_hook(_forget_writes)
+
+    @property
+    @abstractmethod
+    def layout(self) -> tuple[int, ...]:
+        """Whole numbers that say what the rows and buffers of a block are, where shapes alone do not.
+
+        State dicts of another layout are refused.
+        """
 
     @abstractmethod
     def after_step(self, table: OwnedTable, step: int) -> None:
@@ -99,11 +130,47 @@ class TableManager(nn.Module, ABC):
     def discard(self) -> None:
         """Forget what was noted since the last `after_step`: the batch is left out."""
 
+    @abstractmethod
+    def fault(self) -> str | None:
+        """Return what does not hold of the integers among its buffers, or None where it may have written them itself.
+
+        It may wait for the device.
+        """
+
+    @property
+    def knows_writes(self) -> bool:
+        """Whether writes were noted since the buffers were made, copied, moved or loaded."""
+        return self._noted_writes is not None
+
+    @property
+    def is_unwritten(self) -> bool:
+        """Whether nothing has written to integers since `note_writes`; what writes through `.data` is not counted."""
+        if self._noted_writes is None:
+            return False
+        return all([noted.is_last for noted in self._noted_writes])
+
+    def note_writes(self) -> None:
+        """Take what the integers are now as its own."""
+        self._noted_writes = [
+            _Writes(module._buffers, name, buffer, num_writes(buffer))
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and not buffer.dtype.is_floating_point
+        ]
+
+    def forget_writes(self) -> None:
+        """Take what the integers are now as unknown."""
+        self._noted_writes = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_noted_writes": None}  # a copy's tensors are others
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TableManager:
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)
             return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
+        self.forget_writes()
         return super()._apply(moved, recurse)  # type: ignore[return-value]
 
     def reset_parameters(self) -> None:
@@ -111,7 +178,12 @@ class TableManager(nn.Module, ABC):
         for buffer in self.buffers():
             if not buffer.is_meta:
                 buffer.zero_()
+        self.note_writes()
         self.discard()
+
+
+def _forget_writes(manager: TableManager, _incompatible: Any) -> None:
+    manager.forget_writes()
 
 
 class RowManager(TableManager):

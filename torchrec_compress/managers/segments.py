@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class Distinct(NamedTuple):
-    """The distinct numbers of a list, in order, padded to its length.
+    """The distinct numbers of a list, in some order, padded to its length.
 
     Args:
         values: (L,); behind the last valid one, zeros.
-        totals: (L,) what was counted of each.
+        totals: (L,) what was counted of each; int64 where they were summed.
         is_valid: (L,) bool.
     """
 

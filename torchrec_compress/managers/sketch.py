@@ -100,6 +100,19 @@ class Sketch(nn.Module):
         none = torch.full_like(bucket, self.ids.shape[0])
         self._admit(torch.where(is_new, bucket, none), name, gain, floor)
 
+    def fault(self) -> str | None:
+        """Return what does not hold of ids: each is of its block, in the bucket of its hash, and in it once."""
+        if not bool(((self.ids >= 0) & (self.ids <= self._ids_per_block)).all()):
+            return f"sketch.ids out of [0, {self._ids_per_block}]"
+        bucket = torch.arange(len(self.ids), device=self.ids.device).unsqueeze(1) % self._num_buckets
+        is_held, ids = self.ids > 0, self.ids.long()
+        if bool((is_held & (hash_ids(ids - 1, self._num_buckets, self._salt) != bucket)).any()):
+            return "sketch.ids in buckets of others"
+        ordered = ids.sort(dim=1).values
+        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > 0)).any()):
+            return "one of sketch.ids twice"
+        return None
+
     def change_rows(self, bucket: Tensor, slot: Tensor, change: Tensor) -> None:
         """Change the hot rows of slots by (L,) differences; slots that stay as they are may be named often, by 0."""
         self.rows.index_put_((bucket, slot), change.to(torch.int32), accumulate=True)

@@ -71,7 +71,7 @@ class TableData:
         if self.ids is None:
             return weights
         mine = weights[self.ids]
-        return mine if self.weights is None else torch.where(mine > 0, self.weights.to(mine.dtype), 0.0)
+        return mine if self.weights is None else torch.where(mine > 0, self.weights.detach().to(mine.dtype), 0.0)
 
 
 def check_sample(table: BaseEmbeddingConfig, data: TableData) -> None:
@@ -92,6 +92,8 @@ def check_sample(table: BaseEmbeddingConfig, data: TableData) -> None:
         raise ValueError(f"{where}: weights of a sample must be a tensor of floating-point numbers, got {got}")
     if weights.shape != ids.shape or weights.is_meta or not bool(((weights >= 0) & (weights <= 2**53)).all()):
         raise ValueError(f"{where}: weights of a sample must be {len(ids)} numbers in [0, 2**53], one for each id")
+    if not bool((weights > 0).any()):
+        raise ValueError(f"{where}: at least one weight of a sample must be above 0, got all zeros")
 
 
 def check_block_ids(where: str, ids: object, num_rows: int) -> None:

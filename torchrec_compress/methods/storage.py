@@ -141,6 +141,11 @@ class ManagedPart:
         return dict(self.manager(self.blocks.num_blocks, torch.device("meta")).named_buffers())
 
     @property
+    def layout(self) -> tuple[int, ...]:
+        """What its manager says of the rows and buffers of a block."""
+        return self.manager(0, torch.device("meta")).layout
+
+    @property
     def state_bytes(self) -> int:
         """Bytes that the manager of the whole table keeps."""
         return sum(buffer.nbytes for buffer in self.state().values())

@@ -166,7 +166,8 @@ class CompressedParts(nn.Module):
             state: what `MethodConfig.fit` returned for it.
 
         Raises:
-            ValueError: there is no such table, or a tensor has the wrong name or shape.
+            ValueError: there is no such table, a tensor has the wrong name or shape, or the integers of a manager do
+                not go together.
         """
         check_unsharded(self, "load_table")
         if name not in self.blueprint.methods:
@@ -209,6 +210,9 @@ class CompressedParts(nn.Module):
             assert self.trained is not None
             self.trained.tables[name].forget()
             self.trained.tables[name].note()
+        if state.managed and self.managed is not None:
+            self.managed.managers[name].forget_writes()
+            self.managed.check_integers(name)
         if bank is not None and bank.is_filled:
             bank.seal()
 
@@ -298,7 +302,7 @@ def check_unsharded(collection: CompressedParts, where: str) -> None:
 
 
 def _check_loaded(module: CompressedParts, incompatible: Any) -> None:
-    """After a whole collection is loaded: raise where its integers are not those that were saved.
+    """After a whole collection is loaded: raise where its integers are not those that were saved, or do not fit.
 
     Sharded, ranks must sum them up together, which they do before the next look-up.
     """
@@ -306,6 +310,9 @@ def _check_loaded(module: CompressedParts, incompatible: Any) -> None:
     if is_whole and not any("code_tables." in name or "decoder." in name for name in incompatible.missing_keys):
         for bank in module._code_banks().values():
             bank.check()
+    if isinstance(module.managed, ManagedCollection):
+        for name in module.managed.managers:
+            module.managed.check_integers(name)
 
 
 def _reset(weight: Any, config: BaseEmbeddingConfig) -> None:

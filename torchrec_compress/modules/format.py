@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from typing import Any
 
@@ -12,6 +13,8 @@ from torchrec_compress.methods.base import TableDecoder
 from torchrec_compress.methods.storage import CodePart, NativePart
 from torchrec_compress.modules.blueprint import Blueprint
 from torchrec_compress.ops import SCALE_BYTES
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 # what a checkpoint and a collection must agree on, table by table; their fingerprints are stored
@@ -34,7 +37,10 @@ class StateFormat:
         self.layout = [self._fingerprints(table, blueprint.parts[table.name].codes) for table in blueprint.tables]
 
     def check(self, state_dict: dict, prefix: str) -> None:
-        """Raise ValueError when a state dict was written by another version, or for tables stored otherwise."""
+        """Raise ValueError when a state dict was written by another version, or for tables stored otherwise.
+
+        Where an earlier version said less of a table, what it left out is put into `state_dict`.
+        """
         found = state_dict.get(prefix + "format_version")
         if found is not None and int(found) != FORMAT_VERSION:
             raise ValueError(
@@ -43,12 +49,24 @@ class StateFormat:
             )
         layout = state_dict.get(prefix + "layout")
         if layout is not None:
-            self._check_layout(layout.tolist(), prefix)
+            unsaid = self._check_layout(layout.tolist(), prefix)
+            if unsaid:
+                logger.warning(
+                    "tables %s: the state dict, of an earlier version, does not say which rows of a block are what "
+                    "(hot, cold or medium); taken as those of this compression, unchecked",
+                    [self._blueprint.tables[number].name for number in unsaid],
+                )
+                said = layout.clone()
+                for number in unsaid:
+                    said[number] = said.new_tensor(self.layout[number])
+                state_dict[prefix + "layout"] = said
 
-    def _check_layout(self, found: list[list[int]], prefix: str) -> None:
+    def _check_layout(self, found: list[list[int]], prefix: str) -> list[int]:
+        """Raise as `check`; return the numbers of tables of which an earlier version said less."""
         if len(found) != len(self.layout):
             raise ValueError(f"{prefix}layout: must be of {len(self.layout)} tables, got {len(found)}")
-        for table, theirs, ours in zip(self._blueprint.tables, found, self.layout, strict=True):
+        unsaid = []
+        for number, (table, theirs, ours) in enumerate(zip(self._blueprint.tables, found, self.layout, strict=True)):
             part = self._blueprint.parts[table.name].codes
             num_packed = 0 if part is None else part.num_packed
             if num_packed and theirs == self._fingerprints(table, CodePart(num_packed, torch.uint8)):
@@ -65,6 +83,9 @@ class StateFormat:
                     f"{table.name}.hot_rows, or the codes of int8 and int4), and this collection's {prefix}layout in "
                     "place of its own"
                 )
+            if theirs != ours and theirs == self._fingerprints(table, part, says_layout=False):
+                unsaid.append(number)
+                continue
             differ = [field for field, a, b in zip(LAYOUT, theirs, ours, strict=True) if a != b]
             if differ:
                 raise ValueError(
@@ -72,11 +93,19 @@ class StateFormat:
                     f"{self._blueprint.methods[table.name]} with seed {self._blueprint.seed}, got others; build the "
                     "collection with the compression, table sizes and seed that the checkpoint was saved with"
                 )
+        return unsaid
 
     def _fingerprints(
-        self, table: BaseEmbeddingConfig, code_part: CodePart | None, low_bit: str = "scale first"
+        self,
+        table: BaseEmbeddingConfig,
+        code_part: CodePart | None,
+        low_bit: str = "scale first",
+        says_layout: bool = True,
     ) -> list[int]:
-        """Return a hash of each `LAYOUT` field of a table with this code table and format of low-bit rows."""
+        """Return a hash of each `LAYOUT` field of a table with this code table and format of low-bit rows.
+
+        Without `says_layout` as an earlier version did, which said nothing of the layout of a manager.
+        """
         parts = self._blueprint.parts[table.name]
         native = parts.native
         bank: TableDecoder | None = dict(self._banks.items()).get(table.name)
@@ -100,6 +129,7 @@ class StateFormat:
             state = parts.managed.state()
             method += tuple(state)
             sizes += (parts.managed.blocks.num_blocks, [tuple(buffer.shape) for buffer in state.values()])
+            sizes += (parts.managed.layout,) * says_layout
         if parts.trained is not None:
             method += ("trained",)
             sizes += (parts.trained.width, parts.trained.bits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from torchrec_compress.managers import OwnedTable
 from torchrec_compress.methods.storage import ManagedPart
 from torchrec_compress.modules.features import IdRange, split_features
 from torchrec_compress.modules.replicated import strip_where_replicated
-from torchrec_compress.ops import check_ids
+from torchrec_compress.ops import can_check, check_ids
 from torchrec_compress.seams import optimizers_in_backward
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("check_ids")
 torch.fx.wrap("split_features")
+
+logger = logging.getLogger(__name__)
 
 # what a loop that accumulates gradients may do before it must have stepped
 MOST_BACKWARDS = 64
@@ -104,6 +107,7 @@ class ManagedOwner(ABC, nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._turns: dict[str, _Turn] = {}
+        self._told: set[str] = set()
 
     @abstractmethod
     def owned(self, name: str, optimizer: Any) -> OwnedTable | None:
@@ -113,6 +117,40 @@ class ManagedOwner(ABC, nn.Module):
             name: of the table.
             optimizer: that trains it outside of the backward, or None.
         """
+
+    def check_integers(self, name: str) -> None:
+        """Look at the integers of a manager where something else than itself has written to them.
+
+        Torch's counts of writes are read first, which no device is waited for. What cannot be of the manager's own
+        making is refused; what can, as a copy of another's integers, is warned of.
+
+        Raises:
+            ValueError: they do not go together.
+        """
+        manager = self.managers[name]
+        if torch.compiler.is_compiling() or manager.is_unwritten:
+            return
+        integers = [buffer for buffer in manager.buffers() if not buffer.dtype.is_floating_point]
+        if not all(map(can_check, integers)):
+            return
+        if integers and integers[0].is_cuda:
+            torch.cuda.synchronize(integers[0].device)  # they may have been written on another stream
+        fault = manager.fault()
+        if fault is not None:
+            raise ValueError(
+                f"table {name!r}: the integers of its manager must be those that after_step or a checkpoint left, got "
+                f"{fault}, as an average over models, over steps or a blend of state dicts leaves them; average "
+                "parameters only (AveragedModel's default, use_buffers=False, copies buffers as they are) and load the "
+                "checkpoint again"
+            )
+        if manager.knows_writes and name not in self._told:
+            logger.warning(
+                "table %r: the integers of its manager were written by something else than after_step or "
+                "load_state_dict; a copy of another model's is fine, an average of several is not",
+                name,
+            )
+            self._told.add(name)
+        manager.note_writes()
 
     def lookups_of_batch(self, name: str) -> int:
         """Return how often a batch looks a table up; sharded, its features travel together."""
@@ -162,7 +200,9 @@ class ManagedOwner(ABC, nn.Module):
         for name, manager in self.managers.items():
             table = self.owned(name, optimizer)
             if table is not None:
+                self.check_integers(name)
                 manager.after_step(table, step)
+                manager.note_writes()
             if name in self._turns:
                 self._turns.pop(name).is_over = True
 
@@ -250,6 +290,7 @@ class ManagedCollection(ManagedOwner):
 
     def served(self, name: str, ids: Tensor, trains: bool = False) -> Tensor:
         """Return what ids are served, (L, D), without a batch around them, in a training step or not."""
+        self.check_integers(name)
         (part,) = (table.part for table in self._tables if table.name == name)
         gather = partial(nn.functional.embedding, weight=self.weight(name, trains))
         return self.rows(name, part.blocks.places(ids), gather, trains)
@@ -258,7 +299,8 @@ class ManagedCollection(ManagedOwner):
         """Return the rows of every look-up, (L, D) by its key.
 
         Raises:
-            ValueError: an id is out of range, or a table is not sharded as it must be.
+            ValueError: an id is out of range, a table is not sharded as it must be, or something has averaged the
+                integers of its manager.
             RuntimeError: as `rows`.
         """
         jagged = split_features(features)

@@ -101,7 +101,7 @@ class ShardedManagedCollection(ShardedEmbeddingModule[KJTList, list[Tensor], dic
         sharder: EmbeddingCollectionSharder,
     ) -> None:
         super().__init__()
-        self._turns = {}
+        self._turns, self._told = {}, set()
         self._env, self._device, self._plan, self._kind = env, device, plan, type(module)
         self._also_checked = module.also_checked
         self._configs = {table.name: table for table in module.configs()}
@@ -193,11 +193,12 @@ class ShardedManagedCollection(ShardedEmbeddingModule[KJTList, list[Tensor], dic
         return KJTListSplitsAwaitable(awaitables, ctx)
 
     def _places(self, ctx: ManagedContext, features: KeyedJaggedTensor) -> list[list[Tensor]]:
-        """Return the places of the ids of every table, by exchange."""
+        """Return the places of the ids of every table, by exchange, or raise where ids or a manager are wrong."""
         jagged = split_features(features)
         check_ranges(jagged, self._also_checked)
         found: dict[str, Tensor] = {}
         for name, table in self._configs.items():
+            self.check_integers(name)
             ids = table.ids(jagged)
             ctx.num_ids[name] = [len(part) for part in ids]
             found[name] = table.part.blocks.places(torch.cat(ids)).to(self._id_dtype)

@@ -248,7 +248,7 @@ def base_of(budget: Budget) -> CodebookConfig | None:
     """Return the method that a budget's candidates are made of, or None for the usual one.
 
     Raises:
-        ValueError: it is not a method of codes.
+        ValueError: it is not a method of codes, or needs contexts, which no trial fit has.
     """
     if not budget.codes:
         return None
@@ -258,6 +258,11 @@ def base_of(budget: Budget) -> CodebookConfig | None:
         raise ValueError(str(error).replace("compression", "compression.codes", 1)) from error
     if found is None:
         raise ValueError(f"compression.codes: must be one method of codes, got {budget.codes}")
+    if found.needs == "contexts":
+        raise ValueError(
+            f"compression.codes: must be a method that is fitted to rows alone, got {found.method!r}, which needs "
+            "contexts; name it by table, in place of a budget"
+        )
     return found
 
 
@@ -302,6 +307,10 @@ def _check_stage(name: str, stage: StageConfig) -> None:
     check_optim(stage.optim, f"{name}.optim")
     if not (stage.train_dense or stage.train_tables or stage.train_codebooks):
         raise ValueError(f"{name}: must train something, got train_dense, train_tables and train_codebooks all false")
+    if name == "pretrain" and not (stage.train_dense or stage.train_tables):
+        raise ValueError(
+            "pretrain: must train something, got train_dense and train_tables false; the full model has no codebooks"
+        )
 
 
 def _check_data(config: DataConfig) -> None:
@@ -369,7 +378,8 @@ def _check_trains(config: RunConfig, tables: list[EmbeddingBagConfig], chosen: M
         return
     parts = [(chosen[table.name], chosen[table.name].parts(table, config.seed)) for table in tables]
     has_tables = any(stored.dense or stored.native or stored.trained for _, stored in parts)
-    if (stage.train_tables and has_tables) or (stage.train_codebooks and any(method.codewords for method, _ in parts)):
+    has_decoders = any(chosen[table.name].decoder_bytes(table) for table in tables)
+    if (stage.train_tables and has_tables) or (stage.train_codebooks and has_decoders):
         return
     raise ValueError(
         "retrain: must train something, got train_dense false and tables of which nothing that is switched on trains: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Hashable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -15,12 +16,13 @@ from torchrec_compress.schema import Text, build, leaves, plain, words
 Config = TypeVar("Config")
 
 # numbers as YAML 1.2 has them: to 1.1, which PyYAML reads, 1:30 is 90, 010 is 8 and 1e-3 is text
-_INT = re.compile(r"[-+]?(?:0|[1-9][\d_]*|0x[\da-fA-F_]+)$")
+_INT = re.compile(r"[-+]?(?:0|[1-9][\d_]*|0x_*[\da-fA-F][\da-fA-F_]*)$")
 _FLOAT = re.compile(
     r"(?:[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-_OWN = (*_NUMBERS, "tag:yaml.org,2002:timestamp")  # 1.2 has no dates
+_OWN = (*_NUMBERS, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value")  # 1.2 has neither dates nor '='
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,12 +43,20 @@ class _Loader(yaml.SafeLoader):
         self._flat.add(id(node))
         seen: set[Hashable] = set()
         for key, value in node.value:
-            if key.tag == "tag:yaml.org,2002:merge" and not isinstance(value, yaml.MappingNode):
+            if key.tag == _MERGE and not isinstance(value, yaml.MappingNode):
                 self._refuse(value, "'<<' must merge one mapping")
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 self._refuse(key, f"key {key.value!r} must stand once, got it twice")
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         super().flatten_mapping(node)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """Return a number, also of an explicit tag, whose text PyYAML would read as 1.1 does."""
+        text = self.construct_scalar(node)
+        is_int = node.tag == _NUMBERS[0]
+        if not (_INT.match(text) or (not is_int and _FLOAT.match(text))):
+            self._refuse(node, f"{'an int' if is_int else 'a float'} must be written as in YAML 1.2, got {text!r}")
+        return self.construct_yaml_int(node) if is_int else float(self.construct_yaml_float(node))
 
     def _refuse(self, node: yaml.Node, problem: str) -> NoReturn:
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
@@ -58,6 +68,8 @@ _Loader.yaml_implicit_resolvers = {
 }
 for _tag, _pattern in zip(_NUMBERS, (_INT, _FLOAT), strict=True):
     _Loader.add_implicit_resolver(_tag, _pattern, list("-+0123456789."))
+    _Loader.add_constructor(_tag, _Loader.construct_number)
+_Loader.add_constructor(_MERGE, _Loader.construct_yaml_str)  # '<<' that is no key
 
 
 class _Dumper(yaml.SafeDumper):
@@ -157,14 +169,30 @@ def origin(error: str, arguments: Sequence[str], keys: Collection[str]) -> str:
     Example:
         >>> origin("data.path: must be set", ["a.yaml", "--seed", "3"], ["data", "seed"])
         'a.yaml: data.path: must be set'
+        >>> origin("seed: must be int", ["a.yaml", "--seed", "x"], ["data", "seed"])
+        'command line: seed: must be int'
     """
     found = re.match(r"(?:unknown key ')?((\w+)(?:\.[^:']*)?)[:']", error)
     if found is None or found[2] not in keys or not arguments:
         return error
-    given = [word[2:].partition("=")[0] for word in arguments if word.startswith("--")]
-    if any(f"{found[1]}.".startswith(f"{key}.") for key in given):
-        return f"command line: {error}"
+    with suppress(ValueError):  # a command line or a file that is not read says so itself
+        for key, value in reversed(_pairs(arguments)):  # later ones win
+            if key == "config":
+                if _gives(read_file(Path(value)), found[1]):
+                    return f"{value}: {error}"
+            elif f"{found[1]}.".startswith(f"{key}."):
+                return f"command line: {error}"
     return error if arguments[0].startswith("-") else f"{arguments[0]}: {error}"
+
+
+def _gives(values: Any, key: str) -> bool:
+    """Return whether nested values, whose keys may be dotted, give a value to a dotted key or to one that holds it."""
+    if not isinstance(values, dict):
+        return True
+    return any(
+        key == name or (key.startswith(f"{name}.") and _gives(inner, key[len(name) + 1 :]))
+        for name, inner in values.items()
+    )
 
 
 def _changed(config: Config, changes: dict[str, Any], source: str) -> Config:

@@ -11,7 +11,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec_compress.methods import MethodConfig
 from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.check import compression_of
-from torchrec_compress.train.config import RunConfig, needs_pretrained
+from torchrec_compress.train.config import RunConfig, StageConfig, needs_pretrained
 
 _ANY = EmbeddingBagConfig(name="any", num_embeddings=10**6, embedding_dim=64)
 
@@ -37,12 +37,35 @@ def _lines(config: RunConfig) -> Iterator[str]:
         reason = "retrain.epochs = 0" if config.compression else "no compression, which has no stage retrain"
         yield from (f"retrain.{key}: changes nothing with {reason}" for key in retrain)
     methods = _methods(config)
-    if methods and not any(method.decoder_bytes(_ANY) for method in methods):
-        for key in ("optim.codebook_lr", "train_codebooks"):
-            if key in retrain and config.retrain.epochs:
-                yield f"retrain.{key}: changes nothing without a table that has codebooks or a projection"
+    if needs_pretrained(config):
+        yield from _stage_lines("pretrain", config.pretrain, False, "in the full model, which has no codebooks")
+    if config.compression and config.retrain.epochs:
+        has_decoders = not methods or any(method.decoder_bytes(_ANY) for method in methods)
+        without = "without a table that has codebooks or a projection"
+        yield from _stage_lines("retrain", config.retrain, has_decoders, without)
+    if config.model.cross_rank is not None and not config.model.num_cross_layers:
+        yield "model.cross_rank: changes nothing with model.num_cross_layers = 0"
     if config.context and not any(method.needs == "contexts" for method in methods):
         yield "context: changes nothing without a table that is fitted to contexts (quantile)"
+
+
+def _stage_lines(name: str, stage: StageConfig, has_decoders: bool, without: str) -> Iterator[str]:
+    """Yield what is idle in a stage that trains, of a model with codebooks or other decoders, or `without`."""
+    changed, reasons = set(_changed(stage, StageConfig(epochs=stage.epochs))), {}
+    if not stage.train_tables:
+        keys = ["optim.table_lr", "optim.table_l2"]
+        if stage.optim.tables != "adam":  # which says how tables are laid out too
+            keys.append("optim.tables")
+        if not (has_decoders and stage.train_codebooks):
+            keys.append("optim.lookup_l2")
+        reasons |= dict.fromkeys(keys, f"with {name}.train_tables = false")
+    if not stage.train_dense:
+        reasons |= dict.fromkeys(("optim.dense_lr", "optim.dense_l2"), f"with {name}.train_dense = false")
+    if not has_decoders:
+        reasons |= dict.fromkeys(("optim.codebook_lr", "train_codebooks"), without)
+    elif not stage.train_codebooks:
+        reasons["optim.codebook_lr"] = f"with {name}.train_codebooks = false"
+    yield from (f"{name}.{key}: changes nothing {reason}" for key, reason in reasons.items() if key in changed)
 
 
 def _methods(config: RunConfig) -> list[MethodConfig]:

@@ -1,0 +1,58 @@
+"""The loss by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from torchrec_compress import CompressedEmbeddingBagCollection
+from torchrec_compress.methods import DenseConfig, PQConfig
+from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig
+from torchrec_compress.train.engine.objective import Loss
+from torchrec_compress.train.engine.trainable import Trainable
+from torchrec_compress.train.models.click import make_model, make_tables
+
+LOGITS, LABELS = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, 0.0, 1.0])
+EMBEDDINGS = torch.tensor([[1.0, 2.0], [0.0, 3.0], [100.0, 100.0]])
+WEIGHTS = torch.tensor([1.0, 2.0, 0.0])  # the last row fills the batch up
+ROWS = torch.tensor([4, 0, 1])
+
+
+def _entropy(labels: torch.Tensor) -> torch.Tensor:
+    return (F.binary_cross_entropy_with_logits(LOGITS, labels, reduction="none") * WEIGHTS).mean()
+
+
+def test_a_teacher_teaches_in_training_and_evaluation_is_against_the_labels(ranks):
+    teacher = torch.tensor([3.0, -9.0, 0.0, 0.0, -2.0])
+    loss = Loss(StageConfig(distill_weight=0.25), ranks, teacher)
+    taught = 0.75 * LABELS + 0.25 * teacher[ROWS].sigmoid()
+    for train, labels in ((True, taught), (False, LABELS)):
+        minimised, entropy = loss.train(train)(LOGITS, EMBEDDINGS, LABELS, ROWS, WEIGHTS)
+        torch.testing.assert_close(entropy, _entropy(labels))
+        torch.testing.assert_close(minimised, _entropy(labels))
+
+
+def test_l2_of_look_ups_leaves_out_what_fills_a_batch_up(ranks):
+    loss = Loss(StageConfig(optim=OptimConfig(lookup_l2=0.1)), ranks, None)
+    minimised, entropy = loss(LOGITS, EMBEDDINGS, LABELS, ROWS, WEIGHTS)
+    torch.testing.assert_close(entropy, _entropy(LABELS))
+    torch.testing.assert_close(minimised - entropy, torch.tensor(0.1 / 2 * (1 * 5 + 2 * 9) / 3))
+
+
+def test_start_l2_pulls_the_net_and_codebooks_and_no_native_table(config, data, ranks):
+    tables = make_tables(config.model, data)
+    methods = {tables[0].name: PQConfig(num_codes=2, codebook_size=4), "*": DenseConfig()}
+    model = make_model(CompressedEmbeddingBagCollection(tables, compression=methods), 0, config.model)
+    stage = StageConfig(start_l2=0.5, optim=OptimConfig(tables="adam"))
+    trainable = Trainable(model, stage, ranks, ParallelConfig())
+    loss = trainable.module.module.loss
+    pulled = [name for name, _ in trainable.module.named_parameters() if name in loss.pulled]
+    assert any("decoder" in name for name in pulled) and any("embeddings" not in name for name in pulled)
+    assert not any(tables[1].name in name for name in pulled)
+    with torch.no_grad():
+        for parameter, _ in loss.pulled.values():
+            parameter += 2
+    minimised, entropy = loss(LOGITS, EMBEDDINGS, LABELS, ROWS, WEIGHTS)
+    moved = sum(parameter.numel() for parameter, _ in loss.pulled.values())
+    assert float((minimised - entropy).detach()) == pytest.approx(0.5 / 2 * 4 * moved, rel=1e-4)
