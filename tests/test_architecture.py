@@ -22,7 +22,6 @@ BORROWED = {
     "_parameters": "nn.Module",
     "_assert_async": "torch",
     "_schema": "torch.ops",
-    "_version": "torch.Tensor",
     "_shard": "torch.distributed, where ShardedTensor lives",
     "_StorageInfo": "torch.distributed.checkpoint",
     "_MEM_FORMAT_ENCODING": "torch.distributed.checkpoint",

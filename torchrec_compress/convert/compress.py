@@ -165,11 +165,6 @@ def compress_into(
             f"compress_into: seed must be the collection's own, {collection.seed}, got {seed}; leave it out"
         )
     _check_whole("compress_into", collection)
-    if any(value.is_inference() for value in [*collection.parameters(), *collection.buffers()]):
-        raise ValueError(
-            "compress_into: collection must not be made under torch.inference_mode(), whose tensors can never be "
-            "trained, got inference tensors; make it outside"
-        )
     tables = {table.name: table for table in collection.table_configs()}
     counts = {} if counts is None else counts
     contexts = {} if contexts is None else contexts
@@ -223,6 +218,11 @@ def _check_whole(where: str, collection: CompressedEmbeddingBagCollection | Comp
         raise ValueError(
             f"{where}: collection must hold values, got {empty[0]!r} on the meta device; call to_empty(device=...) and "
             "reset_parameters() first"
+        )
+    if any(value.is_inference() for value in [*collection.parameters(), *collection.buffers()]):
+        raise ValueError(
+            f"{where}: collection must not be made under torch.inference_mode(), whose tensors can never be trained, "
+            "got inference tensors; make it outside"
         )
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
-from operator import attrgetter
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,8 +23,6 @@ from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS
 from torchrec_compress.schema import nearest
 from torchrec_compress.train.byte_budget import Budget, budget_of
 from torchrec_compress.train.config import (
-    DataConfig,
-    GeneratorConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -35,21 +32,10 @@ from torchrec_compress.train.config import (
     override,
 )
 from torchrec_compress.train.data.batch import Share
-from torchrec_compress.train.data.open import check_source
+from torchrec_compress.train.data.check import check_data
 from torchrec_compress.train.data.source import ClickSource
-from torchrec_compress.train.data.splits import check_fractions
 from torchrec_compress.train.engine.profile import WARM_UP
 from torchrec_compress.train.models.click import make_model, tables_of
-
-# what a kind of data has no use for; a value there would be lost without a word
-_UNUSED = {
-    "generator": (
-        *("path", "label", "features", "drop", "row_filter", "dense", "positive_from", "pooling", "split", "split_by"),
-        *("fractions", "split_seed", "subsample", "subsample_by", "kind_column", "vocab", "hash_size"),
-    ),
-    "criteo": ("split", "features", "drop", "row_filter", "dense", "positive_from", "subsample_by", "kind_column"),
-    "parquet": ("hash_size",),
-}
 
 
 def check_config(config: RunConfig) -> Compression | Budget | None:
@@ -70,7 +56,7 @@ def check_config(config: RunConfig) -> Compression | Budget | None:
         base_of(wanted)
     for name, stage in used_stages(config).items():
         _check_stage(name, stage)
-    _check_data(config.data)
+    check_data(config.data)
     if "dcn" not in config.model.name:
         for key in ("num_cross_layers", "cross_rank"):
             got = getattr(config.model, key)
@@ -311,64 +297,6 @@ def _check_stage(name: str, stage: StageConfig) -> None:
         raise ValueError(
             "pretrain: must train something, got train_dense and train_tables false; the full model has no codebooks"
         )
-
-
-def _check_data(config: DataConfig) -> None:
-    check_source(config)
-    default = DataConfig()
-    for key, reason in _idle(config):
-        got = attrgetter(key)(config)
-        if got != attrgetter(key)(default):
-            raise ValueError(f"data.{key}: has no meaning {reason}, got {got!r}")
-    if config.generator.multi_hot and not config.generator.criteo_rows:
-        raise ValueError("data.generator.multi_hot: must be false without data.generator.criteo_rows, got true")
-    check_fractions(config)
-    if config.row_filter:
-        from torchrec_compress.train.data.parquet_schema import parse_filter  # needs pyarrow
-
-        parse_filter(config.row_filter)
-    for key, names in _lists(config):
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise ValueError(f"data.{key}: names must differ, got {twice[0]!r} twice")
-
-
-def _idle(config: DataConfig) -> Iterator[tuple[str, str]]:
-    """Yield the keys of `data` that do nothing beside other keys, and why; a value there would be lost."""
-    kind = f"with data.kind = {config.kind!r}"
-    yield from ((key, kind) for key in _UNUSED[config.kind])
-    if config.kind != "generator":
-        yield from ((f"generator.{key.name}", kind) for key in fields(GeneratorConfig))
-    elif config.generator.criteo_rows:
-        yield from ((f"generator.{key}", "with data.generator.criteo_rows") for key in ("num_users", "num_items"))
-    if not config.streaming:
-        yield from ((key, "without data.streaming") for key in ("lanes", "chunk_rows", "window", "num_workers"))
-    elif config.kind == "parquet":
-        yield "chunk_rows", "with streamed Parquet files, which state their own row groups"
-    if config.subsample == 1:
-        yield "subsample_by", "with data.subsample = 1"
-    if config.tail_count == 0:
-        yield "tail_tables", "with data.tail_count = 0"
-    yield from _idle_of_split(config)
-
-
-def _idle_of_split(config: DataConfig) -> Iterator[tuple[str, str]]:
-    """Yield the keys that draw a split where nothing is drawn, and why."""
-    if config.kind == "parquet" and config.split is not None:
-        reason = f"beside the column data.split = {config.split!r}; set that to null for a split without a column"
-        yield from (("split_by", reason), ("fractions", reason))
-    else:
-        reason = f"with data.split_by = {config.split_by!r}"
-    if config.split_by == "last_file":
-        yield "fractions", reason
-    is_drawn = config.split_by == "drawn" and (config.kind != "parquet" or config.split is None)
-    if not is_drawn and config.subsample == 1:
-        yield "split_seed", reason
-
-
-def _lists(config: DataConfig) -> Iterator[tuple[str, list[str]]]:
-    for key in ("features", "drop", "dense", "tail_tables"):
-        yield key, getattr(config, key)
 
 
 def _check_trains(config: RunConfig, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]) -> None:

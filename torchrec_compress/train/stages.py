@@ -17,14 +17,7 @@ from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.compression import Compression, parse, resolve
 from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.check import check_config, check_run
-from torchrec_compress.train.config import (
-    DataConfig,
-    RunConfig,
-    fingerprint,
-    lasting,
-    needs_pretrained,
-    override,
-)
+from torchrec_compress.train.config import DataConfig, RunConfig, fingerprint, lasting, needs_pretrained, override
 from torchrec_compress.train.data.inputs import identify
 from torchrec_compress.train.data.memory import ClickData
 from torchrec_compress.train.data.open import open_data
