@@ -71,6 +71,8 @@ def test_copied_integers_are_warned_of_once(caplog):
         copy.deepcopy,
         lambda model: pickle.loads(pickle.dumps(model)),
         lambda model: model.half(),
+        lambda model: model._apply(torch.clone),
+        lambda model: model.reset_parameters() or model,
         lambda model: model.load_state_dict(trained(seed=1).state_dict()) and model,
         lambda model: model.load_state_dict(trained(seed=1).state_dict(), assign=True) and model,
         lambda model: model.to_empty(device="cpu").reset_parameters() or model,
