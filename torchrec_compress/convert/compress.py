@@ -165,6 +165,7 @@ def compress_into(
             f"compress_into: seed must be the collection's own, {collection.seed}, got {seed}; leave it out"
         )
     _check_whole("compress_into", collection)
+    _check_trainable("compress_into", collection)
     tables = {table.name: table for table in collection.table_configs()}
     counts = {} if counts is None else counts
     contexts = {} if contexts is None else contexts
@@ -219,6 +220,10 @@ def _check_whole(where: str, collection: CompressedEmbeddingBagCollection | Comp
             f"{where}: collection must hold values, got {empty[0]!r} on the meta device; call to_empty(device=...) and "
             "reset_parameters() first"
         )
+
+
+def _check_trainable(where: str, collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection) -> None:
+    """Raise ValueError where tensors of a collection can only be read."""
     if any(value.is_inference() for value in [*collection.parameters(), *collection.buffers()]):
         raise ValueError(
             f"{where}: collection must not be made under torch.inference_mode(), whose tensors can never be trained, "
