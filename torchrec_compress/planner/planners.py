@@ -10,6 +10,7 @@ from torch import nn
 from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.planner import EmbeddingShardingPlanner as StockPlanner
+from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
 from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
 from torchrec.distributed.planner.stats import EmbeddingStats
 from torchrec.distributed.planner.types import (
@@ -30,6 +31,7 @@ from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.planner.accounting import DenseOptimizer
 from torchrec_compress.planner.constraints import translate_constraints
 from torchrec_compress.planner.enumerators import CompressedEnumerator
+from torchrec_compress.planner.means import SoundMeans
 from torchrec_compress.planner.proposers import TradeOffProposer, UnlessMany
 from torchrec_compress.planner.report import PlanReport
 from torchrec_compress.planner.reservation import DecodeReservation
@@ -111,7 +113,7 @@ class EmbeddingShardingPlanner(StockPlanner):
             enumerator=CompressedEnumerator(topology, batch_size, self._translated, dense_optimizer),
             storage_reservation=DecodeReservation(storage_reservation),
             proposer=proposer,
-            partitioner=partitioner,
+            partitioner=SoundMeans(partitioner or GreedyPerfPartitioner()),
             performance_model=performance_model,
             stats=[*own_stats, self._plan_stats],
             constraints=self._translated,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from torchrec.distributed.planner.types import Enumerator, Proposer, ShardingOption, Topology
+
+from torchrec_compress.planner.means import sound_choices
 
 # Weights of storage against time, as shares of their spreads over all options.
 _TRADE_OFFS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 class TradeOffProposer(Proposer):
-    """Propose a dozen plans between the quickest and the smallest.
+    """Propose a dozen plans between the quickest and the smallest, and with tables that pool by mean two dozen.
 
     Each table takes the option with the least time plus weighted storage, for several weights; the ends are the least
     time (of the slowest shard, and over all shards), the least storage over all ranks, and the smallest largest shard.
@@ -23,15 +27,13 @@ class TradeOffProposer(Proposer):
 
     def load(self, search_space: list[ShardingOption], enumerator: Enumerator | None = None) -> None:
         """Make the proposals from estimated options."""
-        by_table: dict[str, list[ShardingOption]] = {}
-        for option in search_space:
-            by_table.setdefault(option.fqn, []).append(option)
         costs = {id(option): _costs(option) for option in search_space}
         spread = [max((cost[n] for cost in costs.values()), default=0.0) or 1.0 for n in range(4)]
         weights = [(1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0)]
         weights += [(1.0, 0.0, share, share) for share in _TRADE_OFFS]
         found: dict[tuple[int, ...], list[ShardingOption]] = {}
-        for weight in weights:
+        tables = [_by_table(space) for space in sound_choices(search_space)]
+        for weight, by_table in product(weights, tables):
 
             def score(option: ShardingOption, weight: tuple[float, ...] = weight) -> tuple[float, float, str]:
                 cost = costs[id(option)]
@@ -56,6 +58,13 @@ class TradeOffProposer(Proposer):
     ) -> None:
         """Go on to the next; what the planner says of the last one does not matter."""
         self._next += 1
+
+
+def _by_table(search_space: list[ShardingOption]) -> dict[str, list[ShardingOption]]:
+    by_table: dict[str, list[ShardingOption]] = {}
+    for option in search_space:
+        by_table.setdefault(option.fqn, []).append(option)
+    return by_table
 
 
 def _costs(option: ShardingOption) -> tuple[float, float, float, float]:

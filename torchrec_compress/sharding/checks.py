@@ -21,6 +21,8 @@ from torchrec_compress.seams import backward_optimizer
 
 logger = logging.getLogger(__name__)
 
+ROW_KINDS = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
+
 
 def check_env(env: ShardingEnv, where: str) -> None:
     """Raise ValueError for a sharding environment that compressed collections do not know."""
@@ -56,15 +58,32 @@ def check_means(where: str, tables: Iterable[EmbeddingBagConfig], plan: Mapping[
         tables: of one collection.
         plan: by their names.
     """
-    cut = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
+    tables = list(tables)
     kinds = {table.name: plan[table.name].sharding_type for table in tables}
-    means = [table.name for table in tables if table.pooling == PoolingType.MEAN and kinds[table.name] in cut]
-    others = [name for name, kind in kinds.items() if kind not in cut]
-    if means and others:
+    means, others = wrong_means(kinds, {table.name for table in tables if table.pooling == PoolingType.MEAN})
+    if means:
         raise ValueError(
             f"{where}: tables that pool by mean must not be row-wise beside tables that are not, got {means} row-wise "
             f"and {others} otherwise; TorchRec would divide those too. Constrain all of them to one of the two kinds"
         )
+
+
+def wrong_means(kinds: Mapping[str, str], means: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return the tables of one collection that pool by mean and are row-wise, and those beside them that are not.
+
+    Both are empty where there are none of one sort, and so nothing is wrong.
+
+    Args:
+        kinds: sharding types by table.
+        means: tables that pool by mean.
+
+    Example:
+        >>> wrong_means({"user": "row_wise", "item": "table_wise"}, {"user"})
+        (['user'], ['item'])
+    """
+    rows = [name for name, kind in kinds.items() if kind in ROW_KINDS and name in means]
+    others = [name for name, kind in kinds.items() if kind not in ROW_KINDS]
+    return (rows, others) if rows and others else ([], [])
 
 
 def check_no_empty_shard(plan: dict[str, ParameterSharding]) -> None:
