@@ -151,7 +151,7 @@ def steps_itself(config: MethodConfig) -> bool:
 
 def at_rest(collection: Any) -> Any:
     """Return a collection of which no rows are trained in the backward: that would take an optimizer."""
-    for rows in () if collection.trained is None else collection.trained.tables.values():
+    for rows in () if collection.trained is None else collection.trained.banks.values():
         rows.requires_grad_(False)
     return collection
 

@@ -42,7 +42,7 @@ def trained(config=WHOLE, kind=torch.optim.SGD, rate=0.5, **options):
 
 
 def rows_of(made):
-    return made.trained.tables["item"].served(torch.arange(NUM_ROWS)).clone()
+    return made.trained.banks["item"].served(torch.arange(NUM_ROWS)).clone()
 
 
 @pytest.mark.parametrize("config", [WHOLE, INT8], ids=["whole", "projected"])
@@ -71,29 +71,29 @@ def test_a_step_is_that_of_float_rows_rounded(config, pooling, data):
 
 
 def decode_scales(made):
-    rows = made.trained.tables["item"].rows.clone()
+    rows = made.trained.banks["item"].rows.clone()
     form = TrainedFormat(1, 8)
     return decode_trained(torch.stack([torch.ones_like(rows[:, 0]), rows[:, -1]], 1), form)
 
 
 def test_the_rate_is_read_at_each_step_and_zero_leaves_rows_alone():
     made = trained(kind=torch.optim.Adagrad)
-    (group,) = made.trained.tables["item"].handle._in_backward_optimizers[0].param_groups
+    (group,) = made.trained.banks["item"].handle._in_backward_optimizers[0].param_groups
     for rate, moves in ((0.5, True), (0.0, False), (0.25, True)):
         group["lr"] = rate
-        before = made.trained.tables["item"].rows.clone(), made.trained.tables["item"].state.clone()
+        before = made.trained.banks["item"].rows.clone(), made.trained.banks["item"].state.clone()
         made(batch([[1, 2], [2]]))["item"].square().sum().backward()
-        table = made.trained.tables["item"]
+        table = made.trained.banks["item"]
         assert torch.equal(table.rows, before[0]) is not moves
         assert (table.state.long().sum() != before[1].long().sum()).item() is moves
 
 
 def test_a_bag_that_no_gradient_reaches_changes_nothing():
     made = trained(kind=torch.optim.Adagrad)
-    before = made.trained.tables["item"].rows.clone()
+    before = made.trained.banks["item"].rows.clone()
     out = made(batch([[1], [2]]))["item"]
     (out[0].square().sum() + 0 * out[1].sum()).backward()
-    changed = (made.trained.tables["item"].rows != before).any(1).nonzero().flatten().tolist()
+    changed = (made.trained.banks["item"].rows != before).any(1).nonzero().flatten().tolist()
     assert changed == [1]
 
 
@@ -106,8 +106,8 @@ def test_all_features_of_a_table_are_one_step():
     out = one(both)
     (out["a"] + out["b"]).sum().backward()
     other(KeyedJaggedTensor.from_lengths_sync(["a"], ids, torch.tensor([2])))["a"].sum().backward()
-    assert torch.equal(one.trained.tables["item"].rows, other.trained.tables["item"].rows)
-    assert torch.equal(one.trained.tables["item"].state, other.trained.tables["item"].state)
+    assert torch.equal(one.trained.banks["item"].rows, other.trained.banks["item"].rows)
+    assert torch.equal(one.trained.banks["item"].state, other.trained.banks["item"].state)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_all_features_of_a_table_are_one_step():
 def test_the_optimizer_is_the_users_unless_the_method_names_one(config, kind, wanted):
     made = trained(config, kind)
     made(batch([[1, 2]]))["item"].square().sum().backward()
-    rows = made.trained.tables["item"]
+    rows = made.trained.banks["item"]
     assert (rows.optimizer.kind, rows.state.shape[1]) == wanted
     assert torch.isfinite(rows_of(made)).all()
 
@@ -152,31 +152,31 @@ def test_without_an_optimizer_the_backward_says_so_and_a_frozen_table_takes_none
         ValueError, match=r"table 'item': rows of 8 bits must be trained .* before the look-up, got none"
     ):
         out.sum().backward()
-    before = made.trained.tables["item"].rows.clone()
+    before = made.trained.banks["item"].rows.clone()
     for frozen in (copy.deepcopy(made).eval(), made.requires_grad_(False)):
         frozen.decoder.requires_grad_(True)
         frozen(batch([[1, 2]]))["item"].sum().backward()
-        assert torch.equal(frozen.trained.tables["item"].rows, before)
+        assert torch.equal(frozen.trained.banks["item"].rows, before)
 
 
 def test_evaluation_writes_nothing():
     made = trained(INT8)
-    before = made.trained.tables["item"].rows.clone(), made.trained.tables["item"].num_steps.clone()
+    before = made.trained.banks["item"].rows.clone(), made.trained.banks["item"].num_steps.clone()
     with torch.no_grad():
         made(batch([[1, 2]]))
     made.eval()
     made(batch([[1, 2]]))["item"].sum().backward()
-    table = made.trained.tables["item"]
+    table = made.trained.banks["item"]
     assert torch.equal(table.rows, before[0]) and torch.equal(table.num_steps, before[1])
 
 
 def test_a_gradient_that_is_not_finite_reaches_no_row():
     made = trained()
-    before = made.trained.tables["item"].rows.clone()
+    before = made.trained.banks["item"].rows.clone()
     out = made(batch([[1], [2]]))["item"]
     with pytest.raises(ValueError, match="table 'item': the gradient of id 2 must be finite at step 0, got NaN"):
         out.backward(torch.stack([torch.ones(16), torch.full((16,), float("nan"))]))
-    assert torch.equal(made.trained.tables["item"].rows, before)
+    assert torch.equal(made.trained.banks["item"].rows, before)
 
 
 def test_averages_are_refused_and_copies_are_told(caplog):
@@ -190,14 +190,14 @@ def test_averages_are_refused_and_copies_are_told(caplog):
     with pytest.raises(ValueError, match=r"table 'item': rows of 8 bits must be as training.*average"):
         average.module(batch([[1]]))
     other = collection(seed=3)
-    other.trained.tables["item"].rows.copy_(made.trained.tables["item"].rows)
+    other.trained.banks["item"].rows.copy_(made.trained.banks["item"].rows)
     other(batch([[1]]))
     assert "written by something else than training" in caplog.text
 
 
 def test_a_blend_of_state_dicts_is_refused_and_a_copy_is_taken():
     first, second = collection(seed=1), collection(seed=2)
-    key = "trained.tables.item.rows"
+    key = "trained.banks.item.rows"
     states = [first.state_dict(), second.state_dict()]
     floats = {**states[0], key: (states[0][key].float() + states[1][key].float()) / 2}
     with pytest.raises(ValueError, match=f"{key}: must be integers, got torch.float32"):
@@ -209,7 +209,7 @@ def test_a_blend_of_state_dicts_is_refused_and_a_copy_is_taken():
 def test_rows_of_another_width_or_number_of_bits_are_refused():
     for other in (NarrowConfig(width=12, bits=8), NarrowConfig(width=16, bits=4), NarrowConfig(width=8)):
         with pytest.raises(
-            (ValueError, RuntimeError), match=r"table 'item': the checkpoint's|trained\.tables\.item\.rows"
+            (ValueError, RuntimeError), match=r"table 'item': the checkpoint's|trained\.banks\.item\.rows"
         ):
             collection(INT8).load_state_dict(collection(other).state_dict())
 
@@ -219,7 +219,7 @@ def test_start_and_training_follow_from_the_seed():
     for each in made:
         for number in range(3):
             each(batch([[number, 7], [8]]))["item"].square().sum().backward()
-    rows = [each.trained.tables["item"].rows for each in made]
+    rows = [each.trained.banks["item"].rows for each in made]
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
 
 
@@ -235,10 +235,10 @@ def test_unpooled_rows_train():
     table = EmbeddingConfig(name="item", num_embeddings=NUM_ROWS, embedding_dim=16, feature_names=["item"])
     made = CompressedEmbeddingCollection([table], compression=INT8)
     apply_optimizer_in_backward(torch.optim.SGD, native_parameters(made), {"lr": 0.5})
-    before = made.trained.tables["item"].rows.clone()
+    before = made.trained.banks["item"].rows.clone()
     rows = made(batch([[3, 3], [9]]))["item"].values()
     rows.square().sum().backward()
-    changed = (made.trained.tables["item"].rows != before).any(1).nonzero().flatten().tolist()
+    changed = (made.trained.banks["item"].rows != before).any(1).nonzero().flatten().tolist()
     assert changed == [3, 9]
 
 

@@ -73,8 +73,8 @@ def plan_of(kinds: dict[str, str], pooling: PoolingType) -> str:
         batch_size=8,
         constraints=translate_constraints(model, constraints, "cpu", sharders),
     )
-    plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
     try:
+        plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
         DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
     except ValueError as error:
         return str(error)
@@ -85,7 +85,7 @@ def plan_of(kinds: dict[str, str], pooling: PoolingType) -> str:
 def test_row_wise_means_beside_other_kinds_are_refused_since_torchrec_divides_all(two_ranks, other):
     mixed_kinds, one_kind = {"a": "row_wise", "b": other, "c": other}, dict.fromkeys("abc", "row_wise")
     for told in two_ranks.run(plan_of, mixed_kinds, PoolingType.MEAN):
-        assert "must not be row-wise beside tables that are not, got ['a__buckets'] row-wise and ['b__buckets'," in told
+        assert "must not be row-wise beside tables that are not, got ['a'] row-wise and ['b', 'c'] otherwise" in told
     assert two_ranks.run(plan_of, mixed_kinds, PoolingType.SUM) == ["", ""]
     assert two_ranks.run(plan_of, one_kind, PoolingType.MEAN) == ["", ""]
 

@@ -145,7 +145,7 @@ def test_values_and_updates_are_those_of_the_unsharded_tables(two_ranks, how, ki
             torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-3, msg=lambda text, n=name: f"{n}: {text}")
     start = model_of(form != "rows").state_dict()
     for name in ("item", "user", "word"):
-        key = f"embeddings.trained.tables.{name}.rows"
+        key = f"embeddings.trained.banks.{name}.rows"
         assert kind == "empty" or float((expected[key] != start[key]).float().mean()) > 0.05, name
 
 
@@ -167,7 +167,7 @@ def rates_beside_stock() -> dict[str, float]:
     topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
     plan = EmbeddingShardingPlanner(topology, 8, stats=[]).collective_plan(model, sharders, dist.GroupMember.WORLD)
     sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
-    tables = sharded.module.embeddings.trained.tables
+    tables = sharded.module.embeddings.trained.banks
     return {name: (rows.optimizer.rate, rows.optimizer.eps, rows.optimizer.kind) for name, rows in tables.items()}
 
 

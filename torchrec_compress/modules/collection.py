@@ -179,8 +179,8 @@ class CompressedParts(nn.Module):
             targets |= dict(decoder.named_parameters()) | dict(decoder.named_buffers())
         if self.managed is not None and name in self.managed.managers:
             targets |= dict(self.managed.managers[name].named_buffers())
-        if self.trained is not None and name in self.trained.tables:
-            targets["rows"] = self.trained.tables[name].rows
+        if self.trained is not None and name in self.trained.banks:
+            targets["rows"] = self.trained.banks[name].rows
         shared = sorted(
             part.name for part in self.blueprint.parts[name].native if part.shared and part.name in state.native
         )
@@ -208,8 +208,8 @@ class CompressedParts(nn.Module):
             targets[key].copy_(value)
         if state.trained:
             assert self.trained is not None
-            self.trained.tables[name].forget()
-            self.trained.tables[name].note()
+            self.trained.banks[name].forget()
+            self.trained.banks[name].note()
         if state.managed and self.managed is not None:
             self.managed.managers[name].forget_writes()
             self.managed.check_integers(name)
@@ -239,7 +239,7 @@ class CompressedParts(nn.Module):
             return decode_pooled(self.decoder.banks[name], bags).float() if name in self.decoder.banks else bags[0]
         if parts.trained is not None:
             assert self.trained is not None
-            bag = self.trained.tables[name].served(ids)
+            bag = self.trained.banks[name].served(ids)
             return decode_pooled(self.decoder.banks[name], [bag]).float() if name in self.decoder.banks else bag
         if parts.managed is not None:
             assert self.managed is not None

@@ -30,7 +30,7 @@ class TrainedCollection(nn.Module):
         device: of all tensors.
 
     Attributes:
-        tables: `WholeRows` by table name.
+        banks: `WholeRows` by table name.
         also_checked: ids of dense tables beside it, which its sharded form checks before any rank waits for another.
     """
 
@@ -41,7 +41,7 @@ class TrainedCollection(nn.Module):
     ) -> None:
         super().__init__()
         self._configs, self.pooled, self.is_weighted = tuple(tables), pooled, is_weighted
-        self.tables: Any = nn.ModuleDict({table.name: WholeRows(table, device) for table in tables})
+        self.banks: Any = nn.ModuleDict({table.name: WholeRows(table, device) for table in tables})
 
     def configs(self) -> tuple[TrainedTable, ...]:
         """Return the configs of the tables."""
@@ -64,7 +64,7 @@ class TrainedCollection(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all rows anew."""
-        for rows in self.tables.values():
+        for rows in self.banks.values():
             rows.reset_parameters()
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ class TrainedCollection(nn.Module):
 
     def _look_up(self, table: TrainedTable, jagged: dict[str, JaggedTensor]) -> dict[str, Tensor]:
         """Return the look-ups of one table by key; all its features are one look-up, whose gradients are one step."""
-        rows = self.tables[table.name]
+        rows = self.banks[table.name]
         ids = table.ids(jagged)
         handle = rows._parameters["handle"]  # past the attributes that fx records
         if not (self.training and torch.is_grad_enabled() and handle.requires_grad):

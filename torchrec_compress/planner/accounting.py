@@ -137,7 +137,7 @@ def fused_optimizer(option: ShardingOption, fused_params: dict[str, Any] | None)
         fused_params: of its sharder, which count where there is no mark.
     """
     part = option.module[1]
-    tensor = part.tables[option.name].handle if isinstance(part, TrainedCollection) else option.tensor
+    tensor = part.banks[option.name].handle if isinstance(part, TrainedCollection) else option.tensor
     marked = backward_optimizer(tensor)
     if marked is not None:
         return marked

@@ -12,6 +12,7 @@ from torchrec.distributed.types import ModuleSharder, ShardingType
 from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.planner.accounting import DenseOptimizer
 from torchrec_compress.planner.estimators import estimators
+from torchrec_compress.planner.means import check_choices
 
 
 class CompressedEnumerator(StockEnumerator):
@@ -46,9 +47,11 @@ class CompressedEnumerator(StockEnumerator):
         good plans is found.
 
         Raises:
-            ValueError: a table with a manager may only be cut by rows, over ranks that do not divide its blocks.
+            ValueError: a table with a manager may only be cut by rows, over ranks that do not divide its blocks; or
+                tables that pool by mean may only be row-wise beside others that may not.
         """
         options = _with_whole_blocks(super().enumerate(module, sharders))
+        check_choices(options)
         tables = {name: number for number, name in enumerate(dict.fromkeys(option.fqn for option in options))}
         return sorted(options, key=lambda option: (tables[option.fqn], option.sharding_type, option.compute_kernel))
 

@@ -14,7 +14,7 @@ from torchrec.distributed.planner.types import (
 from torchrec.modules.embedding_configs import PoolingType
 
 from torchrec_compress.modules.remapped import RemappedEmbeddingBagCollection
-from torchrec_compress.sharding.checks import ROW_KINDS, wrong_means
+from torchrec_compress.sharding.checks import ROW_KINDS, means_told, wrong_means
 
 
 class SoundMeans(Partitioner):
@@ -39,32 +39,40 @@ class SoundMeans(Partitioner):
             if means:
                 raise PlannerError(
                     error_type=PlannerErrorType.PARTITION,
-                    message=f"tables {means} pool by mean and must not be row-wise beside {others}, which are not",
+                    message=means_told(f"planner: {tables[0].path}", means, others),
                 )
         return self._inner.partition(proposal, storage_constraint)
 
 
+def check_choices(options: Sequence[ShardingOption]) -> None:
+    """Raise ValueError where constraints leave no plan that does not mix kinds beside means."""
+    for tables in _by_module(options).values():
+        means = _means(tables[0])
+        by_rows = {option.name for option in tables if option.sharding_type in ROW_KINDS}
+        otherwise = {option.name for option in tables if option.sharding_type not in ROW_KINDS}
+        cut, whole = sorted(means - otherwise), sorted(otherwise - by_rows)
+        if cut and whole:
+            raise ValueError(means_told(f"planner: {tables[0].path}", cut, whole))
+
+
 def sound_choices(search_space: Sequence[ShardingOption]) -> list[list[ShardingOption]]:
-    """Return search spaces in which no proposal mixes kinds beside means: by rows, and in no way by rows.
+    """Return search spaces in which no proposal mixes kinds beside means: all by rows, or means in no way by rows.
 
     The whole one where no table pools by mean. Of a table that has no option of the kind all stay.
     """
-    careful = {id(option) for tables in _by_module(search_space).values() if _means(tables[0]) for option in tables}
-    if not careful:
+    names = {key: _means(tables[0]) for key, tables in _by_module(search_space).items()}
+    if not any(names.values()):
         return [list(search_space)]
+
+    def is_sound(option: ShardingOption, by_rows: bool) -> bool:
+        means = names.get(id(option.module[1]), set())
+        is_held = means if by_rows else option.name in means
+        return not is_held or (option.sharding_type in ROW_KINDS) is by_rows
+
     spaces = []
     for by_rows in (True, False):
-        kept: list[ShardingOption] = []
-        fitting = {
-            option.fqn
-            for option in search_space
-            if id(option) in careful and (option.sharding_type in ROW_KINDS) is by_rows
-        }
-        for option in search_space:
-            fits = (option.sharding_type in ROW_KINDS) is by_rows
-            if id(option) not in careful or fits or option.fqn not in fitting:
-                kept.append(option)
-        spaces.append(kept)
+        fitting = {option.fqn for option in search_space if is_sound(option, by_rows)}
+        spaces.append([one for one in search_space if is_sound(one, by_rows) or one.fqn not in fitting])
     return spaces
 
 

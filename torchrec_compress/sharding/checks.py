@@ -62,10 +62,15 @@ def check_means(where: str, tables: Iterable[EmbeddingBagConfig], plan: Mapping[
     kinds = {table.name: plan[table.name].sharding_type for table in tables}
     means, others = wrong_means(kinds, {table.name for table in tables if table.pooling == PoolingType.MEAN})
     if means:
-        raise ValueError(
-            f"{where}: tables that pool by mean must not be row-wise beside tables that are not, got {means} row-wise "
-            f"and {others} otherwise; TorchRec would divide those too. Constrain all of them to one of the two kinds"
-        )
+        raise ValueError(means_told(where, means, others))
+
+
+def means_told(where: str, means: list[str], others: list[str]) -> str:
+    """Return what is wrong with these tables, as `wrong_means` returns them; `where` names their part."""
+    return (
+        f"{where}: tables that pool by mean must not be row-wise beside tables that are not, got {means} row-wise "
+        f"and {others} otherwise; TorchRec would divide those too. Constrain all of them to one of the two kinds"
+    )
 
 
 def wrong_means(kinds: Mapping[str, str], means: Collection[str]) -> tuple[list[str], list[str]]:

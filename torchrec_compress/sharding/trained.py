@@ -166,16 +166,16 @@ class ShardedTrainedCollection(
         self._pooled, self._is_weighted = module.pooled, module.is_weighted
         self._also_checked = module.also_checked
         self._configs = {table.name: table for table in module.configs()}
-        self.tables: Any = nn.ModuleDict()
+        self.banks: Any = nn.ModuleDict()
         groups: dict[tuple[str, int], list[RowTable]] = {}  # one exchange moves rows of one width
         for name, table in self._configs.items():
-            self.tables[name] = self._shard_of(module, table)
-            self.tables[name].train_by(optimizers[name])
+            self.banks[name] = self._shard_of(module, table)
+            self.banks[name].train_by(optimizers[name])
             width = table.part.width
             whole = torch.empty(table.num_embeddings, width, device="meta")
             row_table = RowTable(name, table.num_embeddings, width, whole, plan[name])
             groups.setdefault((plan[name].sharding_type, width), []).append(row_table)
-        self._trains = {name: module.tables[name].handle.requires_grad for name in self._configs}
+        self._trains = {name: module.banks[name].handle.requires_grad for name in self._configs}
         self._widths = [width for _, width in groups]
         self._exchanges = [row_exchange(kind, tables, env, device, codecs) for (kind, _), tables in groups.items()]
         self._tables = [[self._configs[name] for name in exchange.feature_names()] for exchange in self._exchanges]
@@ -193,7 +193,7 @@ class ShardedTrainedCollection(
         if kind not in SHARDING_TYPES:
             raise ValueError(f"{table.where}: trained rows must be sharded row_wise or table_wise, got {kind}")
         first, last = shard_bounds(table.name, table.num_embeddings, self._plan[table.name], self._env)
-        shard, whole = TrainedRows(table, first, last - first, self._device), module.tables[table.name]
+        shard, whole = TrainedRows(table, first, last - first, self._device), module.banks[table.name]
         if not whole.rows.is_meta:
             whole.check_intact()
             shard.rows.copy_(whole.rows[first:last])
@@ -201,17 +201,17 @@ class ShardedTrainedCollection(
         return shard
 
     def _show_optimizer(self, optimizers: Mapping[str, RowOptimizer]) -> FusedRowOptimizer:
-        rows = {f"tables.{name}.rows": self.tables[name] for name in self._configs}
+        rows = {f"banks.{name}.rows": self.banks[name] for name in self._configs}
         state = {
-            f"tables.{name}.rows": sharded_tensor(
-                self.tables[name].state, table.num_embeddings, self._state_plan(name), self._env
+            f"banks.{name}.rows": sharded_tensor(
+                self.banks[name].state, table.num_embeddings, self._state_plan(name), self._env
             )
             for name, table in self._configs.items()
         }
-        groups = {f"tables.{name}.rows": dict(optimizers[name].group) for name in self._configs}
+        groups = {f"banks.{name}.rows": dict(optimizers[name].group) for name in self._configs}
         for name in self._configs:  # the settings that a user changes are those that are read
-            self.tables[name].train_by(
-                RowOptimizer(optimizers[name].kind, optimizers[name].given, groups[f"tables.{name}.rows"])
+            self.banks[name].train_by(
+                RowOptimizer(optimizers[name].kind, optimizers[name].given, groups[f"banks.{name}.rows"])
             )
         return FusedRowOptimizer(rows, state, groups)
 
@@ -250,7 +250,7 @@ class ShardedTrainedCollection(
         """Return the ids that are asked of every table, by exchange."""
         ctx.features, ctx.jagged = features, split_features(features)
         check_ranges(ctx.jagged, self._also_checked)
-        for rows in self.tables.values():
+        for rows in self.banks.values():
             rows.check_intact()
         return [[torch.cat(table.ids(ctx.jagged)).to(self._id_dtype) for table in tables] for tables in self._tables]
 
@@ -274,7 +274,7 @@ class ShardedTrainedCollection(
 
         Steps number the dither, which must not depend on who holds what.
         """
-        rows = self.tables[table.name]
+        rows = self.banks[table.name]
         ids = torch.empty(0, dtype=self._id_dtype, device=self._device) if ids is None else ids
         trains = self.training and torch.is_grad_enabled() and self._trains[table.name]
         look_up = rows.look_up_to_train if trains else rows.look_up
@@ -290,8 +290,8 @@ class ShardedTrainedCollection(
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         """Yield the names of buffers that differ over the ranks, which no wrapper may synchronise."""
-        for name, _ in self.tables.named_buffers():
-            yield append_prefix(prefix, f"tables.{name}")
+        for name, _ in self.banks.named_buffers():
+            yield append_prefix(prefix, f"banks.{name}")
 
     @property
     def unsharded_module_type(self) -> type[nn.Module]:
@@ -301,10 +301,10 @@ class ShardedTrainedCollection(
     def shared_rows(self) -> Iterator[tuple[str, TrainedRows, TrainedTable, ParameterSharding]]:
         """Yield the state-dict name, this rank's part, the whole table and the sharding of every table's rows."""
         for name, table in self._configs.items():
-            yield f"tables.{name}.rows", self.tables[name], table, self._plan[name]
+            yield f"banks.{name}.rows", self.banks[name], table, self._plan[name]
 
     def _state_plan(self, name: str) -> ParameterSharding:
-        return as_wide(self._plan[name], self.tables[name].state.shape[1])
+        return as_wide(self._plan[name], self.banks[name].state.shape[1])
 
 
 def as_wide(sharding: ParameterSharding, width: int) -> ParameterSharding:

@@ -44,11 +44,10 @@ class TrainedCollectionSharder(NativeSharder[TrainedCollection]):
         """Return the sharded collection."""
         where = module_fqn or "trained rows"
         check_env(env, where)
-        check_names(where, params, module.tables.keys(), optional=False)
-        tell_of_defaults([rows.handle for rows in module.tables.values()], sorted(params), self.fused_params)
+        check_names(where, params, module.banks.keys(), optional=False)
+        tell_of_defaults([rows.handle for rows in module.banks.values()], sorted(params), self.fused_params)
         optimizers = {
-            table.name: self._optimizer(module.tables[table.name], table.part, table.where)
-            for table in module.configs()
+            table.name: self._optimizer(module.banks[table.name], table.part, table.where) for table in module.configs()
         }
         device = torch.device("cpu") if device is None else device
         return ShardedTrainedCollection(module, params, env, device, optimizers, self.qcomm_codecs_registry)
@@ -72,7 +71,7 @@ class TrainedCollectionSharder(NativeSharder[TrainedCollection]):
 
     def shardable_parameters(self, module: TrainedCollection) -> dict[str, nn.Parameter]:
         """Return the rows by the names of the user's tables; they are buffers."""
-        return {name: rows.rows for name, rows in module.tables.items()}
+        return {name: rows.rows for name, rows in module.banks.items()}
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """Return what keeps rows whole, and on one rank each."""
