@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, PoolingType
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
@@ -18,7 +21,7 @@ from tests.sharding.models import RATE, Model, local_state, loss_of, optimizer_o
 from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, native_parameters
 from torchrec_compress.methods import DenseConfig, NarrowConfig, PQConfig
 from torchrec_compress.planner import EmbeddingShardingPlanner
-from torchrec_compress.sharding import get_default_sharders
+from torchrec_compress.sharding import compressed_sharders, get_default_sharders
 
 STEPS, BAGS = 4, 4
 ADAGRAD = {"lr": 0.1, "eps": 1e-8}
@@ -250,3 +253,50 @@ def test_rows_and_state_are_bit_equal_on_other_ranks(two_ranks, four_ranks, save
     assert all(torch.equal(value, state[name]) for name, value in again.items())
     assert [int(value) for name, value in state.items() if name.endswith(".step")] == [3, 3, 3]
     assert all(value.any() for value in state.values())
+
+
+def settings_of(pooled: bool) -> list[tuple]:
+    """Return how tables train that nobody marked, beside sharders of bags and of rows that differ."""
+    bags = {"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": 0.25, "eps": 1e-3}
+    rows = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.125, "eps": 1e-2}
+    mine = [EmbeddingBagCollectionSharder(bags), EmbeddingCollectionSharder(rows)]
+    sharders = [*mine, *compressed_sharders(mine)]
+    model = model_of(pooled)
+    topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
+    planner = EmbeddingShardingPlanner(topology, 8, stats=[])
+    plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    state = sum(table.optimizer_bytes for table in planner.report.tables.values()) if planner.report else 0
+    sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    found = sharded.module.embeddings.trained.banks
+    return [(each.optimizer.kind, each.optimizer.rate, each.optimizer.eps) for each in found.values()], state
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_settings_are_those_of_the_users_sharder(two_ranks, pooled):
+    (found, _), (again, _) = two_ranks.run(settings_of, pooled)
+    kind, rate, eps = ("adagrad", 0.25, 1e-3) if pooled else ("rowwise_adagrad", 0.125, 1e-2)
+    assert found == again == [("rowwise_adagrad", rate, eps), (kind, rate, eps), (kind, rate, eps)]
+
+
+def refused_settings(settings: dict) -> str:
+    model = model_of(True)
+    sharders = get_default_sharders(fused_params=settings)
+    topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
+    try:
+        plan = EmbeddingShardingPlanner(topology, 8, stats=[]).collective_plan(model, sharders, dist.GroupMember.WORLD)
+        DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": EmbOptimType.ADAM}, "must be trained by one of SGD, Adagrad and RowWiseAdagrad, got adam"),
+        ({"optimizer": EmbOptimType.EXACT_ADAGRAD, "weight_decay": 0.1}, "are trained without ['weight_decay']"),
+        ({"optimizer": EmbOptimType.EXACT_ADAGRAD, "max_gradient": 1.0}, "got ['max_gradient']; leave them out"),
+    ],
+)
+def test_settings_that_rows_cannot_be_trained_by_are_refused(two_ranks, settings, message):
+    assert all(message in told for told in two_ranks.run(refused_settings, settings))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.types import ShardedModule
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_compress.methods import MethodConfig, TableState
@@ -43,6 +43,7 @@ class CompressedParts(nn.Module):
     dense: Any  # a stock collection, what DistributedModelParallel puts in its place, or None
     _rows_kind: ClassVar[type[RemappedEmbeddingCollection]] = RemappedEmbeddingCollection
     _managed_kind: ClassVar[type[ManagedCollection]] = ManagedCollection
+    _trained_kind: ClassVar[type[TrainedCollection]] = TrainedCollection
 
     def _build_shared(
         self, blueprint: Blueprint, is_weighted: bool, device: torch.device | None, will_fit: bool
@@ -54,8 +55,8 @@ class CompressedParts(nn.Module):
         rows, managed = blueprint.rows(), blueprint.managed()
         self.rows = nn.ModuleDict({group: self._rows_kind(*members, device) for group, members in rows.items()})
         self.managed = self._managed_kind(managed, device) if managed else None
-        trained, pooled = blueprint.trained(), any(isinstance(table, EmbeddingBagConfig) for table in blueprint.tables)
-        self.trained = TrainedCollection(trained, pooled, is_weighted, device) if trained else None
+        trained = blueprint.trained()
+        self.trained = self._trained_kind(trained, is_weighted, device) if trained else None
         self.decoder = Decoder(blueprint, is_weighted, device)
         for name, bank in self._code_banks().items():
             if name in self.decoder.banks:

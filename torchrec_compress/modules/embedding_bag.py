@@ -28,7 +28,7 @@ from torchrec_compress.modules.remapped import (
     RemappedEmbeddingBagRows,
     RemappedEmbeddingCollection,
 )
-from torchrec_compress.modules.trained import TrainedCollection
+from torchrec_compress.modules.trained import TrainedBags, TrainedCollection
 
 _NATIVE = (
     EmbeddingBagCollection,
@@ -77,6 +77,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
     default_compression: ClassVar[Compression | None] = None
     _rows_kind = RemappedEmbeddingBagRows
     _managed_kind = ManagedBagRows
+    _trained_kind = TrainedBags
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,10 @@ torch.fx.wrap("split_features")
 
 
 class TrainedCollection(nn.Module):
-    """Hold whole tables of trained rows, and look them up.
+    """Hold whole tables of trained rows, and look up a row for each id.
 
     Args:
         tables: one config per table.
-        pooled: whether look-ups are bags; one row an id otherwise.
         is_weighted: whether batches carry weights.
         device: of all tensors.
 
@@ -34,13 +33,12 @@ class TrainedCollection(nn.Module):
         also_checked: ids of dense tables beside it, which its sharded form checks before any rank waits for another.
     """
 
+    pooled: ClassVar[bool] = False
     also_checked: Sequence[IdRange] = ()
 
-    def __init__(
-        self, tables: Sequence[TrainedTable], pooled: bool, is_weighted: bool, device: torch.device | None
-    ) -> None:
+    def __init__(self, tables: Sequence[TrainedTable], is_weighted: bool, device: torch.device | None) -> None:
         super().__init__()
-        self._configs, self.pooled, self.is_weighted = tuple(tables), pooled, is_weighted
+        self._configs, self.is_weighted = tuple(tables), is_weighted
         self.banks: Any = nn.ModuleDict({table.name: WholeRows(table, device) for table in tables})
 
     def configs(self) -> tuple[TrainedTable, ...]:
@@ -115,6 +113,12 @@ class TrainedCollection(nn.Module):
                 f"{table.where}: several ranks must share trained rows, got a copy on each, which would drift apart; "
                 f"{SHARDERS}"
             )
+
+
+class TrainedBags(TrainedCollection):
+    """Tables of trained rows of a pooled collection, whose sharder takes the settings of the user's bags."""
+
+    pooled = True
 
 
 @dataclass(frozen=True)

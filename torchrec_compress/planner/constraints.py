@@ -24,7 +24,7 @@ from torchrec_compress.modules.remapped import (
     RemappedEmbeddingCollection,
     RemappedFeature,
 )
-from torchrec_compress.modules.trained import TrainedCollection
+from torchrec_compress.modules.trained import TrainedBags, TrainedCollection
 from torchrec_compress.planner.lookups import Lookups
 from torchrec_compress.sharding import get_default_sharders
 
@@ -38,6 +38,7 @@ _PARTS: dict[type[nn.Module], str] = {
     ManagedCollection: "table with a manager",
     ManagedBagRows: "table with a manager",
     TrainedCollection: "table of trained rows",
+    TrainedBags: "table of trained rows",
     Decoder: "replicated decoder",
 }
 # what to do instead, nearest first: what a sharding type is wished for is how it spreads bytes and traffic

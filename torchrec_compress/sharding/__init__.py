@@ -9,7 +9,7 @@ from torchrec_compress.sharding.sharders import (
     RemappedEmbeddingBagRowsSharder,
     RemappedEmbeddingCollectionSharder,
 )
-from torchrec_compress.sharding.trained_sharders import TrainedCollectionSharder
+from torchrec_compress.sharding.trained_sharders import TrainedBagsSharder, TrainedCollectionSharder
 
 __all__ = [
     "CodeTableCollectionSharder",
@@ -19,6 +19,7 @@ __all__ = [
     "RemappedEmbeddingBagCollectionSharder",
     "RemappedEmbeddingBagRowsSharder",
     "RemappedEmbeddingCollectionSharder",
+    "TrainedBagsSharder",
     "TrainedCollectionSharder",
     "compressed_sharders",
     "get_default_sharders",

@@ -22,7 +22,7 @@ from torchrec_compress.sharding.sharders import (
     RemappedEmbeddingBagRowsSharder,
     RemappedEmbeddingCollectionSharder,
 )
-from torchrec_compress.sharding.trained_sharders import TrainedCollectionSharder
+from torchrec_compress.sharding.trained_sharders import TrainedBagsSharder, TrainedCollectionSharder
 
 Sharders = list[ModuleSharder[nn.Module]]
 Registry = dict[str, QuantizedCommCodecs]
@@ -86,6 +86,7 @@ def compressed_sharders(
         ManagedCollectionSharder(rows),
         ManagedBagRowsSharder(bags),
         TrainedCollectionSharder(rows),
+        TrainedBagsSharder(bags),
         DecoderSharder({**(rows.fused_params or {}), **(bags.fused_params or {})}),
     ]  # type: ignore[list-item]
 

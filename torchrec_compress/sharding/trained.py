@@ -163,7 +163,7 @@ class ShardedTrainedCollection(
     ) -> None:
         super().__init__()
         self._env, self._device, self._plan = env, device, plan
-        self._pooled, self._is_weighted = module.pooled, module.is_weighted
+        self._pooled, self._is_weighted, self._kind = module.pooled, module.is_weighted, type(module)
         self._also_checked = module.also_checked
         self._configs = {table.name: table for table in module.configs()}
         self.banks: Any = nn.ModuleDict()
@@ -296,7 +296,7 @@ class ShardedTrainedCollection(
     @property
     def unsharded_module_type(self) -> type[nn.Module]:
         """The module that this one replaces."""
-        return TrainedCollection
+        return self._kind
 
     def shared_rows(self) -> Iterator[tuple[str, TrainedRows, TrainedTable, ParameterSharding]]:
         """Yield the state-dict name, this rank's part, the whole table and the sharding of every table's rows."""

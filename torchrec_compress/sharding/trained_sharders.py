@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.modules.row_optimizer import RowOptimizer
-from torchrec_compress.modules.trained import TrainedCollection
+from torchrec_compress.modules.trained import TrainedBags, TrainedCollection
 from torchrec_compress.modules.trained_rows import WholeRows
 from torchrec_compress.seams import backward_optimizer, backward_settings
-from torchrec_compress.sharding.checks import check_env, check_names, tell_of_defaults
-from torchrec_compress.sharding.native import NativeSharder
+from torchrec_compress.sharding.checks import check_env, check_names, tell_of_defaults, tell_of_missing_codec
+from torchrec_compress.sharding.native import NativeSharder, rows_of_bags
 from torchrec_compress.sharding.trained import SHARDING_TYPES, ShardedTrainedCollection
 
 # what FBGEMM's tables do where nothing is said
@@ -85,3 +86,31 @@ class TrainedCollectionSharder(NativeSharder[TrainedCollection]):
     def module_type(self) -> type[TrainedCollection]:
         """The module that is sharded."""
         return TrainedCollection
+
+
+class TrainedBagsSharder(TrainedCollectionSharder):
+    """Shard tables of trained rows of pooled collections: rows travel, but the settings are those of the user's bags.
+
+    Args:
+        bags: the sharder of the user's `EmbeddingBagCollection`, whose fused parameters and codecs are taken.
+    """
+
+    def __init__(self, bags: BaseEmbeddingSharder[EmbeddingBagCollection] | None = None) -> None:
+        super().__init__(rows_of_bags(bags))
+
+    def shard(
+        self,
+        module: TrainedCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedTrainedCollection:
+        """Return the sharded collection."""
+        tell_of_missing_codec(self.qcomm_codecs_registry, params)
+        return super().shard(module, params, env, device, module_fqn)
+
+    @property
+    def module_type(self) -> type[TrainedBags]:
+        """The module that is sharded."""
+        return TrainedBags
