@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, PoolingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.optimizers import SGD as StandIn
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from tests.cases import batch
@@ -202,8 +203,11 @@ def test_a_blend_of_state_dicts_is_refused_and_a_copy_is_taken():
     floats = {**states[0], key: (states[0][key].float() + states[1][key].float()) / 2}
     with pytest.raises(ValueError, match=f"{key}: must be integers, got torch.float32"):
         first.load_state_dict(floats)
+    before = first.trained.banks["item"].rows.clone()
     with pytest.raises(ValueError, match=r"rows of 8 bits must be as training"):
         first.load_state_dict({**floats, key: floats[key].to(torch.uint8)})
+    assert torch.equal(first.trained.banks["item"].rows, before) and len(native_parameters(first)) == 1
+    first(batch([[1]]))
 
 
 def test_rows_of_another_width_or_number_of_bits_are_refused():
@@ -261,3 +265,22 @@ def test_no_tensor_of_the_tables_floats_is_made():
         apply_optimizer_in_backward(torch.optim.Adagrad, native_parameters(made), {"lr": 0.5})
         made(batch([[3, 3], [9]]))["item"].square().sum().backward()
     assert seen.floats <= 65536 * 8
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad])
+def test_rows_from_a_state_dict_that_is_assigned_to_meta_tensors_train(kind):
+    table = EmbeddingBagConfig(name="item", num_embeddings=NUM_ROWS, embedding_dim=16, feature_names=["item"])
+    made = CompressedEmbeddingBagCollection([table], device="meta", compression=WHOLE)
+    made.load_state_dict(collection().state_dict(), assign=True)
+    made = made.to_empty(device="cpu") if made.trained.banks["item"].rows.is_meta else made
+    apply_optimizer_in_backward(kind, native_parameters(made), {"lr": 0.5})
+    before = made.trained.banks["item"].rows.clone()
+    made(batch([[1]]))["item"].square().sum().backward()
+    assert (made.trained.banks["item"].rows != before).any(1).nonzero().flatten().tolist() == [1]
+
+
+def test_torchrecs_stand_in_for_an_optimizer_is_refused_where_nothing_is_sharded():
+    made = collection()
+    apply_optimizer_in_backward(StandIn, native_parameters(made), {"lr": 0.1})
+    with pytest.raises(ValueError, match="an optimizer of torch.optim, got TorchRec's stand-in SGD"):
+        made(batch([[1]]))

@@ -16,6 +16,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from tests.sharding.models import RATE, Model, local_state, loss_of, optimizer_of, whole_state
 from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, native_parameters
@@ -278,8 +279,10 @@ def test_settings_are_those_of_the_users_sharder(two_ranks, pooled):
     assert found == again == [("rowwise_adagrad", rate, eps), (kind, rate, eps), (kind, rate, eps)]
 
 
-def refused_settings(settings: dict) -> str:
+def refused_settings(settings: dict, marks: dict | None = None) -> str:
     model = model_of(True)
+    if marks is not None:
+        apply_optimizer_in_backward(RowWiseAdagrad, native_parameters(model), marks)
     sharders = get_default_sharders(fused_params=settings)
     topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
     try:
@@ -300,3 +303,28 @@ def refused_settings(settings: dict) -> str:
 )
 def test_settings_that_rows_cannot_be_trained_by_are_refused(two_ranks, settings, message):
     assert all(message in told for told in two_ranks.run(refused_settings, settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "marks", "message"),
+    [
+        ({"weight_decay": 0.01}, {"lr": 0.1}, "are trained without ['weight_decay']"),
+        ({}, {"lr": 0.1, "max_gradient": 1e-3}, "are trained without ['max_gradient'], got {'max_gradient': 0.001}"),
+    ],
+)
+def test_no_setting_is_lost_beside_a_mark(two_ranks, settings, marks, message):
+    assert all(message in told for told in two_ranks.run(refused_settings, settings, marks))
+
+
+def merged_settings() -> list[tuple]:
+    model = model_of(True)
+    apply_optimizer_in_backward(torch.optim.Adagrad, native_parameters(model), {"lr": 0.5})
+    sharders = get_default_sharders(fused_params={"learning_rate": 0.7, "eps": 1e-3})
+    topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
+    plan = EmbeddingShardingPlanner(topology, 8, stats=[]).collective_plan(model, sharders, dist.GroupMember.WORLD)
+    sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    return [(each.optimizer.rate, each.optimizer.eps) for each in sharded.module.embeddings.trained.banks.values()]
+
+
+def test_a_mark_comes_before_the_sharders_settings(two_ranks):
+    assert two_ranks.run(merged_settings) == [[(0.5, 1e-3)] * 3] * 2

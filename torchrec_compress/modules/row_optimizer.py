@@ -30,6 +30,8 @@ _OFF: dict[str, Any] = {
     "lr_decay": 0,
     "initial_accumulator_value": 0,
 }
+# how torch computes, not what, beside what is read
+_KNOWN = {"lr", "eps", "params", *_OFF, "foreach", "fused", "differentiable", "capturable", "initial_lr"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class RowOptimizer:
                 f"{where}: rows of {part.bits} bits must be trained by one of SGD, Adagrad and RowWiseAdagrad, got "
                 f"{name}; choose one of them for native_parameters(model)"
             )
-        wrong = {key: group[key] for key, off in _OFF.items() if group.get(key, off) != off}
+        wrong = {key: value for key, value in group.items() if key not in _KNOWN or value != _OFF.get(key, value)}
         if wrong:
             raise ValueError(
                 f"{where}: rows of {part.bits} bits are trained without {sorted(wrong)}, got {wrong}; leave them out"

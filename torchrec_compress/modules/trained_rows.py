@@ -178,7 +178,7 @@ class TrainedRows(nn.Module):
                 optimizer.kind,
                 optimizer.given,
             )
-        if self.state.shape[1] != wanted.state_bytes:
+        if self.state.shape[1] != wanted.state_bytes or self.state.device != self.rows.device:
             if self._optimizer is not None and self._optimizer.kind != optimizer.kind:
                 raise ValueError(
                     f"{self._table.where}: rows must be trained by one optimizer, got {optimizer.kind} after "
@@ -238,9 +238,11 @@ class TrainedRows(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        rows = state_dict.get(prefix + "rows")
+        is_ours = isinstance(rows, Tensor) and rows.dtype == torch.uint8 and rows.shape[1:] == self.rows.shape[1:]
+        if is_ours and not rows.is_meta:
+            self.check_encoded(rows)  # before any byte is written; other shapes torch refuses
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if prefix + "rows" in state_dict and not self.rows.is_meta:
-            self.check_encoded(self.rows)
         self.note()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -275,6 +277,11 @@ class WholeRows(TrainedRows):
                 f"{self._table.where}: rows of {self._format.bits} bits must be trained by one optimizer, got "
                 f"{[type(holder).__name__ for holder in holders]}"
             )
+        if not hasattr(holders[0], "param_groups"):
+            raise ValueError(
+                f"{self._table.where}: rows must be trained by an optimizer of torch.optim, got TorchRec's stand-in "
+                f"{type(holders[0]).__name__}, which sharded tables alone understand; shard the model, or name torch's"
+            )
         group = holders[0].param_groups[0]
         self.train_by(RowOptimizer.of(type(holders[0]).__name__, group, self._table.part, self._table.where))
         self._holder = holders[0]
@@ -285,8 +292,10 @@ class WholeRows(TrainedRows):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         handle = self._parameters.pop("handle")
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._parameters["handle"] = handle
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        finally:
+            self._parameters["handle"] = handle
 
 
 def note_rows(module: nn.Module) -> None:

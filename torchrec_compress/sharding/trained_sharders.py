@@ -54,11 +54,8 @@ class TrainedCollectionSharder(NativeSharder[TrainedCollection]):
         return ShardedTrainedCollection(module, params, env, device, optimizers, self.qcomm_codecs_registry)
 
     def _optimizer(self, rows: WholeRows, part: Any, where: str) -> RowOptimizer:
-        """Return what trains a table: what `apply_optimizer_in_backward` said of it, else the fused parameters."""
-        marked = backward_optimizer(rows.handle)
-        if marked is not None:
-            return RowOptimizer.of(marked, {**_DEFAULTS, **backward_settings(rows.handle)}, part, where)
-        given = self.fused_params or {}
+        """Return what trains a table: by what `apply_optimizer_in_backward` said of it and by the fused parameters."""
+        given, marked = self.fused_params or {}, backward_optimizer(rows.handle)
         lost = sorted(set(given) - {"optimizer", *_NAMES})
         if lost:
             raise ValueError(
@@ -68,7 +65,9 @@ class TrainedCollectionSharder(NativeSharder[TrainedCollection]):
             )
         name = str(getattr(given.get("optimizer"), "value", given.get("optimizer", "exact_sgd")))
         settings = {_NAMES[key]: value for key, value in given.items() if key != "optimizer"}
-        return RowOptimizer.of(name, {**_DEFAULTS, **settings}, part, where)
+        # a mark comes before the sharder's settings, and these before FBGEMM's, as for TorchRec's tables
+        settings = {**_DEFAULTS, **settings, **backward_settings(rows.handle)}
+        return RowOptimizer.of(name if marked is None else marked, settings, part, where)
 
     def shardable_parameters(self, module: TrainedCollection) -> dict[str, nn.Parameter]:
         """Return the rows by the names of the user's tables; they are buffers."""
