@@ -282,5 +282,5 @@ def test_rows_from_a_state_dict_that_is_assigned_to_meta_tensors_train(kind):
 def test_torchrecs_stand_in_for_an_optimizer_is_refused_where_nothing_is_sharded():
     made = collection()
     apply_optimizer_in_backward(StandIn, native_parameters(made), {"lr": 0.1})
-    with pytest.raises(ValueError, match="an optimizer of torch.optim, got TorchRec's stand-in SGD"):
+    with pytest.raises(ValueError, match=r"an optimizer of torch\.optim, got TorchRec's stand-in SGD"):
         made(batch([[1]]))

@@ -239,8 +239,7 @@ class TrainedRows(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         rows = state_dict.get(prefix + "rows")
-        is_ours = isinstance(rows, Tensor) and rows.dtype == torch.uint8 and rows.shape[1:] == self.rows.shape[1:]
-        if is_ours and not rows.is_meta:
+        if isinstance(rows, Tensor) and rows.shape[1:] == self.rows.shape[1:] and not rows.is_meta:
             self.check_encoded(rows)  # before any byte is written; other shapes torch refuses
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.note()
