@@ -22,6 +22,7 @@ from tests.sharding.models import RATE, Model, local_state, loss_of, optimizer_o
 from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, native_parameters
 from torchrec_compress.methods import DenseConfig, NarrowConfig, PQConfig
 from torchrec_compress.planner import EmbeddingShardingPlanner
+from torchrec_compress.seams import copy_to_host
 from torchrec_compress.sharding import compressed_sharders, get_default_sharders
 
 STEPS, BAGS = 4, 4
@@ -328,3 +329,29 @@ def merged_settings() -> list[tuple]:
 
 def test_a_mark_comes_before_the_sharders_settings(two_ranks):
     assert two_ranks.run(merged_settings) == [[(0.5, 1e-3)] * 3] * 2
+
+
+def load_wrong_state(wrong: str) -> str:
+    sharded = sharded_model("row_wise", "bags")
+    optimizer = optimizer_of(sharded)
+    state = optimizer.state_dict()
+    (name,) = [name for name in state["state"] if "trained" in name and "word" in name]
+    kept = state["state"][name]["state"] = copy_to_host(state["state"][name]["state"])
+    (shard,) = kept.local_shards()
+    if wrong == "kind":
+        shard.tensor = torch.zeros(len(shard.tensor), 4, dtype=torch.uint8)
+    else:
+        shard.tensor = torch.full_like(shard.tensor, 255)  # NaN
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [("kind", "must be of adagrad in 32 bits"), ("values", "sums of squares (adagrad in 32 bits)")],
+)
+def test_a_state_that_the_optimizer_does_not_keep_is_refused_when_it_is_loaded(two_ranks, wrong, message):
+    assert all(message in told and "table 'word'" in told for told in two_ranks.run(load_wrong_state, wrong))

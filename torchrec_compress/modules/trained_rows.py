@@ -187,6 +187,23 @@ class TrainedRows(nn.Module):
             self.state = torch.zeros(len(self.rows), wanted.state_bytes, dtype=torch.uint8, device=self.rows.device)
         self._optimizer, self._format = optimizer, wanted
 
+    def check_state(self) -> None:
+        """Raise ValueError where the state is not one that the optimizer of these rows keeps."""
+        form, shape = self._format, tuple(self.state.shape)
+        kept = f"{form.optimizer} in {form.state_bits} bits"
+        if shape != (len(self.rows), form.state_bytes):
+            raise ValueError(
+                f"{self._table.where}: the optimizer's state must be of {kept}, {(len(self.rows), form.state_bytes)}, "
+                f"got {shape}; load it into tables with the optimizer and state_bits that it was saved with"
+            )
+        if form.state_bits == 32 and shape[1]:
+            sums = self.state.view(torch.float32)
+            if not bool(torch.isfinite(sums).all()) or bool((sums < 0).any()):
+                raise ValueError(
+                    f"{self._table.where}: the optimizer's state must be sums of squares ({kept}), got negative ones, "
+                    "infinity or NaN; load a checkpoint that was not damaged"
+                )
+
     def look_up(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, where: str) -> Tensor:
         """Return bags of rows, (B, width) float32, that no backward trains.
 

@@ -122,6 +122,7 @@ class FusedRowOptimizer(FusedOptimizer):
     def __init__(
         self, rows: Mapping[str, TrainedRows], state: Mapping[str, ShardedTensor], groups: Mapping[str, dict[str, Any]]
     ) -> None:
+        self._rows = dict(rows)
         weights = {name: table.rows for name, table in rows.items()}
         kept = {weights[name]: {"state": state[name], "step": table.num_steps} for name, table in rows.items()}
         for name, group in groups.items():
@@ -133,6 +134,14 @@ class FusedRowOptimizer(FusedOptimizer):
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Do nothing: rows have no gradient."""
+
+    def post_load_state_dict(self) -> None:
+        """Raise ValueError where the state that was loaded is not one that the table's optimizer keeps.
+
+        TorchRec calls it after a load, in which it gives tensors the size of what is loaded.
+        """
+        for table in self._rows.values():
+            table.check_state()
 
 
 class ShardedTrainedCollection(
