@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.ops.trained import BACKENDS, WHERE, bags_of, formats, name_of, needs_compiler, step_of, table_of
-from torchrec_compress.ops import TrainedFormat, decode_trained, trained_bag, update_trained
+from torchrec_compress.ops import TrainedFormat, decode_trained, encode_trained, trained_bag, update_trained
 
 ROWS = 30
 FORM = TrainedFormat(8, 8)
@@ -161,3 +161,14 @@ def test_every_instruction_set_writes_the_same_bits(capability):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_shard_names_the_id_of_the_whole_table(backend):
+    form = TrainedFormat(8, 8)
+    rows, state = encode_trained(torch.randn(5, 8), form), torch.zeros(5, 4, dtype=torch.uint8)
+    grads = torch.full((1, 8), float("nan"))
+    with pytest.raises(ValueError, match="the gradient of id 1003 must be finite"):
+        update_trained(
+            rows, state, torch.tensor([3]), None, grads, form, step=step_of(first_id=1000), where=WHERE, backend=backend
+        )

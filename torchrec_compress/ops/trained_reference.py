@@ -75,7 +75,7 @@ def update(
     distinct, gradients = _summed(ids, offsets, weights, grads, is_mean)
     _refuse(
         bits_of(gradients).amax(1) >= _INFINITY,
-        distinct,
+        distinct + step.first_id,
         lambda row: (
             f"{where}: the gradient of id {row} must be finite at step {step.step}, got NaN or infinity; "
             "nothing has been updated"
@@ -87,7 +87,7 @@ def update(
     updated = _UPDATES[format.optimizer](state.index_select(0, distinct), gradients, format, step, random)
     _refuse(
         updated.is_wrong,
-        distinct,
+        distinct + step.first_id,
         lambda row: (
             f"{where}: the optimizer state of id {row} must be at most what {format.state_bits} bits hold at "
             f"step {step.step}, got more; nothing has been updated"
@@ -96,7 +96,7 @@ def update(
     values = decode_trained(rows.index_select(0, distinct), format) - updated.change
     dither = ((random.numbers(format.width) >> 16) * 2 + 1).float() * 2.0**-17
     new_rows, is_wrong = round_rows(values, dither, format)
-    _refuse(is_wrong, distinct, lambda row: too_large(where, row, format, f" at step {step.step}"))
+    _refuse(is_wrong, distinct + step.first_id, lambda row: too_large(where, row, format, f" at step {step.step}"))
     rows.index_copy_(0, distinct, new_rows)
     state.index_copy_(0, distinct, updated.state)
 

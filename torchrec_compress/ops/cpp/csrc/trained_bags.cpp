@@ -254,7 +254,7 @@ void undo(const TrainedTable& table, const TrainedUpdate& update) {
 // Raises what an id is at fault for, as ops/trained_reference.py says it.
 void report(const TrainedCall& call, const TrainedUpdate& update, const TrainedFault& fault, int64_t step) {
   if (fault.kind == TrainedFault::NOTHING) return;
-  const int64_t id = int64_t(update.keys[update.starts[fault.number]] >> 32);
+  const int64_t id = int64_t(update.first_id) + int64_t(update.keys[update.starts[fault.number]] >> 32);
   require(fault.kind != TrainedFault::GRADIENT, call.where, ": the gradient of id ", id, " must be finite at step ",
           step, ", got NaN or infinity; nothing has been updated");
   require(fault.kind != TrainedFault::STATE, call.where, ": the optimizer state of id ", id, " must be at most what ",
