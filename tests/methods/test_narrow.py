@@ -83,3 +83,26 @@ def test_smaller_widths_are_multiples_of_four():
         NarrowConfig(width=4),
         None,
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 16}, r"bits must be one of \[32, 8, 4\], got 16"),
+        ({"bits": 8.0}, r"bits must be one of \[32, 8, 4\], got 8.0"),
+        ({"bits": 8, "state_bits": 16}, r"state_bits must be one of \[32, 8\], got 16"),
+        ({"bits": 8, "optimizer": "adam"}, "optimizer must be one of .*got 'adam'"),
+        ({"optimizer": "adagrad"}, "optimizer must be left out with bits=32"),
+        ({"state_bits": 8}, "state_bits must be left out with bits=32"),
+    ],
+)
+def test_options_that_do_nothing_or_are_none_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        NarrowConfig(width=8, **options)
+
+
+def test_few_bits_may_have_the_whole_width_and_no_projection():
+    collection = fresh(NarrowConfig(width=16, bits=4))
+    assert collection.methods()["item"].method == "narrow" and not collection.decoder.banks
+    with pytest.raises(ValueError, match="width must be a multiple of 4 in .4, 16., with bits=8 .*got 20"):
+        NarrowConfig(width=20, bits=8).check(table())

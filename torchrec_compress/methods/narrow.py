@@ -74,7 +74,7 @@ class NarrowConfig(MethodConfig):
         """Raise ValueError for settings that do nothing beside the others."""
         super().__post_init__()
         for name, allowed in (("bits", (32, 8, 4)), ("state_bits", (32, 8)), ("optimizer", (None, *_OPTIMIZERS))):
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in allowed or isinstance(getattr(self, name), float):  # 8.0 == 8
                 raise ValueError(f"narrow: {name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
         idle = {"optimizer": self.optimizer is not None, "state_bits": self.state_bits != 32}
         if self.bits == 32 and any(idle.values()):
