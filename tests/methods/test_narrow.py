@@ -104,5 +104,5 @@ def test_options_that_do_nothing_or_are_none_are_refused(options, message):
 def test_few_bits_may_have_the_whole_width_and_no_projection():
     collection = fresh(NarrowConfig(width=16, bits=4))
     assert collection.methods()["item"].method == "narrow" and not collection.decoder.banks
-    with pytest.raises(ValueError, match="width must be a multiple of 4 in .4, 16., with bits=8 .*got 20"):
+    with pytest.raises(ValueError, match=r"width must be a multiple of 4 in .4, 16., with bits=8 .*got 20"):
         NarrowConfig(width=20, bits=8).check(table())
