@@ -1,6 +1,7 @@
 """Tables of trained rows, unsharded: what their backward does, who may write to them, and what is refused."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -284,3 +285,16 @@ def test_torchrecs_stand_in_for_an_optimizer_is_refused_where_nothing_is_sharded
     apply_optimizer_in_backward(StandIn, native_parameters(made), {"lr": 0.1})
     with pytest.raises(ValueError, match=r"an optimizer of torch\.optim, got TorchRec's stand-in SGD"):
         made(batch([[1]]))
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_is_trained_by_an_optimizer_of_its_own(twin):
+    made = trained(kind=torch.optim.Adagrad)
+    made(batch([[1]]))["item"].square().sum().backward()
+    other = twin(made)
+    with pytest.raises(ValueError, match="by an optimizer that is given before the look-up, got none"):
+        other(batch([[1]]))["item"].square().sum().backward()
+    apply_optimizer_in_backward(torch.optim.Adagrad, native_parameters(other), {"lr": 0.5})
+    for each in (made, other):  # the state came along
+        each(batch([[1]]))["item"].square().sum().backward()
+    assert torch.equal(made.trained.banks["item"].state, other.trained.banks["item"].state)

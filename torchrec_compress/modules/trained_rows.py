@@ -286,7 +286,10 @@ class WholeRows(TrainedRows):
             ValueError: it gave several, or one that the rows cannot be trained by.
         """
         holders = optimizers_in_backward(self.handle)
-        if not holders or holders == [self._holder]:
+        if holders == [self._holder]:
+            return
+        if not holders:  # of a copy too, which no mark of the original's reaches
+            self._optimizer = self._holder = None
             return
         if len(holders) > 1:
             raise ValueError(
