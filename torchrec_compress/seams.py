@@ -41,6 +41,7 @@ __all__ = [
     "fused_rows",
     "local_shards",
     "look_up_local",
+    "num_backward_optimizers",
     "optimizers_in_backward",
     "plan_as",
     "rescaled",
@@ -135,13 +136,13 @@ def shard_bounds(name: str, num_rows: int, sharding: ParameterSharding, env: Sha
     block = -(-num_rows // env.world_size)
     for shard in sharding.sharding_spec.shards:  # type: ignore[union-attr]
         first, size, rank = shard.shard_offsets[0], shard.shard_sizes[0], shard.placement.rank()  # type: ignore[union-attr]
-        even = sharding.sharding_type != ShardingType.ROW_WISE.value or size == min(
-            block, max(num_rows - rank * block, 0)
-        )
-        if shard.shard_offsets[1] != 0 or not even:
+        # TorchRec's exchange sends ids of the i-th block to the i-th rank, whatever the plan says
+        begin = min(rank * block, num_rows)
+        even = size == min(block, num_rows - begin) and (first == begin or size == 0)
+        if shard.shard_offsets[1] != 0 or (sharding.sharding_type == ShardingType.ROW_WISE.value and not even):
             raise ValueError(
-                f"table {name!r}: shards must be whole rows, {block} per rank, got rows [{first}, {first + size}) from "
-                f"column {shard.shard_offsets[1]} on rank {rank}; let a planner make the plan"
+                f"table {name!r}: shards must be whole rows, {block} per rank in the order of ranks, got rows "
+                f"[{first}, {first + size}) from column {shard.shard_offsets[1]} on rank {rank}; let a planner plan it"
             )
         if rank == env.rank:
             mine = (first, first + size)
@@ -268,6 +269,11 @@ def backward_optimizer(parameter: Tensor) -> str | None:
     """Return the name of the optimizer that `apply_optimizer_in_backward` gave a parameter, or None."""
     classes = getattr(parameter, _READ_BY_SHARDERS[0], None)
     return classes[0].__name__ if classes else None
+
+
+def num_backward_optimizers(parameter: Tensor) -> int:
+    """Return how many optimizers `apply_optimizer_in_backward` gave a parameter."""
+    return len(getattr(parameter, _READ_BY_SHARDERS[0], ()))
 
 
 def backward_settings(parameter: Tensor) -> dict[str, Any]:

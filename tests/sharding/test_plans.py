@@ -100,4 +100,6 @@ def test_entries_that_do_not_fit_are_refused_by_name(two_ranks):
         assert re.search(r"embeddings.bags: .* none for \['hash', .* \['hash__buckets'", found["another name"])
         assert "entries must be data_parallel, got {'pq.codebooks': 'row_wise'}" in found["a decoder cut"]
         assert "embeddings.decoder: the plan" in found["a decoder misspelt"] and "['pq']" in found["a decoder misspelt"]
-        assert re.search(r"table 'pq': shards must be whole rows, \d+ per rank, got rows", found["uneven rows"])
+        assert re.search(
+            r"table 'pq': shards must be whole rows, \d+ per rank in the order of ranks, got rows", found["uneven rows"]
+        )

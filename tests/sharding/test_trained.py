@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.remote_device import _remote_device
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, PoolingType
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
@@ -355,3 +356,46 @@ def load_wrong_state(wrong: str) -> str:
 )
 def test_a_state_that_the_optimizer_does_not_keep_is_refused_when_it_is_loaded(two_ranks, wrong, message):
     assert all(message in told and "table 'word'" in told for told in two_ranks.run(load_wrong_state, wrong))
+
+
+def marked_twice() -> str:
+    model = model_of(True)
+    for kind in (RowWiseAdagrad, torch.optim.Adagrad):
+        apply_optimizer_in_backward(kind, native_parameters(model.embeddings.trained), {"lr": 0.1})
+    sharders = get_default_sharders(fused_params={"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": 0.1})
+    topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
+    plan = EmbeddingShardingPlanner(topology, 8, stats=[]).collective_plan(model, sharders, dist.GroupMember.WORLD)
+    try:
+        DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_two_optimizers_of_one_table_are_refused(two_ranks):
+    assert all("table 'item': rows must be trained by one optimizer, got 2" in t for t in two_ranks.run(marked_twice))
+
+
+def crossed(part: str) -> str:
+    """Return what a row-wise plan says whose first rows lie on the last rank."""
+    sharders = get_default_sharders(fused_params={"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": 0.1})
+    model = model_of(True)
+    topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
+    wishes = {name: ParameterConstraints(sharding_types=["row_wise"]) for name in ("item", "user", "word", "code")}
+    planner = EmbeddingShardingPlanner(topology, 8, wishes, stats=[])
+    plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    (how, *_) = plan.plan[f"embeddings.{part}"].values()
+    for shard in how.sharding_spec.shards:
+        shard.placement = _remote_device(f"rank:{1 - shard.placement.rank()}/cpu")
+    try:
+        DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("part", ["trained", "code_tables"])
+def test_rows_that_do_not_lie_in_the_order_of_the_ranks_are_refused(two_ranks, part):
+    """TorchRec's exchange would send ids to the ranks that do not hold them."""
+    for told in two_ranks.run(crossed, part):
+        assert "per rank in the order of ranks, got rows [0, " in told and "on rank 1" in told

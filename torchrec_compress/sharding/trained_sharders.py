@@ -14,7 +14,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec_compress.modules.row_optimizer import RowOptimizer
 from torchrec_compress.modules.trained import TrainedBags, TrainedCollection
 from torchrec_compress.modules.trained_rows import WholeRows
-from torchrec_compress.seams import backward_optimizer, backward_settings
+from torchrec_compress.seams import backward_optimizer, backward_settings, num_backward_optimizers
 from torchrec_compress.sharding.checks import check_env, check_names, tell_of_defaults, tell_of_missing_codec
 from torchrec_compress.sharding.native import NativeSharder, rows_of_bags
 from torchrec_compress.sharding.trained import SHARDING_TYPES, ShardedTrainedCollection
@@ -56,6 +56,11 @@ class TrainedCollectionSharder(NativeSharder[TrainedCollection]):
     def _optimizer(self, rows: WholeRows, part: Any, where: str) -> RowOptimizer:
         """Return what trains a table: by what `apply_optimizer_in_backward` said of it and by the fused parameters."""
         given, marked = self.fused_params or {}, backward_optimizer(rows.handle)
+        if num_backward_optimizers(rows.handle) > 1:
+            raise ValueError(
+                f"{where}: rows must be trained by one optimizer, got {num_backward_optimizers(rows.handle)}; call "
+                "apply_optimizer_in_backward once for each parameter"
+            )
         lost = sorted(set(given) - {"optimizer", *_NAMES})
         if lost:
             raise ValueError(
