@@ -74,10 +74,8 @@ def compressed_sharders(
             f"settings native tables take, got {sorted(type(sharder).__name__ for sharder in by_type.values())}; pass "
             "fused_params= instead, {} for the defaults"
         )
-    if bags is None:
-        bags = EmbeddingBagCollectionSharder(either.fused_params, either.qcomm_codecs_registry)
-    if rows is None:
-        rows = EmbeddingCollectionSharder(either.fused_params, either.qcomm_codecs_registry)
+    bags = bags or EmbeddingBagCollectionSharder(either.fused_params, either.qcomm_codecs_registry)
+    rows = rows or EmbeddingCollectionSharder(either.fused_params, either.qcomm_codecs_registry)
     return [
         CodeTableCollectionSharder(),
         RemappedEmbeddingBagCollectionSharder(bags),
