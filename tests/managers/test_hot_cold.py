@@ -156,6 +156,16 @@ def test_importance_is_the_gradient_over_the_running_mean():
     torch.testing.assert_close(manager.sketch.find(torch.tensor([2])).score, torch.tensor([2.0]))
 
 
+def test_the_mean_forgets_older_gradients():
+    sizes = replace(BY_GRADIENT, decay=0.5)
+    manager, owned = HotCold(1, PER_BLOCK, sizes), table(1, sizes)
+    for step, norm in enumerate([3.0, 1.0]):
+        look_up(manager, [step + 1], [norm])
+        manager.after_step(owned, step)
+    found = manager.sketch.find(torch.tensor([2]))
+    torch.testing.assert_close(found.score, torch.tensor([0.6]))  # of a mean of (1.5 + 1) / (0.5 + 1)
+
+
 def test_a_block_of_small_gradients_is_scored_as_exactly_as_others():
     sizes = replace(BY_GRADIENT, decay=1.0)
     manager, owned = HotCold(2, PER_BLOCK, sizes), table(2, sizes)
