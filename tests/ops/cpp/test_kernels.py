@@ -45,7 +45,7 @@ def lengths_of(num_bags: int) -> list[int]:
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("size", [2, 16, 255, 256, 4096])
-@pytest.mark.parametrize("width", [4, 5, 8, 10, 16, 32, 40])
+@pytest.mark.parametrize("width", [2, 4, 5, 8, 10, 16, 32, 40])
 def test_widths_and_codebook_sizes(width, size, structure):
     lengths = lengths_of(20)
     width = width * 3 if structure == "residual" else width

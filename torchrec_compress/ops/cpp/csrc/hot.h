@@ -95,7 +95,7 @@ struct HotRow {
     return float(value) * scale + bias;
   }
 
-  // N columns, N at least 4, from an even one on.
+  // N columns, N at least 2, from an even one on.
   template <int N>
   inline typename Lanes<N>::Vector load(int64_t column) const {
     const Bytes bytes = BITS == 8 ? load_bytes<N>(values + column) : load_halves<N>(values + column / 2);

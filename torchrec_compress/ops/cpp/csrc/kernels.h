@@ -64,6 +64,11 @@ __attribute__((always_inline)) inline Wrong for_parts(const Batch& batch, const 
   return {Wrong::NOTHING, 0};
 }
 
+template <int N>
+struct Constant {
+  static constexpr int VALUE = N;
+};
+
 // ---- product, WIDTH columns per code known to the compiler
 
 template <typename Code, int WIDTH, int CHUNKS, bool HOT, bool AHEAD>
@@ -225,7 +230,16 @@ Wrong residual_forward(const Batch& batch, const Lookup& lookup, int64_t begin, 
     int64_t column = 0;
     for (; column + 8 * LANES <= lookup.dim; column += 8 * LANES)
       residual_sum<Code, LANES, 8>(lookup, part, column, out);
-    for (; column + LANES <= lookup.dim; column += LANES) residual_sum<Code, LANES, 1>(lookup, part, column, out);
+    // what remains, of rows of few numbers all, in as few walks over the ids as there are sizes
+    const auto rest = [&](auto parts) {
+      constexpr int PARTS = decltype(parts)::VALUE;
+      if (column + PARTS * LANES > lookup.dim) return;
+      residual_sum<Code, LANES, PARTS>(lookup, part, column, out);
+      column += PARTS * LANES;
+    };
+    rest(Constant<4>());
+    rest(Constant<2>());
+    rest(Constant<1>());
     for (; column < lookup.dim; ++column) residual_sum<Code, 1, 1>(lookup, part, column, out);
   });
 }
@@ -257,6 +271,10 @@ constexpr int64_t TILE = 4 * LANES;  // columns per piece of the backward
 template <typename Code>
 void residual_backward(const Batch& batch, const Lookup& lookup, int64_t column, int64_t end, char* scratch) {
   for (; column + TILE <= end; column += TILE) residual_scatter<Code, LANES, 4>(batch, lookup, column, scratch);
+  if (column + 2 * LANES <= end) {
+    residual_scatter<Code, LANES, 2>(batch, lookup, column, scratch);
+    column += 2 * LANES;
+  }
   for (; column + LANES <= end; column += LANES) residual_scatter<Code, LANES, 1>(batch, lookup, column, scratch);
   for (; column < end; ++column) residual_scatter<Code, 1, 1>(batch, lookup, column, scratch);
 }
@@ -308,15 +326,11 @@ void weights_backward(const Batch& batch, const Lookup& lookup, int64_t begin, i
 
 // ---- the choice of a kernel
 
-template <int N>
-struct Constant {
-  static constexpr int VALUE = N;
-};
-
 // Calls `work` with the width of a codeword where the compiler is to know it, or with 0.
 template <typename Work>
 auto with_width(const Lookup& lookup, const Work& work) {
   switch (lookup.width) {
+    case 2: return work(Constant<2>());
     case 4: return work(Constant<4>());
     case 8: return work(Constant<8>());
     case 16: return work(Constant<16>());
