@@ -60,14 +60,17 @@ CASES: dict[str, list[MethodConfig]] = {
         PQConfig(num_codes=4, codebook_size=16, num_hot_rows=30, hot_dtype="fp32", popularity="log2"),
         PQConfig(num_codes=3, codebook_size=16, structure="residual", num_hot_rows=20, hot_dtype="int4"),
         PQConfig(num_codes=2, codebook_size=16, structure="residual", num_hot_rows=20, hot_dtype="fp32"),
+        PQConfig(num_codes=2, codebook_size=17, structure="residual", width=8, num_hot_rows=20),
     ],
     "quantile": [
         QuantileCodesConfig(num_codes=4, codebook_size=16),
         QuantileCodesConfig(num_codes=2, codebook_size=32, num_hot_rows=40),
+        QuantileCodesConfig(num_codes=2, codebook_size=32, width=4),
     ],
     "random": [
         RandomCodesConfig(num_codes=4, codebook_size=16),
         RandomCodesConfig(num_codes=2, codebook_size=16, structure="residual"),
+        RandomCodesConfig(num_codes=4, codebook_size=16, width=12),
     ],
 }
 

@@ -159,10 +159,7 @@ def quantised():
         (lambda: Model(dense_collection()), r"got Model; pass the collections inside it, \['sparse'\], one at a time"),
         (lambda: nn.EmbeddingBag(9, 4), "got EmbeddingBag; make an EmbeddingBagCollection of the trained rows"),
         (lambda: nn.Embedding(9, 4), "got Embedding; make an EmbeddingBagCollection of the trained rows"),
-        (
-            lambda: fitted(PQ),
-            r"got CompressedEmbeddingBagCollection; it is compressed already: decompress\(\) it first",
-        ),
+        (lambda: fresh(PQ).to("meta"), "collection must hold values, got .* on the meta device"),
         (
             quantised,
             "got torchrec.quant.embedding_modules.EmbeddingBagCollection; compress the floating-point collection",

@@ -1,4 +1,4 @@
-"""Fit a compressed collection to a trained dense one, and expand it again."""
+"""Fit a compressed collection to a trained one, dense or stored otherwise, and expand it again."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.types import ShardedModule
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollection,
     EmbeddingBagCollectionInterface,
@@ -20,8 +21,8 @@ from torchrec.modules.embedding_modules import (
 from tqdm import tqdm
 
 from torchrec_compress.compression import Compression
-from torchrec_compress.methods import TableData
-from torchrec_compress.methods.learned import check_trained_rows
+from torchrec_compress.methods import MethodConfig, TableData, TableState
+from torchrec_compress.methods.learned import RowReader, check_trained_rows
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from torchrec_compress.modules.collection import check_unsharded
 from torchrec_compress.names import kind_of
@@ -30,11 +31,14 @@ logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 65536
 _COMPRESSED = (CompressedEmbeddingBagCollection, CompressedEmbeddingCollection)
+_Source: TypeAlias = (
+    EmbeddingBagCollection | EmbeddingCollection | CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
+)
 
 
 @overload
 def compress(
-    dense: EmbeddingBagCollection,
+    source: EmbeddingBagCollection | CompressedEmbeddingBagCollection,
     compression: Compression,
     *,
     counts: Mapping[str, Tensor] | None = None,
@@ -46,7 +50,7 @@ def compress(
 
 @overload
 def compress(
-    dense: EmbeddingCollection,
+    source: EmbeddingCollection | CompressedEmbeddingCollection,
     compression: Compression,
     *,
     counts: Mapping[str, Tensor] | None = None,
@@ -57,7 +61,7 @@ def compress(
 
 
 def compress(
-    dense: EmbeddingBagCollection | EmbeddingCollection,
+    source: _Source,
     compression: Compression,
     *,
     counts: Mapping[str, Tensor] | None = None,
@@ -67,8 +71,11 @@ def compress(
 ) -> CompressedEmbeddingBagCollection | CompressedEmbeddingCollection:
     """Fit a compressed collection to a trained one.
 
+    Rows of a compressed source (narrow ones, trained in few bits) are read block by block: codes are learned from a
+    weighted sample of them, and no table of float32 rows is made. Rows of rank r lose nothing by codes of that `width`.
+
     Args:
-        dense: trained tables; untouched.
+        source: trained tables; untouched.
         compression: a method for all tables, or methods by table name or pattern.
         counts: look-ups per id in training, (N,) by table name. Popularity weights and hot rows need them.
         contexts: pairs (ids, context ids), ((P,), (P,)) int64 by table name. Quantile codes need them.
@@ -79,8 +86,9 @@ def compress(
         A collection with the same keys and widths, its tables fitted: pooled for pooled ones, else unpooled.
 
     Raises:
-        ValueError: `dense` is no stock collection, a table cannot be stored or fitted as asked, or rows, counts or
-            contexts are not what they should be or name an unknown table; all of it before the first fit.
+        ValueError: `source` is neither a stock nor a compressed collection, or is sharded; a table cannot be stored or
+            fitted as asked; rows, counts or contexts are not what they should be or name an unknown table; all of it
+            before the first fit but what only reading a compressed source shows.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig
@@ -89,56 +97,77 @@ def compress(
         >>> compress(EmbeddingBagCollection([table]), PQConfig(num_codes=4, codebook_size=64)).footprint().ratio > 8
         True
     """
-    rows = _rows_of(dense)
-    if not rows:
-        raise ValueError("compress: dense must have tables, got none")
-    device = next(iter(rows.values())).device
+    rows, device = _rows_of(source)
     collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
     with torch.inference_mode(False):  # what is made in it can never be trained
-        if isinstance(dense, EmbeddingCollection):
-            configs, kept = dense.embedding_configs(), dense.need_indices()
+        if isinstance(source, EmbeddingCollection | CompressedEmbeddingCollection):
+            configs, kept = source.embedding_configs(), source.need_indices()
             collection = CompressedEmbeddingCollection(configs, device, kept, compression, seed, will_fit=True)
         else:
-            bags, kept = dense.embedding_bag_configs(), dense.is_weighted()
+            bags, kept = source.embedding_bag_configs(), source.is_weighted()
             collection = CompressedEmbeddingBagCollection(bags, device, kept, compression, seed, will_fit=True)
     compress_into(collection, rows, counts=counts, contexts=contexts, seed=seed, progress=progress)
     return collection
 
 
-def _rows_of(dense: Any) -> dict[str, Tensor]:
-    """Return the weights of a stock collection by table name, or raise ValueError for anything else."""
-    if isinstance(dense, EmbeddingBagCollection | EmbeddingCollection):
-        stored: Any = dense.embeddings if isinstance(dense, EmbeddingCollection) else dense.embedding_bags
+def _rows_of(source: Any) -> tuple[dict[str, Tensor | RowReader], torch.device]:
+    """Return the rows of a collection by table name, and its device, or raise ValueError for anything else."""
+    if isinstance(source, EmbeddingBagCollection | EmbeddingCollection):
+        stored: Any = source.embeddings if isinstance(source, EmbeddingCollection) else source.embedding_bags
         rows = {name: module.weight.detach() for name, module in stored.items()}
+        if not rows:
+            raise ValueError("compress: source must have tables, got none")
         empty = sorted(name for name, weight in rows.items() if weight.is_meta)
         if empty:
             raise ValueError(
                 f"compress: tables must hold values, got {empty} on the meta device; load a checkpoint first"
             )
-        return rows
-    got = kind_of(dense, EmbeddingBagCollection, EmbeddingCollection)
+        return rows, next(iter(rows.values())).device
+    if isinstance(source, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
+        _check_whole("compress", source)
+        if source.code_tables is not None:
+            source.code_tables.warn_of_start_codes()
+        return {table.name: row_reader(source, table.name) for table in source.table_configs()}, source.device
+    got = kind_of(source, EmbeddingBagCollection, EmbeddingCollection)
     advice = "make an EmbeddingBagCollection of the trained rows"
-    if isinstance(dense, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
-        advice = "it is compressed already: decompress() it first, or train its dense original"
-    elif isinstance(dense, ShardedModule):
+    if isinstance(source, ShardedModule):
         advice = "gather its state dict into an unsharded collection, and compress that before DistributedModelParallel"
-    elif isinstance(dense, torch.fx.GraphModule | torch.jit.ScriptModule):
+    elif isinstance(source, torch.fx.GraphModule | torch.jit.ScriptModule):
         advice = "compress the module that it was made from, and trace or script the result"
-    elif isinstance(dense, EmbeddingBagCollectionInterface | EmbeddingCollectionInterface):
+    elif isinstance(source, EmbeddingBagCollectionInterface | EmbeddingCollectionInterface):
         advice = "compress the floating-point collection that it was made from"
-    elif isinstance(dense, nn.Module):
+    elif isinstance(source, nn.Module):
         kinds = (EmbeddingBagCollection, EmbeddingCollection, ShardedModule)
-        found = [name for name, module in dense.named_modules() if isinstance(module, kinds)]
+        found = [name for name, module in source.named_modules() if isinstance(module, kinds)]
         if found:
             advice = f"pass the collections inside it, {found}, one at a time"
     raise ValueError(
-        f"compress: dense must be an EmbeddingBagCollection or an EmbeddingCollection, got {got}; {advice}"
+        f"compress: source must be an EmbeddingBagCollection or an EmbeddingCollection, got {got}; {advice}"
     )
+
+
+def row_reader(collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection, name: str) -> RowReader:
+    """Return what reads rows of one table of a collection that holds them whole, in the host's memory.
+
+    Example:
+        >>> from torchrec import EmbeddingBagConfig
+        >>> from torchrec_compress.methods import NarrowConfig
+        >>> table = EmbeddingBagConfig(name="user", num_embeddings=100, embedding_dim=8, feature_names=["user"])
+        >>> small = CompressedEmbeddingBagCollection([table], compression=NarrowConfig(width=4))
+        >>> row_reader(small, "user")(torch.tensor([3, 1])).shape
+        torch.Size([2, 8])
+    """
+
+    @torch.no_grad()
+    def read(ids: Tensor) -> Tensor:
+        return collection.table_rows(name, ids.to(collection.device)).float().cpu()
+
+    return read
 
 
 def compress_into(
     collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection,
-    rows: Mapping[str, Tensor],
+    rows: Mapping[str, Tensor | RowReader],
     *,
     counts: Mapping[str, Tensor] | None = None,
     contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
@@ -149,8 +178,9 @@ def compress_into(
 
     Args:
         collection: to be filled.
-        rows: pre-trained tables, (N, D) float32 by table name. A table without rows keeps its start values where its
-            method can be trained from them, and is an error where it cannot (MEC, PQ, int8, int4).
+        rows: pre-trained tables by table name: (N, D) float32, or what reads them by ids (`row_reader`), where the
+            whole is never made. A table without rows keeps its start values where its method can be trained from them,
+            and is an error where it cannot (MEC, PQ, int8, int4).
         counts, contexts, progress: as for `compress`.
         seed: of the fit; the collection's own, which is the default, since its hashes were made from that.
 
@@ -182,7 +212,7 @@ def compress_into(
         if name not in known and methods[name].needs == "rows":
             TableData(None).trained_rows(table)
         if isinstance(rows, dict) and name in known:  # another mapping may read them one at a time
-            check_trained_rows(table, rows[name])
+            _check_rows(table, methods[name], rows[name])
         inputs[name] = TableData(None, counts.get(name), contexts.get(name), collection.seed, progress)
         if name in known or methods[name].needs != "nothing":
             methods[name].check_fit(table, inputs[name])
@@ -192,11 +222,11 @@ def compress_into(
             bar.set_postfix_str(f"{name}: {methods[name].method}")
             if name not in known and methods[name].needs == "nothing":
                 continue  # the table trains from the start values it has
-            data = _on_cpu(inputs[name], rows[name] if name in known else None)
-            collection.load_table(name, methods[name].fit(table, data))
+            given = rows[name] if name in known else None
+            collection.load_table(name, _fit(methods[name], table, _on_cpu(inputs[name]), given))
 
 
-def _warn_of_ties(rows: Mapping[str, Tensor]) -> None:
+def _warn_of_ties(rows: Mapping[str, Tensor | RowReader]) -> None:
     """Say which tables share one weight, where that shows before any is read; compressed, they share nothing."""
     by_place: dict[tuple[Any, ...], list[str]] = {}
     for name, weight in rows.items() if isinstance(rows, dict) else ():  # another mapping reads them one at a time
@@ -231,12 +261,28 @@ def _check_trainable(where: str, collection: CompressedEmbeddingBagCollection | 
         )
 
 
-def _on_cpu(data: TableData, rows: Tensor | None) -> TableData:
-    """Return the data of a fit with these rows, all of it in the host's memory."""
+def _check_rows(table: BaseEmbeddingConfig, method: MethodConfig, rows: Tensor | RowReader) -> None:
+    """Raise ValueError for rows that a fit cannot use, as far as that shows before they are read."""
+    if callable(rows) and not isinstance(rows, Tensor):
+        method.check_blocks(table)
+    else:
+        check_trained_rows(table, rows)
+
+
+def _fit(
+    method: MethodConfig, table: BaseEmbeddingConfig, data: TableData, rows: Tensor | RowReader | None
+) -> TableState:
+    """Return a table that is fitted to rows, or to rows that are read."""
+    if rows is None or isinstance(rows, Tensor):
+        return method.fit(table, dataclasses.replace(data, rows=None if rows is None else rows.detach().cpu()))
+    return method.fit_blocks(table, data, rows)
+
+
+def _on_cpu(data: TableData) -> TableData:
+    """Return the data of a fit, all of it in the host's memory."""
     counts = None if data.counts is None else data.counts.detach().cpu()
     contexts = None if data.contexts is None else (data.contexts[0].cpu().long(), data.contexts[1].cpu().long())
-    rows = None if rows is None else rows.detach().cpu()
-    return dataclasses.replace(data, rows=rows, counts=counts, contexts=contexts)
+    return dataclasses.replace(data, counts=counts, contexts=contexts)
 
 
 @overload

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, BaseEmbeddingConfig, DataType
 
 from torchrec_compress.fit.checks import check_contexts, check_counts, check_seed
+from torchrec_compress.fit.kmeans import train_size
+from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods.decoders import BagDecoder, TableDecoder
-from torchrec_compress.methods.learned import Learned, TableData, TableState, check_sample
+from torchrec_compress.methods.learned import Learned, RowReader, TableData, TableState, check_sample, with_sample
 from torchrec_compress.methods.storage import Parts
 from torchrec_compress.schema import settle_numbers
 
@@ -28,6 +30,7 @@ _LADDER: tuple[tuple[str, dict[str, Any]], ...] = (
     *(("pq", {"num_codes": length}) for length in CODE_LENGTHS),
 )
 NUM_LEVELS = len(_LADDER)
+_POINTS_PER_CODEWORD = 256  # of a sample that is learned from
 MARK_BYTES = 4  # the flag of a code table, which holds the mark of its integers
 METHODS: dict[str, type[MethodConfig]] = {}
 
@@ -55,6 +58,8 @@ class MethodConfig(ABC):
     """Whether it is another way to store a table than the user's own."""
     makes_rows: ClassVar[bool] = True
     """Whether a float row per id is made before bags are pooled, where no stored tensor is charged for it."""
+    learns_from: ClassVar[Literal["nothing", "sample", "all"]] = "nothing"
+    """Which pre-trained rows `learn` must have: none, where rows are encoded one by one, a sample, or all of them."""
 
     @property
     def uses_counts(self) -> bool:
@@ -138,6 +143,40 @@ class MethodConfig(ABC):
                 "with a sample, and encode() with every row"
             )
         return self.learn(table, data).encode_all(data.rows)
+
+    def fit_blocks(self, table: BaseEmbeddingConfig, data: TableData, read: RowReader) -> TableState:
+        """Learn the stored tensors from a sample of rows, then encode all: the table never lies there whole.
+
+        Args:
+            table: the user's config.
+            data: without rows.
+            read: the rows.
+
+        Raises:
+            ValueError: as `check_blocks`, and as `fit`.
+        """
+        self.check_blocks(table)
+        self.check_fit(table, data)
+        if self.learns_from != "nothing":
+            data = with_sample(data, self.learning_weights(table, data), self._sample_size, read)
+        return self.learn(table, data).encode_all(read)
+
+    def check_blocks(self, table: BaseEmbeddingConfig) -> None:
+        """Raise ValueError where the table is too large to be learned from rows that are read block by block."""
+        if self.learns_from == "all" and table.num_embeddings > self._sample_size:
+            raise ValueError(
+                f"table {table.name!r}: method {self.method!r} must learn from all {table.num_embeddings} rows at "
+                f"once, got rows that are read in blocks, of which at most {self._sample_size} are held; decompress() "
+                "the source first, or choose another method"
+            )
+
+    @property
+    def _sample_size(self) -> int:
+        return train_size(self.codewords, _POINTS_PER_CODEWORD)
+
+    def learning_weights(self, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
+        """Return what each id weighs in `learn`, (N,) float32, by which a sample is drawn: its look-ups."""
+        return popularity_weights(data.counts, "none" if data.counts is None else "count", table.num_embeddings)
 
     def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:
         """Raise ValueError where a fit to counts, contexts and seed would fail; rows are checked as they are read.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.fit.popularity import PopularityKind, popularity_weights
@@ -17,19 +18,16 @@ from torchrec_compress.methods.base import (
     NUM_LEVELS,
     MethodConfig,
     TableData,
-    TableDecoder,
     TableState,
-    init_like,
 )
+from torchrec_compress.methods.codebook_decoder import CodebookDecoder
 from torchrec_compress.methods.learned import Learned
 from torchrec_compress.methods.learned_codes import LearnedCodes, Sample
 from torchrec_compress.methods.low_bit_rows import check_low_bit_width, quantize_table_rows, warn_of_rough_rows
 from torchrec_compress.methods.storage import CodePart, Parts
+from torchrec_compress.methods.width import LANES, check_width, learn_projection, narrowed
 from torchrec_compress.ops import (
-    BagLookup,
-    Rows,
     code_dtype,
-    codebook_bag,
     dequantize_rows,
     hash_codes,
     hot_row_codes,
@@ -44,16 +42,14 @@ from torchrec_compress.ops import (
 from torchrec_compress.ops.lowbit import RowDtype
 from torchrec_compress.ops.types import Structure
 
-# fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
-torch.fx.wrap("codebook_bag")
-
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookConfig(MethodConfig):
     """Store M codes per row and M codebooks of K codewords.
 
     Bytes: N M (one byte per code up to K = 256, two up to 32,768; up to K = 16 two codes share a byte, N ceil(M / 2))
-    + 4 K D (product) or 4 M K D (residual), and with tiers the hot rows.
+    + 4 K D (product) or 4 M K D (residual), and with tiers the hot rows. With a width r, codewords and hot rows
+    are those of rows of r numbers (r for D above), and the projection takes 4 r D.
 
     Args:
         num_codes: codes per row, M.
@@ -63,14 +59,19 @@ class CodebookConfig(MethodConfig):
         num_hot_rows: the most often looked-up rows that are stored apart (tiers), reached by escape codes of the first
             codebook. Needs counts to fit.
         hot_dtype: "fp32" hot rows are trained; "int8" and "int4" ones are frozen.
+        width: numbers that codewords add up to (or make side by side), r; one projection, (r, D), follows the pooling
+            and is trained with the codebooks. A multiple of 4 below D, with "product" of num_codes too. None: D, and no
+            projection. Rows of rank r, as those of a narrow table, lose nothing by it.
     """
 
     new_ids: ClassVar[str] = "its hashed start codes until the next fit"
+    learns_from: ClassVar[Literal["nothing", "sample", "all"]] = "sample"
     num_codes: int
     codebook_size: int = 256
     structure: Structure = "product"
     num_hot_rows: int = 0
     hot_dtype: RowDtype = "int8"
+    width: int | None = None
 
     def check(self, table: BaseEmbeddingConfig) -> None:
         """Raise ValueError when codes, codebooks or hot rows do not fit the table."""
@@ -80,7 +81,12 @@ class CodebookConfig(MethodConfig):
             raise ValueError(f"{where}: structure must be 'product' or 'residual', got {self.structure!r}")
         if self.num_codes < 1:
             raise ValueError(f"{where}: num_codes must be at least 1, got {self.num_codes}")
-        if self.structure == "product" and table.embedding_dim % self.num_codes:
+        if self.width is not None:
+            product = self.structure == "product"
+            step = math.lcm(LANES, self.num_codes) if product else LANES
+            why = f"num_codes={self.num_codes} side by side" if product else "residual codes"
+            check_width(table, self.width, table.embedding_dim - 1, why, step)
+        elif self.structure == "product" and table.embedding_dim % self.num_codes:
             raise ValueError(
                 f"{where}: embedding_dim must be a multiple of num_codes = {self.num_codes}, "
                 f"got {table.embedding_dim}; choose a divisor, or structure='residual'"
@@ -95,12 +101,16 @@ class CodebookConfig(MethodConfig):
         if self.hot_dtype not in ("fp32", "int8", "int4"):
             raise ValueError(f"{where}: hot_dtype must be 'fp32', 'int8' or 'int4', got {self.hot_dtype!r}")
         if self.num_hot_rows:
-            check_low_bit_width(table, self.hot_dtype)
+            check_low_bit_width(self.coded(table), self.hot_dtype)
         if self.first_size < 1:
             raise ValueError(
                 f"{where}: num_hot_rows = {self.num_hot_rows} must leave the first codebook a codeword, but needs "
                 f"{self.codebook_size - self.first_size} escape codes of {self.codebook_size}; use more codes per row"
             )
+
+    def coded(self, table: BaseEmbeddingConfig) -> BaseEmbeddingConfig:
+        """Return the config of the table that codes stand for: the user's, with rows of `width` numbers."""
+        return table if self.width is None else narrowed(table, self.width)
 
     @property
     def first_size(self) -> int:
@@ -152,8 +162,12 @@ class CodebookConfig(MethodConfig):
     def serve_finer_head(self, served: Tensor, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
         """Return the rows, (N, D) float32, with int8 hot rows in their places."""
         hot = self.hot_ids(table, data)
-        finer = dequantize_rows(quantize_rows(data.trained_rows(table)[hot], "int8"), "int8")
-        return served.index_copy(0, hot, finer)
+        rows = data.trained_rows(table)[hot]
+        if self.width is None:
+            return served.index_copy(0, hot, dequantize_rows(quantize_rows(rows, "int8"), "int8"))
+        projection = learn_projection(table, data, self.width)
+        finer = dequantize_rows(quantize_rows(rows @ projection.T, "int8"), "int8")
+        return served.index_copy(0, hot, finer @ projection)
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the code table; it starts from hashed codes."""
@@ -171,25 +185,43 @@ class CodebookConfig(MethodConfig):
         return Parts(codes=CodePart(width, dtype, start, self.num_packed, unfitted))
 
     def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> CodebookDecoder:
-        """Return the codebooks."""
-        return CodebookDecoder(self, table, device)
+        """Return codebooks, hot rows and projection."""
+        return CodebookDecoder(
+            table,
+            num_codes=self.num_codes,
+            codebook_size=self.codebook_size,
+            structure=self.structure,
+            num_hot_rows=self.num_hot_rows,
+            hot_dtype=self.hot_dtype,
+            width=self.width,
+            device=device,
+        )
 
     def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:
-        """Return the bytes of codebooks and hot rows."""
-        width = table.embedding_dim * (self.num_codes if self.structure == "residual" else 1)
-        hot_bytes = self.num_hot_rows * quantized_row_bytes(table.embedding_dim, self.hot_dtype)
-        return 4 * self.codebook_size * width + hot_bytes
+        """Return the bytes of codebooks, hot rows and projection."""
+        row = self.coded(table).embedding_dim
+        floats = self.codebook_size * row * (self.num_codes if self.structure == "residual" else 1)
+        floats += 0 if self.width is None else self.width * table.embedding_dim
+        return 4 * floats + self.num_hot_rows * quantized_row_bytes(row, self.hot_dtype)
 
     def learn(self, table: BaseEmbeddingConfig, data: TableData) -> CodedTable:
         """Learn codes and codebooks for the tail and set the hot head apart."""
         self.check_fit(table, data)
-        hot = self.hot_ids(table, data)
-        weights = popularity_weights(data.counts, self.weighs_by(data), table.num_embeddings).clone()
-        weights[hot] = 0.0
-        sample = None
+        hot, weights = self.hot_ids(table, data), self.learning_weights(table, data)
+        coded, sample, projection = self.coded(table), None, None
         if data.rows is not None or self.needs_rows:
-            sample = Sample(data.row_ids(table), data.trained_rows(table), data.row_weights(weights))
-        return CodedTable(self, table, self.learn_codes(table, data, sample), weights, hot, sample is not None)
+            rows = data.trained_rows(table)
+            if self.width is not None:
+                projection = learn_projection(table, data, self.width)
+                rows = rows @ projection.T
+            sample = Sample(data.row_ids(table), rows, data.row_weights(weights))
+        learned = self.learn_codes(coded, data, sample)
+        return CodedTable(self, table, learned, weights, hot, sample is not None, projection)
+
+    def learning_weights(self, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
+        """Return what each id weighs, (N,) float32: hot ones, of which no codeword is learned, nothing."""
+        weights = popularity_weights(data.counts, self.weighs_by(data), table.num_embeddings)
+        return weights.index_fill(0, self.hot_ids(table, data), 0.0)
 
     def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:
         """Raise ValueError where hot rows come without counts, too."""
@@ -211,7 +243,10 @@ class CodebookConfig(MethodConfig):
 
     @abstractmethod
     def learn_codes(self, table: BaseEmbeddingConfig, data: TableData, sample: Sample | None) -> LearnedCodes:
-        """Learn what codes mean from rows, (S, D); those of hot ids are overwritten, and weigh nothing."""
+        """Learn what codes mean from rows, (S, D); those of hot ids are overwritten, and weigh nothing.
+
+        Where there is a width, `table` is `coded` and rows have that width, which is D here; those of `data` do not.
+        """
 
     def hot_ids(self, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
         """Return the ids of the hot rows: (H,) int64, the most often looked-up first."""
@@ -262,6 +297,7 @@ class CodedTable(Learned):
         weights: (N,) float32, of every id in the refit; zero for hot ones.
         hot: (H,) int64 ids of the hot rows, in their order.
         needs_rows: whether blocks have rows.
+        projection: (r, D) float32 with orthonormal rows, of the rows that are coded, or None.
     """
 
     def __init__(
@@ -272,15 +308,19 @@ class CodedTable(Learned):
         weights: Tensor,
         hot: Tensor,
         needs_rows: bool,
+        projection: Tensor | None,
     ) -> None:
         super().__init__(table)
-        self.needs_rows = needs_rows
+        self.needs_rows, self._projection = needs_rows, projection
         self._config, self._learned, self._weights, self._hot = config, learned, weights, hot
         self._sorted_hot, self._hot_numbers = hot.sort()
-        self._hot_rows = torch.empty(len(hot), table.embedding_dim)
+        self._hot_rows = torch.empty(len(hot), config.coded(table).embedding_dim)
 
     def _encode(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         encoder, _, refit = self._learned
+        if self._projection is not None:
+            assert rows is not None
+            rows = rows @ self._projection.T
         codes = encoder(ids, rows)
         if refit is not None:
             assert rows is not None
@@ -296,7 +336,7 @@ class CodedTable(Learned):
         return _stored_codes(codes, self._config.codebook_size)
 
     def _finish(self) -> TableState:
-        """Return codebooks and hot rows."""
+        """Return codebooks, hot rows and projection."""
         _, codebooks, refit = self._learned
         decoder = {"codebooks": codebooks if refit is None else refit.codebooks()}
         if len(self._hot):
@@ -304,77 +344,6 @@ class CodedTable(Learned):
             if dtype != "fp32":
                 decoder["hot_rows"], rough = quantize_table_rows(self._table, self._hot_rows, dtype, self._hot)
                 warn_of_rough_rows(self._table, rough, len(self._hot), dtype)
+        if self._projection is not None:
+            decoder["projection"] = self._projection
         return TableState(decoder=decoder)
-
-
-class CodebookDecoder(TableDecoder):
-    """Codebooks, and with tiers the hot rows.
-
-    Attributes:
-        codebooks: parameter, (M * K, D / M) product or (M * K, D) residual, float32.
-        hot_rows: (H, D) float32 parameter, or (H, bytes per row) uint8 buffer; absent without tiers.
-    """
-
-    def __init__(self, config: CodebookConfig, table: BaseEmbeddingConfig, device: torch.device | None) -> None:
-        super().__init__()
-        self._config, self._table = config, table
-        self.has_low_bit_rows = config.num_hot_rows > 0 and config.hot_dtype != "fp32"
-        num_words = config.num_codes * config.codebook_size
-        width = table.embedding_dim // (config.num_codes if config.structure == "product" else 1)
-        self.codebooks = nn.Parameter(torch.empty(num_words, width, dtype=torch.float32, device=device))
-        self.hot_rows: Tensor | None
-        if not config.num_hot_rows:
-            self.hot_rows = None
-        elif config.hot_dtype == "fp32":
-            shape = (config.num_hot_rows, table.embedding_dim)
-            self.hot_rows = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
-        else:
-            row_bytes = quantized_row_bytes(table.embedding_dim, config.hot_dtype)
-            hot = torch.zeros(config.num_hot_rows, row_bytes, dtype=torch.uint8, device=device)
-            self.register_buffer("hot_rows", hot)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise codebooks (and float hot rows) so that a row has the spread of the user's table.
-
-        Low-bit hot rows, which no start code reaches, become zeros.
-        """
-        if self.codebooks.device.type == "meta":
-            return
-        with torch.no_grad():
-            init_like(self._table, self.codebooks)
-            if self._config.structure == "residual":
-                self.codebooks /= self._config.num_codes**0.5
-            if isinstance(self.hot_rows, nn.Parameter):
-                init_like(self._table, self.hot_rows)
-            elif self.hot_rows is not None:
-                self.hot_rows.zero_()
-
-    def bag_lookup(self, number: int, feature: str, where: str, is_mean: bool) -> BagLookup:
-        """Return the look-up that pools its rows with those of all other codebooks."""
-        return BagLookup(number, feature, where, self.structure, is_mean, self.num_packed)
-
-    def forward(
-        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Rows]
-    ) -> Tensor:
-        """Return the sums over bags; `codes` are rows of the code table, (L, M) or packed."""
-        assert codes is not None
-        return codebook_bag(
-            codes,
-            self.codebooks,
-            offsets,
-            structure=self.structure,
-            weights=weights,
-            hot_rows=self.hot_rows,
-            num_packed=self.num_packed,
-        )
-
-    @property
-    def structure(self) -> Structure:
-        """Whether rows are codewords side by side or their sum."""
-        return self._config.structure
-
-    @property
-    def num_packed(self) -> int:
-        """Codes per row where two share a byte, or 0 where every integer is a code."""
-        return self._config.num_packed

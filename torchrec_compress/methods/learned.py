@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
+from torchrec_compress.fit.kmeans import sample_points
+
 # Rows that are encoded at once. A multiple of every block that rows are compared with codewords in.
 BLOCK_ROWS = 65536
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST = 1e15
+
+# rows of a table by ids, (L,) int64: (L, D) floating point, made for the call, of a table that never lies there whole
+RowReader: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,23 @@ class TableData:
             return weights
         mine = weights[self.ids]
         return mine if self.weights is None else torch.where(mine > 0, self.weights.detach().to(mine.dtype), 0.0)
+
+
+def with_sample(data: TableData, weights: Tensor, num_rows: int, read: RowReader) -> TableData:
+    """Return the data of a fit with a weighted sample of the rows, or with all of them where they are no more.
+
+    Args:
+        data: without rows.
+        weights: (N,) float32 >= 0, of every id in what is learned.
+        num_rows: of the sample, S.
+        read: the rows, read in blocks.
+    """
+    ids, mine = None, None
+    if len(weights) > num_rows:
+        ids, mine = sample_points(weights, num_rows, torch.Generator().manual_seed(data.seed))
+    wanted = torch.arange(len(weights)) if ids is None else ids
+    rows = torch.cat([read(block).detach().float() for block in wanted.split(BLOCK_ROWS)])
+    return dataclasses.replace(data, rows=rows, ids=ids, weights=mine)
 
 
 def check_sample(table: BaseEmbeddingConfig, data: TableData) -> None:
@@ -232,12 +256,13 @@ class Learned(ABC):
     def _finish(self) -> TableState:
         """Return what is stored beside the codes."""
 
-    def encode_all(self, rows: Tensor | None) -> TableState:
-        """Encode the whole table, (N, D) or None, in one pass, and finish."""
+    def encode_all(self, rows: Tensor | RowReader | None) -> TableState:
+        """Encode the whole table, (N, D), read by blocks or None, in one pass, and finish."""
         num_rows, codes = self._table.num_embeddings, None
         for first in range(0, max(num_rows, 1), BLOCK_ROWS):
             ids = torch.arange(first, min(first + BLOCK_ROWS, num_rows))
-            block = self.encode(ids, None if rows is None else rows[first : first + BLOCK_ROWS])
+            given = rows[first : first + BLOCK_ROWS] if isinstance(rows, Tensor) else rows and rows(ids)
+            block = self.encode(ids, given)
             if block is not None:
                 codes = block.new_empty(num_rows, block.shape[1]) if codes is None else codes
                 codes[first : first + BLOCK_ROWS] = block

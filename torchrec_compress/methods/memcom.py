@@ -44,6 +44,7 @@ class MEmComConfig(MethodConfig):
     method: ClassVar[str] = "memcom"
     needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "nothing"
     new_ids: ClassVar[str] = "the row of its bucket (scalar 1, bias 0)"
+    learns_from: ClassVar[Literal["nothing", "sample", "all"]] = "all"
     num_buckets: int
     scalars: Literal["packed", "grouped"] = "packed"
     bias: bool = False

@@ -10,24 +10,21 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.fit.codes import CHUNK_ROWS
-from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods.base import (
     BagDecoder,
     MethodConfig,
     TableData,
     TableState,
     dense_bytes,
-    init_like,
     register,
 )
 from torchrec_compress.methods.learned import Learned
 from torchrec_compress.methods.start import SeededInit
 from torchrec_compress.methods.storage import NativePart, Parts, Remap, TrainedPart
+from torchrec_compress.methods.width import LANES, check_width, init_narrow, learn_projection
 from torchrec_compress.ops import TrainedOptimizer, encode_trained, stable_salt
 
 _OPTIMIZERS = get_args(TrainedOptimizer)
-_LANES = 4  # FBGEMM takes row widths that are multiples of it
 
 
 @register
@@ -65,6 +62,7 @@ class NarrowConfig(MethodConfig):
     method: ClassVar[str] = "narrow"
     needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "nothing"
     new_ids: ClassVar[str] = "its untrained row"
+    learns_from: ClassVar[Literal["nothing", "sample", "all"]] = "sample"
     width: int
     bits: Literal[32, 8, 4] = 32
     optimizer: TrainedOptimizer | None = None
@@ -87,20 +85,14 @@ class NarrowConfig(MethodConfig):
     def check(self, table: BaseEmbeddingConfig) -> None:
         """Raise ValueError unless the width is a multiple of 4 below the embedding's, and name the nearest one."""
         super().check(table)
-        below = table.embedding_dim - (self.bits == 32)  # with few bits the whole width saves too
-        most = below // _LANES * _LANES
-        if most < _LANES:
+        most = table.embedding_dim - (self.bits == 32)  # with few bits the whole width saves too
+        if most < LANES:
             at_least = "above" if self.bits == 32 else "at least"
             raise ValueError(
-                f"table {table.name!r}: embedding_dim must be {at_least} {_LANES} with narrow rows, got "
+                f"table {table.name!r}: embedding_dim must be {at_least} {LANES} with narrow rows, got "
                 f"{table.embedding_dim}; leave the table dense"
             )
-        if self.width % _LANES or not _LANES <= self.width <= most:
-            nearest = min(most, max(_LANES, round(self.width / _LANES) * _LANES))
-            raise ValueError(
-                f"table {table.name!r}: width must be a multiple of {_LANES} in [{_LANES}, {most}], with bits="
-                f"{self.bits} and embedding_dim {table.embedding_dim}, got {self.width}; the nearest is {nearest}"
-            )
+        check_width(table, self.width, most, f"bits={self.bits}")
 
     @property
     def uses_counts(self) -> bool:
@@ -109,18 +101,18 @@ class NarrowConfig(MethodConfig):
 
     def fits(self, table: BaseEmbeddingConfig) -> bool:
         """Return whether there are rows enough to make up for the projection; a width too large is an error instead."""
-        if self.width > table.embedding_dim or self.width % _LANES or self.width < _LANES:
+        if self.width > table.embedding_dim or self.width % LANES or self.width < LANES:
             return True
         return self.stored_bytes(table) < dense_bytes(table) or self.width * self.bits == table.embedding_dim * 32
 
     def smaller(self, level: int) -> NarrowConfig | None:
         """Return the same at half the width, a quarter, and so on."""
-        width = (self.width >> (level + 1)) // _LANES * _LANES
-        return replace(self, width=width) if width >= _LANES else None
+        width = (self.width >> (level + 1)) // LANES * LANES
+        return replace(self, width=width) if width >= LANES else None
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the narrow rows."""
-        start = partial(_init_rows, table)
+        start = partial(init_narrow, table, width=self.width)
         if self.bits != 32:
             whole = SeededInit(stable_salt(seed, table.name), table.num_embeddings, self.width, start)
             return Parts(trained=TrainedPart(self.width, self.bits, whole, self.optimizer, self.state_bits))
@@ -141,18 +133,7 @@ class NarrowConfig(MethodConfig):
         self.check_fit(table, data)
         if self.width == table.embedding_dim:  # nothing to choose
             return NarrowTable(table, None, self.parts(table, data.seed).trained)
-        rows, kind = data.trained_rows(table), "none" if data.counts is None else "count"
-        weights = data.row_weights(popularity_weights(data.counts, kind, table.num_embeddings))
-        moments = torch.zeros(table.embedding_dim, table.embedding_dim, dtype=torch.float64)
-        for first in range(0, len(rows), CHUNK_ROWS):  # chunks bound the float64 copies
-            chunk = slice(first, first + CHUNK_ROWS)
-            exact = rows[chunk].to(torch.float64)
-            moments += (exact * weights[chunk, None]).T @ exact
-        _, vectors = torch.linalg.eigh(moments)  # ascending
-        leading = vectors[:, -self.width :].flip(1).T
-        # a singular vector is known up to its sign: the largest entry is positive, whatever the solver returned
-        top = leading.gather(1, leading.abs().argmax(dim=1, keepdim=True))
-        return NarrowTable(table, (leading * top.sign()).float().contiguous(), self.parts(table, data.seed).trained)
+        return NarrowTable(table, learn_projection(table, data, self.width), self.parts(table, data.seed).trained)
 
 
 class NarrowTable(Learned):
@@ -184,14 +165,6 @@ class NarrowTable(Learned):
         if self._trained is not None:
             return TableState(trained={"rows": self._rows}, decoder=decoder)
         return TableState(native={"rows": self._rows}, decoder=decoder)
-
-
-@torch.no_grad()
-def _init_rows(table: BaseEmbeddingConfig, weight: Tensor) -> None:
-    """Initialise narrow rows in place, so that projected ones have the spread of the user's table."""
-    if weight.numel():  # a rank may hold none, without a shape
-        init_like(table, weight)
-        weight *= (table.embedding_dim / weight.shape[1]) ** 0.5
 
 
 class Projection(BagDecoder):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ torch.fx.wrap("found_rows")
 torch.fx.wrap("interleave_columns")
 torch.fx.wrap("pool_codes")
 torch.fx.wrap("pool_low_bit")
+torch.fx.wrap("project")
+torch.fx.wrap("project_columns")
 torch.fx.wrap("row_codes")
 torch.fx.wrap("split_features")
 torch.fx.wrap("unpooled_codes")
@@ -47,6 +49,17 @@ def interleave_columns(first: Tensor, second: Tensor, is_first: list[bool], widt
         for of_first, values in ((True, first), (False, second))
     }
     return torch.cat([next(parts[mine]) for mine in is_first], dim=1)
+
+
+def project(parts: Sequence[Tensor], projections: Sequence[Tensor | None]) -> list[Tensor]:
+    """Multiply the values of look-ups, (., width) each, by their projections, (width, D); None leaves them."""
+    pairs = zip(parts, projections, strict=True)
+    return [part if projection is None else part @ projection for part, projection in pairs]
+
+
+def project_columns(pooled: Tensor, widths: list[int], projections: Sequence[Tensor | None]) -> Tensor:
+    """Do the same to the columns of look-ups side by side, `widths` each."""
+    return torch.cat(project(pooled.split(widths, dim=1), projections), dim=1)
 
 
 class Decoder(nn.Module):
@@ -82,6 +95,8 @@ class Decoder(nn.Module):
         self._bag_lookups: list[BagLookup] = []
         self._coded_keys: list[str] = []
         self._coded_tables: list[str] = []
+        self._coded_widths: list[int] = []  # before any projection
+        self._is_projected = False
         self._is_coded: list[bool] = []
         self._others: list[Lookup] = []
         for lookup in self._decoded:
@@ -92,6 +107,9 @@ class Decoder(nn.Module):
             else:
                 self._bag_lookups.append(bag)
                 self._coded_keys.append(lookup.key)
+                projection = self.banks[lookup.table.name].projection
+                self._coded_widths.append(lookup.table.embedding_dim if projection is None else len(projection))
+                self._is_projected |= projection is not None
 
     def _bag_lookup(self, lookup: Lookup) -> BagLookup | None:
         """Return the look-up of codes that a table's decoder shares with others, or None where it decodes by itself."""
@@ -158,6 +176,8 @@ class Decoder(nn.Module):
         coded = None
         if self._bag_lookups:
             coded = pool_codes(features, self._bag_lookups, *self._coded(codes), self._is_weighted)
+            if self._is_projected:
+                coded = project_columns(coded, self._coded_widths, self._projections())
         if coded is not None and not self._others:
             return coded
         jagged = split_features(features)
@@ -182,6 +202,8 @@ class Decoder(nn.Module):
     ) -> list[Tensor]:
         """Return one (L, D) per look-up; arguments as in `forward`."""
         coded = unpooled_codes(features, self._bag_lookups, *self._coded(codes)) if self._bag_lookups else []
+        if self._is_projected:
+            coded = project(coded, self._projections())
         jagged = split_features(features)
         numbers = iter(range(len(self._bag_lookups)))
         return [
@@ -212,6 +234,10 @@ class Decoder(nn.Module):
         banks = [self.banks[name] for name in self._coded_tables]
         found = [codes[key] for key in self._coded_keys]
         return found, [bank.codebooks for bank in banks], [bank.hot_rows for bank in banks]
+
+    def _projections(self) -> list[Tensor | None]:
+        """Return the projection of every look-up of codes, or None."""
+        return [self.banks[self._coded_tables[lookup.table]].projection for lookup in self._bag_lookups]
 
     def _decode(
         self,

@@ -280,7 +280,9 @@ class CompressedStorageEstimator(_Estimator):
         table, _, tensor = option.name.partition(".")
         if not isinstance(decoder, Decoder) or tensor != "hot_rows":
             return 0
-        rows = 4 * option.tensor.shape[0] * _config(decoder, table).embedding_dim
+        projection: Tensor | None = decoder.banks[table].projection
+        width = _config(decoder, table).embedding_dim if projection is None else len(projection)
+        rows = 4 * option.tensor.shape[0] * width
         if self._has_kernels():  # those of a CPU read low-bit rows
             return 0 if option.tensor.is_floating_point() or self._topology.compute_device == "cpu" else rows
         codebooks: Tensor = decoder.banks[table].codebooks

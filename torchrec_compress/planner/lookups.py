@@ -99,7 +99,8 @@ def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size:
 
     Low-bit rows, MEmCom and bags with a decoder are decoded without codebooks, so the estimators have no option to
     charge it to. MEmCom makes a row per id before it pools; low-bit rows are pooled where they lie, on a GPU a piece at
-    a time; bags are decoded when they are pooled.
+    a time; bags are decoded when they are pooled. What a projection makes of pooled codewords is beside what codebooks
+    are charged.
 
     Args:
         module: the model.
@@ -111,10 +112,12 @@ def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size:
         if isinstance(part, CompressedParts):
             tensors = [name.partition(".") for name in part.decoder.replicated_tensors()]
             charged = {table for table, _, tensor in tensors if tensor == "codebooks"}
+            projected = {table for table, _, tensor in tensors if tensor == "projection"}
             for name in part.decoder.banks:
-                if name not in charged:
+                if name not in charged or name in projected:
                     table = part.blueprint.by_table[name][0].table
                     lookups = Lookups.of(name, constraints, batch_size)
                     makes_rows = part.blueprint.methods[name].makes_rows and not part.blueprint.parts[name].are_bags
+                    makes_rows &= name not in charged
                     found[name] = found.get(name, 0) + decoded_bytes(table, lookups, makes_rows)
     return found
