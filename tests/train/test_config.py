@@ -24,7 +24,7 @@ from torchrec_compress.train.config import ParallelConfig, RunConfig, of_pattern
 
 MARKER = "module_that_tells_of_its_import"
 # free-form data, of which other code makes something later
-FREE = ("compression", "compare.variants")
+FREE = ("compression", "pretrain_compression", "compare.variants")
 
 
 def _groups(kind: type, where: str = "") -> Iterator[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchrec_compress.train import check, sealed, stages
+from torchrec_compress.train import check, full, sealed, stages
 from torchrec_compress.train.check import check_variants
 from torchrec_compress.train.compare.report import collect, write_report
 from torchrec_compress.train.compare.runs import compare
@@ -68,10 +68,10 @@ def test_tables_that_need_no_full_model_start_from_scratch(config, tmp_path, met
 
 
 def test_what_training_held_is_the_most_of_its_stages(config, tmp_path):
-    full = _run(config, tmp_path, "full alone")
-    tables = full["footprint"]["dense_bytes"]
-    held = full["held_bytes"]
-    assert held == tables + full["optimizer_bytes"] and full["optimizer_bytes"] > tables / 8  # a value a row
+    whole = _run(config, tmp_path, "full alone")
+    tables = whole["footprint"]["dense_bytes"]
+    held = whole["held_bytes"]
+    assert held == tables + whole["optimizer_bytes"] and whole["optimizer_bytes"] > tables / 8  # a value a row
     pq = {"compression": {"*": {"method": "pq", "num_codes": 2, "codebook_size": 16}}}
     assert _run(config, tmp_path, "a", **pq)["held_bytes"] == held
     narrow = {"method": "narrow", "width": 4, "bits": 8, "optimizer": "adagrad", "state_bits": 8}
@@ -85,7 +85,7 @@ def test_what_training_held_is_the_most_of_its_stages(config, tmp_path):
     number = sum(table["method"] == "narrow" for table in kept)
     left = tables - narrow_bytes
     assert stored == rows * 5 + number * projection + left and number > 1  # numbers of 8 bits, and scales
-    net = full["optimizer_bytes"] - 4 * tables // (4 * 8)  # by Adam; the full tables by row-wise Adagrad
+    net = whole["optimizer_bytes"] - 4 * tables // (4 * 8)  # by Adam; the full tables by row-wise Adagrad
     # Adagrad in 8 bits with a count of steps, in 32 bits, and Adam
     assert state == net + rows * 6 + number * 8 + left + number * (2 * projection + 4)
 
@@ -151,7 +151,8 @@ def test_a_budget_is_read_once(config, tmp_path, monkeypatch):
 def test_a_run_has_no_ranks_but_those_it_is_handed(config, tmp_path, monkeypatch):
     """Of all three stages and of a full model alone: whoever waits for, tells or counts with others does so on them."""
     mine, seen = start(ParallelConfig(device="cpu", timeout=7.0)), {}
-    uses = [(stages, name) for name in ("agree", "on_first", "predict", "score", "total_counts", "train", "Trainable")]
+    uses = [(stages, name) for name in ("agree", "on_first", "score", "total_counts", "train")]
+    uses += [(full, name) for name in ("on_first", "predict", "Trainable")]
     for module, name in (*uses, (loop, "Trainable"), (loop, "Checkpoints"), (loop, "validate")):
         used = getattr(module, name)
 
@@ -162,7 +163,7 @@ def test_a_run_has_no_ranks_but_those_it_is_handed(config, tmp_path, monkeypatch
         monkeypatch.setattr(module, name, watched)
     for name, change in {"full": {}, "pq": {"compression": PQ, "retrain": STAGE}}.items():
         stages.run(override(config, change), tmp_path / name, tmp_path / "full", mine, None)
-    assert len(seen) == 10
+    assert len(seen) == 11
     for name, found in seen.items():
         assert all(ranks is mine for [ranks] in found), name
 

@@ -54,8 +54,9 @@ def check_config(config: RunConfig) -> Compression | Budget | None:
         if not wanted.num_codes:
             raise ValueError("compression.num_codes: must hold a code length, got none")
         base_of(wanted)
+    _check_small(config, wanted)
     for name, stage in used_stages(config).items():
-        _check_stage(name, stage)
+        _check_stage(name, stage, bool(config.pretrain_compression))
     check_data(config.data)
     if "dcn" not in config.model.name:
         for key in ("num_cross_layers", "cross_rank"):
@@ -70,6 +71,40 @@ def check_config(config: RunConfig) -> Compression | Budget | None:
                     f"parallel.sharding_types.{pattern}: must be of {known}, got {kind!r}{nearest(kind, known)}"
                 )
     return wanted
+
+
+def pretrain_methods(config: RunConfig) -> Compression | None:
+    """Return how tables are stored while stage 1 trains, or None where they are full.
+
+    Raises:
+        ValueError: `pretrain_compression` is no methods, or a budget.
+    """
+    if not config.pretrain_compression:
+        return None
+    try:
+        found = compression_of(config.pretrain_compression)
+    except ValueError as error:
+        raise ValueError(str(error).replace("compression", "pretrain_compression", 1)) from error
+    if isinstance(found, Budget):
+        raise ValueError(
+            "pretrain_compression: must name methods, got a budget, which is shared out by tables trained before"
+        )
+    return found
+
+
+def _check_small(config: RunConfig, wanted: Compression | Budget | None) -> None:
+    """Raise ValueError where small tables in stage 1 do not go with the rest."""
+    if pretrain_methods(config) is None:
+        return
+    if not needs_pretrained(config):
+        raise ValueError(
+            "pretrain_compression: must be empty with start = 'scratch', which has no stage 1; name its methods in "
+            "compression, or set start = 'pretrained'"
+        )
+    if isinstance(wanted, Budget):
+        raise ValueError(
+            "compression: must name methods with pretrain_compression, got a budget, which is measured on full tables"
+        )
 
 
 def check_variants(config: RunConfig) -> dict[str, RunConfig]:
@@ -128,12 +163,22 @@ def check_tables(
         if pattern not in rows and not fnmatch.filter(rows, pattern):
             raise ValueError(f"parallel.sharding_types: {pattern!r} must fit a table of {sorted(rows)}, got none")
     try:
+        small = pretrain_methods(config)
+        if small is not None:
+            _check_small_tables(config, tables, resolve(tables, small))
+    except ValueError as error:
+        named = str(error).startswith("pretrain")
+        raise error if named else ValueError(f"pretrain_compression: {error}") from error
+    try:
         if isinstance(wanted, Budget):
             _check_budget(wanted, tables)
         elif wanted is not None:
             chosen = resolve(tables, wanted)
-            _check_trains(config, tables, chosen)
-            _check_row_optimizer(config, tables, chosen)
+            if config.retrain.epochs > 0:
+                _check_trains(config, "retrain", tables, chosen)
+                _check_row_optimizer(config, "retrain", tables, chosen)
+            for table in tables if config.pretrain_compression else ():
+                chosen[table.name].check_blocks(table)
             unfit = sorted(name for name, method in chosen.items() if method.needs != "nothing")
             if unfit and config.start == "scratch" and config.parallel.init == "shards":
                 raise ValueError(f"parallel.init: must be 'host' for tables that are fitted, got 'shards' and {unfit}")
@@ -181,7 +226,9 @@ def _stock(
     config: RunConfig, wanted: Compression | Budget | None, stage: str, tables: list[EmbeddingBagConfig]
 ) -> list[str]:
     """Return the tables that TorchRec's own collection holds in a stage, or may hold where a budget chooses."""
-    if stage == "pretrain" or wanted is None:
+    if stage == "pretrain":
+        wanted = pretrain_methods(config)
+    if wanted is None:
         return [table.name for table in tables]
     if isinstance(wanted, Budget):
         return maybe_dense(tables, wanted.num_bytes(_dense_bytes(tables)), base_of(wanted), wanted.num_codes)
@@ -289,20 +336,36 @@ def check_optim(config: OptimConfig, where: str) -> None:
         )
 
 
-def _check_stage(name: str, stage: StageConfig) -> None:
+def _check_stage(name: str, stage: StageConfig, is_small: bool) -> None:
     check_optim(stage.optim, f"{name}.optim")
     if not (stage.train_dense or stage.train_tables or stage.train_codebooks):
         raise ValueError(f"{name}: must train something, got train_dense, train_tables and train_codebooks all false")
-    if name == "pretrain" and not (stage.train_dense or stage.train_tables):
+    if name == "pretrain" and not is_small and not (stage.train_dense or stage.train_tables):
         raise ValueError(
             "pretrain: must train something, got train_dense and train_tables false; the full model has no codebooks"
         )
 
 
-def _check_trains(config: RunConfig, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]) -> None:
-    """Raise ValueError where nothing of these tables would train on, and the dense net does not either."""
-    stage = config.retrain
-    if stage.epochs <= 0 or stage.train_dense:
+def _check_small_tables(
+    config: RunConfig, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]
+) -> None:
+    """Raise ValueError where tables cannot train from the start as stage 1 says."""
+    unfit = sorted(name for name, method in chosen.items() if method.needs != "nothing")
+    if unfit:
+        raise ValueError(
+            f"pretrain_compression: must be methods that train from the start, got others for {unfit}, which are "
+            "fitted to trained tables; name them in compression, and 'narrow' here"
+        )
+    _check_trains(config, "pretrain", tables, chosen)
+    _check_row_optimizer(config, "pretrain", tables, chosen)
+
+
+def _check_trains(
+    config: RunConfig, where: str, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]
+) -> None:
+    """Raise ValueError where nothing of these tables would train in a stage, and the dense net does not either."""
+    stage = getattr(config, where)
+    if stage.train_dense:
         return
     parts = [(chosen[table.name], chosen[table.name].parts(table, config.seed)) for table in tables]
     has_tables = any(stored.dense or stored.native or stored.trained for _, stored in parts)
@@ -310,20 +373,20 @@ def _check_trains(config: RunConfig, tables: list[EmbeddingBagConfig], chosen: M
     if (stage.train_tables and has_tables) or (stage.train_codebooks and has_decoders):
         return
     raise ValueError(
-        "retrain: must train something, got train_dense false and tables of which nothing that is switched on trains: "
+        f"{where}: must train something, got train_dense false and tables of which nothing that is switched on trains: "
         f"{sorted({method.method for method, _ in parts})}"
     )
 
 
 def _check_row_optimizer(
-    config: RunConfig, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]
+    config: RunConfig, where: str, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]
 ) -> None:
-    """Raise ValueError where rows of a few bits cannot be trained as the stage says."""
-    stage, where = config.retrain, "retrain.optim.tables"
-    for table in tables if stage.epochs > 0 else ():
+    """Raise ValueError where rows of a few bits cannot be trained as a stage says."""
+    optimizer = FUSED_OPTIMIZERS[getattr(config, where).optim.tables].__name__
+    for table in tables:
         part = chosen[table.name].parts(table, config.seed).trained
         if part is not None:
-            RowOptimizer.of(FUSED_OPTIMIZERS[stage.optim.tables].__name__, {}, part, f"{where}: table {table.name!r}")
+            RowOptimizer.of(optimizer, {}, part, f"{where}.optim.tables: table {table.name!r}")
 
 
 def _check_budget(budget: Budget, tables: list[EmbeddingBagConfig]) -> None:

@@ -274,14 +274,17 @@ class RunConfig:
         seed: of initialisation, shuffling and fitting.
         num_threads: CPU threads of a process; FBGEMM's CPU kernels are quickest with one.
         tensorboard: whether TensorBoard logs are written.
-        start: compress a pre-trained full model, or start the compressed tables anew ("scratch").
+        start: compress a pre-trained model, or start the compressed tables anew ("scratch").
         compression: {"method": name, options} or such mappings by table name or pattern, see `compression.parse`; a
             mapping with the key "budget_bytes" or "budget_ratio" shares bytes out by `compression.for_budget`; empty
             trains the full model only.
+        pretrain_compression: how tables are stored while stage 1 trains, as `compression`, by methods that train from
+            the start ("narrow", "hash"), no budget; empty is the full table. What `compression` is then fitted to, and
+            `retrain` imitates, is that small model, and no full table is ever made.
         context: for quantile codes, the table whose ids are another table's contexts.
         data: the rows.
         model: the recommender.
-        pretrain: stage 1, the full model.
+        pretrain: stage 1, the full model, or the small one of `pretrain_compression`.
         retrain: stage 3, the compressed model; it is the only stage where `start` is "scratch".
         parallel: ranks and devices.
         compare: the variants of `compare`.
@@ -293,6 +296,7 @@ class RunConfig:
     tensorboard: bool = True
     start: Literal["pretrained", "scratch"] = "pretrained"
     compression: dict[str, Any] = field(default_factory=dict)
+    pretrain_compression: dict[str, Any] = field(default_factory=dict)
     context: dict[str, str] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -314,7 +318,7 @@ def of_pattern(values: Mapping[str, Value], table: str) -> Value | None:
 
 
 def needs_pretrained(config: RunConfig) -> bool:
-    """Return whether the full model is trained first."""
+    """Return whether the model of stage 1, full or small, is trained first."""
     return config.start == "pretrained" or not config.compression
 
 

@@ -1,8 +1,7 @@
-"""Stage two: which method serves which table, and the fit of the tables to the full model."""
+"""Stage two: which method serves which table, and the fit of the tables to the model of stage one."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,31 +12,19 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_compress import CompressedEmbeddingBagCollection, compress_into
 from torchrec_compress.compression.budget import for_budget
+from torchrec_compress.convert import row_reader
+from torchrec_compress.methods.learned import RowReader
 from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.check import base_of
 from torchrec_compress.train.config import RunConfig
 from torchrec_compress.train.data.source import ClickSource
-from torchrec_compress.train.engine.checkpoint import check_identity
 from torchrec_compress.train.engine.checkpoint_reader import read
+from torchrec_compress.train.full import best_checkpoint, trained_model
 from torchrec_compress.train.models.click import ClickModel, make_tables
 from torchrec_compress.train.sealed import is_done, read_json, save_tensors, write_json
 
 _MAX_PAIRS = 2_000_000
 _READ_ROWS = 65_536
-
-
-def best_checkpoint(source: Path) -> Path:
-    """Return the checkpoint of the best validation of the full model whose folder this is.
-
-    Raises:
-        ValueError: the folder's summary or the checkpoint is damaged, or that is of another training.
-    """
-    summary = read_json(source / "summary.json", keys=("checkpoint", "identity"))
-    if not re.fullmatch(r"pretrain/checkpoints/step\d{9,}", str(summary["checkpoint"])):
-        raise ValueError(f"{source}/summary.json: must name a checkpoint beside it, got {summary['checkpoint']!r}")
-    path = source / summary["checkpoint"]
-    check_identity(path, summary["identity"])
-    return path
 
 
 class _Tables(Mapping[str, Tensor]):
@@ -68,7 +55,7 @@ def fit(
     Args:
         config: the run.
         data: the rows.
-        source: folder of the trained full model, or None to start from scratch.
+        source: folder of the trained model of stage 1, or None to start from scratch.
         kept: the file.
         model: with unfitted tables; filled in place.
         counts: look-ups per id in train, (rows,) int64 by table.
@@ -79,7 +66,13 @@ def fit(
     assert isinstance(collection, CompressedEmbeddingBagCollection)
     tables = make_tables(config.model, data)
     contexts = _contexts(config, data, collection.methods())
-    rows: Mapping[str, Tensor] = {} if source is None else _Tables(best_checkpoint(source), tables)
+    rows: Mapping[str, Tensor | RowReader] = {}
+    if source is not None and config.pretrain_compression:
+        small = trained_model(config, data, source).embeddings
+        assert isinstance(small, CompressedEmbeddingBagCollection)
+        rows = {table.name: row_reader(small, table.name) for table in tables}
+    elif source is not None:
+        rows = _Tables(best_checkpoint(source), tables)
     compress_into(collection, rows, counts=counts, contexts=contexts, seed=config.seed)
     if source is not None:
         net = {name: value for name, value in model.state_dict().items() if not name.startswith("embeddings.")}

@@ -35,12 +35,14 @@ def identity_of(config: RunConfig, stage: str, files: dict[str, Any]) -> dict[st
         "data": lasting(config.data),
         "files": files,
         "model": dataclasses.asdict(config.model),
+        # absent with full tables, as in folders of before there were others
+        **({"pretrain_compression": config.pretrain_compression} if config.pretrain_compression else {}),
         **(of_retrain if stage == "retrain" else {}),
     }
 
 
 # what the full model depends on; `compression` may be mended after hours of training
-_OF_FULL = ("data", "model", "pretrain", "seed", "start")
+_OF_FULL = ("data", "model", "pretrain", "pretrain_compression", "seed", "start")
 _FREE = ("output", "num_threads", "tensorboard", "parallel", "compare")
 
 

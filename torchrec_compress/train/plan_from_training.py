@@ -47,7 +47,7 @@ def from_training(run: RunConfig) -> dict[str, Any]:
             for name, size in sizes.items()
         },
         "embedding_dim": run.model.embedding_dim,
-        "compression": run.compression,
+        "compression": run.compression or run.pretrain_compression,
         "global_batch_size": stage.batch_size,
         "optimizer": stage.optim.tables,
         "dense_optimizer": stage.optim.dense,

@@ -1,35 +1,38 @@
-"""The three stages: pre-train the full model, fit the compressed tables, train on with them."""
+"""The three stages: pre-train a model of full or small tables, fit the compressed tables, train on with them."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.compression import Compression, parse, resolve
 from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.check import check_config, check_run
-from torchrec_compress.train.config import DataConfig, RunConfig, fingerprint, lasting, needs_pretrained, override
+from torchrec_compress.train.config import DataConfig, RunConfig, fingerprint, lasting, needs_pretrained
 from torchrec_compress.train.data.inputs import identify
 from torchrec_compress.train.data.memory import ClickData
 from torchrec_compress.train.data.open import open_data
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.engine.checkpoint import check_same
-from torchrec_compress.train.engine.checkpoint_reader import read
 from torchrec_compress.train.engine.loop import Task, Trained, train
-from torchrec_compress.train.engine.trainable import Trainable
 from torchrec_compress.train.evaluate.metrics import bayes_metrics
-from torchrec_compress.train.evaluate.scoring import check_labels, predict, score, total_counts
+from torchrec_compress.train.evaluate.scoring import check_labels, score, total_counts
 from torchrec_compress.train.evaluate.usage import code_usage
-from torchrec_compress.train.fitting import best_checkpoint, choose, fit
+from torchrec_compress.train.fitting import choose, fit
+from torchrec_compress.train.full import (
+    compressed_model,
+    full_model,
+    held_bytes,
+    read_model,
+    teacher_logits,
+    trained_model,
+)
 from torchrec_compress.train.identity import check_unchanged, identity_of, record
 from torchrec_compress.train.models.click import ClickModel, make_model, make_tables
 from torchrec_compress.train.ranks import Ranks, agree, on_first
@@ -37,7 +40,6 @@ from torchrec_compress.train.sealed import (
     is_done,
     listed,
     load_tensors,
-    publish,
     read_json,
     read_text,
     save_tensors,
@@ -60,17 +62,18 @@ def open_checked(config: DataConfig, ranks: Ranks) -> ClickSource:
 
 
 def pretrained_key(config: RunConfig) -> str:
-    """Return the name under which the full model of a config is shared."""
-    return fingerprint(lasting(config.data), config.model, lasting(config.pretrain), config.seed)
+    """Return the name under which the model of stage 1 of a config is shared."""
+    small = [config.pretrain_compression] if config.pretrain_compression else []
+    return fingerprint(lasting(config.data), config.model, lasting(config.pretrain), config.seed, *small)
 
 
 def pretrain(
     config: RunConfig, shared: Path, ranks: Ranks, position: int | None = 0, open_source: Opener = open_checked
 ) -> Path:
-    """Train the full model, unless that was done already. Every rank calls it.
+    """Train the model of stage 1, unless that was done already. Every rank calls it.
 
     Args:
-        config: data, model, pretrain, seed and parallel matter.
+        config: data, model, pretrain, pretrain_compression, seed and parallel matter.
         shared: folder of all full models.
         ranks: that train it.
         position: of the progress bar; None shows none.
@@ -88,7 +91,9 @@ def pretrain(
         return folder
     on_first(lambda: record(config, folder, files), ranks)
     data = open_source(config.data, ranks)
-    trained = train(full_model(config, data), _task(config, data, files, folder, "pretrain", position), ranks)
+    model = full_model(config, data)
+    footprint = _footprint(model)
+    trained = train(model, _task(config, data, files, folder, "pretrain", position), ranks)
     metrics, undefined = score(trained.trainable.logits, data, config.data, ranks)
     summary = {
         "identity": identity,
@@ -98,9 +103,16 @@ def pretrain(
         "bayes": _bayes(data),
         "dense_bytes": sum(4 * t.num_embeddings * t.embedding_dim for t in make_tables(config.model, data)),
         "checkpoint": str(trained.checkpoint.relative_to(folder)),
+        **({} if footprint is None else {"footprint": footprint}),
     }
     on_first(lambda: write_json(folder / "summary.json", summary), ranks)
     return folder
+
+
+def _footprint(model: ClickModel) -> dict[str, Any] | None:
+    """Return the bytes of a model's tables as plain data, or None where they are full."""
+    collection = model.embeddings
+    return collection.footprint().to_dict() if isinstance(collection, CompressedEmbeddingBagCollection) else None
 
 
 def _is_pretrained(folder: Path, identity: dict[str, Any]) -> bool:
@@ -116,17 +128,6 @@ def _is_pretrained(folder: Path, identity: dict[str, Any]) -> bool:
         read_text(folder / name)
     check_same(path, read_json(path, keys=("identity",))["identity"], identity)
     return True
-
-
-def full_model(config: RunConfig, data: ClickSource) -> ClickModel:
-    """Return the untrained full model, a pure function of config and seed.
-
-    Its tables are on the meta device where `parallel.init` is "shards".
-    """
-    torch.manual_seed(config.seed)
-    device = torch.device("meta") if config.parallel.init == "shards" else None
-    tables = EmbeddingBagCollection(tables=make_tables(config.model, data), device=device)
-    return make_model(tables, data.num_dense, config.model)
 
 
 def run(
@@ -173,21 +174,29 @@ def run(
 
 
 def _run_full(config: RunConfig, data: ClickSource, source: Path, folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """Return the summary of a run of the full model alone, and write `model.pt`."""
+    """Return the summary of a run of stage 1 alone, and write `model.pt`."""
     full = read_json(source / "summary.json", keys=("metrics", "training", "dense_bytes"))
     size = full["dense_bytes"]
+    dense = {"dense_bytes": size, "total_bytes": size, "ratio": 1.0, "compressed_ratio": 1.0}
     if config.parallel.init == "host":
-        on_first(lambda: save_tensors(folder / "model.pt", dict(_full(config, data, source).state_dict())), ranks)
+        on_first(
+            lambda: save_tensors(folder / "model.pt", dict(trained_model(config, data, source).state_dict())), ranks
+        )
     return {
         "seed": config.seed,
-        "footprint": {"dense_bytes": size, "total_bytes": size, "ratio": 1.0, "compressed_ratio": 1.0},
+        "footprint": full.get("footprint", dense),
         "fitted": full["metrics"],
         "metrics": full["metrics"],
         "undefined": full["undefined"],
         "optimizer_bytes": full["training"]["optimizer_bytes"],
-        "held_bytes": _held_by_full(source),
+        "held_bytes": held_bytes(source),
         "training": full["training"],
     }
+
+
+def _save_trained(config: RunConfig, data: ClickSource, source: Path, folder: Path) -> None:
+    """Write `model.pt`, the whole model of stage 1."""
+    save_tensors(folder / "model.pt", dict(trained_model(config, data, source).state_dict()))
 
 
 def _run_compressed(
@@ -220,16 +229,10 @@ def _run_compressed(
         summary["metrics"], summary["undefined"] = score(trained.trainable.logits, data, config.data, ranks)
         path = trained.checkpoint
     held = summary["footprint"]["total_bytes"] + summary.get("optimizer_bytes", 0)
-    summary["held_bytes"] = held if source is None else max(held, _held_by_full(source))
+    summary["held_bytes"] = held if source is None else max(held, held_bytes(source))
     if config.parallel.init == "host":
         on_first(lambda: _save_compressed(config, data, methods, path, folder), ranks)
     return summary
-
-
-def _held_by_full(source: Path) -> int:
-    """Return the bytes of the full model's tables and of all optimizer state while it was trained."""
-    full = read_json(source / "summary.json", keys=("training", "dense_bytes"))
-    return full["dense_bytes"] + full["training"]["optimizer_bytes"]
 
 
 def _chosen(
@@ -262,22 +265,8 @@ def _save_compressed(
     model = make_model(collection, data.num_dense, config.model)
     _fill(model, folder / "fitted.pt")
     if trained is not None:
-        _read_model(trained, model)
+        read_model(trained, model)
     save_tensors(folder / "model.pt", dict(model.state_dict()))
-
-
-def _full(config: RunConfig, data: ClickSource, source: Path) -> ClickModel:
-    """Return the trained full model in this process's memory."""
-    model = full_model(override(config, {"parallel.init": "host"}), data)
-    _read_model(best_checkpoint(source), model)
-    return model
-
-
-def _read_model(path: Path, model: ClickModel) -> None:
-    """Fill an unsharded model from a checkpoint, in this process alone."""
-    state = {"model": dict(model.state_dict())}
-    read(path, state)
-    model.load_state_dict(state["model"])
 
 
 def _compressed(
@@ -290,13 +279,9 @@ def _compressed(
     ranks: Ranks,
 ) -> ClickModel:
     """Return the fitted model; the fit is done by rank 0 and kept, so that a resumed run need not repeat it."""
-    kept, tables = folder / "fitted.pt", make_tables(config.model, data)
+    kept = folder / "fitted.pt"
     in_shards = source is None and config.parallel.init == "shards"
-    device = torch.device("meta") if in_shards else None
-    torch.manual_seed(config.seed)  # native tables are drawn, whatever this process did before
-    collection = CompressedEmbeddingBagCollection(tables, device=device, compression=chosen, seed=config.seed)
-    torch.manual_seed(config.seed)
-    model = make_model(collection, data.num_dense, config.model)
+    model = compressed_model(config, chosen, data, in_shards)
     if in_shards:
         return model
     on_first(lambda: fit(config, data, source, kept, model, counts), ranks)
@@ -309,7 +294,7 @@ def _retrain(config: RunConfig, task: Task, model: ClickModel, source: Path | No
     teacher = None
     if config.retrain.distill_weight:
         assert source is not None
-        teacher = _teacher(config, task.data, source, ranks)
+        teacher = teacher_logits(config, task.data, source, ranks)
     return train(model, dataclasses.replace(task, keep_start=source is not None, teacher=teacher), ranks)
 
 
@@ -323,45 +308,6 @@ def _fill(model: ClickModel, path: Path) -> None:
         model.load_state_dict(load_tensors(path))
     except RuntimeError as error:  # torch lists all names and shapes that differ
         raise ValueError(f"{path}: must hold the tensors of this model, got others: {error}; delete it") from error
-
-
-def _logits(path: Path, remedy: str, num_rows: int) -> Tensor:
-    """Return the full model's logits of all train rows.
-
-    Raises:
-        ValueError: the file is damaged, or holds anything else.
-    """
-    logits = load_tensors(path, remedy).get("logits")
-    if logits is None or logits.shape != (num_rows,):
-        got = None if logits is None else tuple(logits.shape)
-        raise ValueError(f"{path}: must hold a logit for each of {num_rows} rows, got {got}; {remedy}")
-    return logits
-
-
-def _teacher(config: RunConfig, data: ClickSource, source: Path, ranks: Ranks) -> Tensor:
-    """Return the full model's logits of all train rows, computed once, each rank its share."""
-    folder = source / "teacher"
-    path, best = folder / "train_logits.pt", on_first(lambda: best_checkpoint(source), ranks)
-    told = on_first(lambda: {**read_json(source / "summary.json")["identity"], "checkpoint": best.name}, ranks)
-    if not on_first(lambda: is_done(path), ranks):
-        full = Trainable(full_model(config, data), config.pretrain, ranks, config.parallel)
-        full.load_model(best)
-        scored = predict(full.logits, data, "train", ranks)
-
-        def write(part: Path) -> None:
-            assert scored is not None
-            write_json(part / "identity.json", told)
-            save_tensors(part / path.name, {"logits": torch.from_numpy(scored.logits)})
-
-        def keep() -> None:
-            if folder.is_dir() and not is_done(path):
-                shutil.rmtree(folder)
-            publish(folder, write)
-
-        on_first(keep, ranks)
-    remedy = f"delete {folder}, the same command makes it again"
-    check_same(folder, read_json(folder / "identity.json", remedy), told)
-    return _logits(path, remedy, data.num_rows("train"))
 
 
 def _task(

@@ -281,7 +281,7 @@ def check_same(path: Path, old: Any, new: Any, where: str = "") -> None:
 
 def _order_of_patterns(plain: dict[str, Any], where: str) -> list[str]:
     """Return the patterns of a compression in their order, of which the first that fits a table counts."""
-    return [key for key in plain if set(key) & set("*?[")] if where == "compression" else []
+    return [key for key in plain if set(key) & set("*?[")] if where.endswith("compression") else []
 
 
 def _make_empty(folder: Path) -> None:
