@@ -9,7 +9,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from tests.methods.throwaway import LowRankConfig, QuotientRemainderConfig
 from tests.planner.plans import BATCH, DIM, RANKS, model, options, topology
 from torchrec_compress import native_parameters
-from torchrec_compress.methods import HashConfig
+from torchrec_compress.methods import HashConfig, PQConfig
 from torchrec_compress.planner import EmbeddingShardingPlanner, translate_constraints
 from torchrec_compress.planner.lookups import decode_bytes
 
@@ -48,6 +48,22 @@ def test_bags_travel_pooled_and_narrow_and_a_matrix_is_charged_as_codebooks_are(
     rows = model({"t": LOW_RANK}, pooled=False)
     assert decode_bytes(rows, wish, BATCH) == {"t": 4 * BATCH * POOLING * DIM}
     assert decode_bytes(model({"t": METHODS["hashed"]}), wish, BATCH) == {}
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_codes_of_a_width_are_charged_pooled_and_projected(pooled):
+    wish = {"t": ParameterConstraints(pooling_factors=[float(POOLING)])}
+    bags = BATCH * (1 if pooled else POOLING)
+    charged = []
+    for width in (None, WIDTH):
+        of = model({"t": PQConfig(num_codes=4, width=width)}, pooled=pooled)
+        books = options(of, wish)["decoder.t.codebooks", "data_parallel", "dense"]
+        row = DIM if width is None else width
+        charged.append(bytes_of(books) - 256 * row * 16)
+        assert decode_bytes(of, wish, BATCH) == ({} if width is None else {"t": 4 * bags * DIM})
+    assert charged[0] - charged[1] == 4 * bags * (DIM - WIDTH)  # what is pooled; ids and counts stay
+    matrix = options(of, wish)["decoder.t.projection", "data_parallel", "dense"]
+    assert bytes_of(matrix) == 4 * WIDTH * DIM * (1 + 1 + 2) + 4  # gradient and Adam
 
 
 def test_constraints_of_a_table_reach_all_its_bags_and_those_of_a_part_only_that(caplog):

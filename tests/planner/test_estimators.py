@@ -99,6 +99,8 @@ def test_frozen_hot_rows_have_neither_gradient_nor_state_but_on_a_gpu_a_float_co
     option = one(PQConfig(num_codes=4, num_hot_rows=1000, hot_dtype="int8"), device=device)[key]
     assert bytes_of(option) == 1000 * (DIM + 4) + (4 * 1000 * DIM if device == "cuda" else 0)
     assert option.shards[0].perf.total == 0
+    narrow = one(PQConfig(num_codes=4, num_hot_rows=1000, hot_dtype="int8", width=8), device=device)[key]
+    assert bytes_of(narrow) == 1000 * (8 + 4) + (4 * 1000 * 8 if device == "cuda" else 0)
     floats = one(PQConfig(num_codes=4, num_hot_rows=1000, hot_dtype="fp32"))[key]
     assert bytes_of(floats) == 1000 * DIM * 16 + 4
     assert floats.shards[0].perf.bwd_comms > 0
