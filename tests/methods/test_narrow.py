@@ -18,11 +18,11 @@ def test_a_fit_loses_least_for_its_width_as_look_ups_weigh_it(weighted):
     torch.testing.assert_close(((served - rows()) * root).square().sum(), left, rtol=1e-4, atol=1e-6)
 
 
-def test_a_fit_has_orthonormal_directions_in_one_order_and_sign():
+def test_a_fit_has_orthogonal_directions_in_one_order_and_sign():
     config = NarrowConfig(width=8)
     state = config.fit(table(), TableData(rows(), counts()))
     projection = state.decoder["projection"]
-    torch.testing.assert_close(projection @ projection.T, torch.eye(8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(projection @ projection.T, DIM / 8 * torch.eye(8), rtol=0, atol=1e-5)
     assert bool((projection.gather(1, projection.abs().argmax(1, keepdim=True)) > 0).all())
     energy = (state.native["rows"].square() * counts()[:, None].clamp(min=1e-3)).sum(0)
     assert torch.equal(energy.argsort(descending=True), torch.arange(8))
@@ -33,9 +33,22 @@ def test_embeddings_start_as_wide_as_the_users():
     torch.manual_seed(0)
     collection = fresh(NarrowConfig(width=4), **given)
     projection = collection.decoder.banks["item"].projection
-    torch.testing.assert_close(projection @ projection.T, torch.eye(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(projection @ projection.T, DIM / 4 * torch.eye(4), rtol=0, atol=1e-5)
     served = collection.table_rows("item", torch.arange(20_000)).detach()
     assert float(served.square().mean().sqrt()) == pytest.approx(0.3 / 3**0.5, rel=0.03)
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_a_step_moves_embeddings_as_far_as_it_moves_rows_of_full_width(width):
+    torch.manual_seed(0)
+    collection = fresh(NarrowConfig(width=width))
+    (rows_of,) = (value for name, value in collection.named_parameters() if value.shape == (NUM_ROWS, width))
+    before = collection.table_rows("item", torch.arange(NUM_ROWS)).detach().clone()
+    optimizer = torch.optim.Adagrad([rows_of], lr=0.1)
+    (collection(batch([list(range(NUM_ROWS))]))["item"] * torch.randn(DIM)).sum().backward()
+    optimizer.step()
+    moved = (collection.table_rows("item", torch.arange(NUM_ROWS)).detach() - before).norm(dim=1)
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.1 * DIM**0.5), rtol=1e-4, atol=0)
 
 
 def test_what_one_id_teaches_the_projection_serves_all():

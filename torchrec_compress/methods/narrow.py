@@ -40,8 +40,10 @@ class NarrowConfig(MethodConfig):
     `width` numbers; sums, means and weights commute with the projection, which comes after them and is trained by the
     dense optimizer.
 
-    P starts with orthonormal rows and z so large that embeddings have the spread of the
-    user's table. Gradients reach z through P with their own length, so the rows' learning rate is that of a full table.
+    P starts with orthogonal rows of length sqrt(D / r) and z like rows of the user's table, so embeddings have the spread
+    of that table, and a step of z moves them as far as it would move rows of full width with an optimizer that scales
+    gradients to the learning rate (Adagrad, Adam): the rows' rate is that of a full table. With SGD a step is D / r
+    times as long in the r directions that are left; divide the rate by that.
 
     With 8 or 4 bits a number, rows are trained where they lie: decoded, pooled, updated and rounded again, up or down
     with the probability that makes the expected value right (2010.11305), by kernels of ours.
@@ -137,7 +139,10 @@ class NarrowConfig(MethodConfig):
         return 0 if self.width == table.embedding_dim else 4 * self.width * table.embedding_dim
 
     def learn(self, table: BaseEmbeddingConfig, data: TableData) -> NarrowTable:
-        """Find the directions that hold most of the rows, weighted by counts: their leading right singular vectors."""
+        """Find the directions that hold most of the rows, weighted by counts: their leading right singular vectors.
+
+        They are stored as long as a projection starts, so that rows train on at the same rate.
+        """
         self.check_fit(table, data)
         if self.width == table.embedding_dim:  # nothing to choose
             return NarrowTable(table, None, self.parts(table, data.seed).trained)
@@ -152,7 +157,8 @@ class NarrowConfig(MethodConfig):
         leading = vectors[:, -self.width :].flip(1).T
         # a singular vector is known up to its sign: the largest entry is positive, whatever the solver returned
         top = leading.gather(1, leading.abs().argmax(dim=1, keepdim=True))
-        return NarrowTable(table, (leading * top.sign()).float().contiguous(), self.parts(table, data.seed).trained)
+        directions = (leading * top.sign()).float().contiguous()
+        return NarrowTable(table, directions, self.parts(table, data.seed).trained)
 
 
 class NarrowTable(Learned):
@@ -160,27 +166,28 @@ class NarrowTable(Learned):
 
     Args:
         table: the user's config.
-        projection: (r, D) float32 with orthonormal rows, or None: rows are kept whole.
+        directions: (r, D) float32 with orthonormal rows, or None: rows are kept whole.
         trained: how rows of few bits are stored, or None for float32 ones.
     """
 
-    def __init__(self, table: BaseEmbeddingConfig, projection: Tensor | None, trained: TrainedPart | None) -> None:
+    def __init__(self, table: BaseEmbeddingConfig, directions: Tensor | None, trained: TrainedPart | None) -> None:
         super().__init__(table)
-        self._projection, self._trained = projection, trained
-        width = table.embedding_dim if projection is None else len(projection)
+        self._directions, self._trained = directions, trained
+        width = table.embedding_dim if directions is None else len(directions)
+        self._length = _length(width, table.embedding_dim)
         shape = (table.num_embeddings, width if trained is None else trained.format().row_bytes)
         self._rows = torch.empty(shape, dtype=torch.float32 if trained is None else torch.uint8)
 
     def _encode(self, ids: Tensor, rows: Tensor | None) -> None:
         assert rows is not None
-        narrow = rows if self._projection is None else rows @ self._projection.T
+        narrow = rows if self._directions is None else rows @ self._directions.T / self._length
         if self._trained is not None:
             narrow = encode_trained(narrow, self._trained.format())
         self._rows.index_copy_(0, ids, narrow)
 
     def _finish(self) -> TableState:
         """Return narrow rows and projection."""
-        decoder = {} if self._projection is None else {"projection": self._projection}
+        decoder = {} if self._directions is None else {"projection": self._directions * self._length}
         if self._trained is not None:
             return TableState(trained={"rows": self._rows}, decoder=decoder)
         return TableState(native={"rows": self._rows}, decoder=decoder)
@@ -188,10 +195,14 @@ class NarrowTable(Learned):
 
 @torch.no_grad()
 def _init_rows(table: BaseEmbeddingConfig, weight: Tensor) -> None:
-    """Initialise narrow rows in place, so that projected ones have the spread of the user's table."""
+    """Initialise narrow rows in place; `Projection` gives them the spread of the user's table."""
     if weight.numel():  # a rank may hold none, without a shape
         init_like(table, weight)
-        weight *= (table.embedding_dim / weight.shape[1]) ** 0.5
+
+
+def _length(width: int, embedding_dim: int) -> float:
+    """Return the length of a row of a projection, sqrt(D / r), that makes up for the numbers that there are fewer of."""
+    return (embedding_dim / width) ** 0.5
 
 
 class Projection(BagDecoder):
@@ -212,9 +223,9 @@ class Projection(BagDecoder):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw a matrix with orthonormal rows."""
+        """Draw a matrix with orthogonal rows of length sqrt(D / r)."""
         if not self.projection.is_meta:
-            nn.init.orthogonal_(self.projection)
+            nn.init.orthogonal_(self.projection, _length(*self.projection.shape))
 
     def forward(self, bags: list[Tensor]) -> Tensor:
         """Return embeddings, (B, D), of one (B, r)."""
