@@ -40,10 +40,10 @@ class NarrowConfig(MethodConfig):
     `width` numbers; sums, means and weights commute with the projection, which comes after them and is trained by the
     dense optimizer.
 
-    P starts with orthogonal rows of length sqrt(D / r) and z like rows of the user's table, so embeddings have the spread
-    of that table, and a step of z moves them as far as it would move rows of full width with an optimizer that scales
-    gradients to the learning rate (Adagrad, Adam): the rows' rate is that of a full table. With SGD a step is D / r
-    times as long in the r directions that are left; divide the rate by that.
+    P starts with orthogonal rows of length sqrt(D / r) and z like rows of the user's table, so embeddings have the
+    spread of that table, and a step of z moves them as far as it would move rows of full width with an optimizer that
+    scales gradients to the learning rate (Adagrad, Adam): the rows' rate is that of a full table. With SGD a step is
+    D / r times as long in the r directions that are left. `rate` makes P shorter and z longer, hence steps shorter.
 
     With 8 or 4 bits a number, rows are trained where they lie: decoded, pooled, updated and rounded again, up or down
     with the probability that makes the expected value right (2010.11305), by kernels of ours.
@@ -58,10 +58,12 @@ class NarrowConfig(MethodConfig):
         optimizer: of rows of few bits, "sgd", "adagrad" or "rowwise_adagrad"; None: the one that the user gives tables.
             The learning rate is the user's in any case.
         state_bits: of a value of the optimizer's state beside rows of few bits, 32 or 8.
+        rate: how far a step moves an embedding, by what it would move a row of full width; SGD's: the square of it.
+            sqrt(r / D) is a P with orthonormal rows. Rows that are seen many times want less, see docs/small.md.
 
     Example:
         >>> NarrowConfig(width=16, bits=8, state_bits=8).to_dict()
-        {'method': 'narrow', 'width': 16, 'bits': 8, 'optimizer': None, 'state_bits': 8}
+        {'method': 'narrow', 'width': 16, 'bits': 8, 'optimizer': None, 'state_bits': 8, 'rate': 1.0}
     """
 
     method: ClassVar[str] = "narrow"
@@ -71,6 +73,7 @@ class NarrowConfig(MethodConfig):
     bits: Literal[32, 8, 4] = 32
     optimizer: TrainedOptimizer | None = None
     state_bits: Literal[32, 8] = 32
+    rate: float = 1.0
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that do nothing beside the others."""
@@ -78,6 +81,8 @@ class NarrowConfig(MethodConfig):
         for name, allowed in (("bits", (32, 8, 4)), ("state_bits", (32, 8)), ("optimizer", (None, *_OPTIMIZERS))):
             if getattr(self, name) not in allowed or isinstance(getattr(self, name), float):  # 8.0 == 8
                 raise ValueError(f"narrow: {name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
+        if not 1e-3 <= self.rate <= 1e3:
+            raise ValueError(f"narrow: rate must be in [0.001, 1000], got {self.rate!r}")
         idle = {"optimizer": self.optimizer is not None, "state_bits": self.state_bits != 32}
         if self.bits == 32 and any(idle.values()):
             name = next(name for name, given in idle.items() if given)
@@ -103,6 +108,11 @@ class NarrowConfig(MethodConfig):
                 f"table {table.name!r}: width must be a multiple of {_LANES} in [{_LANES}, {most}], with bits="
                 f"{self.bits} and embedding_dim {table.embedding_dim}, got {self.width}; the nearest is {nearest}"
             )
+        if self.width == table.embedding_dim and self.rate != 1:
+            raise ValueError(
+                f"table {table.name!r}: rate must be left out with rows of the embedding's width, {self.width}, which "
+                f"have no projection, got {self.rate}"
+            )
 
     @property
     def uses_counts(self) -> bool:
@@ -122,7 +132,7 @@ class NarrowConfig(MethodConfig):
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the narrow rows."""
-        start = partial(_init_rows, table)
+        start = partial(_init_rows, table, self.rate)
         if self.bits != 32:
             whole = SeededInit(stable_salt(seed, table.name), table.num_embeddings, self.width, start)
             return Parts(trained=TrainedPart(self.width, self.bits, whole, self.optimizer, self.state_bits))
@@ -132,7 +142,7 @@ class NarrowConfig(MethodConfig):
         """Return the projection; rows of the embedding's width need none."""
         if self.width == table.embedding_dim:
             return None
-        return Projection(self.width, table.embedding_dim, device)
+        return Projection(self.width, table.embedding_dim, device, self.rate)
 
     def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return the bytes of the projection."""
@@ -145,7 +155,7 @@ class NarrowConfig(MethodConfig):
         """
         self.check_fit(table, data)
         if self.width == table.embedding_dim:  # nothing to choose
-            return NarrowTable(table, None, self.parts(table, data.seed).trained)
+            return NarrowTable(table, self, None, self.parts(table, data.seed).trained)
         rows, kind = data.trained_rows(table), "none" if data.counts is None else "count"
         weights = data.row_weights(popularity_weights(data.counts, kind, table.num_embeddings))
         moments = torch.zeros(table.embedding_dim, table.embedding_dim, dtype=torch.float64)
@@ -158,7 +168,7 @@ class NarrowConfig(MethodConfig):
         # a singular vector is known up to its sign: the largest entry is positive, whatever the solver returned
         top = leading.gather(1, leading.abs().argmax(dim=1, keepdim=True))
         directions = (leading * top.sign()).float().contiguous()
-        return NarrowTable(table, directions, self.parts(table, data.seed).trained)
+        return NarrowTable(table, self, directions, self.parts(table, data.seed).trained)
 
 
 class NarrowTable(Learned):
@@ -166,16 +176,18 @@ class NarrowTable(Learned):
 
     Args:
         table: the user's config.
+        config: how it is stored.
         directions: (r, D) float32 with orthonormal rows, or None: rows are kept whole.
         trained: how rows of few bits are stored, or None for float32 ones.
     """
 
-    def __init__(self, table: BaseEmbeddingConfig, directions: Tensor | None, trained: TrainedPart | None) -> None:
+    def __init__(
+        self, table: BaseEmbeddingConfig, config: NarrowConfig, directions: Tensor | None, trained: TrainedPart | None
+    ) -> None:
         super().__init__(table)
         self._directions, self._trained = directions, trained
-        width = table.embedding_dim if directions is None else len(directions)
-        self._length = _length(width, table.embedding_dim)
-        shape = (table.num_embeddings, width if trained is None else trained.format().row_bytes)
+        self._length = _length(config.width, table.embedding_dim, config.rate)
+        shape = (table.num_embeddings, config.width if trained is None else trained.format().row_bytes)
         self._rows = torch.empty(shape, dtype=torch.float32 if trained is None else torch.uint8)
 
     def _encode(self, ids: Tensor, rows: Tensor | None) -> None:
@@ -194,15 +206,16 @@ class NarrowTable(Learned):
 
 
 @torch.no_grad()
-def _init_rows(table: BaseEmbeddingConfig, weight: Tensor) -> None:
-    """Initialise narrow rows in place; `Projection` gives them the spread of the user's table."""
+def _init_rows(table: BaseEmbeddingConfig, rate: float, weight: Tensor) -> None:
+    """Initialise narrow rows in place, so that projected ones have the spread of the user's table."""
     if weight.numel():  # a rank may hold none, without a shape
         init_like(table, weight)
+        weight /= rate
 
 
-def _length(width: int, embedding_dim: int) -> float:
-    """Return the length of a row of a projection, sqrt(D / r), that makes up for the numbers that there are fewer of."""
-    return (embedding_dim / width) ** 0.5
+def _length(width: int, embedding_dim: int, rate: float) -> float:
+    """Return the length of a row of a projection; sqrt(D / r) makes up for the numbers that there are fewer of."""
+    return rate * (embedding_dim / width) ** 0.5
 
 
 class Projection(BagDecoder):
@@ -212,20 +225,22 @@ class Projection(BagDecoder):
         width: r.
         embedding_dim: D.
         device: of the parameter.
+        rate: of `NarrowConfig`.
 
     Attributes:
         projection: parameter, (r, D) float32.
     """
 
-    def __init__(self, width: int, embedding_dim: int, device: torch.device | None) -> None:
+    def __init__(self, width: int, embedding_dim: int, device: torch.device | None, rate: float) -> None:
         super().__init__()
+        self._length = _length(width, embedding_dim, rate)
         self.projection = nn.Parameter(torch.empty(width, embedding_dim, dtype=torch.float32, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw a matrix with orthogonal rows of length sqrt(D / r)."""
+        """Draw a matrix with orthogonal rows of one length."""
         if not self.projection.is_meta:
-            nn.init.orthogonal_(self.projection, _length(*self.projection.shape))
+            nn.init.orthogonal_(self.projection, self._length)
 
     def forward(self, bags: list[Tensor]) -> Tensor:
         """Return embeddings, (B, D), of one (B, r)."""

@@ -134,7 +134,8 @@ class ModelConfig:
         bottom: widths of the net over dense columns of "dlrm" and "dlrm_dcnv2", the last of which is `embedding_dim`;
             empty is `hidden` and `embedding_dim`.
         dropout: of the hidden layers.
-        embedding_dropout: of the embeddings.
+        embedding_dropout: of the embeddings, whatever reads them.
+        input_dropout: of what the deep net reads; products of embeddings beside it see all.
         batch_norm: whether hidden layers are batch normalised.
         num_cross_layers: cross layers of "dcnv2" and "dlrm_dcnv2".
         cross_rank: their low rank; null is a quarter of the width, as TorchRec advises.
@@ -149,6 +150,7 @@ class ModelConfig:
     bottom: list[Positive] = field(default_factory=list)
     dropout: Rate = 0.0
     embedding_dropout: Rate = 0.0
+    input_dropout: Rate = 0.0
     batch_norm: bool = False
     num_cross_layers: Natural = 3
     cross_rank: Positive | None = None
