@@ -6,7 +6,7 @@ import fnmatch
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -36,9 +36,13 @@ from torchrec_compress.train.data.check import check_data
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.engine.profile import WARM_UP
 from torchrec_compress.train.models.click import make_model, tables_of
+from torchrec_compress.train.width_trial import WidthTrial, width_trial_of
+
+# what a `compression` may ask for; None is nothing
+Wanted: TypeAlias = Compression | Budget | WidthTrial | None
 
 
-def check_config(config: RunConfig) -> Compression | Budget | None:
+def check_config(config: RunConfig) -> Wanted:
     """Return what `compression` asks for, having checked all settings as far as that goes without the data.
 
     Args:
@@ -54,6 +58,8 @@ def check_config(config: RunConfig) -> Compression | Budget | None:
         if not wanted.num_codes:
             raise ValueError("compression.num_codes: must hold a code length, got none")
         base_of(wanted)
+    if isinstance(wanted, WidthTrial):
+        _check_width_trial(config)
     for name, stage in used_stages(config).items():
         _check_stage(name, stage)
     check_data(config.data)
@@ -100,9 +106,7 @@ def check_variants(config: RunConfig) -> dict[str, RunConfig]:
     return found
 
 
-def check_tables(
-    config: RunConfig, wanted: Compression | Budget | None, rows: Mapping[str, int]
-) -> list[EmbeddingBagConfig]:
+def check_tables(config: RunConfig, wanted: Wanted, rows: Mapping[str, int]) -> list[EmbeddingBagConfig]:
     """Return the full model's tables, having checked what names or stores them.
 
     Args:
@@ -130,6 +134,8 @@ def check_tables(
     try:
         if isinstance(wanted, Budget):
             _check_budget(wanted, tables)
+        elif isinstance(wanted, WidthTrial):
+            _check_widths(wanted, tables)
         elif wanted is not None:
             chosen = resolve(tables, wanted)
             _check_trains(config, tables, chosen)
@@ -148,7 +154,7 @@ def check_tables(
     return tables
 
 
-def check_run(config: RunConfig, wanted: Compression | Budget | None, data: ClickSource, world: int = 1) -> None:
+def check_run(config: RunConfig, wanted: Wanted, data: ClickSource, world: int = 1) -> None:
     """Raise ValueError where a run would fail on its data later than now.
 
     Args:
@@ -166,6 +172,10 @@ def check_run(config: RunConfig, wanted: Compression | Budget | None, data: Clic
             _check_sharding(config, name, _stock(config, wanted, name, tables), budgeted)
         steps = len(data.batches("train", stage.batch_size, config.seed, Share(0, world)))
         total, profiled = round(stage.epochs * steps), config.parallel.profile_steps
+        if isinstance(wanted, WidthTrial) and round((wanted.trial_epochs or 0) * steps) < 1:
+            raise ValueError(
+                f"compression.trial_epochs: must make a step, got {wanted.trial_epochs} of the {steps} of an epoch"
+            )
         if total < 1:
             raise ValueError(f"{name}.epochs: must make a step, got {stage.epochs} of the {steps} steps of an epoch")
         if profiled and total < WARM_UP + profiled:
@@ -177,14 +187,14 @@ def check_run(config: RunConfig, wanted: Compression | Budget | None, data: Clic
             _check_batch_norm(name, stage, data.num_rows("train"), world)
 
 
-def _stock(
-    config: RunConfig, wanted: Compression | Budget | None, stage: str, tables: list[EmbeddingBagConfig]
-) -> list[str]:
+def _stock(config: RunConfig, wanted: Wanted, stage: str, tables: list[EmbeddingBagConfig]) -> list[str]:
     """Return the tables that TorchRec's own collection holds in a stage, or may hold where a budget chooses."""
     if stage == "pretrain" or wanted is None:
         return [table.name for table in tables]
     if isinstance(wanted, Budget):
         return maybe_dense(tables, wanted.num_bytes(_dense_bytes(tables)), base_of(wanted), wanted.num_codes)
+    if isinstance(wanted, WidthTrial):
+        return [table.name for table in tables]  # which of them are small is not asked here
     chosen = resolve(tables, wanted)
     return [table.name for table in tables if chosen[table.name].parts(table, config.seed).dense]
 
@@ -217,8 +227,8 @@ def _check_batch_norm(name: str, stage: StageConfig, num_rows: int, world: int) 
             )
 
 
-def compression_of(plain: Mapping[str, Any]) -> Compression | Budget | None:
-    """Return what the `compression` of a config asks for: methods, a budget, or None where nothing is compressed.
+def compression_of(plain: Mapping[str, Any]) -> Wanted:
+    """Return what the `compression` of a config asks for: methods, a budget, a trial, or None for nothing.
 
     Raises:
         ValueError: it is none of them.
@@ -227,7 +237,7 @@ def compression_of(plain: Mapping[str, Any]) -> Compression | Budget | None:
         >>> compression_of({"budget_ratio": 50}).budget_ratio, compression_of({})
         (50.0, None)
     """
-    return (budget_of(plain) or parse(plain)) if plain else None
+    return (budget_of(plain) or width_trial_of(plain) or parse(plain)) if plain else None
 
 
 def base_of(budget: Budget) -> CodebookConfig | None:
@@ -324,6 +334,25 @@ def _check_row_optimizer(
         part = chosen[table.name].parts(table, config.seed).trained
         if part is not None:
             RowOptimizer.of(FUSED_OPTIMIZERS[stage.optim.tables].__name__, {}, part, f"{where}: table {table.name!r}")
+
+
+def _check_width_trial(config: RunConfig) -> None:
+    """Raise ValueError where rows of few bits cannot be trained as the run says."""
+    if config.start != "scratch":
+        raise ValueError(f"start: must be 'scratch' with a trial in compression, got {config.start!r}")
+    if config.retrain.optim.tables == "adam":
+        raise ValueError(
+            f"retrain.optim.tables: must be one of {sorted(set(FUSED_OPTIMIZERS) - {'adam'})} with a trial in "
+            "compression, whose rows of few bits train in the backward, got 'adam'"
+        )
+
+
+def _check_widths(trial: WidthTrial, tables: list[EmbeddingBagConfig]) -> None:
+    """Raise ValueError for a width that no table can have; one that some cannot have is tried with the others."""
+    widest = max(table.embedding_dim for table in tables)
+    wrong = [width for width in trial.widths if width % 4 or width >= widest]
+    if wrong:
+        raise ValueError(f"compression.widths: must be multiples of 4 below the tables' {widest}, got {wrong}")
 
 
 def _check_budget(budget: Budget, tables: list[EmbeddingBagConfig]) -> None:

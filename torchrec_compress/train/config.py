@@ -278,8 +278,9 @@ class RunConfig:
         tensorboard: whether TensorBoard logs are written.
         start: compress a pre-trained full model, or start the compressed tables anew ("scratch").
         compression: {"method": name, options} or such mappings by table name or pattern, see `compression.parse`; a
-            mapping with the key "budget_bytes" or "budget_ratio" shares bytes out by `compression.for_budget`; empty
-            trains the full model only.
+            mapping with the key "budget_bytes" or "budget_ratio" shares bytes out by `compression.for_budget`, one with
+            "trial_epochs" chooses widths by short trainings (`width_trial.WidthTrial`); empty trains the full model
+            only.
         context: for quantile codes, the table whose ids are another table's contexts.
         data: the rows.
         model: the recommender.
