@@ -1,5 +1,7 @@
 """Narrow rows behind a projection."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,24 +20,38 @@ def test_a_fit_loses_least_for_its_width_as_look_ups_weigh_it(weighted):
     torch.testing.assert_close(((served - rows()) * root).square().sum(), left, rtol=1e-4, atol=1e-6)
 
 
-def test_a_fit_has_orthonormal_directions_in_one_order_and_sign():
+def test_a_fit_has_orthogonal_directions_in_one_order_and_sign():
     config = NarrowConfig(width=8)
     state = config.fit(table(), TableData(rows(), counts()))
     projection = state.decoder["projection"]
-    torch.testing.assert_close(projection @ projection.T, torch.eye(8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(projection @ projection.T, DIM / 8 * torch.eye(8), rtol=0, atol=1e-5)
     assert bool((projection.gather(1, projection.abs().argmax(1, keepdim=True)) > 0).all())
     energy = (state.native["rows"].square() * counts()[:, None].clamp(min=1e-3)).sum(0)
     assert torch.equal(energy.argsort(descending=True), torch.arange(8))
 
 
-def test_embeddings_start_as_wide_as_the_users():
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_embeddings_start_as_wide_as_the_users(rate):
     given = {"num_embeddings": 20_000, "weight_init_min": -0.3, "weight_init_max": 0.3}
     torch.manual_seed(0)
-    collection = fresh(NarrowConfig(width=4), **given)
+    collection = fresh(NarrowConfig(width=4, rate=rate), **given)
     projection = collection.decoder.banks["item"].projection
-    torch.testing.assert_close(projection @ projection.T, torch.eye(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(projection @ projection.T, rate**2 * DIM / 4 * torch.eye(4), rtol=0, atol=1e-5)
     served = collection.table_rows("item", torch.arange(20_000)).detach()
     assert float(served.square().mean().sqrt()) == pytest.approx(0.3 / 3**0.5, rel=0.03)
+
+
+@pytest.mark.parametrize(("width", "rate"), [(4, 1.0), (8, 1.0), (8, 0.25)])
+def test_a_step_moves_embeddings_as_far_as_it_moves_rows_of_full_width_times_the_rate(width, rate):
+    torch.manual_seed(0)
+    collection = fresh(NarrowConfig(width=width, rate=rate))
+    (rows_of,) = (value for name, value in collection.named_parameters() if value.shape == (NUM_ROWS, width))
+    before = collection.table_rows("item", torch.arange(NUM_ROWS)).detach().clone()
+    optimizer = torch.optim.Adagrad([rows_of], lr=0.1)
+    (collection(batch([list(range(NUM_ROWS))]))["item"] * torch.randn(DIM)).sum().backward()
+    optimizer.step()
+    moved = (collection.table_rows("item", torch.arange(NUM_ROWS)).detach() - before).norm(dim=1)
+    torch.testing.assert_close(moved, torch.full_like(moved, rate * 0.1 * DIM**0.5), rtol=1e-4, atol=0)
 
 
 def test_what_one_id_teaches_the_projection_serves_all():
@@ -94,6 +110,8 @@ def test_smaller_widths_are_multiples_of_four():
         ({"bits": 8, "optimizer": "adam"}, "optimizer must be one of .*got 'adam'"),
         ({"optimizer": "adagrad"}, "optimizer must be left out with bits=32"),
         ({"state_bits": 8}, "state_bits must be left out with bits=32"),
+        ({"rate": 0.0}, r"rate must be in \[0.001, 1000\], got 0.0"),
+        ({"rate": float("nan")}, r"NarrowConfig\.rate: must be finite, got nan"),
     ],
 )
 def test_options_that_do_nothing_or_are_none_are_refused(options, message):
@@ -106,3 +124,15 @@ def test_few_bits_may_have_the_whole_width_and_no_projection():
     assert collection.methods()["item"].method == "narrow" and not collection.decoder.banks
     with pytest.raises(ValueError, match=r"width must be a multiple of 4 in .4, 16., with bits=8 .*got 20"):
         NarrowConfig(width=20, bits=8).check(table())
+    with pytest.raises(ValueError, match="table 'item': rate must be left out with rows of the embedding's width, 16"):
+        NarrowConfig(width=16, bits=8, rate=0.5).check(table())
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_the_rate_changes_nothing_of_what_a_fit_serves(bits):
+    config = NarrowConfig(width=8, bits=bits)
+    one, other = (
+        decompress(compress(dense_collection(), each)).embedding_bags["item"].weight
+        for each in (config, replace(config, rate=0.5))
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)

@@ -8,6 +8,7 @@ import torch
 from tests.cases import DIM, NUM_ROWS, batch, counts, dense_collection, fit, fresh, rows, table
 from torchrec_compress import compress, decompress
 from torchrec_compress.methods import NarrowConfig, PQConfig, QuantileCodesConfig, RandomCodesConfig, TableData
+from torchrec_compress.methods.width import learn_directions
 from torchrec_compress.ops import dequantize_rows, quantize_rows
 
 PQ = PQConfig(num_codes=2, codebook_size=32, structure="residual", popularity="count")
@@ -52,9 +53,10 @@ def test_hot_rows_are_stored_in_the_width(hot_dtype):
     config = replace(PQ, width=8, num_hot_rows=40, hot_dtype=hot_dtype)
     state = config.fit(table(), TableData(rows(), counts()))
     projection = state.decoder["projection"]
-    torch.testing.assert_close(projection @ projection.T, torch.eye(8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(projection @ projection.T, DIM / 8 * torch.eye(8), rtol=0, atol=1e-5)
     hot = config.hot_ids(table(), TableData(None, counts()))
-    expected = rows()[hot] @ projection.T
+    expected = learn_directions(table(), TableData(rows(), counts()), 8).narrow(rows())[hot]
+    torch.testing.assert_close(expected, rows()[hot] @ projection.T / (DIM / 8), rtol=1e-5, atol=1e-5)
     if hot_dtype != "fp32":
         expected = dequantize_rows(quantize_rows(expected, hot_dtype), hot_dtype)
     torch.testing.assert_close(served(fit(config))[hot], expected @ projection, rtol=1e-5, atol=1e-5)
@@ -84,7 +86,7 @@ def test_quantile_codes_without_rows_keep_the_projection_that_was_drawn():
     collection = fresh(config)
     collection.load_table("item", state)
     projection = collection.decoder.banks["item"].projection
-    torch.testing.assert_close(projection @ projection.T, torch.eye(8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(projection @ projection.T, DIM / 8 * torch.eye(8), rtol=0, atol=1e-5)
 
 
 def test_projection_and_codebooks_train():

@@ -25,7 +25,7 @@ from torchrec_compress.methods.learned import Learned
 from torchrec_compress.methods.learned_codes import LearnedCodes, Sample
 from torchrec_compress.methods.low_bit_rows import check_low_bit_width, quantize_table_rows, warn_of_rough_rows
 from torchrec_compress.methods.storage import CodePart, Parts
-from torchrec_compress.methods.width import LANES, check_width, learn_projection, narrowed
+from torchrec_compress.methods.width import LANES, Directions, check_width, learn_directions, narrowed
 from torchrec_compress.ops import (
     code_dtype,
     dequantize_rows,
@@ -165,9 +165,9 @@ class CodebookConfig(MethodConfig):
         rows = data.trained_rows(table)[hot]
         if self.width is None:
             return served.index_copy(0, hot, dequantize_rows(quantize_rows(rows, "int8"), "int8"))
-        projection = learn_projection(table, data, self.width)
-        finer = dequantize_rows(quantize_rows(rows @ projection.T, "int8"), "int8")
-        return served.index_copy(0, hot, finer @ projection)
+        directions = learn_directions(table, data, self.width)
+        finer = dequantize_rows(quantize_rows(directions.narrow(rows), "int8"), "int8")
+        return served.index_copy(0, hot, finer @ directions.projection)
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the code table; it starts from hashed codes."""
@@ -208,15 +208,15 @@ class CodebookConfig(MethodConfig):
         """Learn codes and codebooks for the tail and set the hot head apart."""
         self.check_fit(table, data)
         hot, weights = self.hot_ids(table, data), self.learning_weights(table, data)
-        coded, sample, projection = self.coded(table), None, None
+        coded, sample, directions = self.coded(table), None, None
         if data.rows is not None or self.needs_rows:
             rows = data.trained_rows(table)
             if self.width is not None:
-                projection = learn_projection(table, data, self.width)
-                rows = rows @ projection.T
+                directions = learn_directions(table, data, self.width)
+                rows = directions.narrow(rows)
             sample = Sample(data.row_ids(table), rows, data.row_weights(weights))
         learned = self.learn_codes(coded, data, sample)
-        return CodedTable(self, table, learned, weights, hot, sample is not None, projection)
+        return CodedTable(self, table, learned, weights, hot, sample is not None, directions)
 
     def learning_weights(self, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
         """Return what each id weighs, (N,) float32: hot ones, of which no codeword is learned, nothing."""
@@ -297,7 +297,7 @@ class CodedTable(Learned):
         weights: (N,) float32, of every id in the refit; zero for hot ones.
         hot: (H,) int64 ids of the hot rows, in their order.
         needs_rows: whether blocks have rows.
-        projection: (r, D) float32 with orthonormal rows, of the rows that are coded, or None.
+        directions: that coded rows keep, or None: they are coded whole.
     """
 
     def __init__(
@@ -308,19 +308,19 @@ class CodedTable(Learned):
         weights: Tensor,
         hot: Tensor,
         needs_rows: bool,
-        projection: Tensor | None,
+        directions: Directions | None,
     ) -> None:
         super().__init__(table)
-        self.needs_rows, self._projection = needs_rows, projection
+        self.needs_rows, self._directions = needs_rows, directions
         self._config, self._learned, self._weights, self._hot = config, learned, weights, hot
         self._sorted_hot, self._hot_numbers = hot.sort()
         self._hot_rows = torch.empty(len(hot), config.coded(table).embedding_dim)
 
     def _encode(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         encoder, _, refit = self._learned
-        if self._projection is not None:
+        if self._directions is not None:
             assert rows is not None
-            rows = rows @ self._projection.T
+            rows = self._directions.narrow(rows)
         codes = encoder(ids, rows)
         if refit is not None:
             assert rows is not None
@@ -344,6 +344,6 @@ class CodedTable(Learned):
             if dtype != "fp32":
                 decoder["hot_rows"], rough = quantize_table_rows(self._table, self._hot_rows, dtype, self._hot)
                 warn_of_rough_rows(self._table, rough, len(self._hot), dtype)
-        if self._projection is not None:
-            decoder["projection"] = self._projection
+        if self._directions is not None:
+            decoder["projection"] = self._directions.projection
         return TableState(decoder=decoder)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
+from torchrec_compress.methods.base import init_like
 from torchrec_compress.methods.decoders import TableDecoder
-from torchrec_compress.methods.width import init_narrow
+from torchrec_compress.methods.width import projection_length
 from torchrec_compress.ops import BagLookup, Rows, codebook_bag, is_packed, quantized_row_bytes
 from torchrec_compress.ops.lowbit import RowDtype
 from torchrec_compress.ops.types import Structure
@@ -71,20 +72,20 @@ class CodebookDecoder(TableDecoder):
     def reset_parameters(self) -> None:
         """Initialise codebooks (and float hot rows) so that a row has the spread of the user's table.
 
-        Low-bit hot rows, which no start code reaches, become zeros. The rows of the projection are orthonormal.
+        Low-bit hot rows, which no start code reaches, become zeros. The projection is that of `NarrowConfig`.
         """
         if self.codebooks.device.type == "meta":
             return
         with torch.no_grad():
-            init_narrow(self._table, self.codebooks, self._row)
+            init_like(self._table, self.codebooks)
             if self.structure == "residual":
                 self.codebooks /= self._num_codes**0.5
             if isinstance(self.hot_rows, nn.Parameter):
-                init_narrow(self._table, self.hot_rows, self._row)
+                init_like(self._table, self.hot_rows)
             elif self.hot_rows is not None:
                 self.hot_rows.zero_()
             if self.projection is not None:
-                nn.init.orthogonal_(self.projection)
+                nn.init.orthogonal_(self.projection, projection_length(*self.projection.shape))
 
     def bag_lookup(self, number: int, feature: str, where: str, is_mean: bool) -> BagLookup:
         """Return the look-up that pools its rows with those of all other codebooks."""

@@ -16,12 +16,13 @@ from torchrec_compress.methods.base import (
     TableData,
     TableState,
     dense_bytes,
+    init_like,
     register,
 )
 from torchrec_compress.methods.learned import Learned
 from torchrec_compress.methods.start import SeededInit
 from torchrec_compress.methods.storage import NativePart, Parts, Remap, TrainedPart
-from torchrec_compress.methods.width import LANES, check_width, init_narrow, learn_projection
+from torchrec_compress.methods.width import LANES, Directions, check_width, learn_directions, projection_length
 from torchrec_compress.ops import TrainedOptimizer, encode_trained, stable_salt
 
 _OPTIMIZERS = get_args(TrainedOptimizer)
@@ -37,8 +38,10 @@ class NarrowConfig(MethodConfig):
     `width` numbers; sums, means and weights commute with the projection, which comes after them and is trained by the
     dense optimizer.
 
-    P starts with orthonormal rows and z so large that embeddings have the spread of the
-    user's table. Gradients reach z through P with their own length, so the rows' learning rate is that of a full table.
+    P starts with orthogonal rows of length sqrt(D / r) and z like rows of the user's table, so embeddings have the
+    spread of that table, and a step of z moves them as far as it would move rows of full width with an optimizer that
+    scales gradients to the learning rate (Adagrad, Adam): the rows' rate is that of a full table. With SGD a step is
+    D / r times as long in the r directions that are left. `rate` makes P shorter and z longer, hence steps shorter.
 
     With 8 or 4 bits a number, rows are trained where they lie: decoded, pooled, updated and rounded again, up or down
     with the probability that makes the expected value right (2010.11305), by kernels of ours.
@@ -53,10 +56,12 @@ class NarrowConfig(MethodConfig):
         optimizer: of rows of few bits, "sgd", "adagrad" or "rowwise_adagrad"; None: the one that the user gives tables.
             The learning rate is the user's in any case.
         state_bits: of a value of the optimizer's state beside rows of few bits, 32 or 8.
+        rate: how far a step moves an embedding, by what it would move a row of full width; SGD's: the square of it.
+            sqrt(r / D) is a P with orthonormal rows. Rows that are seen many times want less, see docs/small.md.
 
     Example:
         >>> NarrowConfig(width=16, bits=8, state_bits=8).to_dict()
-        {'method': 'narrow', 'width': 16, 'bits': 8, 'optimizer': None, 'state_bits': 8}
+        {'method': 'narrow', 'width': 16, 'bits': 8, 'optimizer': None, 'state_bits': 8, 'rate': 1.0}
     """
 
     method: ClassVar[str] = "narrow"
@@ -67,6 +72,7 @@ class NarrowConfig(MethodConfig):
     bits: Literal[32, 8, 4] = 32
     optimizer: TrainedOptimizer | None = None
     state_bits: Literal[32, 8] = 32
+    rate: float = 1.0
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that do nothing beside the others."""
@@ -74,6 +80,8 @@ class NarrowConfig(MethodConfig):
         for name, allowed in (("bits", (32, 8, 4)), ("state_bits", (32, 8)), ("optimizer", (None, *_OPTIMIZERS))):
             if getattr(self, name) not in allowed or isinstance(getattr(self, name), float):  # 8.0 == 8
                 raise ValueError(f"narrow: {name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
+        if not 1e-3 <= self.rate <= 1e3:
+            raise ValueError(f"narrow: rate must be in [0.001, 1000], got {self.rate!r}")
         idle = {"optimizer": self.optimizer is not None, "state_bits": self.state_bits != 32}
         if self.bits == 32 and any(idle.values()):
             name = next(name for name, given in idle.items() if given)
@@ -93,6 +101,11 @@ class NarrowConfig(MethodConfig):
                 f"{table.embedding_dim}; leave the table dense"
             )
         check_width(table, self.width, most, f"bits={self.bits}")
+        if self.width == table.embedding_dim and self.rate != 1:
+            raise ValueError(
+                f"table {table.name!r}: rate must be left out with rows of the embedding's width, {self.width}, which "
+                f"have no projection, got {self.rate}"
+            )
 
     @property
     def uses_counts(self) -> bool:
@@ -112,7 +125,7 @@ class NarrowConfig(MethodConfig):
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the narrow rows."""
-        start = partial(init_narrow, table, width=self.width)
+        start = partial(_init_rows, table, self.rate)
         if self.bits != 32:
             whole = SeededInit(stable_salt(seed, table.name), table.num_embeddings, self.width, start)
             return Parts(trained=TrainedPart(self.width, self.bits, whole, self.optimizer, self.state_bits))
@@ -122,18 +135,22 @@ class NarrowConfig(MethodConfig):
         """Return the projection; rows of the embedding's width need none."""
         if self.width == table.embedding_dim:
             return None
-        return Projection(self.width, table.embedding_dim, device)
+        return Projection(self.width, table.embedding_dim, device, self.rate)
 
     def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return the bytes of the projection."""
         return 0 if self.width == table.embedding_dim else 4 * self.width * table.embedding_dim
 
     def learn(self, table: BaseEmbeddingConfig, data: TableData) -> NarrowTable:
-        """Find the directions that hold most of the rows, weighted by counts: their leading right singular vectors."""
+        """Find the directions that hold most of the rows, weighted by counts: their leading right singular vectors.
+
+        They are stored as long as a projection starts, so that rows train on at the same rate.
+        """
         self.check_fit(table, data)
         if self.width == table.embedding_dim:  # nothing to choose
             return NarrowTable(table, None, self.parts(table, data.seed).trained)
-        return NarrowTable(table, learn_projection(table, data, self.width), self.parts(table, data.seed).trained)
+        directions = learn_directions(table, data, self.width, self.rate)
+        return NarrowTable(table, directions, self.parts(table, data.seed).trained)
 
 
 class NarrowTable(Learned):
@@ -141,30 +158,38 @@ class NarrowTable(Learned):
 
     Args:
         table: the user's config.
-        projection: (r, D) float32 with orthonormal rows, or None: rows are kept whole.
+        directions: that rows keep, or None: they are kept whole.
         trained: how rows of few bits are stored, or None for float32 ones.
     """
 
-    def __init__(self, table: BaseEmbeddingConfig, projection: Tensor | None, trained: TrainedPart | None) -> None:
+    def __init__(self, table: BaseEmbeddingConfig, directions: Directions | None, trained: TrainedPart | None) -> None:
         super().__init__(table)
-        self._projection, self._trained = projection, trained
-        width = table.embedding_dim if projection is None else len(projection)
+        self._directions, self._trained = directions, trained
+        width = table.embedding_dim if directions is None else len(directions.matrix)
         shape = (table.num_embeddings, width if trained is None else trained.format().row_bytes)
         self._rows = torch.empty(shape, dtype=torch.float32 if trained is None else torch.uint8)
 
     def _encode(self, ids: Tensor, rows: Tensor | None) -> None:
         assert rows is not None
-        narrow = rows if self._projection is None else rows @ self._projection.T
+        narrow = rows if self._directions is None else self._directions.narrow(rows)
         if self._trained is not None:
             narrow = encode_trained(narrow, self._trained.format())
         self._rows.index_copy_(0, ids, narrow)
 
     def _finish(self) -> TableState:
         """Return narrow rows and projection."""
-        decoder = {} if self._projection is None else {"projection": self._projection}
+        decoder = {} if self._directions is None else {"projection": self._directions.projection}
         if self._trained is not None:
             return TableState(trained={"rows": self._rows}, decoder=decoder)
         return TableState(native={"rows": self._rows}, decoder=decoder)
+
+
+@torch.no_grad()
+def _init_rows(table: BaseEmbeddingConfig, rate: float, weight: Tensor) -> None:
+    """Initialise narrow rows in place, so that projected ones have the spread of the user's table."""
+    if weight.numel():  # a rank may hold none, without a shape
+        init_like(table, weight)
+        weight /= rate
 
 
 class Projection(BagDecoder):
@@ -174,20 +199,22 @@ class Projection(BagDecoder):
         width: r.
         embedding_dim: D.
         device: of the parameter.
+        rate: of `NarrowConfig`.
 
     Attributes:
         projection: parameter, (r, D) float32.
     """
 
-    def __init__(self, width: int, embedding_dim: int, device: torch.device | None) -> None:
+    def __init__(self, width: int, embedding_dim: int, device: torch.device | None, rate: float) -> None:
         super().__init__()
+        self._length = projection_length(width, embedding_dim, rate)
         self.projection = nn.Parameter(torch.empty(width, embedding_dim, dtype=torch.float32, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw a matrix with orthonormal rows."""
+        """Draw a matrix with orthogonal rows of one length."""
         if not self.projection.is_meta:
-            nn.init.orthogonal_(self.projection)
+            nn.init.orthogonal_(self.projection, self._length)
 
     def forward(self, bags: list[Tensor]) -> Tensor:
         """Return embeddings, (B, D), of one (B, r)."""

@@ -1,16 +1,15 @@
-"""Rows of fewer numbers than the embedding: which widths work, and how such rows start."""
+"""Rows of fewer numbers than the embedding: which widths work, and which directions they keep."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.fit.subspace import leading_subspace
-from torchrec_compress.methods.base import init_like
 from torchrec_compress.methods.learned import TableData
 
 LANES = 4  # FBGEMM takes row widths that are multiples of it
@@ -47,22 +46,43 @@ def narrowed(table: BaseEmbeddingConfig, width: int) -> BaseEmbeddingConfig:
     return found
 
 
-def learn_projection(table: BaseEmbeddingConfig, data: TableData, width: int) -> Tensor:
-    """Return the directions that hold most of the rows of a fit, as look-ups weigh them: (width, D) float32.
+def projection_length(width: int, embedding_dim: int, rate: float = 1.0) -> float:
+    """Return the length of a row of a projection; sqrt(D / r) makes up for the numbers that there are fewer of.
+
+    So what is projected starts like rows of the user's table, and a step moves embeddings as far as full rows, times
+    `rate`.
+    """
+    return rate * (embedding_dim / width) ** 0.5
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The directions that narrow rows keep of full ones.
+
+    Attributes:
+        matrix: (r, D) float32, orthonormal rows.
+        length: of the rows of the projection that is stored; narrow rows are as much shorter.
+    """
+
+    matrix: Tensor
+    length: float
+
+    def narrow(self, rows: Tensor) -> Tensor:
+        """Return (L, r) narrow rows of (L, D) full ones."""
+        return rows @ self.matrix.T / self.length
+
+    @property
+    def projection(self) -> Tensor:
+        """What turns narrow rows into full ones again, (r, D)."""
+        return self.matrix * self.length
+
+
+def learn_directions(table: BaseEmbeddingConfig, data: TableData, width: int, rate: float = 1.0) -> Directions:
+    """Return the directions that hold most of the rows of a fit, as look-ups weigh them.
 
     The one place where the subspace of rows is chosen. From a sample, hot rows, which it has none of, weigh nothing.
     """
     kind = "none" if data.counts is None else "count"
     weights = data.row_weights(popularity_weights(data.counts, kind, table.num_embeddings))
-    return leading_subspace(data.trained_rows(table), weights, width)
-
-
-@torch.no_grad()
-def init_narrow(table: BaseEmbeddingConfig, weight: Tensor, width: int) -> None:
-    """Initialise what rows of `width` numbers are made of, in place.
-
-    Behind a projection with orthonormal rows, rows then have the spread of the user's table.
-    """
-    if weight.numel():  # a rank may hold none, without a shape
-        init_like(table, weight)
-        weight *= (table.embedding_dim / width) ** 0.5
+    matrix = leading_subspace(data.trained_rows(table), weights, width)
+    return Directions(matrix, projection_length(width, table.embedding_dim, rate))

@@ -6,7 +6,7 @@ import fnmatch
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -16,12 +16,12 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.compression import Compression, parse, resolve
 from torchrec_compress.compression.budget import maybe_dense, smallest_bytes
-from torchrec_compress.methods import CodebookConfig, MethodConfig, as_codebook
-from torchrec_compress.modules.row_optimizer import RowOptimizer
+from torchrec_compress.methods import CodebookConfig, as_codebook
 from torchrec_compress.names import check_feature_names, check_folder_names, check_table_names
 from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS
 from torchrec_compress.schema import nearest
 from torchrec_compress.train.byte_budget import Budget, budget_of
+from torchrec_compress.train.check_stored import check_row_optimizer, check_small_tables, check_trains, check_widths
 from torchrec_compress.train.config import (
     ModelConfig,
     OptimConfig,
@@ -36,9 +36,13 @@ from torchrec_compress.train.data.check import check_data
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.engine.profile import WARM_UP
 from torchrec_compress.train.models.click import make_model, tables_of
+from torchrec_compress.train.width_trial import WidthTrial, width_trial_of
+
+# what a `compression` may ask for; None is nothing
+Wanted: TypeAlias = Compression | Budget | WidthTrial | None
 
 
-def check_config(config: RunConfig) -> Compression | Budget | None:
+def check_config(config: RunConfig) -> Wanted:
     """Return what `compression` asks for, having checked all settings as far as that goes without the data.
 
     Args:
@@ -54,6 +58,8 @@ def check_config(config: RunConfig) -> Compression | Budget | None:
         if not wanted.num_codes:
             raise ValueError("compression.num_codes: must hold a code length, got none")
         base_of(wanted)
+    if isinstance(wanted, WidthTrial):
+        _check_width_trial(config)
     _check_small(config, wanted)
     for name, stage in used_stages(config).items():
         _check_stage(name, stage, bool(config.pretrain_compression))
@@ -85,14 +91,13 @@ def pretrain_methods(config: RunConfig) -> Compression | None:
         found = compression_of(config.pretrain_compression)
     except ValueError as error:
         raise ValueError(str(error).replace("compression", "pretrain_compression", 1)) from error
-    if isinstance(found, Budget):
-        raise ValueError(
-            "pretrain_compression: must name methods, got a budget, which is shared out by tables trained before"
-        )
+    if isinstance(found, Budget | WidthTrial):
+        what = "a budget" if isinstance(found, Budget) else "a trial"
+        raise ValueError(f"pretrain_compression: must name methods, got {what}; choose before, and name the outcome")
     return found
 
 
-def _check_small(config: RunConfig, wanted: Compression | Budget | None) -> None:
+def _check_small(config: RunConfig, wanted: Wanted) -> None:
     """Raise ValueError where small tables in stage 1 do not go with the rest."""
     if pretrain_methods(config) is None:
         return
@@ -135,9 +140,7 @@ def check_variants(config: RunConfig) -> dict[str, RunConfig]:
     return found
 
 
-def check_tables(
-    config: RunConfig, wanted: Compression | Budget | None, rows: Mapping[str, int]
-) -> list[EmbeddingBagConfig]:
+def check_tables(config: RunConfig, wanted: Wanted, rows: Mapping[str, int]) -> list[EmbeddingBagConfig]:
     """Return the full model's tables, having checked what names or stores them.
 
     Args:
@@ -165,18 +168,20 @@ def check_tables(
     try:
         small = pretrain_methods(config)
         if small is not None:
-            _check_small_tables(config, tables, resolve(tables, small))
+            check_small_tables(config, tables, resolve(tables, small))
     except ValueError as error:
         named = str(error).startswith("pretrain")
         raise error if named else ValueError(f"pretrain_compression: {error}") from error
     try:
         if isinstance(wanted, Budget):
             _check_budget(wanted, tables)
+        elif isinstance(wanted, WidthTrial):
+            check_widths(wanted, tables)
         elif wanted is not None:
             chosen = resolve(tables, wanted)
             if config.retrain.epochs > 0:
-                _check_trains(config, "retrain", tables, chosen)
-                _check_row_optimizer(config, "retrain", tables, chosen)
+                check_trains(config, "retrain", tables, chosen)
+                check_row_optimizer(config, "retrain", tables, chosen)
             for table in tables if config.pretrain_compression else ():
                 chosen[table.name].check_blocks(table)
             unfit = sorted(name for name, method in chosen.items() if method.needs != "nothing")
@@ -193,7 +198,7 @@ def check_tables(
     return tables
 
 
-def check_run(config: RunConfig, wanted: Compression | Budget | None, data: ClickSource, world: int = 1) -> None:
+def check_run(config: RunConfig, wanted: Wanted, data: ClickSource, world: int = 1) -> None:
     """Raise ValueError where a run would fail on its data later than now.
 
     Args:
@@ -211,6 +216,10 @@ def check_run(config: RunConfig, wanted: Compression | Budget | None, data: Clic
             _check_sharding(config, name, _stock(config, wanted, name, tables), budgeted)
         steps = len(data.batches("train", stage.batch_size, config.seed, Share(0, world)))
         total, profiled = round(stage.epochs * steps), config.parallel.profile_steps
+        if isinstance(wanted, WidthTrial) and round((wanted.trial_epochs or 0) * steps) < 1:
+            raise ValueError(
+                f"compression.trial_epochs: must make a step, got {wanted.trial_epochs} of the {steps} of an epoch"
+            )
         if total < 1:
             raise ValueError(f"{name}.epochs: must make a step, got {stage.epochs} of the {steps} steps of an epoch")
         if profiled and total < WARM_UP + profiled:
@@ -222,9 +231,7 @@ def check_run(config: RunConfig, wanted: Compression | Budget | None, data: Clic
             _check_batch_norm(name, stage, data.num_rows("train"), world)
 
 
-def _stock(
-    config: RunConfig, wanted: Compression | Budget | None, stage: str, tables: list[EmbeddingBagConfig]
-) -> list[str]:
+def _stock(config: RunConfig, wanted: Wanted, stage: str, tables: list[EmbeddingBagConfig]) -> list[str]:
     """Return the tables that TorchRec's own collection holds in a stage, or may hold where a budget chooses."""
     if stage == "pretrain":
         wanted = pretrain_methods(config)
@@ -232,6 +239,8 @@ def _stock(
         return [table.name for table in tables]
     if isinstance(wanted, Budget):
         return maybe_dense(tables, wanted.num_bytes(_dense_bytes(tables)), base_of(wanted), wanted.num_codes)
+    if isinstance(wanted, WidthTrial):
+        return [table.name for table in tables]  # which of them are small is not asked here
     chosen = resolve(tables, wanted)
     return [table.name for table in tables if chosen[table.name].parts(table, config.seed).dense]
 
@@ -264,8 +273,8 @@ def _check_batch_norm(name: str, stage: StageConfig, num_rows: int, world: int) 
             )
 
 
-def compression_of(plain: Mapping[str, Any]) -> Compression | Budget | None:
-    """Return what the `compression` of a config asks for: methods, a budget, or None where nothing is compressed.
+def compression_of(plain: Mapping[str, Any]) -> Wanted:
+    """Return what the `compression` of a config asks for: methods, a budget, a trial, or None for nothing.
 
     Raises:
         ValueError: it is none of them.
@@ -274,7 +283,7 @@ def compression_of(plain: Mapping[str, Any]) -> Compression | Budget | None:
         >>> compression_of({"budget_ratio": 50}).budget_ratio, compression_of({})
         (50.0, None)
     """
-    return (budget_of(plain) or parse(plain)) if plain else None
+    return (budget_of(plain) or width_trial_of(plain) or parse(plain)) if plain else None
 
 
 def base_of(budget: Budget) -> CodebookConfig | None:
@@ -346,47 +355,15 @@ def _check_stage(name: str, stage: StageConfig, is_small: bool) -> None:
         )
 
 
-def _check_small_tables(
-    config: RunConfig, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]
-) -> None:
-    """Raise ValueError where tables cannot train from the start as stage 1 says."""
-    unfit = sorted(name for name, method in chosen.items() if method.needs != "nothing")
-    if unfit:
+def _check_width_trial(config: RunConfig) -> None:
+    """Raise ValueError where rows of few bits cannot be trained as the run says."""
+    if config.start != "scratch":
+        raise ValueError(f"start: must be 'scratch' with a trial in compression, got {config.start!r}")
+    if config.retrain.optim.tables == "adam":
         raise ValueError(
-            f"pretrain_compression: must be methods that train from the start, got others for {unfit}, which are "
-            "fitted to trained tables; name them in compression, and 'narrow' here"
+            f"retrain.optim.tables: must be one of {sorted(set(FUSED_OPTIMIZERS) - {'adam'})} with a trial in "
+            "compression, whose rows of few bits train in the backward, got 'adam'"
         )
-    _check_trains(config, "pretrain", tables, chosen)
-    _check_row_optimizer(config, "pretrain", tables, chosen)
-
-
-def _check_trains(
-    config: RunConfig, where: str, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]
-) -> None:
-    """Raise ValueError where nothing of these tables would train in a stage, and the dense net does not either."""
-    stage = getattr(config, where)
-    if stage.train_dense:
-        return
-    parts = [(chosen[table.name], chosen[table.name].parts(table, config.seed)) for table in tables]
-    has_tables = any(stored.dense or stored.native or stored.trained for _, stored in parts)
-    has_decoders = any(chosen[table.name].decoder_bytes(table) for table in tables)
-    if (stage.train_tables and has_tables) or (stage.train_codebooks and has_decoders):
-        return
-    raise ValueError(
-        f"{where}: must train something, got train_dense false and tables of which nothing that is switched on trains: "
-        f"{sorted({method.method for method, _ in parts})}"
-    )
-
-
-def _check_row_optimizer(
-    config: RunConfig, where: str, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]
-) -> None:
-    """Raise ValueError where rows of a few bits cannot be trained as a stage says."""
-    optimizer = FUSED_OPTIMIZERS[getattr(config, where).optim.tables].__name__
-    for table in tables:
-        part = chosen[table.name].parts(table, config.seed).trained
-        if part is not None:
-            RowOptimizer.of(optimizer, {}, part, f"{where}.optim.tables: table {table.name!r}")
 
 
 def _check_budget(budget: Budget, tables: list[EmbeddingBagConfig]) -> None:

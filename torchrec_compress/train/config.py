@@ -134,7 +134,8 @@ class ModelConfig:
         bottom: widths of the net over dense columns of "dlrm" and "dlrm_dcnv2", the last of which is `embedding_dim`;
             empty is `hidden` and `embedding_dim`.
         dropout: of the hidden layers.
-        embedding_dropout: of the embeddings.
+        embedding_dropout: of the embeddings, whatever reads them.
+        input_dropout: of what the deep net reads; products of embeddings beside it see all.
         batch_norm: whether hidden layers are batch normalised.
         num_cross_layers: cross layers of "dcnv2" and "dlrm_dcnv2".
         cross_rank: their low rank; null is a quarter of the width, as TorchRec advises.
@@ -149,6 +150,7 @@ class ModelConfig:
     bottom: list[Positive] = field(default_factory=list)
     dropout: Rate = 0.0
     embedding_dropout: Rate = 0.0
+    input_dropout: Rate = 0.0
     batch_norm: bool = False
     num_cross_layers: Natural = 3
     cross_rank: Positive | None = None
@@ -276,11 +278,12 @@ class RunConfig:
         tensorboard: whether TensorBoard logs are written.
         start: compress a pre-trained model, or start the compressed tables anew ("scratch").
         compression: {"method": name, options} or such mappings by table name or pattern, see `compression.parse`; a
-            mapping with the key "budget_bytes" or "budget_ratio" shares bytes out by `compression.for_budget`; empty
-            trains the full model only.
+            mapping with the key "budget_bytes" or "budget_ratio" shares bytes out by `compression.for_budget`, one with
+            "trial_epochs" chooses widths by short trainings (`width_trial.WidthTrial`); empty trains the full model
+            only.
         pretrain_compression: how tables are stored while stage 1 trains, as `compression`, by methods that train from
-            the start ("narrow", "hash"), no budget; empty is the full table. What `compression` is then fitted to, and
-            `retrain` imitates, is that small model, and no full table is ever made.
+            the start ("narrow", "hash"), no budget and no trial; empty is the full table. What `compression` is then
+            fitted to, and `retrain` imitates, is that small model, and no full table is ever made.
         context: for quantile codes, the table whose ids are another table's contexts.
         data: the rows.
         model: the recommender.

@@ -31,22 +31,18 @@ def full_model(config: RunConfig, data: ClickSource) -> ClickModel:
     """
     small = pretrain_methods(config)
     if small is not None:
-        return compressed_model(config, small, data, config.parallel.init == "shards")
+        return untrained(config, small, data, config.parallel.init == "shards")
     torch.manual_seed(config.seed)
     device = torch.device("meta") if config.parallel.init == "shards" else None
     tables = EmbeddingBagCollection(tables=make_tables(config.model, data), device=device)
     return make_model(tables, data.num_dense, config.model)
 
 
-def compressed_model(config: RunConfig, chosen: Compression, data: ClickSource, is_meta: bool) -> ClickModel:
-    """Return the untrained model with compressed tables, a pure function of its arguments."""
+def untrained(config: RunConfig, chosen: Compression, data: ClickSource, in_shards: bool = False) -> ClickModel:
+    """Return a compressed model as it starts, a pure function of config and seed; on the meta device `in_shards`."""
+    tables, device = make_tables(config.model, data), torch.device("meta") if in_shards else None
     torch.manual_seed(config.seed)  # native tables are drawn, whatever this process did before
-    collection = CompressedEmbeddingBagCollection(
-        make_tables(config.model, data),
-        device=torch.device("meta") if is_meta else None,
-        compression=chosen,
-        seed=config.seed,
-    )
+    collection = CompressedEmbeddingBagCollection(tables, device=device, compression=chosen, seed=config.seed)
     torch.manual_seed(config.seed)
     return make_model(collection, data.num_dense, config.model)
 

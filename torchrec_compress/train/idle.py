@@ -12,6 +12,7 @@ from torchrec_compress.methods import MethodConfig
 from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.check import compression_of
 from torchrec_compress.train.config import RunConfig, StageConfig, needs_pretrained
+from torchrec_compress.train.width_trial import WidthTrial
 
 _ANY = EmbeddingBagConfig(name="any", num_embeddings=10**6, embedding_dim=64)
 
@@ -69,9 +70,9 @@ def _stage_lines(name: str, stage: StageConfig, has_decoders: bool, without: str
 
 
 def _methods(config: RunConfig) -> list[MethodConfig]:
-    """Return the methods that a run names; none for a budget, which chooses."""
+    """Return the methods that a run names; none for a budget or a trial, which chooses."""
     wanted = compression_of(config.compression)
-    if wanted is None or isinstance(wanted, Budget):
+    if wanted is None or isinstance(wanted, Budget | WidthTrial):
         return []
     return list(wanted.values()) if isinstance(wanted, Mapping) else [wanted]
 

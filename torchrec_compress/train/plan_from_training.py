@@ -10,6 +10,7 @@ from typing import Any
 from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.config import RunConfig, of_pattern
 from torchrec_compress.train.data.mlperf import FEATURES, MULTI_HOT_SIZES, TABLE_ROWS
+from torchrec_compress.train.width_trial import WidthTrial
 
 # tables that train in the backward are never data-parallel
 _TRAINED_TYPES = ("table_wise", "column_wise", "row_wise", "table_row_wise", "table_column_wise", "grid_shard")
@@ -27,10 +28,10 @@ def from_training(run: RunConfig) -> dict[str, Any]:
     from torchrec_compress.train.check import check_tables, compression_of  # needs torch
 
     wanted = compression_of(run.compression)
-    if isinstance(wanted, Budget):
+    if isinstance(wanted, Budget | WidthTrial):
+        what = "budget, which is shared out" if isinstance(wanted, Budget) else "trial, which is decided"
         raise ValueError(
-            "compression: must name the methods to be planned, got a budget, which is shared out by the data; give "
-            "methods by table"
+            f"compression: must name the methods to be planned, got a {what} by the data; give methods by table"
         )
     sizes = known_rows(run)
     check_tables(run, wanted, sizes)

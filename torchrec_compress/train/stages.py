@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from torchrec_compress import CompressedEmbeddingBagCollection
-from torchrec_compress.compression import Compression, parse, resolve
-from torchrec_compress.train.byte_budget import Budget
-from torchrec_compress.train.check import check_config, check_run
+from torchrec_compress.compression import Compression
+from torchrec_compress.train.check import Wanted, check_config, check_run
+from torchrec_compress.train.choosing import settle
 from torchrec_compress.train.config import DataConfig, RunConfig, fingerprint, lasting, needs_pretrained
 from torchrec_compress.train.data.inputs import identify
 from torchrec_compress.train.data.memory import ClickData
@@ -22,17 +22,10 @@ from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.engine.checkpoint import check_same
 from torchrec_compress.train.engine.loop import Task, Trained, train
 from torchrec_compress.train.evaluate.metrics import bayes_metrics
-from torchrec_compress.train.evaluate.scoring import check_labels, score, total_counts
+from torchrec_compress.train.evaluate.scoring import check_labels, score
 from torchrec_compress.train.evaluate.usage import code_usage
-from torchrec_compress.train.fitting import choose, fit
-from torchrec_compress.train.full import (
-    compressed_model,
-    full_model,
-    held_bytes,
-    read_model,
-    teacher_logits,
-    trained_model,
-)
+from torchrec_compress.train.fitting import fit
+from torchrec_compress.train.full import full_model, held_bytes, read_model, teacher_logits, trained_model, untrained
 from torchrec_compress.train.identity import check_unchanged, identity_of, record
 from torchrec_compress.train.models.click import ClickModel, make_model, make_tables
 from torchrec_compress.train.ranks import Ranks, agree, on_first
@@ -200,15 +193,16 @@ def _save_trained(config: RunConfig, data: ClickSource, source: Path, folder: Pa
 
 
 def _run_compressed(
-    config: RunConfig, wanted: Compression | Budget, task: Task, source: Path | None, folder: Path, ranks: Ranks
+    config: RunConfig,
+    wanted: Wanted,
+    task: Task,
+    source: Path | None,
+    folder: Path,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Fit the compressed tables and train on with them."""
     data, started = task.data, time.perf_counter()
-    if isinstance(wanted, Budget):
-        assert source is not None  # a config with a budget and without a full model is refused
-        chosen, counts = _chosen(config, wanted, data, source, folder, ranks)
-    else:
-        chosen, counts = wanted, _counts(config, wanted, data, source, ranks)
+    chosen, counts = settle(config, wanted, task, source, folder, ranks)
     model = _compressed(config, chosen, data, source, folder, counts, ranks)
     collection = model.embeddings
     assert isinstance(collection, CompressedEmbeddingBagCollection)
@@ -235,27 +229,6 @@ def _run_compressed(
     return summary
 
 
-def _chosen(
-    config: RunConfig, budget: Budget, data: ClickSource, source: Path, folder: Path, ranks: Ranks
-) -> tuple[Compression, dict[str, Tensor]]:
-    """Return the methods that rank 0 chooses for a budget, and the look-ups per id in train that it chooses by."""
-    counts, tables = total_counts(data, ranks), make_tables(config.model, data)
-    kept = folder / "compression.json"
-    plain = on_first(lambda: choose(budget, tables, source, kept, counts, config.seed), ranks)
-    return parse(plain), counts
-
-
-def _counts(
-    config: RunConfig, chosen: Compression, data: ClickSource, source: Path | None, ranks: Ranks
-) -> dict[str, Tensor]:
-    """Return look-ups per id in train, or nothing where no table is fitted or coded: streamed, they cost a pass."""
-    if source is None:
-        methods = resolve(make_tables(config.model, data), chosen).values()
-        if not any(method.uses_counts for method in methods):
-            return {}
-    return total_counts(data, ranks)
-
-
 def _save_compressed(
     config: RunConfig, data: ClickSource, methods: Mapping[str, Any], trained: Path | None, folder: Path
 ) -> None:
@@ -279,9 +252,8 @@ def _compressed(
     ranks: Ranks,
 ) -> ClickModel:
     """Return the fitted model; the fit is done by rank 0 and kept, so that a resumed run need not repeat it."""
-    kept = folder / "fitted.pt"
     in_shards = source is None and config.parallel.init == "shards"
-    model = compressed_model(config, chosen, data, in_shards)
+    model, kept = untrained(config, chosen, data, in_shards), folder / "fitted.pt"
     if in_shards:
         return model
     on_first(lambda: fit(config, data, source, kept, model, counts), ranks)

@@ -49,8 +49,17 @@ def test_deepfm_sums_dot_products_of_all_pairs_of_fields(data):
     torch.testing.assert_close(output.logits, pairs)
 
 
+def test_dropout_of_the_deep_nets_input_leaves_the_pairs_of_fields_whole(data):
+    config = ModelConfig(embedding_dim=4, hidden=[3], init_scale=1.0, input_dropout=0.5)
+    model = make_model(EmbeddingBagCollection(tables=make_tables(config, data)), 0, config)
+    for parameter in model.deep.parameters():
+        torch.nn.init.zeros_(parameter)
+    batch = next(data.batches("train", 64, 0).epoch(0))
+    assert torch.equal(model(batch.features).logits, model(batch.features).logits)
+
+
 @pytest.mark.parametrize("name", ["deepfm", "dlrm", "dcnv2", "dlrm_dcnv2"])
-@pytest.mark.parametrize("where", ["dropout", "embedding_dropout"])
+@pytest.mark.parametrize("where", ["dropout", "embedding_dropout", "input_dropout"])
 def test_dropout_is_in_training_alone_and_leaves_the_embeddings_that_are_returned(data, name, where):
     config = ModelConfig(name=name, embedding_dim=8, hidden=[12, 6], init_scale=1.0, **{where: 0.5})
     model = make_model(EmbeddingBagCollection(tables=make_tables(config, data)), 0, config)

@@ -23,7 +23,7 @@ _NOTE = (
     "Mean ± sample standard deviation over the seeds. Bytes count everything stored: codes, codebooks, per-id scalars,",
     "hot rows and dense tables. `smaller`: the bytes of the variant `full` over them. `ratio`: the fp32 bytes of the",
     "variant's own tables over them, of all tables and of the compressed ones alone. `held in training`: the most that",
-    "tables and all optimizer state took in a stage, one copy of each; that of the model of stage 1 where it came first.",
+    "tables and all optimizer state took in a stage, one copy of each; that of stage 1 where there was one.",
 )
 
 

@@ -106,6 +106,7 @@ class Trained:
         trainable: the model, as it was at the best validation.
         checkpoint: the folder that holds it.
         best_step: the step of that validation.
+        best: what it found: the logloss, or minus the AUC where the stage monitors that.
         steps: all steps that were done.
         rows_per_second: of training over all ranks, validation left out.
         seconds: of training, over all interrupted runs.
@@ -116,6 +117,7 @@ class Trained:
     trainable: Trainable
     checkpoint: Path
     best_step: int
+    best: float
     steps: int
     rows_per_second: float
     seconds: float
@@ -185,8 +187,17 @@ class _Stage:
         self._trainable.load_model(best.path)
         rate = progress.step * self._stage.batch_size / max(progress.seconds, 1e-9)
         size = self._trainable.optimizer_bytes()
-        seconds, skipped = progress.seconds, progress.skipped
-        return Trained(self._trainable, best.path, best.step, progress.step, rate, seconds, skipped, size)
+        return Trained(
+            trainable=self._trainable,
+            checkpoint=best.path,
+            best_step=best.step,
+            best=progress.best,
+            steps=progress.step,
+            rows_per_second=rate,
+            seconds=progress.seconds,
+            skipped=progress.skipped,
+            optimizer_bytes=size,
+        )
 
     def _train_until(self, stop: int, bar: tqdm, asked: threading.Event) -> None:
         """Do the steps up to `stop`, where the pipeline has run empty."""

@@ -86,9 +86,9 @@ def deep_net(width: int, config: ModelConfig, num_out: int | None = 1) -> nn.Mod
     TorchRec's `MLP` has neither dropout nor batch normalisation, which small sets need; it serves where both are off.
     """
     last = [] if num_out is None else [nn.Linear(config.hidden[-1], num_out)]
+    layers: list[nn.Module] = [nn.Dropout(config.input_dropout)] if config.input_dropout else []
     if not config.batch_norm and not config.dropout:
-        return nn.Sequential(MLP(width, list(config.hidden)), *last)
-    layers: list[nn.Module] = []
+        return nn.Sequential(*layers, MLP(width, list(config.hidden)), *last)
     for inputs, outputs in zip([width, *config.hidden], config.hidden, strict=False):
         layers.append(nn.Linear(inputs, outputs))
         if config.batch_norm:

@@ -1,0 +1,129 @@
+"""Short trainings that choose widths: the rule, what is tried, and a run that resumes."""
+
+from __future__ import annotations
+
+import pytest
+from torchrec import EmbeddingBagConfig
+
+from torchrec_compress.methods import NarrowConfig
+from torchrec_compress.train import stages, trials
+from torchrec_compress.train.check import check_config, check_tables, compression_of
+from torchrec_compress.train.config import RunConfig, StageConfig, override
+from torchrec_compress.train.ranks import start
+from torchrec_compress.train.sealed import read_json
+from torchrec_compress.train.width_trial import WidthTrial, least_bytes, width_trial_of
+
+TRIAL = {"trial_epochs": 0.5, "widths": [4], "min_share": 0.1}
+
+
+def test_a_trial_is_read_in_one_place():
+    assert width_trial_of({"user": {"method": "int8"}}) is None and width_trial_of({}) is None
+    assert width_trial_of({"trial_epochs": {"method": "int8"}}) is None, "a table may be called so"
+    assert compression_of(TRIAL) == WidthTrial(trial_epochs=0.5, widths=[4], min_share=0.1)
+    for wrong, message in (
+        ({"trial_epochs": 0}, r"compression.trial_epochs: must be in \(0, 100\], got 0"),
+        ({"trial_epochs": None}, "compression.trial_epochs: must be a number, got null"),
+        ({"trial_epochs": 1, "width": [8]}, "did you mean 'compression.widths'"),
+        ({"trial_epochs": 1, "widths": []}, "compression.widths: must hold different numbers, one at least"),
+        ({"trial_epochs": 1, "widths": [8, 8]}, "compression.widths: must hold different numbers"),
+        ({"trial_epochs": 1, "bits": [16]}, r"compression.bits\[0\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            width_trial_of(wrong)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": "pretrained", "pretrain.epochs": 1}, "start: must be 'scratch' with a trial"),
+        ({"retrain.optim.tables": "adam"}, r"retrain.optim.tables: must be one of .*'adagrad'.*got 'adam'"),
+        ({"retrain.epochs": 0}, r"retrain.epochs: must be over 0"),
+    ],
+)
+def test_a_trial_that_cannot_train_is_refused(changes, message):
+    config = override(RunConfig(compression=TRIAL, start="scratch", retrain=StageConfig()), changes)
+    with pytest.raises(ValueError, match=message):
+        check_config(config)
+
+
+@pytest.mark.parametrize("widths", [[5], [32], [8, 64]])
+def test_a_width_that_no_table_can_have_is_refused(widths):
+    config = RunConfig(compression={"trial_epochs": 1, "widths": widths}, start="scratch", retrain=StageConfig())
+    wanted = check_config(config)
+    with pytest.raises(ValueError, match=r"compression.widths: must be multiples of 4 below the tables' 32, got"):
+        check_tables(config, wanted, {"user": 1000})
+
+
+def test_the_fewest_bytes_within_the_tolerance_win():
+    sizes = {0: 10, 1: 20, 2: 40}
+    assert least_bytes({0: 0.5, 1: 0.4, 2: 0.3996}, sizes, 0.0005) == 1
+    assert least_bytes({0: 0.5, 1: 0.4, 2: 0.39}, sizes, 0.0005) == 2
+    assert least_bytes({0: 0.5, 1: 0.4, 2: 0.39}, sizes, 1.0) == 0
+
+
+def test_narrow_candidates_have_row_wise_state_and_whole_ones_element_wise():
+    table = EmbeddingBagConfig(name="user", num_embeddings=1000, embedding_dim=16, feature_names=["user"])
+    tried = trials.candidates(WidthTrial(trial_epochs=1.0, widths=[32, 8], bits=[8, 4], rate=0.5), table)
+    assert tried == [
+        NarrowConfig(width=8, bits=8, optimizer="rowwise_adagrad", rate=0.5),
+        NarrowConfig(width=8, bits=4, optimizer="rowwise_adagrad", state_bits=8, rate=0.5),
+        NarrowConfig(width=16, bits=8, optimizer="adagrad", state_bits=8),
+    ]
+
+
+@pytest.fixture
+def by_trial(config):
+    stage = {"epochs": 1.0, "batch_size": 256, "optim": {"tables": "adagrad"}}
+    return override(config, {"compression": TRIAL, "start": "scratch", "retrain": stage})
+
+
+def _run(config, tmp_path):
+    return stages.run(config, tmp_path / "run", tmp_path / "full", start(config.parallel), None)
+
+
+def test_a_run_trains_each_candidate_once_and_keeps_the_choice(by_trial, tmp_path, monkeypatch):
+    labels, train = [], trials.train
+    monkeypatch.setattr(trials, "train", lambda model, task, ranks: (labels.append(task), train(model, task, ranks))[1])
+    losses = iter([0.5, 0.4, 0.3])  # the whole width is better for the first table, the narrow one for the second
+    monkeypatch.setattr(trials.Trials, "_loss", _counted(trials.Trials._loss, losses))
+    summary = _run(by_trial, tmp_path)
+    chosen = read_json(tmp_path / "run" / "compression.json")
+    assert {name: found.get("width") for name, found in chosen.items() if found["method"] == "narrow"} == {
+        "user": 8,
+        "item": 4,
+    }
+    assert {found["method"] for name, found in chosen.items() if name not in ("user", "item")} == {"dense"}
+    assert [task.stage.epochs for task in labels] == [0.5] * 3, "what both tables try is trained once"
+    assert summary["training"]["steps"] == 13 and not list((tmp_path / "run" / "trials").glob("*/*"))
+
+
+def _counted(loss, losses):
+    """Train as asked, then report the loss that the test wants, the same for the same methods."""
+    told: dict[str, float] = {}
+
+    def found(self, methods):
+        before = len(self._found)
+        loss(self, methods)
+        key = str(methods)
+        if len(self._found) > before:
+            told[key] = next(losses)
+        return told[key]
+
+    return found
+
+
+def test_a_run_that_was_killed_among_its_trials_resumes_with_those_that_are_done(by_trial, tmp_path, monkeypatch):
+    whole = _run(by_trial, tmp_path / "whole")
+    train, calls = trials.train, []
+
+    def dies(model, task, ranks):
+        calls.append(task.label)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train(model, task, ranks)
+
+    monkeypatch.setattr(trials, "train", dies)
+    with pytest.raises(KeyboardInterrupt):
+        _run(by_trial, tmp_path)
+    assert _run(by_trial, tmp_path)["metrics"] == whole["metrics"]
+    assert len(calls) == 4, "the one that was cut off alone is done again"

@@ -1,0 +1,62 @@
+"""What would go wrong with tables as they are stored, given what a stage trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from torchrec_compress.methods import MethodConfig
+from torchrec_compress.modules.row_optimizer import RowOptimizer
+from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS
+from torchrec_compress.train.config import RunConfig
+from torchrec_compress.train.width_trial import WidthTrial
+
+
+def check_small_tables(config: RunConfig, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]) -> None:
+    """Raise ValueError where tables cannot train from the start as stage 1 says."""
+    unfit = sorted(name for name, method in chosen.items() if method.needs != "nothing")
+    if unfit:
+        raise ValueError(
+            f"pretrain_compression: must be methods that train from the start, got others for {unfit}, which are "
+            "fitted to trained tables; name them in compression, and 'narrow' here"
+        )
+    check_trains(config, "pretrain", tables, chosen)
+    check_row_optimizer(config, "pretrain", tables, chosen)
+
+
+def check_trains(
+    config: RunConfig, where: str, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]
+) -> None:
+    """Raise ValueError where nothing of these tables would train in a stage, and the dense net does not either."""
+    stage = getattr(config, where)
+    if stage.train_dense:
+        return
+    parts = [(chosen[table.name], chosen[table.name].parts(table, config.seed)) for table in tables]
+    has_tables = any(stored.dense or stored.native or stored.trained for _, stored in parts)
+    has_decoders = any(chosen[table.name].decoder_bytes(table) for table in tables)
+    if (stage.train_tables and has_tables) or (stage.train_codebooks and has_decoders):
+        return
+    raise ValueError(
+        f"{where}: must train something, got train_dense false and tables of which nothing that is switched on trains: "
+        f"{sorted({method.method for method, _ in parts})}"
+    )
+
+
+def check_row_optimizer(
+    config: RunConfig, where: str, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]
+) -> None:
+    """Raise ValueError where rows of a few bits cannot be trained as a stage says."""
+    optimizer = FUSED_OPTIMIZERS[getattr(config, where).optim.tables].__name__
+    for table in tables:
+        part = chosen[table.name].parts(table, config.seed).trained
+        if part is not None:
+            RowOptimizer.of(optimizer, {}, part, f"{where}.optim.tables: table {table.name!r}")
+
+
+def check_widths(trial: WidthTrial, tables: list[EmbeddingBagConfig]) -> None:
+    """Raise ValueError for a width that no table can have; one that some cannot have is tried with the others."""
+    widest = max(table.embedding_dim for table in tables)
+    wrong = [width for width in trial.widths if width % 4 or width >= widest]
+    if wrong:
+        raise ValueError(f"compression.widths: must be multiples of 4 below the tables' {widest}, got {wrong}")

@@ -1,0 +1,103 @@
+"""Short trainings that choose the width of narrow rows, table by table."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from torchrec_compress.methods import DenseConfig, MethodConfig, NarrowConfig
+from torchrec_compress.methods.base import dense_bytes
+from torchrec_compress.train.config import fingerprint
+from torchrec_compress.train.engine.loop import Task, train
+from torchrec_compress.train.models.click import ClickModel
+from torchrec_compress.train.ranks import Ranks, on_first
+from torchrec_compress.train.sealed import is_done, read_json, write_json
+from torchrec_compress.train.width_trial import WidthTrial, least_bytes
+
+logger = logging.getLogger(__name__)
+
+_LANES = 4
+
+
+def candidates(trial: WidthTrial, table: EmbeddingBagConfig) -> list[NarrowConfig]:
+    """Return the ways to store a table that are tried, the whole width last.
+
+    Example:
+        >>> table = EmbeddingBagConfig(name="user", num_embeddings=100, embedding_dim=16, feature_names=["user"])
+        >>> [(each.width, each.bits) for each in candidates(WidthTrial(trial_epochs=1.0), table)]
+        [(8, 8), (16, 8)]
+    """
+    widths = [width for width in trial.widths if width < table.embedding_dim and width % _LANES == 0]
+    narrow: list[NarrowConfig] = []
+    for width in sorted(widths):
+        for bits in trial.bits:
+            state = 8 if bits == 4 else 32  # a float of state beside four bytes of numbers would be half of a row
+            narrow.append(
+                NarrowConfig(width=width, bits=bits, optimizer="rowwise_adagrad", state_bits=state, rate=trial.rate)
+            )
+    return [*narrow, NarrowConfig(width=table.embedding_dim, bits=8, optimizer="adagrad", state_bits=8)]
+
+
+class Trials:
+    """Trainings of candidates, of which each is done once and kept.
+
+    Args:
+        trial: which candidates, and for how long.
+        task: what training a candidate for good would be.
+        build: makes the untrained model of methods by table name.
+        ranks: that train; every rank calls `choose`.
+    """
+
+    def __init__(
+        self, trial: WidthTrial, task: Task, build: Callable[[Mapping[str, MethodConfig]], ClickModel], ranks: Ranks
+    ) -> None:
+        assert trial.trial_epochs is not None
+        self._trial, self._build, self._ranks = trial, build, ranks
+        # one validation, at the end: the best of several would be chosen by luck
+        short = {"epochs": trial.trial_epochs, "evals_per_epoch": 1, "monitor": "logloss", "patience": 0}
+        self._task = dataclasses.replace(task, stage=dataclasses.replace(task.stage, **short), teacher=None)
+        self._folder = task.folder.parent / "trials"
+        self._kept = self._folder / "found.json"
+        kept = on_first(lambda: read_json(self._kept) if is_done(self._kept) else {}, ranks)
+        self._found: dict[str, Any] = kept
+
+    def choose(self, tables: list[EmbeddingBagConfig]) -> dict[str, MethodConfig]:
+        """Return the method of every table.
+
+        Args:
+            tables: of the full model.
+
+        Raises:
+            ValueError: what was kept is damaged, or a loss is not finite.
+            OSError: something could not be written.
+        """
+        total = sum(dense_bytes(table) for table in tables)
+        large = [table for table in tables if dense_bytes(table) >= self._trial.min_share * total]
+        chosen: dict[str, MethodConfig] = {table.name: DenseConfig() for table in tables}
+        chosen |= {table.name: candidates(self._trial, table)[-1] for table in large}
+        for table in sorted(large, key=lambda table: (-dense_bytes(table), table.name)):
+            tried = candidates(self._trial, table)
+            losses = {number: self._loss({**chosen, table.name: method}) for number, method in enumerate(tried)}
+            sizes = {number: method.stored_bytes(table) for number, method in enumerate(tried)}
+            best = least_bytes(losses, sizes, self._trial.tolerance)
+            chosen[table.name] = tried[best]
+            told = ", ".join(f"{tried[n].width} x {tried[n].bits} bits {loss:.5f}" for n, loss in losses.items())
+            logger.info("table %r: %d numbers of %d bits, of %s", table.name, tried[best].width, tried[best].bits, told)
+        return chosen
+
+    def _loss(self, methods: Mapping[str, MethodConfig]) -> float:
+        """Return the logloss on validation after a short training, done now unless it is kept."""
+        key = fingerprint({name: method.to_dict() for name, method in methods.items()})
+        if key not in self._found:
+            folder = self._folder / key
+            task = dataclasses.replace(self._task, folder=folder, label=f"trial {len(self._found) + 1}")
+            trained = train(self._build(methods), task, self._ranks)
+            self._found[key] = trained.best
+            on_first(lambda: write_json(self._kept, self._found), self._ranks)
+            on_first(lambda: shutil.rmtree(folder, ignore_errors=True), self._ranks)
+        return float(self._found[key])
