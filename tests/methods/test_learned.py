@@ -30,6 +30,7 @@ from torchrec_compress.methods import (
     TableState,
     learned,
 )
+from torchrec_compress.methods.learned import check_sample, with_sample
 
 WHOLE = TableData(rows(), counts(), contexts(), seed=3)
 
@@ -235,3 +236,21 @@ def test_blocks_are_checked_and_the_id_is_named() -> None:
             found.encode(torch.arange(20, 30), wrong)
         with pytest.raises(ValueError, match="must be fitted to a pre-trained table, got none"):
             found.encode(torch.arange(20, 30), None)
+
+
+def test_a_sample_that_is_read_weighs_what_it_stands_for():
+    weights, asked = counts().float(), []
+
+    def read(ids: Tensor) -> Tensor:
+        asked.append(ids)
+        return rows()[ids].double()
+
+    found = with_sample(TableData(None, counts(), seed=3), weights, 100, read)
+    assert found.ids is not None and found.weights is not None and found.rows is not None
+    check_sample(table(), found)
+    assert torch.equal(torch.cat(asked), found.ids) and len(found.ids) == 100
+    assert torch.equal(found.rows, rows()[found.ids])
+    assert bool((found.weights >= weights[found.ids]).all())
+    assert float(found.weights.sum()) == pytest.approx(float(weights.sum()), rel=0.1)
+    everything = with_sample(TableData(None), weights, NUM_ROWS, read)
+    assert everything.ids is None and everything.weights is None and torch.equal(everything.rows, rows())
