@@ -142,7 +142,8 @@ def _rows_of(source: Any) -> tuple[dict[str, Tensor | RowReader], torch.device]:
         if found:
             advice = f"pass the collections inside it, {found}, one at a time"
     raise ValueError(
-        f"compress: source must be an EmbeddingBagCollection or an EmbeddingCollection, got {got}; {advice}"
+        "compress: source must be an EmbeddingBagCollection or an EmbeddingCollection, stock or compressed, got "
+        f"{got}; {advice}"
     )
 
 
