@@ -5,7 +5,8 @@ Checked on TorchRec 1.6 to 1.9; where a release moves one, this is the file to c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,10 +24,11 @@ from torchrec.distributed.types import (
     EnumerableShardingSpec,
     ParameterSharding,
     QuantizedCommCodecs,
+    ShardedModule,
     ShardingEnv,
     ShardingType,
 )
-from torchrec.modules.embedding_configs import DataType, EmbeddingTableConfig, PoolingType
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, EmbeddingTableConfig, PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 __all__ = [
@@ -49,8 +51,10 @@ __all__ = [
     "row_exchange",
     "sequence_context",
     "shard_bounds",
+    "sharded_configs",
     "sharded_tensor",
     "steps_in_backward",
+    "steps_uncounted",
     "without_input_exchange",
 ]
 
@@ -202,6 +206,32 @@ def fused_rows(collection: ShardedEmbeddingCollection) -> tuple[Tensor, dict[str
     of_table = kernel.get_optimizer_state()
     state = of_table[0] if of_table else {}  # plain SGD keeps none
     return weight, {name: value for name, value in state.items() if value.shape[:1] == weight.shape[:1]}
+
+
+def sharded_configs(collection: ShardedModule) -> tuple[list[BaseEmbeddingConfig], bool]:
+    """Return the tables of a stock collection that is sharded, and whether its batches carry weights."""
+    found: Any = collection
+    tables = getattr(found, "_embedding_bag_configs", None)
+    if tables is not None:
+        return list(tables), bool(found._is_weighted)
+    return list(found._embedding_configs), False
+
+
+@contextmanager
+def steps_uncounted(model: nn.Module) -> Iterator[None]:
+    """Give FBGEMM's kernels back the count of steps that they had: those of Adam's kind count every forward."""
+    counts = [
+        (tensor, tensor.clone())
+        for module in model.modules()
+        for tensor in (getattr(module, "iter", None), getattr(module, "iter_cpu", None))
+        if isinstance(tensor, Tensor)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, before in counts:
+                tensor.copy_(before)
 
 
 def sharded_tensor(local: Tensor, num_rows: int, sharding: ParameterSharding, env: ShardingEnv) -> ShardedTensor:

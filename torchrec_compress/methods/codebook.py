@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
+from torchrec_compress.fit.metric import Metric
 from torchrec_compress.fit.popularity import PopularityKind, popularity_weights
 from torchrec_compress.methods.base import (
     CODE_LENGTHS,
@@ -189,7 +190,11 @@ class CodebookConfig(MethodConfig):
         sample = None
         if data.rows is not None or self.needs_rows:
             sample = Sample(data.row_ids(table), data.trained_rows(table), data.row_weights(weights))
-        return CodedTable(self, table, self.learn_codes(table, data, sample), weights, hot, sample is not None)
+        metric = None
+        if sample is not None and self.uses_curvature and data.curvature is not None:
+            metric = Metric.of(data.curvature, 1 if self.sums_codewords else self.num_codes)
+            sample = sample._replace(rows=metric.whiten(sample.rows))
+        return CodedTable(self, table, self.learn_codes(table, data, sample), weights, hot, sample is not None, metric)
 
     def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:
         """Raise ValueError where hot rows come without counts, too."""
@@ -211,7 +216,7 @@ class CodebookConfig(MethodConfig):
 
     @abstractmethod
     def learn_codes(self, table: BaseEmbeddingConfig, data: TableData, sample: Sample | None) -> LearnedCodes:
-        """Learn what codes mean from rows, (S, D); those of hot ids are overwritten, and weigh nothing."""
+        """Learn what codes mean from rows, (S, D), in a metric whitened; those of hot ids weigh nothing."""
 
     def hot_ids(self, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
         """Return the ids of the hot rows: (H,) int64, the most often looked-up first."""
@@ -262,6 +267,7 @@ class CodedTable(Learned):
         weights: (N,) float32, of every id in the refit; zero for hot ones.
         hot: (H,) int64 ids of the hot rows, in their order.
         needs_rows: whether blocks have rows.
+        metric: codes were learned from rows that it has whitened; None: from rows as they are.
     """
 
     def __init__(
@@ -272,19 +278,22 @@ class CodedTable(Learned):
         weights: Tensor,
         hot: Tensor,
         needs_rows: bool,
+        metric: Metric | None = None,
     ) -> None:
         super().__init__(table)
         self.needs_rows = needs_rows
         self._config, self._learned, self._weights, self._hot = config, learned, weights, hot
+        self._metric = metric
         self._sorted_hot, self._hot_numbers = hot.sort()
         self._hot_rows = torch.empty(len(hot), table.embedding_dim)
 
     def _encode(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         encoder, _, refit = self._learned
-        codes = encoder(ids, rows)
+        seen = rows if rows is None or self._metric is None else self._metric.whiten(rows)
+        codes = encoder(ids, seen)
         if refit is not None:
-            assert rows is not None
-            refit.add(codes, rows, self._weights[ids])
+            assert seen is not None
+            refit.add(codes, seen, self._weights[ids])
         if len(self._hot):
             assert rows is not None
             place = torch.searchsorted(self._sorted_hot, ids).clamp(max=len(self._hot) - 1)
@@ -298,7 +307,8 @@ class CodedTable(Learned):
     def _finish(self) -> TableState:
         """Return codebooks and hot rows."""
         _, codebooks, refit = self._learned
-        decoder = {"codebooks": codebooks if refit is None else refit.codebooks()}
+        books = codebooks if refit is None else refit.codebooks()
+        decoder = {"codebooks": books if self._metric is None else self._metric.restore_codebooks(books)}
         if len(self._hot):
             decoder["hot_rows"], dtype = self._hot_rows, self._config.hot_dtype
             if dtype != "fp32":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.fit.codes import CHUNK_ROWS
+from torchrec_compress.fit.metric import Metric
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods.base import (
     BagDecoder,
@@ -107,6 +108,11 @@ class NarrowConfig(MethodConfig):
         """Whether look-ups per id matter: to a fit, which weighs rows by them."""
         return True
 
+    @property
+    def uses_curvature(self) -> bool:
+        """Whether errors count as the loss feels them: where directions are left out, in their choice."""
+        return True
+
     def fits(self, table: BaseEmbeddingConfig) -> bool:
         """Return whether there are rows enough to make up for the projection; a width too large is an error instead."""
         if self.width > table.embedding_dim or self.width % _LANES or self.width < _LANES:
@@ -137,10 +143,13 @@ class NarrowConfig(MethodConfig):
         return 0 if self.width == table.embedding_dim else 4 * self.width * table.embedding_dim
 
     def learn(self, table: BaseEmbeddingConfig, data: TableData) -> NarrowTable:
-        """Find the directions that hold most of the rows, weighted by counts: their leading right singular vectors."""
+        """Find the directions that hold most of the rows, weighted by counts: their leading right singular vectors.
+
+        In a metric, of whitened rows: those of least error as the loss feels it.
+        """
         self.check_fit(table, data)
         if self.width == table.embedding_dim:  # nothing to choose
-            return NarrowTable(table, None, self.parts(table, data.seed).trained)
+            return NarrowTable(table, None, None, self.parts(table, data.seed).trained)
         rows, kind = data.trained_rows(table), "none" if data.counts is None else "count"
         weights = data.row_weights(popularity_weights(data.counts, kind, table.num_embeddings))
         moments = torch.zeros(table.embedding_dim, table.embedding_dim, dtype=torch.float64)
@@ -148,11 +157,32 @@ class NarrowConfig(MethodConfig):
             chunk = slice(first, first + CHUNK_ROWS)
             exact = rows[chunk].to(torch.float64)
             moments += (exact * weights[chunk, None]).T @ exact
-        _, vectors = torch.linalg.eigh(moments)  # ascending
-        leading = vectors[:, -self.width :].flip(1).T
-        # a singular vector is known up to its sign: the largest entry is positive, whatever the solver returned
-        top = leading.gather(1, leading.abs().argmax(dim=1, keepdim=True))
-        return NarrowTable(table, (leading * top.sign()).float().contiguous(), self.parts(table, data.seed).trained)
+        encode, projection = _directions(moments, self.width, data.curvature)
+        return NarrowTable(table, encode, projection, self.parts(table, data.seed).trained)
+
+
+def _directions(moments: Tensor, width: int, curvature: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return what narrows rows and what widens them again, (D, r) and (r, D) float32, the latter with orthonormal rows.
+
+    Args:
+        moments: (D, D) float64 weighted second moments of the rows.
+        width: r.
+        curvature: (D, D) float64, or None.
+    """
+    metric = None if curvature is None else Metric.of(curvature)
+    if metric is not None:
+        root = metric.roots[0].double()
+        moments = root.T @ moments @ root
+    _, vectors = torch.linalg.eigh(moments)  # ascending
+    leading = vectors[:, -width:].flip(1).T
+    encode = leading.T
+    if metric is not None:
+        # x C = z V for whitened rows, so x = z (V C^-1); orthonormal rows of the same span are Q of its QR factors
+        basis, upper = torch.linalg.qr(torch.linalg.solve(root.T, leading.T))
+        encode, leading = root @ leading.T @ upper.T, basis.T
+    # a singular vector is known up to its sign: the largest entry is positive, whatever the solver returned
+    sign = leading.gather(1, leading.abs().argmax(dim=1, keepdim=True)).sign()
+    return (encode * sign.T).float().contiguous(), (leading * sign).float().contiguous()
 
 
 class NarrowTable(Learned):
@@ -160,20 +190,23 @@ class NarrowTable(Learned):
 
     Args:
         table: the user's config.
-        projection: (r, D) float32 with orthonormal rows, or None: rows are kept whole.
+        encode: (D, r) float32, which narrows rows, or None: they are kept whole.
+        projection: (r, D) float32 with orthonormal rows, or None.
         trained: how rows of few bits are stored, or None for float32 ones.
     """
 
-    def __init__(self, table: BaseEmbeddingConfig, projection: Tensor | None, trained: TrainedPart | None) -> None:
+    def __init__(
+        self, table: BaseEmbeddingConfig, encode: Tensor | None, projection: Tensor | None, trained: TrainedPart | None
+    ) -> None:
         super().__init__(table)
-        self._projection, self._trained = projection, trained
+        self._narrow, self._projection, self._trained = encode, projection, trained
         width = table.embedding_dim if projection is None else len(projection)
         shape = (table.num_embeddings, width if trained is None else trained.format().row_bytes)
         self._rows = torch.empty(shape, dtype=torch.float32 if trained is None else torch.uint8)
 
     def _encode(self, ids: Tensor, rows: Tensor | None) -> None:
         assert rows is not None
-        narrow = rows if self._projection is None else rows @ self._projection.T
+        narrow = rows if self._narrow is None else rows @ self._narrow
         if self._trained is not None:
             narrow = encode_trained(narrow, self._trained.format())
         self._rows.index_copy_(0, ids, narrow)
