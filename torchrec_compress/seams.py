@@ -17,6 +17,7 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, Sharde
 from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo, KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.planner.types import ShardingOption, StorageReservation
 from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
 from torchrec.distributed.sharding.sequence_sharding import SequenceShardingContext
@@ -24,7 +25,6 @@ from torchrec.distributed.types import (
     EnumerableShardingSpec,
     ParameterSharding,
     QuantizedCommCodecs,
-    ShardedModule,
     ShardingEnv,
     ShardingType,
 )
@@ -208,13 +208,16 @@ def fused_rows(collection: ShardedEmbeddingCollection) -> tuple[Tensor, dict[str
     return weight, {name: value for name, value in state.items() if value.shape[:1] == weight.shape[:1]}
 
 
-def sharded_configs(collection: ShardedModule) -> tuple[list[BaseEmbeddingConfig], bool]:
-    """Return the tables of a stock collection that is sharded, and whether its batches carry weights."""
-    found: Any = collection
-    tables = getattr(found, "_embedding_bag_configs", None)
-    if tables is not None:
-        return list(tables), bool(found._is_weighted)
-    return list(found._embedding_configs), False
+def sharded_configs(module: nn.Module) -> tuple[list[BaseEmbeddingConfig], bool] | None:
+    """Return the tables of a stock collection that is sharded and whether its batches carry weights, or None.
+
+    Its `unsharded_module_type` does not tell: that of a `ShardedEmbeddingCollection` is `nn.Module`.
+    """
+    if isinstance(module, ShardedEmbeddingBagCollection):
+        return list(module._embedding_bag_configs), bool(module._is_weighted)
+    if isinstance(module, ShardedEmbeddingCollection):
+        return list(module._embedding_configs), False
+    return None
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,22 +95,33 @@ def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Evaluate a model with gradients on, and give it its modes and counts back."""
     modes = [(module, module.training) for module in model.modules()]
-    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    syncs = [(wrapper, wrapper.require_forward_param_sync) for wrapper in wrappers]
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(steps_uncounted(model))
-        for wrapper in wrappers:  # no backward reaches its parameters: it must not wait for one
-            stack.enter_context(wrapper.no_sync())
+    with torch.inference_mode(False), torch.enable_grad(), steps_uncounted(model), _unwrapped(model):
         try:
             model.eval()
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
-            for wrapper, sync in syncs:
-                wrapper.require_forward_param_sync = sync
+
+
+@contextmanager
+def _unwrapped(model: nn.Module) -> Iterator[None]:
+    """Have wrappers for many ranks pass calls on: no backward reaches their parameters, and they would wait for one."""
+    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    before = [vars(wrapper).get("forward") for wrapper in wrappers]
+    try:
+        for wrapper in wrappers:
+            vars(wrapper)["forward"] = partial(_pass_on, wrapper)
+        yield
+    finally:
+        for wrapper, forward in zip(wrappers, before, strict=True):
+            del vars(wrapper)["forward"]
+            if forward is not None:
+                vars(wrapper)["forward"] = forward
+
+
+def _pass_on(wrapper: DistributedDataParallel, *given: Any, **named: Any) -> Any:
+    return wrapper.module(*given, **named)
 
 
 def _gradients(

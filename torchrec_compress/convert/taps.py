@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchrec.distributed.types import Awaitable, LazyNoWait, ShardedModule
+from torchrec.distributed.types import Awaitable, LazyNoWait
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollectionInterface,
@@ -21,11 +21,8 @@ from torchrec.modules.embedding_modules import (
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
-from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.modules.features import split_features
 from torchrec_compress.seams import sharded_configs
-
-_INTERFACES = (EmbeddingBagCollectionInterface, EmbeddingCollectionInterface)
 
 
 class Tapped(NamedTuple):
@@ -106,10 +103,9 @@ def find_collections(model: nn.Module) -> list[Collection]:
 
 def _tables_of(module: Any) -> Iterator[tuple[Sequence[BaseEmbeddingConfig], bool]]:
     """Yield the tables of an embedding collection and whether it is weighted; nothing for other modules."""
-    if isinstance(module, ShardedModule):
-        kind = module.unsharded_module_type
-        if issubclass(kind, _INTERFACES) and not issubclass(kind, CompressedParts):
-            yield sharded_configs(module)
+    sharded = sharded_configs(module)
+    if sharded is not None:
+        yield sharded
     elif isinstance(module, EmbeddingBagCollectionInterface):
         yield module.embedding_bag_configs(), module.is_weighted()
     elif isinstance(module, EmbeddingCollectionInterface):
