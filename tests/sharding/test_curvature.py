@@ -60,8 +60,8 @@ def batches_of(form: str, rank: int) -> list[Any]:
     return [batch.permute([batch.keys().index(name) for name in ("user", "word")]) for batch in whole]
 
 
-def measure(form: str, how: str) -> tuple[dict[str, Curvature], bool]:
-    """Return the curvature of a sharded model, and whether its state is what it was; then train and measure again."""
+def measure(form: str, how: str) -> tuple[dict[str, Curvature], bool, Tensor]:
+    """Return the curvature of a sharded model, whether its state is what it was, and its dense layer, trained after."""
     if form.startswith("stock"):
         sharded: Any = DistributedModelParallel(make(form), device=torch.device("cpu"))
         values = {name: value for name, value in make(form).state_dict().items() if not name.startswith("over")}
@@ -76,12 +76,13 @@ def measure(form: str, how: str) -> tuple[dict[str, Curvature], bool]:
     for name, value in before.items():
         pairs = zip(value, after[name], strict=True) if isinstance(value, list) else [((0, value), (0, after[name]))]
         same &= all(torch.equal(one[1], other[1]) for one, other in pairs)
-    for _ in range(2):  # wrappers neither wait for a backward nor have missed one
+    for _ in range(2):  # wrappers neither wait for a backward nor have learned a wrong one
         optimizer.zero_grad()
         loss_of(sharded, mine[0]).backward()
         optimizer.step()
         measure_curvature(sharded, mine, loss="mse")
-    return found, same and sharded.training
+    layer = next(value for name, value in sharded.named_parameters() if name.endswith("over.weight"))
+    return found, same and sharded.training, layer.detach().clone()
 
 
 @pytest.mark.parametrize(
@@ -99,12 +100,13 @@ def test_sharded_is_as_unsharded(two_ranks, form, how):
     answers = two_ranks.run(measure, form, how)
     model, every = make(form), [batch for rank in range(2) for batch in batches_of(form, rank)]
     wanted = measure_curvature(model, every, loss="mse")
-    for found, same in answers:
+    for found, same, _ in answers:
         assert same
         for name, each in wanted.items():
             assert (found[name].lookups, found[name].examples) == (each.lookups, each.examples), name
             torch.testing.assert_close(found[name].matrix, each.matrix, rtol=1e-4, atol=1e-7)
-    first, second = (found for found, _ in answers)
+    (first, _, weight), (second, _, other) = answers
+    assert torch.equal(weight, other) and not torch.equal(weight, dict(model.named_parameters())["over.weight"])
     assert all(first[name].to_dict()["moved"] == second[name].to_dict()["moved"] for name in wanted)
     assert all(torch.equal(first[name].witnesses.bags, second[name].witnesses.bags) for name in wanted)
 
