@@ -70,9 +70,10 @@ def measure(form: str, how: str) -> tuple[dict[str, Curvature], bool, Tensor]:
     else:
         sharded = sharded_model(how, form)
     optimizer, mine = optimizer_of(sharded), batches_of(form, dist.get_rank())
-    before, same = local_state(sharded), True
+    before: dict[str, Any] = local_state(sharded)
+    same = True
     found = measure_curvature(sharded, mine, loss="mse")
-    after = local_state(sharded)
+    after: dict[str, Any] = local_state(sharded)
     for name, value in before.items():
         pairs = zip(value, after[name], strict=True) if isinstance(value, list) else [((0, value), (0, after[name]))]
         same &= all(torch.equal(one[1], other[1]) for one, other in pairs)
