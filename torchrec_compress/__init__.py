@@ -12,7 +12,14 @@ check_versions()
 
 if TYPE_CHECKING:
     from torchrec_compress import methods
-    from torchrec_compress.convert import compress, compress_into, decompress
+    from torchrec_compress.convert import (
+        Curvature,
+        compress,
+        compress_into,
+        decompress,
+        measure_curvature,
+        predicted_rise,
+    )
     from torchrec_compress.modules import (
         CompressedEmbeddingBagCollection,
         CompressedEmbeddingCollection,
@@ -32,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CompressedEmbeddingBagCollection",
     "CompressedEmbeddingCollection",
+    "Curvature",
     "Footprint",
     "MECEmbeddingBagCollection",
     "MEmComEmbeddingBagCollection",
@@ -44,12 +52,16 @@ __all__ = [
     "decompress",
     "discard",
     "get_default_sharders",
+    "measure_curvature",
     "methods",
     "native_parameters",
     "optimizer_bytes",
+    "predicted_rise",
 ]
 _HOMES = {
-    **dict.fromkeys(("compress", "compress_into", "decompress"), "convert"),
+    **dict.fromkeys(
+        ("Curvature", "compress", "compress_into", "decompress", "measure_curvature", "predicted_rise"), "convert"
+    ),
     "get_default_sharders": "sharding",
 }
 

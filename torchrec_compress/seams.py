@@ -5,7 +5,8 @@ Checked on TorchRec 1.6 to 1.9; where a release moves one, this is the file to c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, Sharde
 from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo, KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.planner.types import ShardingOption, StorageReservation
 from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
 from torchrec.distributed.sharding.sequence_sharding import SequenceShardingContext
@@ -26,7 +28,7 @@ from torchrec.distributed.types import (
     ShardingEnv,
     ShardingType,
 )
-from torchrec.modules.embedding_configs import DataType, EmbeddingTableConfig, PoolingType
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, EmbeddingTableConfig, PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 __all__ = [
@@ -49,8 +51,10 @@ __all__ = [
     "row_exchange",
     "sequence_context",
     "shard_bounds",
+    "sharded_configs",
     "sharded_tensor",
     "steps_in_backward",
+    "steps_uncounted",
     "without_input_exchange",
 ]
 
@@ -202,6 +206,35 @@ def fused_rows(collection: ShardedEmbeddingCollection) -> tuple[Tensor, dict[str
     of_table = kernel.get_optimizer_state()
     state = of_table[0] if of_table else {}  # plain SGD keeps none
     return weight, {name: value for name, value in state.items() if value.shape[:1] == weight.shape[:1]}
+
+
+def sharded_configs(module: nn.Module) -> tuple[list[BaseEmbeddingConfig], bool] | None:
+    """Return the tables of a stock collection that is sharded and whether its batches carry weights, or None.
+
+    Its `unsharded_module_type` does not tell: that of a `ShardedEmbeddingCollection` is `nn.Module`.
+    """
+    if isinstance(module, ShardedEmbeddingBagCollection):
+        return list(module._embedding_bag_configs), bool(module._is_weighted)
+    if isinstance(module, ShardedEmbeddingCollection):
+        return list(module._embedding_configs), False
+    return None
+
+
+@contextmanager
+def steps_uncounted(model: nn.Module) -> Iterator[None]:
+    """Give FBGEMM's kernels back the count of steps that they had: those of Adam's kind count every forward."""
+    counts = [
+        (tensor, tensor.clone())
+        for module in model.modules()
+        for tensor in (getattr(module, "iter", None), getattr(module, "iter_cpu", None))
+        if isinstance(tensor, Tensor)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, before in counts:
+                tensor.copy_(before)
 
 
 def sharded_tensor(local: Tensor, num_rows: int, sharding: ParameterSharding, env: ShardingEnv) -> ShardedTensor:

@@ -21,7 +21,7 @@ from torchrec_compress import (
     compress,
     native_parameters,
 )
-from torchrec_compress.methods import NarrowConfig
+from torchrec_compress.methods import NarrowConfig, RandomCodesConfig
 from torchrec_compress.ops import TrainedFormat, decode_trained
 
 INT8 = NarrowConfig(width=8, bits=8)
@@ -298,3 +298,16 @@ def test_a_copy_is_trained_by_an_optimizer_of_its_own(twin):
     for each in (made, other):  # the state came along
         each(batch([[1]]))["item"].square().sum().backward()
     assert torch.equal(made.trained.banks["item"].state, other.trained.banks["item"].state)
+
+
+def test_they_stand_beside_codes_without_a_stock_table():
+    """Codes alone are the whole output; with trained rows beside them they are not."""
+    tables = [
+        EmbeddingBagConfig(name=name, num_embeddings=NUM_ROWS, embedding_dim=16, feature_names=[name])
+        for name in ("item", "code")
+    ]
+    methods = {"item": WHOLE, "code": RandomCodesConfig(num_codes=2, codebook_size=8)}
+    made, ids = CompressedEmbeddingBagCollection(tables, compression=methods), torch.tensor([3, 5])
+    pooled = made(KeyedJaggedTensor.from_lengths_sync(["item", "code"], ids, torch.ones(2, dtype=torch.int64)))
+    rows = [made.table_rows(name, number[None]) for name, number in zip(methods, ids, strict=True)]
+    assert torch.equal(pooled.values(), torch.cat(rows, dim=1))

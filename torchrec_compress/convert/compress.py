@@ -21,6 +21,8 @@ from torchrec.modules.embedding_modules import (
 from tqdm import tqdm
 
 from torchrec_compress.compression import Compression
+from torchrec_compress.convert.metrics import metrics_of
+from torchrec_compress.fit.curvature import Curvature
 from torchrec_compress.methods import MethodConfig, TableData, TableState
 from torchrec_compress.methods.learned import RowReader, check_trained_rows
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
@@ -43,6 +45,7 @@ def compress(
     *,
     counts: Mapping[str, Tensor] | None = None,
     contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    curvature: Mapping[str, Curvature] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> CompressedEmbeddingBagCollection: ...
@@ -55,6 +58,7 @@ def compress(
     *,
     counts: Mapping[str, Tensor] | None = None,
     contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    curvature: Mapping[str, Curvature] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> CompressedEmbeddingCollection: ...
@@ -66,6 +70,7 @@ def compress(
     *,
     counts: Mapping[str, Tensor] | None = None,
     contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    curvature: Mapping[str, Curvature] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> CompressedEmbeddingBagCollection | CompressedEmbeddingCollection:
@@ -79,6 +84,9 @@ def compress(
         compression: a method for all tables, or methods by table name or pattern.
         counts: look-ups per id in training, (N,) by table name. Popularity weights and hot rows need them.
         contexts: pairs (ids, context ids), ((P,), (P,)) int64 by table name. Quantile codes need them.
+        curvature: what `measure_curvature` found of the trained model, by table name: errors count as its loss feels
+            them, not as their squares, where a method can (`uses_curvature`); a table of which too little is known is
+            fitted to squared error, and the log says so.
         seed: of the fit.
         progress: whether to show a progress bar.
 
@@ -87,8 +95,9 @@ def compress(
 
     Raises:
         ValueError: `source` is neither a stock nor a compressed collection, or is sharded; a table cannot be stored or
-            fitted as asked; rows, counts or contexts are not what they should be or name an unknown table; all of it
-            before the first fit but what only reading a compressed source shows.
+            fitted as asked; rows, counts, contexts or curvature are not what they should be or name an unknown table,
+            or the curvature is of another model; all of it before the first fit but what only reading a compressed
+            source shows.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig
@@ -106,7 +115,7 @@ def compress(
         else:
             bags, kept = source.embedding_bag_configs(), source.is_weighted()
             collection = CompressedEmbeddingBagCollection(bags, device, kept, compression, seed, will_fit=True)
-    compress_into(collection, rows, counts=counts, contexts=contexts, seed=seed, progress=progress)
+    compress_into(collection, rows, counts=counts, contexts=contexts, curvature=curvature, seed=seed, progress=progress)
     return collection
 
 
@@ -172,6 +181,7 @@ def compress_into(
     *,
     counts: Mapping[str, Tensor] | None = None,
     contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    curvature: Mapping[str, Curvature] | None = None,
     seed: int | None = None,
     progress: bool = False,
 ) -> None:
@@ -182,7 +192,7 @@ def compress_into(
         rows: pre-trained tables by table name: (N, D) float32, or what reads them by ids (`row_reader`), where the
             whole is never made. A table without rows keeps its start values where its method can be trained from them,
             and is an error where it cannot (MEC, PQ, int8, int4).
-        counts, contexts, progress: as for `compress`.
+        counts, contexts, curvature, progress: as for `compress`.
         seed: of the fit; the collection's own, which is the default, since its hashes were made from that.
 
     Raises:
@@ -200,21 +210,21 @@ def compress_into(
     tables = {table.name: table for table in collection.table_configs()}
     counts = {} if counts is None else counts
     contexts = {} if contexts is None else contexts
-    for what, given in (("rows", rows), ("counts", counts), ("contexts", contexts)):
-        if not isinstance(given, Mapping):
-            raise ValueError(f"compress: {what} must be a mapping by table name, got {type(given).__name__}")
-        unknown = sorted(set(given) - set(tables), key=str)
-        if unknown:
-            raise ValueError(f"compress: {what} must name tables of {sorted(tables)}, got {unknown}")
+    curvature = {} if curvature is None else curvature
+    _check_names(tables, {"rows": rows, "counts": counts, "contexts": contexts, "curvature": curvature})
     _warn_of_ties(rows)
     methods, known = collection.methods(), set(rows)
+    metrics = metrics_of(curvature, (table for name, table in tables.items() if name in known), methods)
     inputs = {}
     for name, table in tables.items():  # all of them before the first is fitted
         if name not in known and methods[name].needs == "rows":
             TableData(None).trained_rows(table)
         if isinstance(rows, dict) and name in known:  # another mapping may read them one at a time
             _check_rows(table, methods[name], rows[name])
-        inputs[name] = TableData(None, counts.get(name), contexts.get(name), collection.seed, progress)
+            _check_known(curvature.get(name), rows[name])
+        inputs[name] = TableData(
+            None, counts.get(name), contexts.get(name), collection.seed, progress, curvature=metrics.get(name)
+        )
         if name in known or methods[name].needs != "nothing":
             methods[name].check_fit(table, inputs[name])
     bar = tqdm(tables.items(), desc="fitting", unit="table", disable=not progress, leave=False)
@@ -223,8 +233,24 @@ def compress_into(
             bar.set_postfix_str(f"{name}: {methods[name].method}")
             if name not in known and methods[name].needs == "nothing":
                 continue  # the table trains from the start values it has
-            given = rows[name] if name in known else None
+            _check_known(curvature.get(name), given := rows[name] if name in known else None)
             collection.load_table(name, _fit(methods[name], table, _on_cpu(inputs[name]), given))
+
+
+def _check_names(tables: Mapping[str, Any], inputs: Mapping[str, object]) -> None:
+    """Raise ValueError unless every input is a mapping by names of tables."""
+    for what, given in inputs.items():
+        if not isinstance(given, Mapping):
+            raise ValueError(f"compress: {what} must be a mapping by table name, got {type(given).__name__}")
+        unknown = sorted(set(given) - set(tables), key=str)
+        if unknown:
+            raise ValueError(f"compress: {what} must name tables of {sorted(tables)}, got {unknown}")
+
+
+def _check_known(curvature: Curvature | None, rows: Tensor | RowReader | None) -> None:
+    """Raise ValueError unless a curvature was measured with these rows."""
+    if curvature is not None and rows is not None:
+        curvature.check_rows((lambda ids: rows[ids.to(rows.device)]) if isinstance(rows, Tensor) else rows)
 
 
 def _warn_of_ties(rows: Mapping[str, Tensor | RowReader]) -> None:

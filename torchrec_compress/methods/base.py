@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, BaseEmbeddingConfig, DataType
 
 from torchrec_compress.fit.checks import check_contexts, check_counts, check_seed
+from torchrec_compress.fit.curvature import check_matrix
 from torchrec_compress.fit.kmeans import train_size
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods.decoders import BagDecoder, TableDecoder
@@ -65,6 +66,11 @@ class MethodConfig(ABC):
     def uses_counts(self) -> bool:
         """Whether look-ups per id matter to it: to its fit, or to how its codes are used."""
         return self.needs != "nothing"
+
+    @property
+    def uses_curvature(self) -> bool:
+        """Whether its fit counts errors in the metric of the loss, where it is given one."""
+        return False
 
     @property
     def codewords(self) -> int:
@@ -189,6 +195,12 @@ class MethodConfig(ABC):
             check_counts(where, data.counts, table.num_embeddings)
         if data.contexts is not None:
             check_contexts(where, data.contexts, table.num_embeddings)
+        if data.curvature is not None:
+            check_matrix(f"{where}: curvature", data.curvature)
+            if len(data.curvature) != table.embedding_dim:
+                raise ValueError(
+                    f"{where}: curvature must be of {table.embedding_dim} columns, got {len(data.curvature)}"
+                )
         check_sample(table, data)
 
     def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
+from torchrec_compress.fit.metric import Metric
 from torchrec_compress.fit.popularity import PopularityKind, popularity_weights
 from torchrec_compress.methods.base import (
     CODE_LENGTHS,
@@ -215,8 +216,13 @@ class CodebookConfig(MethodConfig):
                 directions = learn_directions(table, data, self.width)
                 rows = directions.narrow(rows)
             sample = Sample(data.row_ids(table), rows, data.row_weights(weights))
+        metric = None
+        if sample is not None and self.uses_curvature and data.curvature is not None:
+            felt = data.curvature if directions is None else directions.curvature(data.curvature)
+            metric = Metric.of(felt, 1 if self.sums_codewords else self.num_codes)
+            sample = sample._replace(rows=metric.whiten(sample.rows))
         learned = self.learn_codes(coded, data, sample)
-        return CodedTable(self, table, learned, weights, hot, sample is not None, directions)
+        return CodedTable(self, table, learned, weights, hot, sample is not None, directions, metric)
 
     def learning_weights(self, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
         """Return what each id weighs, (N,) float32: hot ones, of which no codeword is learned, nothing."""
@@ -243,7 +249,7 @@ class CodebookConfig(MethodConfig):
 
     @abstractmethod
     def learn_codes(self, table: BaseEmbeddingConfig, data: TableData, sample: Sample | None) -> LearnedCodes:
-        """Learn what codes mean from rows, (S, D); those of hot ids are overwritten, and weigh nothing.
+        """Learn what codes mean from rows, (S, D), in a metric whitened; those of hot ids weigh nothing.
 
         Where there is a width, `table` is `coded` and rows have that width, which is D here; those of `data` do not.
         """
@@ -298,6 +304,7 @@ class CodedTable(Learned):
         hot: (H,) int64 ids of the hot rows, in their order.
         needs_rows: whether blocks have rows.
         directions: that coded rows keep, or None: they are coded whole.
+        metric: codes were learned from rows that it has whitened; None: from rows as they are.
     """
 
     def __init__(
@@ -309,10 +316,12 @@ class CodedTable(Learned):
         hot: Tensor,
         needs_rows: bool,
         directions: Directions | None,
+        metric: Metric | None = None,
     ) -> None:
         super().__init__(table)
         self.needs_rows, self._directions = needs_rows, directions
         self._config, self._learned, self._weights, self._hot = config, learned, weights, hot
+        self._metric = metric
         self._sorted_hot, self._hot_numbers = hot.sort()
         self._hot_rows = torch.empty(len(hot), config.coded(table).embedding_dim)
 
@@ -321,10 +330,11 @@ class CodedTable(Learned):
         if self._directions is not None:
             assert rows is not None
             rows = self._directions.narrow(rows)
-        codes = encoder(ids, rows)
+        seen = rows if rows is None or self._metric is None else self._metric.whiten(rows)
+        codes = encoder(ids, seen)
         if refit is not None:
-            assert rows is not None
-            refit.add(codes, rows, self._weights[ids])
+            assert seen is not None
+            refit.add(codes, seen, self._weights[ids])
         if len(self._hot):
             assert rows is not None
             place = torch.searchsorted(self._sorted_hot, ids).clamp(max=len(self._hot) - 1)
@@ -338,7 +348,8 @@ class CodedTable(Learned):
     def _finish(self) -> TableState:
         """Return codebooks, hot rows and projection."""
         _, codebooks, refit = self._learned
-        decoder = {"codebooks": codebooks if refit is None else refit.codebooks()}
+        books = codebooks if refit is None else refit.codebooks()
+        decoder = {"codebooks": books if self._metric is None else self._metric.restore_codebooks(books)}
         if len(self._hot):
             decoder["hot_rows"], dtype = self._hot_rows, self._config.hot_dtype
             if dtype != "fp32":

@@ -36,6 +36,7 @@ class TableData:
         ids: (S,) int64 distinct ids of the rows, ascending; None: they are all rows.
         weights: (S,) float32 >= 0, what each row of a sample stands for (`fit.kmeans.sample_points` draws both); None:
             as much as its own id.
+        curvature: (D, D) float64 of the loss in a row, the metric that errors are counted in; None: squared error.
     """
 
     rows: Tensor | None
@@ -45,6 +46,7 @@ class TableData:
     progress: bool = False
     ids: Tensor | None = None
     weights: Tensor | None = None
+    curvature: Tensor | None = None
 
     def trained_rows(self, table: BaseEmbeddingConfig) -> Tensor:
         """Return the pre-trained rows.

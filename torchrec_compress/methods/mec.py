@@ -58,6 +58,11 @@ class MECConfig(CodebookConfig):
         """Return the popularity asked for."""
         return self.popularity
 
+    @property
+    def uses_curvature(self) -> bool:
+        """Whether errors count as the loss feels them: yes, of product codes within each slice."""
+        return True
+
     def learn_codes(self, table: BaseEmbeddingConfig, data: TableData, sample: Sample | None) -> LearnedCodes:
         """Train the auto-encoder, keep its codes, and refit the codebooks to the table itself."""
         assert sample is not None

@@ -112,6 +112,11 @@ class NarrowConfig(MethodConfig):
         """Whether look-ups per id matter: to a fit, which weighs rows by them."""
         return True
 
+    @property
+    def uses_curvature(self) -> bool:
+        """Whether errors count as the loss feels them: where directions are left out, in their choice."""
+        return True
+
     def fits(self, table: BaseEmbeddingConfig) -> bool:
         """Return whether there are rows enough to make up for the projection; a width too large is an error instead."""
         if self.width > table.embedding_dim or self.width % LANES or self.width < LANES:
@@ -145,6 +150,7 @@ class NarrowConfig(MethodConfig):
         """Find the directions that hold most of the rows, weighted by counts: their leading right singular vectors.
 
         They are stored as long as a projection starts, so that rows train on at the same rate.
+        In a metric, of whitened rows: those of least error as the loss feels it.
         """
         self.check_fit(table, data)
         if self.width == table.embedding_dim:  # nothing to choose

@@ -49,6 +49,11 @@ class PQConfig(CodebookConfig):
         """Return the popularity asked for."""
         return self.popularity
 
+    @property
+    def uses_curvature(self) -> bool:
+        """Whether errors count as the loss feels them: yes, of product codes within each slice."""
+        return True
+
     def learn_codes(self, table: BaseEmbeddingConfig, data: TableData, sample: Sample | None) -> LearnedCodes:
         """Cluster the rows chunk by chunk (product) or stage by stage (residual)."""
         assert sample is not None

@@ -60,16 +60,23 @@ class Directions:
     """The directions that narrow rows keep of full ones.
 
     Attributes:
+        encode: (D, r) float32, what narrows rows; without a metric `matrix` transposed.
         matrix: (r, D) float32, orthonormal rows.
         length: of the rows of the projection that is stored; narrow rows are as much shorter.
     """
 
+    encode: Tensor
     matrix: Tensor
     length: float
 
     def narrow(self, rows: Tensor) -> Tensor:
         """Return (L, r) narrow rows of (L, D) full ones."""
-        return rows @ self.matrix.T / self.length
+        return rows @ self.encode / self.length
+
+    def curvature(self, full: Tensor) -> Tensor:
+        """Return how the loss bends in narrow rows, (r, r) float64, given how it does in full ones, (D, D)."""
+        matrix = self.projection.double()
+        return matrix @ full @ matrix.T
 
     @property
     def projection(self) -> Tensor:
@@ -78,11 +85,11 @@ class Directions:
 
 
 def learn_directions(table: BaseEmbeddingConfig, data: TableData, width: int, rate: float = 1.0) -> Directions:
-    """Return the directions that hold most of the rows of a fit, as look-ups weigh them.
+    """Return the directions that hold most of the rows of a fit, weighed by look-ups and, where known, by the loss.
 
     The one place where the subspace of rows is chosen. From a sample, hot rows, which it has none of, weigh nothing.
     """
     kind = "none" if data.counts is None else "count"
     weights = data.row_weights(popularity_weights(data.counts, kind, table.num_embeddings))
-    matrix = leading_subspace(data.trained_rows(table), weights, width)
-    return Directions(matrix, projection_length(width, table.embedding_dim, rate))
+    encode, matrix = leading_subspace(data.trained_rows(table), weights, width, data.curvature)
+    return Directions(encode, matrix, projection_length(width, table.embedding_dim, rate))

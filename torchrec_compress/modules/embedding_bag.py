@@ -200,7 +200,7 @@ def assemble(
     """
     if decoded is not None:
         decoded = decoded.float()  # whatever the parameters are cast to, as TorchRec's own do
-    if decoded is not None and not pooled:  # all of it, and in this order
+    if decoded is not None and not pooled and not of_bags:  # all of it, and in this order
         return KeyedTensor(keys=keys, length_per_key=widths, values=decoded)
     ours = [width for (piece, _), width in zip(sources, widths, strict=True) if piece == _DECODED]
     parts = () if decoded is None else decoded.split(ours, dim=1)
