@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_compress.methods.storage import TrainedPart
+from torchrec_compress.modules.features import LookedUpTable
 from torchrec_compress.modules.row_optimizer import RowOptimizer
 from torchrec_compress.ops import (
     TrainedFormat,
     TrainedStep,
     are_encoded,
-    check_ids,
     decode_trained,
     encode_trained,
     keep_integers,
@@ -30,49 +29,22 @@ from torchrec_compress.seams import optimizers_in_backward
 
 logger = logging.getLogger(__name__)
 
-# fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
-torch.fx.wrap("check_ids")
-
 _BLOCK_ROWS = 65536  # rows that are floats at once
 
 
 @dataclass(frozen=True)
-class TrainedTable:
+class TrainedTable(LookedUpTable):
     """A table of trained rows.
 
     Args:
-        name: of the user's table.
-        num_embeddings: rows, N.
         part: what it is stored as.
         seed: of the dither.
         is_mean: whether bags are means; sums otherwise.
-        features: that look it up.
-        keys: of their outputs.
     """
 
-    name: str
-    num_embeddings: int
     part: TrainedPart
     seed: int
     is_mean: bool
-    features: tuple[str, ...]
-    keys: tuple[str, ...]
-
-    @property
-    def where(self) -> str:
-        """The table, as errors name it."""
-        return f"table {self.name!r}"
-
-    def ids(self, jagged: Mapping[str, JaggedTensor]) -> list[Tensor]:
-        """Return the ids of every feature of a batch.
-
-        Raises:
-            ValueError: an id is out of range.
-        """
-        return [
-            check_ids(jagged[name].values(), self.num_embeddings, f"{self.where}, feature {name!r}")
-            for name in self.features
-        ]
 
 
 class TrainedRows(nn.Module):
