@@ -121,6 +121,13 @@ def test_all_features_of_a_table_are_one_step():
         (NarrowConfig(width=16, bits=8, state_bits=8), torch.optim.Adagrad, ("adagrad", 18)),
         (NarrowConfig(width=8, bits=4, state_bits=8), RowWiseAdagrad, ("rowwise_adagrad", 1)),
         (NarrowConfig(width=8, bits=8, optimizer="rowwise_adagrad"), torch.optim.Adagrad, ("rowwise_adagrad", 4)),
+        (WHOLE, torch.optim.Adam, ("adam", 128)),
+        (NarrowConfig(width=16, bits=8, state_bits=8), torch.optim.Adam, ("adam", 36)),
+        (
+            NarrowConfig(width=8, bits=8, state_bits=8, optimizer="partial_rowwise_adam"),
+            torch.optim.Adam,
+            ("partial_rowwise_adam", 11),
+        ),
     ],
 )
 def test_the_optimizer_is_the_users_unless_the_method_names_one(config, kind, wanted):
@@ -132,7 +139,15 @@ def test_the_optimizer_is_the_users_unless_the_method_names_one(config, kind, wa
 
 
 REFUSED = [
-    (WHOLE, torch.optim.Adam, {}, "must be trained by one of SGD, Adagrad and RowWiseAdagrad, got Adam"),
+    (
+        WHOLE,
+        torch.optim.RMSprop,
+        {},
+        "must be trained by one of SGD, Adagrad, RowWiseAdagrad, Adam and .*, got RMSprop",
+    ),
+    (WHOLE, torch.optim.Adam, {"amsgrad": True}, r"are trained without \['amsgrad'\]"),
+    (WHOLE, torch.optim.AdamW, {}, "got AdamW"),
+    (NarrowConfig(width=8, bits=8, optimizer="adam"), torch.optim.Adagrad, {}, "got adam for adagrad"),
     (WHOLE, torch.optim.SGD, {"momentum": 0.9}, r"are trained without \['momentum'\], got \{'momentum': 0.9\}"),
     (WHOLE, torch.optim.Adagrad, {"weight_decay": 0.1}, r"are trained without \['weight_decay'\]"),
     (NarrowConfig(width=8, bits=8, optimizer="adagrad"), torch.optim.SGD, {}, "got adagrad for sgd"),

@@ -19,6 +19,7 @@ from torchrec_compress.ops import (
     TrainedFormat,
     TrainedStep,
     are_encoded,
+    are_states,
     decode_trained,
     encode_trained,
     keep_integers,
@@ -168,13 +169,11 @@ class TrainedRows(nn.Module):
                 f"{self._table.where}: the optimizer's state must be of {kept}, {(len(self.rows), form.state_bytes)}, "
                 f"got {shape}; load it into tables with the optimizer and state_bits that it was saved with"
             )
-        if form.state_bits == 32 and shape[1]:
-            sums = self.state.view(torch.float32)
-            if not bool(torch.isfinite(sums).all()) or bool((sums < 0).any()):
-                raise ValueError(
-                    f"{self._table.where}: the optimizer's state must be sums of squares ({kept}), got negative ones, "
-                    "infinity or NaN; load a checkpoint that was not damaged"
-                )
+        if not are_states(self.state, form):
+            raise ValueError(
+                f"{self._table.where}: the optimizer's state must be finite, and of squares not negative ({kept}), got "
+                "others; load a checkpoint that was not damaged"
+            )
 
     def look_up(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, where: str) -> Tensor:
         """Return bags of rows, (B, width) float32, that no backward trains.
@@ -212,8 +211,8 @@ class TrainedRows(nn.Module):
                 'torch.optim.Adagrad, native_parameters(model), {"lr": ...}), or shard the model by '
                 "DistributedModelParallel; model.requires_grad_(False) leaves rows as they are"
             )
-        rate = optimizer.rate
-        yield TrainedStep(rate, optimizer.eps, self._table.seed, number, self.first_row) if rate else None
+        rate, first = optimizer.rate, self.first_row
+        yield TrainedStep(rate, optimizer.eps, self._table.seed, number, first, *optimizer.betas) if rate else None
         self.note()
 
     def served(self, ids: Tensor) -> Tensor:

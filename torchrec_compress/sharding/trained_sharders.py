@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
 
-from torchrec_compress.modules.row_optimizer import RowOptimizer
+from torchrec_compress.modules.row_optimizer import BETAS, RowOptimizer
 from torchrec_compress.modules.trained import TrainedBags, TrainedCollection
 from torchrec_compress.modules.trained_rows import WholeRows
 from torchrec_compress.seams import backward_optimizer, backward_settings, num_backward_optimizers
@@ -18,7 +18,13 @@ from torchrec_compress.sharding.trained import ShardedTrainedCollection
 
 # what FBGEMM's tables do where nothing is said
 _DEFAULTS = {"lr": 0.01, "eps": 1e-8}
-_NAMES = {"learning_rate": "lr", "eps": "eps", "weight_decay": "weight_decay"}
+_NAMES = {
+    "learning_rate": "lr",
+    "eps": "eps",
+    "weight_decay": "weight_decay",
+    "beta1": "beta1",
+    "beta2": "beta2",
+}
 
 
 class TrainedCollectionSharder(RowSharder[TrainedCollection]):
@@ -55,7 +61,7 @@ class TrainedCollectionSharder(RowSharder[TrainedCollection]):
         name = str(getattr(given.get("optimizer"), "value", given.get("optimizer", "exact_sgd")))
         settings = {_NAMES[key]: value for key, value in given.items() if key != "optimizer"}
         # a mark comes before the sharder's settings, and these before FBGEMM's, as for TorchRec's tables
-        settings = {**_DEFAULTS, **settings, **backward_settings(rows.handle)}
+        settings = _with_betas({**_DEFAULTS, **settings, **backward_settings(rows.handle)})
         return RowOptimizer.of(name if marked is None else marked, settings, part, where)
 
     def shardable_parameters(self, module: TrainedCollection) -> dict[str, nn.Parameter]:
@@ -66,6 +72,14 @@ class TrainedCollectionSharder(RowSharder[TrainedCollection]):
     def module_type(self) -> type[TrainedCollection]:
         """The module that is sharded."""
         return TrainedCollection
+
+
+def _with_betas(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings in the words of torch's Adam, whose two betas are one, where FBGEMM has a word for each."""
+    given = {key: settings.pop(key) for key in ("beta1", "beta2") if key in settings}
+    if given and "betas" not in settings:
+        settings["betas"] = (given.get("beta1", BETAS[0]), given.get("beta2", BETAS[1]))
+    return settings
 
 
 class TrainedBagsSharder(TrainedCollectionSharder):

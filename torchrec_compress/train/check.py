@@ -323,6 +323,11 @@ def _check_row_optimizer(
     for table in tables if stage.epochs > 0 else ():
         part = chosen[table.name].parts(table, config.seed).trained
         if part is not None:
+            if stage.optim.tables == "adam":
+                raise ValueError(
+                    f"{where}: table {table.name!r}: rows of {part.bits} bits must be trained in the backward, got "
+                    "'adam', which replicates tables and trains them after it; choose sgd, adagrad or rowwise_adagrad"
+                )
             RowOptimizer.of(FUSED_OPTIMIZERS[stage.optim.tables].__name__, {}, part, f"{where}: table {table.name!r}")
 
 
