@@ -22,7 +22,7 @@ from torchrec_compress import (
     native_parameters,
 )
 from torchrec_compress.methods import NarrowConfig
-from torchrec_compress.ops import TrainedFormat, decode_trained
+from torchrec_compress.ops import TrainedFormat, TrainedStep, decode_trained, update_trained
 
 INT8 = NarrowConfig(width=8, bits=8)
 WHOLE = NarrowConfig(width=16, bits=8)
@@ -313,3 +313,26 @@ def test_a_copy_is_trained_by_an_optimizer_of_its_own(twin):
     for each in (made, other):  # the state came along
         each(batch([[1]]))["item"].square().sum().backward()
     assert torch.equal(made.trained.banks["item"].state, other.trained.banks["item"].state)
+
+
+def test_rows_made_for_inference_are_not_trained():
+    with torch.inference_mode():
+        made = collection()
+        served = made(batch([[1, 2]]))["item"].clone()
+    apply_optimizer_in_backward(torch.optim.SGD, native_parameters(made), {"lr": 0.5})
+    assert torch.equal(made.eval()(batch([[1, 2]]))["item"], served)
+    with pytest.raises(ValueError, match=r"table 'item': rows of 8 bits must be made outside of torch\.inference_mode"):
+        made.train()(batch([[1, 2]]))
+
+
+def test_backwards_through_a_kept_graph_round_by_dithers_of_their_own():
+    made = trained()
+    table, form = made.trained.banks["item"], TrainedFormat(16, 8, "sgd")
+    rows, seed = table.rows.clone(), made.trained.table("item").seed
+    ids, grads = torch.arange(100), torch.full((100, 16), 1e-4)
+    out = made(batch([[number] for number in range(100)]))["item"]
+    for again in range(3):
+        out.backward(grads, retain_graph=True)
+        step = TrainedStep(0.5, 0.0, seed + again, 0)
+        update_trained(rows, rows.new_empty(NUM_ROWS, 0), ids, None, grads, form, step=step, where="plain maths")
+        assert torch.equal(table.rows, rows)

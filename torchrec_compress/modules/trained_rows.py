@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ class TrainedRows(nn.Module):
         state: (num_rows, bytes of state per row) uint8; without columns before an optimizer is known, and no part of
             the state dict: like the state of any optimizer, it is the optimizer's.
         num_steps: (1,) int64 on the host, look-ups in training, which number the steps of the dither.
+        defers_faults: whether what is wrong with gradients is raised by `raise_fault`, on all ranks, rather than in the
+            backward of the one rank that owns the id, for which the others would wait.
     """
 
     def __init__(self, table: TrainedTable, first_row: int, num_rows: int, device: torch.device | None) -> None:
@@ -73,6 +76,8 @@ class TrainedRows(nn.Module):
         self.rows: Tensor
         self.state: Tensor
         self.num_steps = torch.zeros(1, dtype=torch.int64, device="cpu")
+        self.defers_faults = False
+        self._fault: ValueError | None = None
         self._optimizer: RowOptimizer | None = None
         self.reset_parameters()
 
@@ -191,18 +196,32 @@ class TrainedRows(nn.Module):
     def look_up_to_train(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, where: str) -> Tensor:
         """Return the same, and have the backward train the rows; arguments as in `look_up`.
 
+        A backward through a graph that was kept updates again, and rounds by another dither.
+
         Raises:
-            ValueError: in the backward, no optimizer trains the rows.
+            ValueError: the rows were made under `torch.inference_mode`, and torch lets no one write to them; in the
+                backward, no optimizer trains the rows.
         """
         self.check_intact()
-        step = partial(self._step, self._optimizer, int(self.num_steps))
+        if self.rows.is_inference():
+            raise ValueError(
+                f"{self._table.where}: rows of {self._format.bits} bits must be made outside of torch.inference_mode() "
+                "to be trained, got ones made under it; make the collection, and shard it, outside of it"
+            )
+        step = partial(self._step, self._optimizer, int(self.num_steps), count())
         self.num_steps += 1
         bags = partial(trained_bag, is_mean=self._table.is_mean and offsets is not None, step=step, where=where)
         return bags(self.rows, self.state, ids, offsets, self._format, weights=weights)
 
     @contextmanager
-    def _step(self, optimizer: RowOptimizer | None, number: int) -> Iterator[TrainedStep | None]:
-        """Enclose what the backward of a look-up does, at the rate of that moment; None: nothing, at the rate 0."""
+    def _step(self, optimizer: RowOptimizer | None, number: int, again: Iterator[int]) -> Iterator[TrainedStep | None]:
+        """Enclose what a backward of a look-up does, at the rate of that moment; None: nothing, at the rate 0.
+
+        Args:
+            optimizer: of the moment of the look-up.
+            number: of the step.
+            again: counts the backwards of the look-up.
+        """
         self.check_intact()
         if optimizer is None:
             raise ValueError(
@@ -211,9 +230,22 @@ class TrainedRows(nn.Module):
                 'torch.optim.Adagrad, native_parameters(model), {"lr": ...}), or shard the model by '
                 "DistributedModelParallel; model.requires_grad_(False) leaves rows as they are"
             )
-        rate, first = optimizer.rate, self.first_row
-        yield TrainedStep(rate, optimizer.eps, self._table.seed, number, first, *optimizer.betas) if rate else None
+        rate, seed = optimizer.rate, (self._table.seed + next(again)) % 2**63
+        step = TrainedStep(rate, optimizer.eps, seed, number, self.first_row, *optimizer.betas)
+        try:
+            yield step if rate else None
+        except ValueError as error:
+            if not self.defers_faults:
+                raise
+            logger.error("%s (all ranks raise it with the next batch)", error)
+            self._fault = self._fault or error
         self.note()
+
+    def raise_fault(self) -> None:
+        """Raise the ValueError, once, of a backward whose gradients were wrong; it has written nothing."""
+        fault, self._fault = self._fault, None
+        if fault is not None:
+            raise fault
 
     def served(self, ids: Tensor) -> Tensor:
         """Return rows, (L, width) float32."""
@@ -247,7 +279,8 @@ class WholeRows(TrainedRows):
 
     def __init__(self, table: TrainedTable, device: torch.device | None) -> None:
         super().__init__(table, 0, table.num_embeddings, device)
-        self.handle = nn.Parameter(torch.empty(0, table.part.width, dtype=torch.float32, device=device))
+        with torch.inference_mode(False):  # or what marks it would fail, in torch's words
+            self.handle = nn.Parameter(torch.empty(0, table.part.width, dtype=torch.float32, device=device))
         self._holder: torch.optim.Optimizer | None = None
 
     def find_optimizer(self) -> None:

@@ -1,7 +1,8 @@
 """Sharded trained rows: ids travel to the owner of their row, rows come back, and gradients go to the owner.
 
 The owner sums the gradients of an id up and takes one step. Rows travel one per look-up, `width` floats each, and are
-pooled where the batch is.
+pooled where the batch is. Gradients that are not finite are found in the backward of the owner, where no rank can tell
+the others; so it writes nothing, and all ranks raise with the next batch, when they agree on its ids.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torchrec_compress.modules.trained import Bags, TrainedCollection, in_batch_
 from torchrec_compress.modules.trained_rows import TrainedRows, TrainedTable
 from torchrec_compress.ops import pool_rows
 from torchrec_compress.seams import RowTable, rescaled, shard_bounds, sharded_tensor
+from torchrec_compress.sharding.agree import hears_of_errors
 from torchrec_compress.sharding.rows import RowContext, ShardedRowCollection
 
 
@@ -100,6 +102,7 @@ class ShardedTrainedCollection(ShardedRowCollection[TrainedTable], FusedOptimize
     def _shard_of(self, module: TrainedCollection, table: TrainedTable) -> TrainedRows:
         first, last = shard_bounds(table.name, table.num_embeddings, self._plan[table.name], self._env)
         shard, whole = TrainedRows(table, first, last - first, self._device), module.banks[table.name]
+        shard.defers_faults = hears_of_errors(self._env, self._device)
         if not whole.rows.is_meta:
             whole.check_intact()
             shard.rows.copy_(whole.rows[first:last])
@@ -128,7 +131,8 @@ class ShardedTrainedCollection(ShardedRowCollection[TrainedTable], FusedOptimize
         return self._optim
 
     def asked(self, table: TrainedTable, ids: Tensor) -> Tensor:
-        """Return the ids as they are."""
+        """Return the ids as they are, or raise what was wrong with the gradients of the last batch."""
+        self.banks[table.name].raise_fault()
         self.banks[table.name].check_intact()
         return ids
 
