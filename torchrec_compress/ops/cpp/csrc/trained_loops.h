@@ -107,12 +107,13 @@ struct Loops {
     for (int j = 0; j < of(any); ++j) sums[j] = Share::decode(codes[j]) * largest;
   }
 
-  // `first` is the number that the first of them has among the state's.
+  // `first` is the number that the first of them has among the state's; codes are at least LEAST, 0 or 1.
+  template <int LEAST>
   static inline void round_shares(uint8_t* __restrict codes, const float* __restrict sums, float largest,
-                                  uint32_t random, int first, int least, int any) {
+                                  uint32_t random, int first, int any) {
     for (int j = 0; j < of(any); ++j) {
       const int code = Share::round_by(spread(random, first + j), sums[j] / largest);
-      codes[j] = uint8_t(code < least ? least : code);
+      codes[j] = uint8_t(LEAST ? code + (code == 0) : code);
     }
   }
 

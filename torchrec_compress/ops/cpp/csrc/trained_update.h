@@ -142,7 +142,7 @@ class Row {
   inline bool step_each(const uint8_t* state, uint32_t random) {
     read_of_numbers(state);
     Loop::step_each(values_, sums_, grads_, update_.learning_rate, update_.eps, width());
-    return write_of_numbers(new_state_, random, 0, 0);
+    return write_of_numbers<0>(new_state_, random, 0);
   }
 
   inline bool step_adam(const uint8_t* state, uint32_t random) {
@@ -161,7 +161,7 @@ class Row {
     read_of_numbers(second);
     Loop::step_squares(sums_, grads_, update_.beta2, update_.rest2, width());
     Loop::step_by_moments(values_, moments_, sums_, update_.learning_rate, update_.correction, update_.eps, width());
-    return write_of_numbers(new_second, random, width(), 1) && holds;
+    return write_of_numbers<1>(new_second, random, width()) && holds;
   }
 
   template <typename Small>
@@ -191,14 +191,15 @@ class Row {
       Loop::decode_shares(sums_, state + 2, read_largest(state), width());
   }
 
-  inline bool write_of_numbers(uint8_t* state, uint32_t random, int first, int least) const {
+  template <int LEAST>
+  inline bool write_of_numbers(uint8_t* state, uint32_t random, int first) const {
     const uint32_t largest = largest_bits(sums_, width());
     if (table_.state_bits == 32) {
       __builtin_memcpy(state, sums_, 4 * width());
       return largest < INFINITE;
     }
     const uint32_t upper = write_largest(state, largest);
-    Loop::round_shares(state + 2, sums_, scale_of(upper), random, first, least, width());
+    Loop::template round_shares<LEAST>(state + 2, sums_, scale_of(upper), random, first, width());
     return upper < INFINITE >> 16;
   }
 
