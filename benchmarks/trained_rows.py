@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +33,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from kernels import draw, page_mode, resident
 from torch import Tensor
 
-from torchrec_compress.ops import Optimizer, TrainedFormat, TrainedStep, encode_trained, tiers, trained_bag
+from torchrec_compress.ops import TrainedFormat, TrainedOptimizer, TrainedStep, encode_trained, tiers, trained_bag
 
 DIM = 64
 _HEAP = 4 << 30  # bytes
@@ -70,8 +71,8 @@ def trained(num_rows: int, form: TrainedFormat) -> Run:
     state = torch.zeros(num_rows, form.state_bytes, dtype=torch.uint8)
     count = iter(range(1 << 62))
 
-    def next_step() -> TrainedStep:
-        return TrainedStep(learning_rate=0.01, eps=1e-8, seed=1, step=next(count))
+    def next_step() -> AbstractContextManager[TrainedStep]:
+        return nullcontext(TrainedStep(learning_rate=0.01, eps=1e-8, seed=1, step=next(count)))
 
     def run(batch: Batch, is_step: bool) -> Tensor:
         with torch.set_grad_enabled(is_step):
@@ -86,7 +87,7 @@ def trained(num_rows: int, form: TrainedFormat) -> Run:
 def formats() -> list[TrainedFormat]:
     """Return the formats that are timed."""
     bits: tuple[Literal[8, 4], ...] = (8, 4)
-    states: tuple[tuple[Optimizer, Literal[32, 8]], ...] = (
+    states: tuple[tuple[TrainedOptimizer, Literal[32, 8]], ...] = (
         ("rowwise_adagrad", 32),
         ("rowwise_adagrad", 8),
         ("adagrad", 8),

@@ -107,7 +107,7 @@ def test_smaller_widths_are_multiples_of_four():
         ({"bits": 16}, r"bits must be one of \[32, 8, 4\], got 16"),
         ({"bits": 8.0}, r"bits must be one of \[32, 8, 4\], got 8.0"),
         ({"bits": 8, "state_bits": 16}, r"state_bits must be one of \[32, 8\], got 16"),
-        ({"bits": 8, "optimizer": "adam"}, "optimizer must be one of .*got 'adam'"),
+        ({"bits": 8, "optimizer": "lamb"}, "optimizer must be one of .*got 'lamb'"),
         ({"optimizer": "adagrad"}, "optimizer must be left out with bits=32"),
         ({"state_bits": 8}, "state_bits must be left out with bits=32"),
         ({"rate": 0.0}, r"rate must be in \[0.001, 1000\], got 0.0"),

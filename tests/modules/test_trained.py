@@ -22,7 +22,7 @@ from torchrec_compress import (
     native_parameters,
 )
 from torchrec_compress.methods import NarrowConfig, RandomCodesConfig
-from torchrec_compress.ops import TrainedFormat, decode_trained
+from torchrec_compress.ops import TrainedFormat, TrainedStep, decode_trained, update_trained
 
 INT8 = NarrowConfig(width=8, bits=8)
 WHOLE = NarrowConfig(width=16, bits=8)
@@ -121,6 +121,13 @@ def test_all_features_of_a_table_are_one_step():
         (NarrowConfig(width=16, bits=8, state_bits=8), torch.optim.Adagrad, ("adagrad", 18)),
         (NarrowConfig(width=8, bits=4, state_bits=8), RowWiseAdagrad, ("rowwise_adagrad", 1)),
         (NarrowConfig(width=8, bits=8, optimizer="rowwise_adagrad"), torch.optim.Adagrad, ("rowwise_adagrad", 4)),
+        (WHOLE, torch.optim.Adam, ("adam", 128)),
+        (NarrowConfig(width=16, bits=8, state_bits=8), torch.optim.Adam, ("adam", 36)),
+        (
+            NarrowConfig(width=8, bits=8, state_bits=8, optimizer="partial_rowwise_adam"),
+            torch.optim.Adam,
+            ("partial_rowwise_adam", 11),
+        ),
     ],
 )
 def test_the_optimizer_is_the_users_unless_the_method_names_one(config, kind, wanted):
@@ -132,7 +139,15 @@ def test_the_optimizer_is_the_users_unless_the_method_names_one(config, kind, wa
 
 
 REFUSED = [
-    (WHOLE, torch.optim.Adam, {}, "must be trained by one of SGD, Adagrad and RowWiseAdagrad, got Adam"),
+    (
+        WHOLE,
+        torch.optim.RMSprop,
+        {},
+        "must be trained by one of SGD, Adagrad, RowWiseAdagrad, Adam and .*, got RMSprop",
+    ),
+    (WHOLE, torch.optim.Adam, {"amsgrad": True}, r"are trained without \['amsgrad'\]"),
+    (WHOLE, torch.optim.AdamW, {}, "got AdamW"),
+    (NarrowConfig(width=8, bits=8, optimizer="adam"), torch.optim.Adagrad, {}, "got adam for adagrad"),
     (WHOLE, torch.optim.SGD, {"momentum": 0.9}, r"are trained without \['momentum'\], got \{'momentum': 0.9\}"),
     (WHOLE, torch.optim.Adagrad, {"weight_decay": 0.1}, r"are trained without \['weight_decay'\]"),
     (NarrowConfig(width=8, bits=8, optimizer="adagrad"), torch.optim.SGD, {}, "got adagrad for sgd"),
@@ -311,3 +326,26 @@ def test_they_stand_beside_codes_without_a_stock_table():
     pooled = made(KeyedJaggedTensor.from_lengths_sync(["item", "code"], ids, torch.ones(2, dtype=torch.int64)))
     rows = [made.table_rows(name, number[None]) for name, number in zip(methods, ids, strict=True)]
     assert torch.equal(pooled.values(), torch.cat(rows, dim=1))
+
+
+def test_rows_made_for_inference_are_not_trained():
+    with torch.inference_mode():
+        made = collection()
+        served = made(batch([[1, 2]]))["item"].clone()
+    apply_optimizer_in_backward(torch.optim.SGD, native_parameters(made), {"lr": 0.5})
+    assert torch.equal(made.eval()(batch([[1, 2]]))["item"], served)
+    with pytest.raises(ValueError, match=r"table 'item': rows of 8 bits must be made outside of torch\.inference_mode"):
+        made.train()(batch([[1, 2]]))
+
+
+def test_backwards_through_a_kept_graph_round_by_dithers_of_their_own():
+    made = trained()
+    table, form = made.trained.banks["item"], TrainedFormat(16, 8, "sgd")
+    rows, seed = table.rows.clone(), made.trained.table("item").seed
+    ids, grads = torch.arange(100), torch.full((100, 16), 1e-4)
+    out = made(batch([[number] for number in range(100)]))["item"]
+    for again in range(3):
+        out.backward(grads, retain_graph=True)
+        step = TrainedStep(0.5, 0.0, seed + again, 0)
+        update_trained(rows, rows.new_empty(NUM_ROWS, 0), ids, None, grads, form, step=step, where="plain maths")
+        assert torch.equal(table.rows, rows)

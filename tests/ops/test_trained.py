@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchrec_compress.ops import TrainedFormat, decode_trained, encode_trained
-from torchrec_compress.ops.trained import ROW_STATE, SCALE, SHARE
+from torchrec_compress.ops.trained import ROW_MOMENT, ROW_STATE, SCALE, SHARE
 
 CODES = torch.arange(256)
 
@@ -16,11 +16,18 @@ def test_bytes_of_rows_and_states():
     assert TrainedFormat(16, 8, "sgd").state_bytes == 0
     assert [TrainedFormat(16, 8, "rowwise_adagrad", bits).state_bytes for bits in (32, 8)] == [4, 1]
     assert [TrainedFormat(16, 8, "adagrad", bits).state_bytes for bits in (32, 8)] == [64, 18]
+    assert [TrainedFormat(16, 8, "adam", bits).state_bytes for bits in (32, 8)] == [128, 36]
+    assert [TrainedFormat(16, 8, "partial_rowwise_adam", bits).state_bytes for bits in (32, 8)] == [68, 19]
 
 
 @pytest.mark.parametrize(
     ("small", "first", "mantissa", "largest"),
-    [(SCALE, -25, 3, 120.0), (ROW_STATE, -40, 2, 1.75 * 2**23), (SHARE, -32, 3, 1.0)],
+    [
+        (SCALE, -25, 3, 120.0),
+        (ROW_STATE, -40, 2, 1.75 * 2**23),
+        (ROW_MOMENT, -52, 2, 1.75 * 2**11),
+        (SHARE, -32, 3, 1.0),
+    ],
 )
 def test_codes_are_floats_with_few_bits(small, first, mantissa, largest):
     floats = small.decode(CODES)
@@ -109,8 +116,8 @@ def test_formats_that_are_none():
         TrainedFormat(7, 4)
     with pytest.raises(ValueError, match="bits must be one of 8, 4, got 2"):
         TrainedFormat(8, 2)
-    with pytest.raises(ValueError, match="optimizer must be one of sgd, rowwise_adagrad, adagrad, got 'adam'"):
-        TrainedFormat(8, 8, "adam")
+    with pytest.raises(ValueError, match=r"optimizer must be one of sgd, .*, partial_rowwise_adam, got 'lamb'"):
+        TrainedFormat(8, 8, "lamb")
     with pytest.raises(ValueError, match="state_bits must be one of 32, 8, got 16"):
         TrainedFormat(8, 8, "adagrad", 16)
 

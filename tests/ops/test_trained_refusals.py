@@ -71,6 +71,9 @@ def test_steps(backend):
     for wrong in (math.nan, math.inf):
         refused("learning_rate must be finite", backend, step=step_of(learning_rate=wrong))
         refused("eps must be finite", backend, step=step_of()._replace(eps=wrong))
+    for name in ("beta1", "beta2"):
+        for wrong in (-0.1, 1.0, math.nan):
+            refused(rf"{name} must be in \[0, 1\), got", backend, step=step_of()._replace(**{name: wrong}))
     for name in ("seed", "step", "first_id"):
         for wrong in (-1, 2**63):
             refused(rf"{name} must be in \[0, 2\*\*63\)", backend, step=step_of()._replace(**{name: wrong}))

@@ -23,7 +23,7 @@ def has_compiler() -> bool:
 
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 BACKENDS = ["torch", pytest.param("cpp", marks=needs_compiler)]
-OPTIMIZERS = ("sgd", "rowwise_adagrad", "adagrad")
+OPTIMIZERS = ("sgd", "rowwise_adagrad", "adagrad", "adam", "partial_rowwise_adam")
 
 
 def formats(width: int) -> list[TrainedFormat]:

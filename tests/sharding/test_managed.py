@@ -169,12 +169,12 @@ ODD = CafeConfig(num_hot_rows=6, num_cold_rows=21, num_blocks=3, threshold=1.5)
         (
             "column_wise",
             CAFE,
-            "table 'item': a table with a manager must be sharded row_wise or table_wise, got column",
+            "table 'item': its rows must be sharded row_wise or table_wise, got column",
         ),
         (
             "data_parallel",
             CAFE,
-            "table 'item': a table with a manager must be sharded row_wise or table_wise, got data",
+            "table 'item': its rows must be sharded row_wise or table_wise, got data",
         ),
         ("bad id", CAFE, "table 'item', feature 'item': every id must be in [0, 120), got 120"),
     ],

@@ -15,7 +15,7 @@ from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from tests.sharding.test_trained import model_of
+from tests.sharding.test_trained import ADAMS, SIZES, model_of
 from torchrec_compress import native_parameters
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.sharding import compressed_sharders, get_default_sharders
@@ -89,7 +89,9 @@ def refused_settings(settings: dict, marks: dict | None = None) -> str:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer": EmbOptimType.ADAM}, "must be trained by one of SGD, Adagrad and RowWiseAdagrad, got adam"),
+        ({"optimizer": EmbOptimType.LAMB}, "Adagrad, RowWiseAdagrad, Adam and PartialRowWiseAdam, got lamb"),
+        ({"optimizer": EmbOptimType.EXACT_ADAGRAD, "beta1": 0.5}, "are trained without ['betas']"),
+        ({"optimizer": EmbOptimType.ADAM}, "got rowwise_adagrad for adam; leave it out"),
         ({"optimizer": EmbOptimType.EXACT_ADAGRAD, "weight_decay": 0.1}, "are trained without ['weight_decay']"),
         ({"optimizer": EmbOptimType.EXACT_ADAGRAD, "max_gradient": 1.0}, "got ['max_gradient']; leave them out"),
     ],
@@ -107,6 +109,40 @@ def test_settings_that_rows_cannot_be_trained_by_are_refused(two_ranks, settings
 )
 def test_no_setting_is_lost_beside_a_mark(two_ranks, settings, marks, message):
     assert all(message in told for told in two_ranks.run(refused_settings, settings, marks))
+
+
+def adams(settings: dict) -> list[tuple] | str:
+    """Return what trains each table, and the bytes of state that are planned for all ranks and held on this one."""
+    model = model_of(True, mixed=ADAMS)
+    # FBGEMM has no Adam on a CPU: its tables take another one
+    stock = [parameter for parameter in native_parameters(model) if parameter.numel()]
+    apply_optimizer_in_backward(torch.optim.SGD, stock, {"lr": 0.1})
+    sharders = get_default_sharders(fused_params=settings)
+    topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
+    planner = EmbeddingShardingPlanner(topology, 8, stats=[])
+    plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    try:
+        sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    except ValueError as error:
+        return str(error)
+    parts = [part for table in planner.report.tables.values() for part in table.parts] if planner.report else []
+    planned = {part.path.split(".")[-1]: part.optimizer_bytes for part in parts if ".trained." in part.path}
+    return [
+        (rows.optimizer.kind, rows.optimizer.rate, rows.optimizer.betas, rows.state.numel(), planned.get(name))
+        for name, rows in sharded.module.embeddings.trained.banks.items()
+    ]
+
+
+def test_adams_settings_by_fbgemms_names(two_ranks):
+    settings = {"optimizer": EmbOptimType.ADAM, "learning_rate": 0.25, "beta1": 0.5}
+    found = two_ranks.run(adams, settings)
+    kinds = ["partial_rowwise_adam", "adam", "adam"]
+    assert [each[:3] for each in found[0]] == [(kind, 0.25, (0.5, 0.999)) for kind in kinds]
+    sizes = [SIZES["item"] * (4 + 2 + 1), SIZES["user"] * 2 * (8 + 2), SIZES["word"] * 2 * 4 * 4]
+    assert [one[3] + other[3] for one, other in zip(*found, strict=True)] == sizes
+    assert [each[4] for each in next(mine for mine in found if mine[0][4] is not None)] == sizes
+    for told in two_ranks.run(adams, {**settings, "beta2": 1.0}):
+        assert "table 'item': betas must be in [0, 1), got (0.5, 1.0)" in told
 
 
 def merged_settings() -> list[tuple]:

@@ -47,14 +47,16 @@ class NarrowConfig(MethodConfig):
     with the probability that makes the expected value right (2010.11305), by kernels of ours.
 
     Bytes: 4 N r + 4 r D, with few bits N (r bits / 8 + 1) + 4 r D. Held in training beside them: 4 N r by an
-    element-wise optimizer, 4 N by a row-wise one; with state_bits=8, N (r + 2) and N.
+    element-wise Adagrad, 4 N by a row-wise one; with state_bits=8, N (r + 2) and N. Adam takes as much twice over, or
+    once of each with a second moment a row.
 
     Args:
         width: numbers per id, r; a multiple of 4 below the embedding's width, with few bits also that width, of which
             there is no projection then.
         bits: of a number, 32 (float32 in a stock table), 8 or 4.
-        optimizer: of rows of few bits, "sgd", "adagrad" or "rowwise_adagrad"; None: the one that the user gives tables.
-            The learning rate is the user's in any case.
+        optimizer: of rows of few bits, "sgd", "adagrad", "rowwise_adagrad", "adam" or "partial_rowwise_adam"; None:
+            the one that the user gives tables. The learning rate is the user's in any case, so it must be one of the
+            same kind.
         state_bits: of a value of the optimizer's state beside rows of few bits, 32 or 8.
         rate: how far a step moves an embedding, by what it would move a row of full width; SGD's: the square of it.
             sqrt(r / D) is a P with orthonormal rows. Rows that are seen many times want less, see docs/small.md.

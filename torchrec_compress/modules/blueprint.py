@@ -163,7 +163,7 @@ class Blueprint(Generic[TableConfig]):
                 native = EmbeddingConfig(**{**self._physical(table, part.rows), "feature_names": [table.name]})
                 keys = tuple(lookup.key for lookup in self.by_table[table.name])
                 names = tuple(table.feature_names)
-                found.append(ManagedTable(table.name, table.num_embeddings, part, native, names, keys))
+                found.append(ManagedTable(table.name, table.num_embeddings, names, keys, part, native))
         return found
 
     def trained(self) -> list[TrainedTable]:
@@ -176,7 +176,7 @@ class Blueprint(Generic[TableConfig]):
                 is_mean = isinstance(table, EmbeddingBagConfig) and table.pooling == PoolingType.MEAN
                 dither = stable_salt(self.seed, f"{table.name}:dither")
                 names = tuple(table.feature_names)
-                found.append(TrainedTable(table.name, table.num_embeddings, part, dither, is_mean, names, keys))
+                found.append(TrainedTable(table.name, table.num_embeddings, names, keys, part, dither, is_mean))
         return found
 
     def found_rows(self, lookup: Lookup) -> list[tuple[str, str]]:

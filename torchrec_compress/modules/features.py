@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_compress.ops import check_ids, check_weights
+
+# fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
+torch.fx.wrap("check_ids")
+
+
+@dataclass(frozen=True)
+class LookedUpTable:
+    """A table of ours that features look up.
+
+    Args:
+        name: of the user's table.
+        num_embeddings: its rows, the range of the ids.
+        features: that look it up.
+        keys: of their outputs.
+    """
+
+    name: str
+    num_embeddings: int
+    features: tuple[str, ...]
+    keys: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        """The table, as errors name it."""
+        return f"table {self.name!r}"
+
+    def ids(self, jagged: Mapping[str, JaggedTensor]) -> list[Tensor]:
+        """Return the ids of every feature of a batch.
+
+        Raises:
+            ValueError: an id is out of range.
+        """
+        return [
+            check_ids(jagged[name].values(), self.num_embeddings, f"{self.where}, feature {name!r}")
+            for name in self.features
+        ]
 
 
 @dataclass(frozen=True)

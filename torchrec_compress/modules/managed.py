@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,17 +13,16 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_compress.managers import OwnedTable
 from torchrec_compress.methods.storage import ManagedPart
-from torchrec_compress.modules.features import IdRange, split_features
+from torchrec_compress.modules.features import IdRange, LookedUpTable, split_features
 from torchrec_compress.modules.replicated import strip_where_replicated
-from torchrec_compress.ops import can_check, check_ids
+from torchrec_compress.ops import can_check
 from torchrec_compress.seams import optimizers_in_backward
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
-torch.fx.wrap("check_ids")
 torch.fx.wrap("split_features")
 
 logger = logging.getLogger(__name__)
@@ -34,35 +33,16 @@ SHARDERS = "pass sharders=torchrec_compress.get_default_sharders() to the planne
 
 
 @dataclass(frozen=True)
-class ManagedTable:
+class ManagedTable(LookedUpTable):
     """A table with a manager.
 
     Args:
-        name: of the user's table.
-        num_embeddings: its rows, the range of the ids.
         part: what it is stored as.
         native: config of the native table "rows"; its one feature is the table's name.
-        features: that look it up.
-        keys: of their outputs.
     """
 
-    name: str
-    num_embeddings: int
     part: ManagedPart
     native: EmbeddingConfig
-    features: tuple[str, ...]
-    keys: tuple[str, ...]
-
-    def ids(self, jagged: Mapping[str, JaggedTensor]) -> list[Tensor]:
-        """Return the ids of every feature of a batch.
-
-        Raises:
-            ValueError: an id is out of range.
-        """
-        return [
-            check_ids(jagged[name].values(), self.num_embeddings, f"table {self.name!r}, feature {name!r}")
-            for name in self.features
-        ]
 
 
 class _Turn:

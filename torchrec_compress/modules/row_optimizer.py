@@ -18,8 +18,17 @@ _KINDS: dict[str, TrainedOptimizer] = {
     "exact_adagrad": "adagrad",
     "RowWiseAdagrad": "rowwise_adagrad",
     "exact_row_wise_adagrad": "rowwise_adagrad",
+    "Adam": "adam",
+    "adam": "adam",
+    "PartialRowWiseAdam": "partial_rowwise_adam",
+    "partial_row_wise_adam": "partial_rowwise_adam",
 }
-_ADAGRADS = ("adagrad", "rowwise_adagrad")
+# those of one learning rate
+_FAMILIES: tuple[tuple[TrainedOptimizer, ...], ...] = (
+    ("sgd",),
+    ("adagrad", "rowwise_adagrad"),
+    ("adam", "partial_rowwise_adam"),
+)
 # settings that do something else than their being left out would, by the value that leaves it so
 _OFF: dict[str, Any] = {
     "momentum": 0,
@@ -29,9 +38,12 @@ _OFF: dict[str, Any] = {
     "maximize": False,
     "lr_decay": 0,
     "initial_accumulator_value": 0,
+    "amsgrad": False,
+    "decoupled_weight_decay": False,
 }
 # how torch computes, not what, beside what is read
 _KNOWN = {"lr", "eps", "params", *_OFF, "foreach", "fused", "differentiable", "capturable", "initial_lr"}
+BETAS = (0.9, 0.999)  # what torch and FBGEMM take where nothing is said
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class RowOptimizer:
     Args:
         kind: of the optimizer.
         given: of the one that the user gave tables, whose settings count.
-        group: the settings that the user sees, read at every step: "lr", and "eps" with Adagrad.
+        group: the settings that the user sees, read at every step: "lr", "eps" but with SGD, "betas" with Adam.
     """
 
     kind: TrainedOptimizer
@@ -64,21 +76,26 @@ class RowOptimizer:
         kind = _KINDS.get(name)
         if kind is None:
             raise ValueError(
-                f"{where}: rows of {part.bits} bits must be trained by one of SGD, Adagrad and RowWiseAdagrad, got "
-                f"{name}; choose one of them for native_parameters(model)"
+                f"{where}: rows of {part.bits} bits must be trained by one of SGD, Adagrad, RowWiseAdagrad, Adam and "
+                f"PartialRowWiseAdam, got {name}; choose one of them for native_parameters(model)"
             )
-        wrong = {key: value for key, value in group.items() if key not in _KNOWN or value != _OFF.get(key, value)}
+        family = next(family for family in _FAMILIES if kind in family)
+        known = {*_KNOWN, "betas"} if "adam" in family else _KNOWN
+        wrong = {key: value for key, value in group.items() if key not in known or value != _OFF.get(key, value)}
         if wrong:
             raise ValueError(
                 f"{where}: rows of {part.bits} bits are trained without {sorted(wrong)}, got {wrong}; leave them out"
             )
         wanted = part.optimizer or kind
-        if wanted != kind and not {wanted, kind} <= {*_ADAGRADS}:
+        if wanted not in family:
             raise ValueError(
                 f"{where}: the method's optimizer must go with the learning rate of the one that tables are given, got "
-                f"{wanted} for {kind}; leave it out, or give tables an Adagrad"
+                f"{wanted} for {kind}; leave it out, or give tables one of its kind"
             )
-        return cls(wanted, kind, group)
+        found = cls(wanted, kind, group)
+        if not all(0 <= beta < 1 for beta in found.betas):
+            raise ValueError(f"{where}: betas must be in [0, 1), got {found.betas}")
+        return found
 
     @property
     def rate(self) -> float:
@@ -89,3 +106,9 @@ class RowOptimizer:
     def eps(self) -> float:
         """What is added to the root of the state."""
         return float(self.group.get("eps", 0.0))
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """How much of Adam's two moments a step keeps."""
+        first, second = self.group.get("betas", BETAS)
+        return float(first), float(second)

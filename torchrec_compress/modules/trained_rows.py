@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_compress.methods.storage import TrainedPart
+from torchrec_compress.modules.features import LookedUpTable
 from torchrec_compress.modules.row_optimizer import RowOptimizer
 from torchrec_compress.ops import (
     TrainedFormat,
     TrainedStep,
     are_encoded,
-    check_ids,
+    are_states,
     decode_trained,
     encode_trained,
     keep_integers,
@@ -30,49 +31,22 @@ from torchrec_compress.seams import optimizers_in_backward
 
 logger = logging.getLogger(__name__)
 
-# fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
-torch.fx.wrap("check_ids")
-
 _BLOCK_ROWS = 65536  # rows that are floats at once
 
 
 @dataclass(frozen=True)
-class TrainedTable:
+class TrainedTable(LookedUpTable):
     """A table of trained rows.
 
     Args:
-        name: of the user's table.
-        num_embeddings: rows, N.
         part: what it is stored as.
         seed: of the dither.
         is_mean: whether bags are means; sums otherwise.
-        features: that look it up.
-        keys: of their outputs.
     """
 
-    name: str
-    num_embeddings: int
     part: TrainedPart
     seed: int
     is_mean: bool
-    features: tuple[str, ...]
-    keys: tuple[str, ...]
-
-    @property
-    def where(self) -> str:
-        """The table, as errors name it."""
-        return f"table {self.name!r}"
-
-    def ids(self, jagged: Mapping[str, JaggedTensor]) -> list[Tensor]:
-        """Return the ids of every feature of a batch.
-
-        Raises:
-            ValueError: an id is out of range.
-        """
-        return [
-            check_ids(jagged[name].values(), self.num_embeddings, f"{self.where}, feature {name!r}")
-            for name in self.features
-        ]
 
 
 class TrainedRows(nn.Module):
@@ -89,6 +63,8 @@ class TrainedRows(nn.Module):
         state: (num_rows, bytes of state per row) uint8; without columns before an optimizer is known, and no part of
             the state dict: like the state of any optimizer, it is the optimizer's.
         num_steps: (1,) int64 on the host, look-ups in training, which number the steps of the dither.
+        defers_faults: whether what is wrong with gradients is raised by `raise_fault`, on all ranks, rather than in the
+            backward of the one rank that owns the id, for which the others would wait.
     """
 
     def __init__(self, table: TrainedTable, first_row: int, num_rows: int, device: torch.device | None) -> None:
@@ -100,6 +76,8 @@ class TrainedRows(nn.Module):
         self.rows: Tensor
         self.state: Tensor
         self.num_steps = torch.zeros(1, dtype=torch.int64, device="cpu")
+        self.defers_faults = False
+        self._fault: ValueError | None = None
         self._optimizer: RowOptimizer | None = None
         self.reset_parameters()
 
@@ -196,13 +174,11 @@ class TrainedRows(nn.Module):
                 f"{self._table.where}: the optimizer's state must be of {kept}, {(len(self.rows), form.state_bytes)}, "
                 f"got {shape}; load it into tables with the optimizer and state_bits that it was saved with"
             )
-        if form.state_bits == 32 and shape[1]:
-            sums = self.state.view(torch.float32)
-            if not bool(torch.isfinite(sums).all()) or bool((sums < 0).any()):
-                raise ValueError(
-                    f"{self._table.where}: the optimizer's state must be sums of squares ({kept}), got negative ones, "
-                    "infinity or NaN; load a checkpoint that was not damaged"
-                )
+        if not are_states(self.state, form):
+            raise ValueError(
+                f"{self._table.where}: the optimizer's state must be finite, and of squares not negative ({kept}), got "
+                "others; load a checkpoint that was not damaged"
+            )
 
     def look_up(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, where: str) -> Tensor:
         """Return bags of rows, (B, width) float32, that no backward trains.
@@ -220,18 +196,32 @@ class TrainedRows(nn.Module):
     def look_up_to_train(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, where: str) -> Tensor:
         """Return the same, and have the backward train the rows; arguments as in `look_up`.
 
+        A backward through a graph that was kept updates again, and rounds by another dither.
+
         Raises:
-            ValueError: in the backward, no optimizer trains the rows.
+            ValueError: the rows were made under `torch.inference_mode`, and torch lets no one write to them; in the
+                backward, no optimizer trains the rows.
         """
         self.check_intact()
-        step = partial(self._step, self._optimizer, int(self.num_steps))
+        if self.rows.is_inference():
+            raise ValueError(
+                f"{self._table.where}: rows of {self._format.bits} bits must be made outside of torch.inference_mode() "
+                "to be trained, got ones made under it; make the collection, and shard it, outside of it"
+            )
+        step = partial(self._step, self._optimizer, int(self.num_steps), count())
         self.num_steps += 1
         bags = partial(trained_bag, is_mean=self._table.is_mean and offsets is not None, step=step, where=where)
         return bags(self.rows, self.state, ids, offsets, self._format, weights=weights)
 
     @contextmanager
-    def _step(self, optimizer: RowOptimizer | None, number: int) -> Iterator[TrainedStep | None]:
-        """Enclose what the backward of a look-up does, at the rate of that moment; None: nothing, at the rate 0."""
+    def _step(self, optimizer: RowOptimizer | None, number: int, again: Iterator[int]) -> Iterator[TrainedStep | None]:
+        """Enclose what a backward of a look-up does, at the rate of that moment; None: nothing, at the rate 0.
+
+        Args:
+            optimizer: of the moment of the look-up.
+            number: of the step.
+            again: counts the backwards of the look-up.
+        """
         self.check_intact()
         if optimizer is None:
             raise ValueError(
@@ -240,9 +230,22 @@ class TrainedRows(nn.Module):
                 'torch.optim.Adagrad, native_parameters(model), {"lr": ...}), or shard the model by '
                 "DistributedModelParallel; model.requires_grad_(False) leaves rows as they are"
             )
-        rate = optimizer.rate
-        yield TrainedStep(rate, optimizer.eps, self._table.seed, number, self.first_row) if rate else None
+        rate, seed = optimizer.rate, (self._table.seed + next(again)) % 2**63
+        step = TrainedStep(rate, optimizer.eps, seed, number, self.first_row, *optimizer.betas)
+        try:
+            yield step if rate else None
+        except ValueError as error:
+            if not self.defers_faults:
+                raise
+            logger.error("%s (all ranks raise it with the next batch)", error)
+            self._fault = self._fault or error
         self.note()
+
+    def raise_fault(self) -> None:
+        """Raise the ValueError, once, of a backward whose gradients were wrong; it has written nothing."""
+        fault, self._fault = self._fault, None
+        if fault is not None:
+            raise fault
 
     def served(self, ids: Tensor) -> Tensor:
         """Return rows, (L, width) float32."""
@@ -276,7 +279,8 @@ class WholeRows(TrainedRows):
 
     def __init__(self, table: TrainedTable, device: torch.device | None) -> None:
         super().__init__(table, 0, table.num_embeddings, device)
-        self.handle = nn.Parameter(torch.empty(0, table.part.width, dtype=torch.float32, device=device))
+        with torch.inference_mode(False):  # or what marks it would fail, in torch's words
+            self.handle = nn.Parameter(torch.empty(0, table.part.width, dtype=torch.float32, device=device))
         self._holder: torch.optim.Optimizer | None = None
 
     def find_optimizer(self) -> None:

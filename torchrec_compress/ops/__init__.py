@@ -44,6 +44,7 @@ from torchrec_compress.ops.trained import (
     TrainedOptimizer,
     TrainedStep,
     are_encoded,
+    are_states,
     decode_trained,
     encode_trained,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "TrainedOptimizer",
     "TrainedStep",
     "are_encoded",
+    "are_states",
     "can_check",
     "changed",
     "check_filled",

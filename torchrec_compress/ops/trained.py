@@ -14,8 +14,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-TrainedOptimizer = Literal["sgd", "rowwise_adagrad", "adagrad"]
+TrainedOptimizer = Literal["sgd", "rowwise_adagrad", "adagrad", "adam", "partial_rowwise_adam"]
 _SIGN = 0x7FFFFFFF  # all bits but the sign
+_INFINITY = 0x7F800000
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class TrainedFormat:
     Args:
         width: numbers per row, r; with 4 bits a multiple of 2.
         bits: of a number, 8 or 4.
-        optimizer: what trains the rows: "sgd", "rowwise_adagrad" with one sum of squares per row, or "adagrad" with
-            one per number.
-        state_bits: of a sum of squares, 32 (a float32) or 8 (a small float, rounded stochastically).
+        optimizer: what trains the rows: "sgd"; "rowwise_adagrad" with one sum of squares per row; "adagrad" with
+            one per number; "adam" with two moments per number; "partial_rowwise_adam" with a first moment per number
+            and a second per row.
+        state_bits: of a sum of squares or a moment, 32 (a float32) or 8 (a small float, rounded stochastically).
 
     Raises:
         ValueError: no such format.
@@ -65,11 +67,24 @@ class TrainedFormat:
     @property
     def state_bytes(self) -> int:
         """Bytes of a row's optimizer state."""
-        if self.optimizer == "sgd":
-            return 0
-        if self.optimizer == "rowwise_adagrad":
-            return self.state_bits // 8
+        of_row, of_numbers = self.state_bits // 8, self.bytes_of_numbers
+        return {
+            "sgd": 0,
+            "rowwise_adagrad": of_row,
+            "adagrad": of_numbers,
+            "adam": 2 * of_numbers,
+            "partial_rowwise_adam": of_numbers + of_row,
+        }[self.optimizer]
+
+    @property
+    def bytes_of_numbers(self) -> int:
+        """Bytes of one value of state per number of a row; with 8 bits two of them are of their largest."""
         return 4 * self.width if self.state_bits == 32 else self.width + 2
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether the state begins with a first moment of every number."""
+        return self.optimizer in ("adam", "partial_rowwise_adam")
 
     @property
     def largest(self) -> int:
@@ -86,6 +101,8 @@ class TrainedStep(NamedTuple):
         seed: of the dither, in [0, 2**63): numbers are rounded by a hash of (seed, global id, step, number).
         step: number of the step, in [0, 2**63): what is rounded twice is rounded anew.
         first_id: the global id of row 0, where the table is a shard.
+        beta1: of Adam's first moment, in [0, 1).
+        beta2: of its second, in [0, 1).
     """
 
     learning_rate: float
@@ -93,6 +110,16 @@ class TrainedStep(NamedTuple):
     seed: int
     step: int
     first_id: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+
+    def corrected(self) -> tuple[float, float]:
+        """Return Adam's learning rate and the factor of its second moment that make up for moments that began at zero.
+
+        Steps of the table are counted, as by FBGEMM, not those of a row.
+        """
+        number = self.step + 1
+        return self.learning_rate / (1 - self.beta1**number), 1 / (1 - self.beta2**number)
 
 
 class SmallFloat(NamedTuple):
@@ -150,6 +177,9 @@ class SmallFloat(NamedTuple):
 SCALE = SmallFloat(20, (127 - 25) * 8)  # 5 bits of exponent and 3 of mantissa, from 2^-25 to 2^6
 ROW_STATE = SmallFloat(21, (127 - 40) * 4)  # 6 and 2 bits, from 2^-40 to 2^23
 SHARE = SmallFloat(20, 127 * 8 - 255)  # of a row's largest state: 5 and 3 bits, from 2^-32 to 1
+# of a row's largest first moment, beside its sign: 4 and 3 bits, from 2^-16 to 1, as wide as the root of a SHARE
+SIGNED_SHARE = SmallFloat(20, 127 * 8 - 127)
+ROW_MOMENT = SmallFloat(21, (127 - 52) * 4)  # 6 and 2 bits, from 2^-52, whose root is about eps, to 2^11
 
 
 def bits_of(values: Tensor) -> Tensor:
@@ -246,6 +276,32 @@ def decode_trained(rows: Tensor, format: TrainedFormat) -> Tensor:
     """
     check_rows("rows", rows, format.row_bytes, "decode_trained")
     return _numbers(rows, format).float() * SCALE.decode(rows[:, -1]).unsqueeze(1)
+
+
+def are_states(state: Tensor, format: TrainedFormat) -> bool:
+    """Return whether these could be states of an optimizer: finite, and no negative square.
+
+    Args:
+        state: (N, bytes per state) uint8.
+        format: of the rows.
+
+    Example:
+        >>> state = torch.tensor([[-1.0, 2.0]]).view(torch.uint8)
+        >>> are_states(state, TrainedFormat(2, 8, "adagrad")), are_states(state, TrainedFormat(1, 8, "adam"))
+        (False, True)
+    """
+    if format.state_bits == 8:
+        # shares are of any bytes, but the upper half of a float32 that they are of is not
+        places = [0] * (format.optimizer not in ("sgd", "rowwise_adagrad")) + [format.bytes_of_numbers] * (
+            format.optimizer == "adam"
+        )
+        largest = [state[:, place].int() | state[:, place + 1].int() << 8 for place in places]
+        return all(bool((upper < _INFINITY >> 16).all()) for upper in largest)
+    if not state.shape[1]:
+        return True
+    floats = state.view(torch.float32)
+    squares = floats[:, format.width :] if format.has_moments else floats
+    return bool(torch.isfinite(floats).all()) and not bool((squares < 0).any())
 
 
 def _numbers(rows: Tensor, format: TrainedFormat) -> Tensor:

@@ -102,9 +102,12 @@ def update_trained(
     """Update the rows of a batch in place, and round them by a dither whose mean is no change.
 
     The gradients of an id are summed in the order of the batch, then, unless they sum to zero, it is updated once: by
-    x -= lr g ("sgd"), by s += mean(g^2), x -= lr g / (sqrt(s) + eps) ("rowwise_adagrad"), or so with a sum for every
-    number ("adagrad"). These are FBGEMM's EXACT_SGD, EXACT_ROWWISE_ADAGRAD and EXACT_ADAGRAD. The bits written are the
-    same on every device, for any number of threads, and for a shard those of the whole table.
+    x -= lr g ("sgd"); by s += mean(g^2), x -= lr g / (sqrt(s) + eps) ("rowwise_adagrad"), or so with a sum for every
+    number ("adagrad"); by m += (1 - beta1) (g - m), v += (1 - beta2) (g^2 - v), x -= lr m' / (sqrt(v') + eps), where
+    m' = m / (1 - beta1^t), v' = v / (1 - beta2^t) and t is the step's number plus one ("adam"), or so with one v of
+    mean(g^2) ("partial_rowwise_adam"). These are FBGEMM's EXACT_SGD, EXACT_ROWWISE_ADAGRAD, EXACT_ADAGRAD, ADAM and
+    PARTIAL_ROWWISE_ADAM: of ids that a batch lacks, moments stay as they are. The bits written are the same on every
+    device, for any number of threads, and for a shard those of the whole table.
 
     Args:
         grads: (B, r) float32 of the bags; everything else is as in `trained_bag`.
@@ -251,6 +254,10 @@ def _check_step(step: Step, where: str) -> None:
         value = getattr(step, name)
         if not math.isfinite(value):
             raise ValueError(f"{where}: {name} must be finite, got {value}")
+    for name in ("beta1", "beta2"):
+        value = getattr(step, name)
+        if not 0 <= value < 1:
+            raise ValueError(f"{where}: {name} must be in [0, 1), got {value}")
     for name in ("seed", "step", "first_id"):
         value = getattr(step, name)
         if not 0 <= value < 2**63:

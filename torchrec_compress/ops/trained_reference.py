@@ -13,8 +13,11 @@ from torch import Tensor
 
 from torchrec_compress.ops.pooling import pool_rows, scale_rows
 from torchrec_compress.ops.trained import (
+    ROW_MOMENT,
     ROW_STATE,
     SHARE,
+    SIGNED_SHARE,
+    SmallFloat,
     TrainedFormat,
     TrainedStep,
     bits_of,
@@ -153,9 +156,9 @@ class _Random(NamedTuple):
         """Return (U, width) int64 of 32 bits for the numbers of a row."""
         return _spread(self.of_numbers, width)
 
-    def states(self, width: int) -> Tensor:
-        """Return (U, width) int64 of 32 bits for the numbers of a state."""
-        return _spread(self.of_state, width)
+    def states(self, width: int, first: int = 0) -> Tensor:
+        """Return (U, width) int64 of 32 bits for the numbers of a state from one on."""
+        return _spread(self.of_state, width, first)
 
 
 def _draw(start: Tensor, number: int | Tensor) -> Tensor:
@@ -172,8 +175,8 @@ def _shifted(x: Tensor, places: int) -> Tensor:
     return (x >> places) & ((1 << (64 - places)) - 1)
 
 
-def _spread(start: Tensor, width: int) -> Tensor:
-    numbers = torch.arange(1, width + 1, dtype=torch.int64, device=start.device)
+def _spread(start: Tensor, width: int, first: int = 0) -> Tensor:
+    numbers = torch.arange(first + 1, first + width + 1, dtype=torch.int64, device=start.device)
     x = (start + numbers * _GOLDEN_32) & _WORD
     x = ((x ^ (x >> 16)) * _MIX_3) & _WORD
     x = ((x ^ (x >> 15)) * _MIX_4) & _WORD
@@ -188,30 +191,53 @@ class _Updated(NamedTuple):
     is_wrong: Tensor  # (U,) bool: the state is more than its bits hold
 
 
-def _rate(step: TrainedStep) -> Tensor:
-    return torch.tensor(step.learning_rate, dtype=torch.float32)
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
 
 
-def _factor(sums: Tensor, step: TrainedStep) -> Tensor:
-    return _rate(step) / (sums.sqrt() + torch.tensor(step.eps, dtype=torch.float32))
+def _factor(sums: Tensor, rate: float, step: TrainedStep) -> Tensor:
+    # PyTorch's root of float32 is a bit off on some CPUs; that of float64, rounded, is the nearest, as of kernels
+    return _scalar(rate) / (sums.double().sqrt().float() + _scalar(step.eps))
 
 
 def _sgd(state: Tensor, grads: Tensor, format: TrainedFormat, step: TrainedStep, random: _Random) -> _Updated:
-    return _Updated(_rate(step) * grads, state, torch.zeros(grads.shape[0], dtype=torch.bool, device=grads.device))
+    is_wrong = torch.zeros(grads.shape[0], dtype=torch.bool, device=grads.device)
+    return _Updated(_scalar(step.learning_rate) * grads, state, is_wrong)
 
 
 def _row_wise(state: Tensor, grads: Tensor, format: TrainedFormat, step: TrainedStep, random: _Random) -> _Updated:
-    before = state.view(torch.float32) if format.state_bits == 32 else ROW_STATE.decode(state)
-    squares = _sum_of_squares(grads)
-    sums = before + (squares / torch.full_like(squares, format.width)).unsqueeze(1)
-    change = _factor(sums, step) * grads
-    if format.state_bits == 32:
-        return _Updated(change, sums.view(torch.uint8), bits_of(sums)[:, 0] >= _INFINITY)
-    codes = ROW_STATE.round_by(random.states(1), sums)
-    return _Updated(change, codes.to(torch.uint8), (codes > 255)[:, 0])
+    sums = _read_of_row(state, format, ROW_STATE) + _mean_of_squares(grads)
+    new_state, is_wrong = _write_of_row(sums, format, ROW_STATE, random.states(1), 0)
+    return _Updated(_factor(sums, step.learning_rate, step) * grads, new_state, is_wrong)
 
 
-def _sum_of_squares(grads: Tensor) -> Tensor:
+def _each_number(state: Tensor, grads: Tensor, format: TrainedFormat, step: TrainedStep, random: _Random) -> _Updated:
+    sums = _read_of_numbers(state, format) + grads * grads
+    new_state, is_wrong = _write_of_numbers(sums, format, random.states(format.width), 0)
+    return _Updated(_factor(sums, step.learning_rate, step) * grads, new_state, is_wrong)
+
+
+def _adam(state: Tensor, grads: Tensor, format: TrainedFormat, step: TrainedStep, random: _Random) -> _Updated:
+    cut, width, is_by_row = format.bytes_of_numbers, format.width, format.optimizer == "partial_rowwise_adam"
+    first, second = state[:, :cut].contiguous(), state[:, cut:].contiguous()
+    moments = _scalar(step.beta1) * _read_moments(first, format) + _scalar(1 - step.beta1) * grads
+    squares = _mean_of_squares(grads) if is_by_row else grads * grads
+    before = _read_of_row(second, format, ROW_MOMENT) if is_by_row else _read_of_numbers(second, format)
+    sums = _scalar(step.beta2) * before + _scalar(1 - step.beta2) * squares
+    rate, correction = step.corrected()
+    change = _factor(sums * _scalar(correction), rate, step) * moments
+    new_first, is_wrong = _write_moments(moments, format, random.states(width))
+    dither = random.states(1 if is_by_row else width, width)
+    # a second moment that was rounded to zero below a first one that was not would be a step without bounds
+    if is_by_row:
+        new_second, is_too_large = _write_of_row(sums, format, ROW_MOMENT, dither, 1)
+    else:
+        new_second, is_too_large = _write_of_numbers(sums, format, dither, 1)
+    return _Updated(change, torch.cat([new_first, new_second], dim=1), is_wrong | is_too_large)
+
+
+def _mean_of_squares(grads: Tensor) -> Tensor:
+    """Return the mean of the squares of every row, (U, 1) float32."""
     squares = grads * grads
     squares = torch.nn.functional.pad(squares, (0, -squares.shape[1] % _LANES))
     lanes = torch.zeros_like(squares[:, :_LANES])
@@ -220,28 +246,78 @@ def _sum_of_squares(grads: Tensor) -> Tensor:
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]
-    return lanes[:, 0]
+    # by a tensor: a GPU divides by a number as it multiplies by one over it, rounded twice
+    return lanes / torch.full_like(lanes, grads.shape[1])
 
 
-def _each_number(state: Tensor, grads: Tensor, format: TrainedFormat, step: TrainedStep, random: _Random) -> _Updated:
+def _read_of_row(state: Tensor, format: TrainedFormat, small: SmallFloat) -> Tensor:
+    """Return the one value of every row, (U, 1) float32."""
+    return state.view(torch.float32) if format.state_bits == 32 else small.decode(state)
+
+
+def _write_of_row(
+    sums: Tensor, format: TrainedFormat, small: SmallFloat, random: Tensor, least: int
+) -> tuple[Tensor, Tensor]:
+    """Return the bytes of one value a row, of a code of at least `least`; and which are too large, (U,) bool."""
+    if format.state_bits == 32:
+        return sums.view(torch.uint8), bits_of(sums)[:, 0] >= _INFINITY
+    codes = small.round_by(random, sums).clamp(min=least)
+    return codes.to(torch.uint8), (codes > 255)[:, 0]
+
+
+def _read_of_numbers(state: Tensor, format: TrainedFormat) -> Tensor:
+    """Return a value of every number, (U, r) float32, none negative."""
     is_float = format.state_bits == 32
-    before = state.view(torch.float32) if is_float else SHARE.decode(state[:, 2:]) * _read_largest(state)
-    sums = before + grads * grads
-    change = _factor(sums, step) * grads
-    largest = bits_of(sums).amax(1, keepdim=True)
-    if is_float:
-        return _Updated(change, sums.view(torch.uint8), largest[:, 0] >= _INFINITY)
-    upper = (largest + 0xFFFF) >> 16
+    return state.view(torch.float32) if is_float else SHARE.decode(state[:, 2:]) * _read_largest(state)
+
+
+def _write_of_numbers(sums: Tensor, format: TrainedFormat, random: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """Return the bytes of a value of every number, as `_write_of_row`."""
+    if format.state_bits == 32:
+        return sums.view(torch.uint8), bits_of(sums).amax(1) >= _INFINITY
+    upper, shares = _shares_of_largest(sums)
+    return _with_largest(upper, SHARE.round_by(random, shares).clamp(min=least))
+
+
+def _read_moments(state: Tensor, format: TrainedFormat) -> Tensor:
+    """Return a value of every number, (U, r) float32, of either sign."""
+    if format.state_bits == 32:
+        return state.view(torch.float32)
+    codes = state[:, 2:].long()
+    sizes = SIGNED_SHARE.decode(codes & 127) * _read_largest(state)
+    return torch.where(codes > 127, -sizes, sizes)
+
+
+def _write_moments(moments: Tensor, format: TrainedFormat, random: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the bytes of a value of every number and either sign, as `_write_of_row`."""
+    if format.state_bits == 32:
+        return moments.view(torch.uint8), bits_of(moments).amax(1) >= _INFINITY
+    upper, shares = _shares_of_largest(moments.abs())
+    return _with_largest(upper, SIGNED_SHARE.round_by(random, shares) + 128 * (moments < 0))
+
+
+def _shares_of_largest(sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the upper half of every row's largest value, rounded up, (U, 1) int64, and shares of it, (U, r)."""
+    upper = (bits_of(sizes).amax(1, keepdim=True) + 0xFFFF) >> 16
     scale = (upper << 16).int().view(torch.float32)
-    codes = SHARE.round_by(random.states(format.width), sums / torch.where(upper == 0, 1.0, scale))
-    new_state = torch.cat([upper & 255, upper >> 8, codes], dim=1).to(torch.uint8)
-    return _Updated(change, new_state, upper[:, 0] >= _INFINITY >> 16)
+    return upper, sizes / torch.where(upper == 0, 1.0, scale)
+
+
+def _with_largest(upper: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the bytes of shares and of their largest value, and of which rows it is none."""
+    return torch.cat([upper & 255, upper >> 8, codes], dim=1).to(torch.uint8), upper[:, 0] >= _INFINITY >> 16
 
 
 def _read_largest(state: Tensor) -> Tensor:
-    """Return the largest sum of every row, (U, 1) float32: the upper half of a float32 is stored."""
+    """Return the largest value of every row, (U, 1) float32: the upper half of a float32 is stored."""
     upper = state[:, 0:1].int() | state[:, 1:2].int() << 8
     return (upper << 16).view(torch.float32)
 
 
-_UPDATES = {"sgd": _sgd, "rowwise_adagrad": _row_wise, "adagrad": _each_number}
+_UPDATES = {
+    "sgd": _sgd,
+    "rowwise_adagrad": _row_wise,
+    "adagrad": _each_number,
+    "adam": _adam,
+    "partial_rowwise_adam": _adam,
+}

@@ -16,6 +16,11 @@ class Recount(Exception):
     """A check of this rank needs a sum over all ranks first."""
 
 
+def hears_of_errors(env: ShardingEnv, device: torch.device) -> bool:
+    """Return whether `run_together` makes an error of one rank one of all: where there are others, on a CPU."""
+    return env.process_group is not None and env.world_size > 1 and device.type == "cpu"
+
+
 def run_together(
     check: Callable[[], Result], env: ShardingEnv, device: torch.device, recount: Callable[[], None] | None = None
 ) -> Result:
@@ -34,7 +39,7 @@ def run_together(
         ValueError, RuntimeError, KeyError: this rank's error; on the other ranks a ValueError that quotes it.
     """
     group = env.process_group
-    if group is None or env.world_size == 1 or device.type != "cpu":
+    if group is None or not hears_of_errors(env, device):
         try:
             return check()
         except Recount:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.embedding_types import BaseEmbeddingSharder
+from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.types import QuantizedCommCodecs
+from torchrec.distributed.types import ParameterSharding, QuantizedCommCodecs, ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from torchrec_compress.sharding.checks import check_env, check_names, tell_of_defaults, tell_of_missing_codec
+from torchrec_compress.sharding.rows import SHARDING_TYPES, ShardedRowCollection
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -40,3 +46,54 @@ def rows_of_bags(bags: BaseEmbeddingSharder[EmbeddingBagCollection] | None) -> E
     """Return TorchRec's sharder of unpooled rows with the settings of the user's bags; None has the default ones."""
     bags = EmbeddingBagCollectionSharder() if bags is None else bags
     return EmbeddingCollectionSharder(bags.fused_params, bags.qcomm_codecs_registry)
+
+
+class RowSharder(NativeSharder[Module]):
+    """Shard tables of rows row-wise or table-wise.
+
+    Args:
+        stock: TorchRec's sharder of the user's tables, whose fused parameters and codecs are taken.
+
+    Attributes:
+        of_bags: whether these are the user's bags; rows travel all the same.
+    """
+
+    of_bags: ClassVar[bool] = False
+
+    def __init__(self, stock: BaseEmbeddingSharder[Any] | None = None) -> None:
+        super().__init__(rows_of_bags(stock) if self.of_bags else stock or EmbeddingCollectionSharder())
+
+    @abstractmethod
+    def make(
+        self, module: Module, params: dict[str, ParameterSharding], env: ShardingEnv, device: torch.device
+    ) -> ShardedRowCollection:
+        """Return the sharded collection; arguments as in `shard`, checked."""
+
+    @abstractmethod
+    def marked(self, module: Module) -> Iterable[nn.Parameter]:
+        """Return what `apply_optimizer_in_backward` marks."""
+
+    def shard(
+        self,
+        module: Module,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedRowCollection:
+        """Return the sharded collection."""
+        where = module_fqn or self.module_type.__name__
+        check_env(env, where)
+        check_names(where, params, self.shardable_parameters(module), optional=False)
+        tell_of_defaults(self.marked(module), sorted(params), self.fused_params)
+        if self.of_bags:
+            tell_of_missing_codec(self.qcomm_codecs_registry, params)
+        return self.make(module, params, env, torch.device("cpu") if device is None else device)
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Return what keeps rows whole, and on one rank each."""
+        return list(SHARDING_TYPES)
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """Return the kernel whose rows and optimizer state lie where they can be written, in no cache."""
+        return [EmbeddingComputeKernel.FUSED.value]

@@ -2,56 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_compress.modules.row_optimizer import RowOptimizer
+from torchrec_compress.modules.row_optimizer import BETAS, RowOptimizer
 from torchrec_compress.modules.trained import TrainedBags, TrainedCollection
 from torchrec_compress.modules.trained_rows import WholeRows
 from torchrec_compress.seams import backward_optimizer, backward_settings, num_backward_optimizers
-from torchrec_compress.sharding.checks import check_env, check_names, tell_of_defaults, tell_of_missing_codec
-from torchrec_compress.sharding.native import NativeSharder, rows_of_bags
-from torchrec_compress.sharding.trained import SHARDING_TYPES, ShardedTrainedCollection
+from torchrec_compress.sharding.native import RowSharder
+from torchrec_compress.sharding.trained import ShardedTrainedCollection
 
 # what FBGEMM's tables do where nothing is said
 _DEFAULTS = {"lr": 0.01, "eps": 1e-8}
-_NAMES = {"learning_rate": "lr", "eps": "eps", "weight_decay": "weight_decay"}
+_NAMES = {
+    "learning_rate": "lr",
+    "eps": "eps",
+    "weight_decay": "weight_decay",
+    "beta1": "beta1",
+    "beta2": "beta2",
+}
 
 
-class TrainedCollectionSharder(NativeSharder[TrainedCollection]):
-    """Shard tables of trained rows row-wise or table-wise.
+class TrainedCollectionSharder(RowSharder[TrainedCollection]):
+    """Shard tables of trained rows row-wise or table-wise; arguments as in `RowSharder`."""
 
-    Args:
-        stock: TorchRec's sharder, whose optimizer, rate and codecs are taken.
-    """
-
-    def __init__(self, stock: EmbeddingCollectionSharder | None = None) -> None:
-        super().__init__(EmbeddingCollectionSharder() if stock is None else stock)
-
-    def shard(
-        self,
-        module: TrainedCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
+    def make(
+        self, module: TrainedCollection, params: dict[str, ParameterSharding], env: ShardingEnv, device: torch.device
     ) -> ShardedTrainedCollection:
         """Return the sharded collection."""
-        where = module_fqn or "trained rows"
-        check_env(env, where)
-        check_names(where, params, module.banks.keys(), optional=False)
-        tell_of_defaults([rows.handle for rows in module.banks.values()], sorted(params), self.fused_params)
         optimizers = {
             table.name: self._optimizer(module.banks[table.name], table.part, table.where) for table in module.configs()
         }
-        device = torch.device("cpu") if device is None else device
         return ShardedTrainedCollection(module, params, env, device, optimizers, self.qcomm_codecs_registry)
+
+    def marked(self, module: TrainedCollection) -> Iterable[nn.Parameter]:
+        """Return the handles of tables."""
+        return [rows.handle for rows in module.banks.values()]
 
     def _optimizer(self, rows: WholeRows, part: Any, where: str) -> RowOptimizer:
         """Return what trains a table: by what `apply_optimizer_in_backward` said of it and by the fused parameters."""
@@ -71,20 +61,12 @@ class TrainedCollectionSharder(NativeSharder[TrainedCollection]):
         name = str(getattr(given.get("optimizer"), "value", given.get("optimizer", "exact_sgd")))
         settings = {_NAMES[key]: value for key, value in given.items() if key != "optimizer"}
         # a mark comes before the sharder's settings, and these before FBGEMM's, as for TorchRec's tables
-        settings = {**_DEFAULTS, **settings, **backward_settings(rows.handle)}
+        settings = _with_betas({**_DEFAULTS, **settings, **backward_settings(rows.handle)})
         return RowOptimizer.of(name if marked is None else marked, settings, part, where)
 
     def shardable_parameters(self, module: TrainedCollection) -> dict[str, nn.Parameter]:
         """Return the rows by the names of the user's tables; they are buffers."""
         return {name: rows.rows for name, rows in module.banks.items()}
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Return what keeps rows whole, and on one rank each."""
-        return list(SHARDING_TYPES)
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """Return the name that the planner's tables of bandwidths know."""
-        return [EmbeddingComputeKernel.FUSED.value]
 
     @property
     def module_type(self) -> type[TrainedCollection]:
@@ -92,27 +74,18 @@ class TrainedCollectionSharder(NativeSharder[TrainedCollection]):
         return TrainedCollection
 
 
+def _with_betas(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings in the words of torch's Adam, whose two betas are one, where FBGEMM has a word for each."""
+    given = {key: settings.pop(key) for key in ("beta1", "beta2") if key in settings}
+    if given and "betas" not in settings:
+        settings["betas"] = (given.get("beta1", BETAS[0]), given.get("beta2", BETAS[1]))
+    return settings
+
+
 class TrainedBagsSharder(TrainedCollectionSharder):
-    """Shard tables of trained rows of pooled collections: rows travel, but the settings are those of the user's bags.
+    """Shard tables of trained rows of pooled collections."""
 
-    Args:
-        bags: the sharder of the user's `EmbeddingBagCollection`, whose fused parameters and codecs are taken.
-    """
-
-    def __init__(self, bags: BaseEmbeddingSharder[EmbeddingBagCollection] | None = None) -> None:
-        super().__init__(rows_of_bags(bags))
-
-    def shard(
-        self,
-        module: TrainedCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> ShardedTrainedCollection:
-        """Return the sharded collection."""
-        tell_of_missing_codec(self.qcomm_codecs_registry, params)
-        return super().shard(module, params, env, device, module_fqn)
+    of_bags = True
 
     @property
     def module_type(self) -> type[TrainedBags]:

@@ -51,6 +51,11 @@ def check_row_optimizer(
     for table in tables:
         part = chosen[table.name].parts(table, config.seed).trained
         if part is not None:
+            if stage.optim.tables == "adam":
+                raise ValueError(
+                    f"{where}: table {table.name!r}: rows of {part.bits} bits must be trained in the backward, got "
+                    "'adam', which replicates tables and trains them after it; choose sgd, adagrad or rowwise_adagrad"
+                )
             RowOptimizer.of(optimizer, {}, part, f"{where}.optim.tables: table {table.name!r}")
 
 

@@ -50,6 +50,7 @@ def cpp_update(
     where: str,
 ) -> None:
     """Update rows and state in place."""
+    rate, correction = step.corrected() if format.has_moments else (step.learning_rate, 1.0)
     torch.ops.torchrec_compress.trained_bag_update.default(
         rows,
         state,
@@ -62,7 +63,12 @@ def cpp_update(
         _NUMBERS[format.optimizer],
         format.state_bits,
         is_mean,
-        *step,
+        rate,
+        step.eps,
+        [step.beta1, step.beta2, correction],
+        step.seed,
+        step.step,
+        step.first_id,
         where,
     )
 
@@ -116,6 +122,7 @@ def _fake_update(
     is_mean: bool,
     learning_rate: float,
     eps: float,
+    adam: list[float],
     seed: int,
     step: int,
     first_id: int,

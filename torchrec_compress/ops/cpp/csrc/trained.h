@@ -4,7 +4,7 @@
 
 namespace torchrec_compress {
 
-enum class Optimizer : int { SGD, ROW_WISE_ADAGRAD, ADAGRAD };
+enum class Optimizer : int { SGD, ROW_WISE_ADAGRAD, ADAGRAD, ADAM, PARTIAL_ROW_WISE_ADAM };
 
 // A table of trained rows; see ops/trained.py.
 struct TrainedTable {
@@ -44,6 +44,9 @@ struct TrainedUpdate {
   const float* shares;   // of bags: one over their ids; or null
   TrainedGrads grads;
   float learning_rate, eps;
+  // Adam's: of the moment before, and of the gradient; and what the second moment is multiplied by. Its learning rate
+  // makes up for a first moment that began at zero.
+  float beta1, rest1, beta2, rest2, correction;
   uint64_t seed;  // mixed with the step's number
   int64_t first_id;
   uint8_t* undo;  // [number of distinct ids, row_bytes + state_bytes] rows and states as they were
@@ -63,9 +66,14 @@ static inline uint64_t draw(uint64_t start, uint64_t number) {
   return x ^ (x >> 31);
 }
 
+// Bytes of one value of state per number of a row; with 8 bits two of them are of their largest.
+static inline int64_t bytes_of_numbers(const TrainedTable& table) {
+  return table.state_bits == 8 ? table.width + 2 : int64_t(4) * table.width;
+}
+
 // Floats that a kernel works in for one row, each part of them aligned to 64 bytes.
 static inline int64_t trained_floats(const TrainedTable& table) { return (table.width + 31) / 16 * 16; }
-constexpr int TRAINED_PARTS = 6;
+constexpr int TRAINED_PARTS = 8;
 
 // Nothing here throws, allocates or writes outside its range of work; sums are made in one order and without fused
 // multiply-adds, so every instruction set and every split over threads gives the same bits, and PyTorch too.

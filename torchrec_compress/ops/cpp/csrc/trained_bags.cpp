@@ -48,12 +48,14 @@ struct TrainedCall {
   }
 
   void set_state(const Tensor& state, int64_t optimizer, int64_t state_bits) {
-    require(optimizer >= 0 && optimizer <= 2 && (state_bits == 8 || state_bits == 32), where,
+    require(optimizer >= 0 && optimizer <= 4 && (state_bits == 8 || state_bits == 32), where,
             ": there is no such optimizer, ", optimizer, " with ", state_bits, " bits");
     table.optimizer = Optimizer(int(optimizer));
     table.state_bits = int(state_bits);
-    const int64_t width = table.width;
-    table.state_bytes = optimizer == 0 ? 0 : optimizer == 1 ? state_bits / 8 : state_bits == 8 ? width + 2 : 4 * width;
+    const int64_t of_row = state_bits / 8;
+    const int64_t of_numbers = bytes_of_numbers(table);
+    const int64_t bytes[] = {0, of_row, of_numbers, 2 * of_numbers, of_numbers + of_row};
+    table.state_bytes = bytes[optimizer];
     check_bytes(state, "state", table.state_bytes, true);
     require(state.size(0) == table.num_rows, where, ": state must be one per row, ", table.num_rows, ", got ",
             state.size(0));
@@ -265,8 +267,8 @@ void report(const TrainedCall& call, const TrainedUpdate& update, const TrainedF
 
 void trained_bag_update(Tensor rows, Tensor state, Tensor ids, std::optional<Tensor> offsets,
                         std::optional<Tensor> weights, Tensor grads, int64_t width, int64_t bits, int64_t optimizer,
-                        int64_t state_bits, bool is_mean, double learning_rate, double eps, int64_t seed, int64_t step,
-                        int64_t first_id, std::string where) {
+                        int64_t state_bits, bool is_mean, double learning_rate, double eps,
+                        std::vector<double> adam, int64_t seed, int64_t step, int64_t first_id, std::string where) {
   TrainedCall call;
   call.where = std::move(where);
   call.set_table(rows, width, bits, true);
@@ -283,6 +285,12 @@ void trained_bag_update(Tensor rows, Tensor state, Tensor ids, std::optional<Ten
   update.shares = groups.shares.get();
   update.learning_rate = float(learning_rate);
   update.eps = float(eps);
+  require(adam.size() == 3, call.where, ": adam must be beta1, beta2 and a correction, got ", adam.size(), " numbers");
+  update.beta1 = float(adam[0]);
+  update.rest1 = float(1.0 - adam[0]);
+  update.beta2 = float(adam[1]);
+  update.rest2 = float(1.0 - adam[1]);
+  update.correction = float(adam[2]);
   update.seed = draw(draw(0, uint64_t(seed)), uint64_t(step));
   update.first_id = first_id;
   const std::unique_ptr<uint8_t[]> old(
@@ -315,7 +323,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchrec_compress, library) {
       "bool is_mean, str where) -> Tensor");
   library.def(("trained_bag_update(Tensor(a!) rows, Tensor(b!) state, " + batch +
                "Tensor grads, int width, int bits, int optimizer, int state_bits, bool is_mean, float learning_rate, "
-               "float eps, int seed, int step, int first_id, str where) -> ()")
+               "float eps, float[] adam, int seed, int step, int first_id, str where) -> ()")
                   .c_str());
 }
 

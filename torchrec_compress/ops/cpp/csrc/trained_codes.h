@@ -45,6 +45,8 @@ struct SmallFloat {
 using Scale = SmallFloat<20, (127 - 25) * 8>;
 using RowState = SmallFloat<21, (127 - 40) * 4>;
 using Share = SmallFloat<20, 127 * 8 - 255>;
+using SignedShare = SmallFloat<20, 127 * 8 - 127>;
+using RowMoment = SmallFloat<21, (127 - 52) * 4>;
 
 // 32 bits for the number `index` of a row (Wellons, "lowbias32").
 inline uint32_t spread(uint32_t start, int index) {

@@ -1,7 +1,7 @@
 // The update of trained rows, compiled once per instruction set: gradients of a row summed, its state and its numbers
 // read, stepped, rounded and written, all while they are in the cache.
 #pragma once
-#include "trained_codes.h"
+#include "trained_loops.h"
 
 namespace torchrec_compress {
 namespace {
@@ -11,99 +11,6 @@ constexpr int64_t UPDATES_AHEAD = 8, GRADS_AHEAD = 4;  // rows, and gradients, t
 inline int64_t read_number(const void* numbers, int bytes, int64_t i) {
   return bytes == 8 ? static_cast<const int64_t*>(numbers)[i] : static_cast<const int32_t*>(numbers)[i];
 }
-
-inline float sum_of_lanes(float (&lanes)[16]) {
-  for (int half = 8; half; half /= 2)
-    for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-  return lanes[0];
-}
-
-inline uint32_t largest_bits(const float* values, int width) {
-  uint32_t largest = 0;
-  for (int j = 0; j < width; ++j) {
-    const uint32_t bits = bits_of(values[j]);
-    largest = bits > largest ? bits : largest;
-  }
-  return largest;
-}
-
-// Loops over the numbers of a row. WIDTH 0 is any width. What is written is told apart from what is read, or the
-// compiler would not vectorise them.
-template <int WIDTH>
-struct Loops {
-  static constexpr int N = WIDTH && WIDTH < SUM_LANES ? WIDTH : SUM_LANES, PARTS = WIDTH / N;
-
-  static inline int of(int width) { return WIDTH ? WIDTH : width; }
-
-  // In 16 lanes, which are then halved.
-  static inline float sum_of_squares(const float* values, int any) {
-    const int width = of(any);
-    float lanes[16] = {};
-    int j = 0;
-    if constexpr (WIDTH != 0 && WIDTH % 16 == 0) {
-      constexpr int SUMS = 16 / SUM_LANES;
-      typename Lanes<SUM_LANES>::Vector sums[SUMS] = {};
-      for (; j < WIDTH; j += 16)
-        for (int q = 0; q < SUMS; ++q) {
-          const auto value = load<SUM_LANES>(values + j + q * SUM_LANES);
-          sums[q] += value * value;
-        }
-      for (int q = 0; q < SUMS; ++q) store<SUM_LANES>(lanes + q * SUM_LANES, sums[q]);
-    }
-    for (; j + 16 <= width; j += 16)
-      for (int k = 0; k < 16; ++k) lanes[k] += values[j + k] * values[j + k];
-    for (int k = 0; j + k < width; ++k) lanes[k] += values[j + k] * values[j + k];
-    return sum_of_lanes(lanes);
-  }
-
-  template <int BITS>
-  static inline void decode(float* __restrict values, const uint8_t* __restrict row, float scale, int any) {
-    if constexpr (WIDTH != 0)
-      for (int q = 0; q < PARTS; ++q)
-        store<N>(values + q * N, numbers<N, BITS>(row + q * N * BITS / 8) * scale);
-    else
-      for (int j = 0; j < any; ++j) values[j] = number<BITS>(row, j) * scale;
-  }
-
-  static inline void step(float* __restrict values, const float* __restrict grads, float factor, int any) {
-    for (int j = 0; j < of(any); ++j) values[j] -= factor * grads[j];
-  }
-
-  static inline void step_each(float* __restrict values, float* __restrict sums, const float* __restrict grads,
-                               float learning_rate, float eps, int any) {
-    for (int j = 0; j < of(any); ++j) {
-      sums[j] += grads[j] * grads[j];
-      values[j] -= learning_rate / (__builtin_sqrtf(sums[j]) + eps) * grads[j];
-    }
-  }
-
-  static inline void decode_shares(float* __restrict sums, const uint8_t* __restrict codes, float largest, int any) {
-    for (int j = 0; j < of(any); ++j) sums[j] = Share::decode(codes[j]) * largest;
-  }
-
-  static inline void round_shares(uint8_t* __restrict codes, const float* __restrict sums, float largest,
-                                  uint32_t random, int any) {
-    for (int j = 0; j < of(any); ++j) codes[j] = uint8_t(Share::round_by(spread(random, j), sums[j] / largest));
-  }
-
-  // Rounds values to numbers of `LARGEST` at most, a byte each.
-  template <int LARGEST>
-  static inline void round(uint8_t* __restrict found, const float* __restrict values, float inverse, uint32_t random,
-                           int any) {
-    for (int j = 0; j < of(any); ++j) {
-      const float dither = float(int((spread(random, j) >> 16) * 2 + 1)) * 7.62939453125e-6f;  // 2^-17
-      const float moved = values[j] * inverse + dither;
-      int number = int(moved);
-      number -= float(number) > moved;
-      number = number > LARGEST ? LARGEST : number;
-      found[j] = uint8_t(number < -LARGEST ? -LARGEST : number);
-    }
-  }
-
-  static inline void pack(uint8_t* __restrict row, const uint8_t* __restrict found, int any) {
-    for (int j = 0; j < of(any) / 2; ++j) row[j] = uint8_t((found[2 * j] & 15) | found[2 * j + 1] << 4);
-  }
-};
 
 // Copies of a few bytes, without a call.
 inline void copy_bytes(uint8_t* to, const uint8_t* from, int64_t bytes) {
@@ -132,9 +39,10 @@ class Row {
     grads_ = scratch;
     values_ = scratch + floats;
     sums_ = scratch + 2 * floats;
-    new_row_ = reinterpret_cast<uint8_t*>(scratch + 3 * floats);
-    new_state_ = reinterpret_cast<uint8_t*>(scratch + 4 * floats);
+    moments_ = scratch + 3 * floats;
+    new_row_ = reinterpret_cast<uint8_t*>(scratch + 4 * floats);
     numbers_ = reinterpret_cast<uint8_t*>(scratch + 5 * floats);
+    new_state_ = reinterpret_cast<uint8_t*>(scratch + 6 * floats);  // two values a number
   }
 
   inline TrainedFault::Kind step(int64_t number) {
@@ -165,7 +73,7 @@ class Row {
   const TrainedTable table_;
   const TrainedUpdate update_;
   const int any_width_;
-  float *grads_, *values_, *sums_;
+  float *grads_, *values_, *sums_, *moments_;
   uint8_t *new_row_, *new_state_, *numbers_;
 
   inline int width() const { return WIDTH ? WIDTH : any_width_; }
@@ -215,56 +123,115 @@ class Row {
   // Steps values, and writes the new state; false where its bits do not hold it.
   inline bool step_state(const uint8_t* state, uint32_t random) {
     switch (table_.optimizer) {
-      case Optimizer::SGD: return step_values(update_.learning_rate), true;
+      case Optimizer::SGD: return Loop::step(values_, grads_, update_.learning_rate, width()), true;
       case Optimizer::ROW_WISE_ADAGRAD: return step_row_wise(state, random);
-      case Optimizer::ADAGRAD: break;
+      case Optimizer::ADAGRAD: return step_each(state, random);
+      default: return step_adam(state, random);
     }
-    return table_.state_bits == 32 ? step_each(state) : step_each_share(state, random);
   }
 
-  inline void step_values(float factor) { Loop::step(values_, grads_, factor, width()); }
-
   inline float factor(float sum) const { return update_.learning_rate / (__builtin_sqrtf(sum) + update_.eps); }
+  inline float mean_of_squares() const { return Loop::sum_of_squares(grads_, width()) / float(width()); }
 
   inline bool step_row_wise(const uint8_t* state, uint32_t random) {
+    const float sum = read_of_row<RowState>(state) + mean_of_squares();
+    Loop::step(values_, grads_, factor(sum), width());
+    return write_of_row<RowState>(new_state_, sum, spread(random, 0), 0);
+  }
+
+  inline bool step_each(const uint8_t* state, uint32_t random) {
+    read_of_numbers(state);
+    Loop::step_each(values_, sums_, grads_, update_.learning_rate, update_.eps, width());
+    return write_of_numbers<0>(new_state_, random, 0);
+  }
+
+  inline bool step_adam(const uint8_t* state, uint32_t random) {
+    const int64_t cut = bytes_of_numbers(table_);
+    const uint8_t* second = state + cut;
+    uint8_t* new_second = new_state_ + cut;
+    read_moments(state);
+    Loop::step_moments(moments_, grads_, update_.beta1, update_.rest1, width());
+    const bool holds = write_moments(new_state_, random);
+    // a second moment that was rounded to zero below a first one that was not would be a step without bounds
+    if (table_.optimizer == Optimizer::PARTIAL_ROW_WISE_ADAM) {
+      const float sum = update_.beta2 * read_of_row<RowMoment>(second) + update_.rest2 * mean_of_squares();
+      Loop::step(values_, moments_, factor(sum * update_.correction), width());
+      return write_of_row<RowMoment>(new_second, sum, spread(random, width()), 1) && holds;
+    }
+    read_of_numbers(second);
+    Loop::step_squares(sums_, grads_, update_.beta2, update_.rest2, width());
+    Loop::step_by_moments(values_, moments_, sums_, update_.learning_rate, update_.correction, update_.eps, width());
+    return write_of_numbers<1>(new_second, random, width()) && holds;
+  }
+
+  template <typename Small>
+  inline float read_of_row(const uint8_t* state) const {
+    if (table_.state_bits == 8) return Small::decode(*state);
     float sum;
-    if (table_.state_bits == 32)
-      __builtin_memcpy(&sum, state, 4);
-    else
-      sum = RowState::decode(*state);
-    sum += Loop::sum_of_squares(grads_, width()) / float(width());
-    step_values(factor(sum));
+    __builtin_memcpy(&sum, state, 4);
+    return sum;
+  }
+
+  // A value of the row, of a code of at least `least`; false where its bits do not hold it. So all that write.
+  template <typename Small>
+  inline bool write_of_row(uint8_t* state, float sum, uint32_t random, int least) const {
     if (table_.state_bits == 32) {
-      __builtin_memcpy(new_state_, &sum, 4);
+      __builtin_memcpy(state, &sum, 4);
       return bits_of(sum) < INFINITE;
     }
-    const int code = RowState::round_by(spread(random, 0), sum);
-    *new_state_ = uint8_t(code);
+    const int code = Small::round_by(random, sum);
+    *state = uint8_t(code < least ? least : code);
     return code <= 255;
   }
 
-  inline uint32_t step_sums() {
-    Loop::step_each(values_, sums_, grads_, update_.learning_rate, update_.eps, width());
-    return largest_bits(sums_, width());
+  inline void read_of_numbers(const uint8_t* state) {
+    if (table_.state_bits == 32)
+      __builtin_memcpy(sums_, state, 4 * width());
+    else
+      Loop::decode_shares(sums_, state + 2, read_largest(state), width());
   }
 
-  inline bool step_each(const uint8_t* state) {
-    __builtin_memcpy(sums_, state, 4 * width());
-    const uint32_t largest = step_sums();
-    __builtin_memcpy(new_state_, sums_, 4 * width());
-    return largest < INFINITE;
-  }
-
-  inline bool step_each_share(const uint8_t* state, uint32_t random) {
-    const float before = float_of(uint32_t(state[0] | state[1] << 8) << 16);
-    Loop::decode_shares(sums_, state + 2, before, width());
-    const uint32_t upper = (step_sums() + 0xFFFF) >> 16;
-    const float scale = upper ? float_of(upper << 16) : 1.0f;
-    new_state_[0] = uint8_t(upper);
-    new_state_[1] = uint8_t(upper >> 8);
-    Loop::round_shares(new_state_ + 2, sums_, scale, random, width());
+  template <int LEAST>
+  inline bool write_of_numbers(uint8_t* state, uint32_t random, int first) const {
+    const uint32_t largest = largest_bits(sums_, width());
+    if (table_.state_bits == 32) {
+      __builtin_memcpy(state, sums_, 4 * width());
+      return largest < INFINITE;
+    }
+    const uint32_t upper = write_largest(state, largest);
+    Loop::template round_shares<LEAST>(state + 2, sums_, scale_of(upper), random, first, width());
     return upper < INFINITE >> 16;
   }
+
+  inline void read_moments(const uint8_t* state) {
+    if (table_.state_bits == 32)
+      __builtin_memcpy(moments_, state, 4 * width());
+    else
+      Loop::decode_signed(moments_, state + 2, read_largest(state), width());
+  }
+
+  inline bool write_moments(uint8_t* state, uint32_t random) const {
+    const uint32_t largest = largest_bits(moments_, width());
+    if (table_.state_bits == 32) {
+      __builtin_memcpy(state, moments_, 4 * width());
+      return largest < INFINITE;
+    }
+    const uint32_t upper = write_largest(state, largest);
+    Loop::round_signed(state + 2, moments_, scale_of(upper), random, width());
+    return upper < INFINITE >> 16;
+  }
+
+  // The largest value of a row is stored as the upper half of its bits, rounded up.
+  static inline float read_largest(const uint8_t* state) { return float_of(uint32_t(state[0] | state[1] << 8) << 16); }
+
+  static inline uint32_t write_largest(uint8_t* state, uint32_t largest) {
+    const uint32_t upper = (largest + 0xFFFF) >> 16;
+    state[0] = uint8_t(upper);
+    state[1] = uint8_t(upper >> 8);
+    return upper;
+  }
+
+  static inline float scale_of(uint32_t upper) { return upper ? float_of(upper << 16) : 1.0f; }
 
   // Rounds the values; false where no scale is large enough.
   inline bool round_row(uint32_t random) {
