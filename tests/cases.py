@@ -13,6 +13,7 @@ from torchrec_compress import CompressedEmbeddingBagCollection, compress
 from torchrec_compress.fit.mec import MECFit
 from torchrec_compress.methods import (
     CafeConfig,
+    CceConfig,
     DenseConfig,
     HashConfig,
     Int4Config,
@@ -32,6 +33,10 @@ CASES: dict[str, list[MethodConfig]] = {
     "cafe": [
         CafeConfig(num_hot_rows=16, num_cold_rows=40, num_blocks=4),
         CafeConfig(num_hot_rows=8, num_cold_rows=40, num_medium_rows=16, num_blocks=4, importance="frequency"),
+    ],
+    "cce": [
+        CceConfig(num_codes=4, codebook_size=16, cluster_every=2),
+        CceConfig(num_codes=2, codebook_size=64, optimizer_state="reset"),
     ],
     "dense": [DenseConfig()],
     "hash": [HashConfig(num_buckets=40)],
