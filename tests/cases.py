@@ -149,6 +149,12 @@ def is_managed(config: MethodConfig) -> bool:
     return config.parts(table(), 0).managed is not None
 
 
+def has_manager(config: MethodConfig) -> bool:
+    """Return whether rows or codes of the method change other than by gradient."""
+    codes = config.parts(table(), 0).codes
+    return is_managed(config) or (codes is not None and codes.manager is not None)
+
+
 def steps_itself(config: MethodConfig) -> bool:
     """Return whether a training step changes rows of the method otherwise than by an optimizer that the loop calls."""
     return is_managed(config) or config.parts(table(), 0).trained is not None

@@ -1,4 +1,4 @@
-"""Pointers that are learned by clustering while a table trains (CCE, Tsang and Ahle, NeurIPS 2023, arXiv 2210.05974)."""
+"""Pointers that are learned by clustering while a table trains (CCE, NeurIPS 2023, arXiv 2210.05974)."""
 
 from __future__ import annotations
 
