@@ -20,22 +20,20 @@ MANAGER = Clustering(M, K, every=3, until=9)
 
 def owned(num_ids: int = N, dtype: torch.dtype = torch.uint8) -> OwnedCodes:
     seeded = torch.Generator().manual_seed(0)
-    shape = (M * K, D // M)
-    books = {name: torch.randn(shape, generator=seeded) for name in ("codebooks", "hashed")}
-    states = {name: {"sum": torch.rand(shape, generator=seeded), "row": torch.rand(M * K)} for name in books}
+    shape = (2 * M * K, D // M)
+    books = {"codebooks": torch.randn(shape, generator=seeded)}
+    states = {"codebooks": {"sum": torch.rand(shape, generator=seeded), "row": torch.rand(2 * M * K)}}
     codes = torch.randint(K, (num_ids, M), generator=seeded).to(dtype)
     return OwnedCodes("item", num_ids, 0, codes, books, {"draw": torch.tensor([[5, 0]])}, states)
 
 
-def served(table: OwnedCodes, books: dict[str, Tensor], codes: Tensor, draw: Tensor) -> Tensor:
+def served(table: OwnedCodes, codes: Tensor, draw: Tensor) -> Tensor:
     """Return the vectors of all ids, one by one."""
+    books = table.parameters["codebooks"]
     hashes = drawn_codes(torch.arange(table.num_ids), draw, M, K)
     rows = []
     for number in range(table.num_ids):
-        slices = [
-            books["codebooks"][m * K + int(codes[number, m])] + books["hashed"][m * K + int(hashes[number, m])]
-            for m in range(M)
-        ]
+        slices = [books[m * K + int(codes[number, m])] + books[(M + m) * K + int(hashes[number, m])] for m in range(M)]
         rows.append(torch.cat(slices))
     return torch.stack(rows)
 
@@ -43,7 +41,7 @@ def served(table: OwnedCodes, books: dict[str, Tensor], codes: Tensor, draw: Ten
 def reference(table: OwnedCodes) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, codebooks and hashed codewords after a clustering, by loops over ids."""
     old = table.buffers["draw"].clone()
-    vectors = served(table, dict(table.parameters), table.codes, old)
+    vectors = served(table, table.codes, old)
     centroids = learn_product(vectors, M, K, seed=_seed(old, _KMEANS))[1]
     hashes = drawn_codes(torch.arange(table.num_ids), old + torch.tensor([[0, 1]]), M, K)
     codes = torch.zeros(table.num_ids, M, dtype=torch.int64)
@@ -67,8 +65,8 @@ def test_a_clustering_is_what_the_plain_reference_says(dtype):
     MANAGER.change(table)
     assert torch.equal(table.codes.long(), codes)
     assert not torch.equal(table.codes, before)
-    assert torch.equal(table.parameters["codebooks"], centroids)
-    torch.testing.assert_close(table.parameters["hashed"], hashed, rtol=1e-5, atol=1e-6)
+    assert torch.equal(table.parameters["codebooks"][: M * K], centroids)
+    torch.testing.assert_close(table.parameters["codebooks"][M * K :], hashed, rtol=1e-5, atol=1e-6)
     assert table.buffers["draw"].tolist() == [[5, 1]]
 
 
@@ -89,7 +87,7 @@ def test_hashes_are_drawn_anew_each_time_and_nothing_else_is_random():
         MANAGER.change(one)
         MANAGER.change(other)
         assert torch.equal(one.codes, other.codes)
-        assert torch.equal(one.parameters["hashed"], other.parameters["hashed"])
+        assert torch.equal(one.parameters["codebooks"], other.parameters["codebooks"])
     for first, second in pairwise(draws):
         assert 0.05 < float((first == second).float().mean()) < 0.25  # 1 / K by chance
 
@@ -97,7 +95,7 @@ def test_hashes_are_drawn_anew_each_time_and_nothing_else_is_random():
 def test_a_bucket_without_ids_is_zeros():
     few = owned(num_ids=K)  # eight ids, of sixteen buckets
     MANAGER.change(few)
-    hashed = few.parameters["hashed"]
+    hashed = few.parameters["codebooks"][M * K :]
     used = drawn_codes(torch.arange(K), few.buffers["draw"], M, K) + torch.tensor([0, K])
     empty = torch.ones(M * K, dtype=torch.bool)
     empty[used.flatten()] = False
@@ -109,15 +107,11 @@ def test_a_bucket_without_ids_is_zeros():
 @pytest.mark.parametrize("state", ["mean", "reset"])
 def test_what_becomes_of_the_optimizers_state(state):
     table = owned()
-    before = {
-        name: {key: value.clone() for key, value in states.items()} for name, states in table.optimizer_state.items()
-    }
+    before = {key: value.clone() for key, value in table.optimizer_state["codebooks"].items()}
     replace(MANAGER, state=state).change(table)
-    for name, states in table.optimizer_state.items():
-        for key, value in states.items():
-            slices = before[name][key].view(M, K, -1)
-            expected = slices.mean(1, keepdim=True).expand_as(slices) if state == "mean" else torch.zeros_like(slices)
-            torch.testing.assert_close(value.view(M, K, -1), expected)
+    for key, value in table.optimizer_state["codebooks"].items():
+        for book, old in zip(value.split(K), before[key].split(K), strict=True):
+            torch.testing.assert_close(book, old.mean(0).expand_as(old) if state == "mean" else torch.zeros_like(old))
 
 
 def test_it_is_due_at_the_stated_steps():
@@ -127,9 +121,9 @@ def test_it_is_due_at_the_stated_steps():
 
 def test_codewords_that_are_not_finite_are_refused_before_anything_is_written():
     table = owned()
-    table.parameters["hashed"][3, 1] = float("nan")
+    table.parameters["codebooks"][3, 1] = float("nan")
     codes, draw = table.codes.clone(), table.buffers["draw"].clone()
-    with pytest.raises(ValueError, match="table 'item': hashed must be finite to be clustered, got NaN or infinity"):
+    with pytest.raises(ValueError, match="table 'item': codebooks must be finite to be clustered, got NaN or infinity"):
         MANAGER.change(table)
     assert torch.equal(table.codes, codes)
     assert torch.equal(table.buffers["draw"], draw)

@@ -40,20 +40,27 @@ def drawn_codes(ids: Tensor, draw: Tensor, num_codes: int, codebook_size: int) -
     return hash_codes(ids, num_codes, codebook_size, mix(draw[:, 1], draw[:, 0]))
 
 
+def sum_of_halves(rows: Tensor) -> Tensor:
+    """Add up what pointers and what hashes picked, side by side: (B, 2 D) -> (B, D)."""
+    return rows.unflatten(1, (2, -1)).sum(dim=1)
+
+
 @dataclass(frozen=True)
 class Clustering(CodeManager):
     """Cluster what ids are served, point every id at the nearest centroid, and leave the rest to new hashes.
 
-    Of each of the M slices: k-means of a sample of the ids' present vectors; codes = the nearest centroid of every id;
-    `codebooks` = the centroids; the hashes are drawn anew; `hashed` = the mean of what is left of the ids of a bucket,
-    zeros where it has none. All ids are read before any is read through new pointers: each by its own old ones.
+    The decoder's `codebooks` are 2 M of K codewords: the first M, that pointers pick from, one for each slice of a row,
+    and the last M, that hashes pick from. Of each slice: k-means of a sample of the ids' present vectors; pointers =
+    the nearest centroid of every id; the first codewords = the centroids; the hashes are drawn anew; the last codewords
+    = the mean of what is left of the ids of a bucket, zeros where it has none. Every id is read by old pointers, hashes
+    and codewords alone.
 
     Args:
         num_codes: pointers of an id, M.
         codebook_size: K.
         every: steps from one clustering to the next.
         until: no clustering after so many steps.
-        state: what the optimizer's state of a slice becomes: "mean", that of its codewords' for each of them, as no
+        state: what the optimizer's state of a codebook becomes: "mean", that of its codewords' for each of them, as no
             codeword is what it was, but rates are; or "reset", zeros.
         block_rows: ids that are assigned at once; nothing but memory hangs on it.
     """
@@ -75,13 +82,12 @@ class Clustering(CodeManager):
         Raises:
             ValueError: a codeword is not finite.
         """
-        books = {name: value.detach().clone().float() for name, value in table.parameters.items()}
-        for name, value in books.items():
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(
-                    f"table {table.name!r}: {name} must be finite to be clustered, got NaN or infinity; lower the "
-                    "learning rate, or leave out batches whose loss is not finite"
-                )
+        books = table.parameters["codebooks"].detach().clone().float()
+        if not bool(torch.isfinite(books).all()):
+            raise ValueError(
+                f"table {table.name!r}: codebooks must be finite to be clustered, got NaN or infinity; lower the "
+                "learning rate, or leave out batches whose loss is not finite"
+            )
         draw = table.buffers["draw"]
         old = draw.clone()
         centroids = self._centroids(table, books, old)
@@ -98,8 +104,7 @@ class Clustering(CodeManager):
         table.added_up(sums.masses)
         if table.is_whole:
             table.of_first(table.codes)
-        table.parameters["codebooks"].copy_(centroids)
-        table.parameters["hashed"].copy_(table.of_first(sums.means()))
+        table.parameters["codebooks"].copy_(table.of_first(torch.cat([centroids, sums.means()])))
         self._settle_state(table)
 
     def _blocks(self, table: OwnedCodes) -> Iterator[tuple[Tensor, Tensor]]:
@@ -109,17 +114,17 @@ class Clustering(CodeManager):
             start = table.first_id + first
             yield torch.arange(start, start + len(codes), device=codes.device), codes
 
-    def _vectors(self, books: dict[str, Tensor], ids: Tensor, codes: Tensor, draw: Tensor) -> Tensor:
+    def _vectors(self, books: Tensor, ids: Tensor, codes: Tensor, draw: Tensor) -> Tensor:
         """Return what ids are served, (L, D) float32."""
         hashes = drawn_codes(ids, draw, self.num_codes, self.codebook_size)
-        return decode(codes, books["codebooks"], "product") + decode(hashes, books["hashed"], "product")
+        return sum_of_halves(decode(torch.cat([codes, hashes], dim=1), books, "product"))
 
-    def _centroids(self, table: OwnedCodes, books: dict[str, Tensor], draw: Tensor) -> Tensor:
+    def _centroids(self, table: OwnedCodes, books: Tensor, draw: Tensor) -> Tensor:
         """Return the centroids of all slices, [M*K, D/M] float32, which the first rank finds."""
         ids, weights = self._sample(table.num_ids, _seed(draw, _SAMPLE))
         ids, weights = ids.to(draw.device), weights.to(draw.device)
         codes = table.codes_of(ids)
-        centroids = torch.empty_like(books["codebooks"])
+        centroids = torch.empty_like(books[: len(books) // 2])
         if table.is_first:
             vectors = self._vectors(books, ids, codes, draw)
             seed = _seed(draw, _KMEANS)
@@ -136,13 +141,12 @@ class Clustering(CodeManager):
         return ids, times.float()
 
     def _settle_state(self, table: OwnedCodes) -> None:
-        for states in table.optimizer_state.values():
-            for state in states.values():
-                slices = state.view(self.num_codes, self.codebook_size, -1)
-                if self.state == "reset":
-                    slices.zero_()
-                else:
-                    slices.copy_(slices.mean(dim=1, keepdim=True).expand_as(slices))
+        for state in table.optimizer_state["codebooks"].values():
+            slices = state.view(2 * self.num_codes, self.codebook_size, -1)
+            if self.state == "reset":
+                slices.zero_()
+            else:
+                slices.copy_(slices.mean(dim=1, keepdim=True).expand_as(slices))
 
 
 def _seed(draw: Tensor, use: int) -> int:

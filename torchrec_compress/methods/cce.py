@@ -14,7 +14,7 @@ from torchrec_compress.fit.clustered import ResidualSums
 from torchrec_compress.fit.codes import decode
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.fit.product import ProductEncoder, learn_product
-from torchrec_compress.managers import Clustering, drawn_codes
+from torchrec_compress.managers import Clustering, drawn_codes, sum_of_halves
 from torchrec_compress.methods.base import (
     MethodConfig,
     TableData,
@@ -181,24 +181,22 @@ class ClusteredTable(Learned):
 
     def _finish(self) -> TableState:
         """Return the codewords."""
-        return TableState(decoder={"codebooks": self._codebooks, "hashed": self._sums.means(), "draw": self._draw})
+        return TableState(decoder={"codebooks": torch.cat([self._codebooks, self._sums.means()]), "draw": self._draw})
 
 
 class CceDecoder(TableDecoder):
     """The codewords of pointers and of the hash.
 
     Attributes:
-        codebooks: parameter, (M * K, D / M) float32, which pointers pick from.
-        hashed: parameter, (M * K, D / M) float32, which the hash picks from.
+        codebooks: parameter, (2 M * K, D / M) float32: M codebooks that pointers pick from, M that hashes pick from.
         draw: buffer, (1, 2) int64: the salt of the table's hashes, and how often they were drawn anew.
     """
 
     def __init__(self, config: CceConfig, table: BaseEmbeddingConfig, device: torch.device | None) -> None:
         super().__init__()
         self._config, self._table = config, table
-        shape = (config.num_codes * config.codebook_size, table.embedding_dim // config.num_codes)
+        shape = (2 * config.num_codes * config.codebook_size, table.embedding_dim // config.num_codes)
         self.codebooks = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
-        self.hashed = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
         self.register_buffer("draw", torch.zeros(1, 2, dtype=torch.int64, device=device))
         self.draw: Tensor
         self.reset_parameters()
@@ -208,9 +206,8 @@ class CceDecoder(TableDecoder):
         if self.codebooks.is_meta:
             return
         with torch.no_grad():
-            for codewords in (self.codebooks, self.hashed):
-                init_like(self._table, codewords)
-                codewords /= 2**0.5
+            init_like(self._table, self.codebooks)
+            self.codebooks /= 2**0.5
             self.draw.copy_(_draw(self._table))
 
     def forward(
@@ -218,9 +215,7 @@ class CceDecoder(TableDecoder):
     ) -> Tensor:
         """Return the sums over bags; `codes` are pointers, (L, M)."""
         assert codes is not None
-        return pool_clustered(
-            ids, offsets, weights, codes, self.codebooks, self.hashed, self.draw, self._config.codebook_size
-        )
+        return pool_clustered(ids, offsets, weights, codes, self.codebooks, self.draw, self._config.codebook_size)
 
 
 @torch.fx.wrap
@@ -230,11 +225,10 @@ def pool_clustered(
     weights: Tensor | None,
     codes: Tensor,
     codebooks: Tensor,
-    hashed: Tensor,
     draw: Tensor,
     codebook_size: int,
 ) -> Tensor:
     """Return the sums over bags, (B, D); arguments as in `CceDecoder`."""
     hashes = drawn_codes(ids, draw, codes.shape[1], codebook_size).to(codes.dtype)
-    pointed = codebook_bag(codes, codebooks, offsets, weights=weights, where="cce")
-    return pointed + codebook_bag(hashes, hashed, offsets, weights=weights, where="cce")
+    both = codebook_bag(torch.cat([codes, hashes], dim=1), codebooks, offsets, weights=weights, where="cce")
+    return sum_of_halves(both)
