@@ -36,7 +36,7 @@ CASES: dict[str, list[MethodConfig]] = {
     ],
     "cce": [
         CceConfig(num_codes=4, codebook_size=16, cluster_every=2),
-        CceConfig(num_codes=2, codebook_size=64, optimizer_state="reset"),
+        CceConfig(num_codes=2, codebook_size=64, optimizer_state="mean"),
     ],
     "dense": [DenseConfig()],
     "hash": [HashConfig(num_buckets=40)],

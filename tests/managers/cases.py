@@ -20,7 +20,7 @@ CASES: dict[str, MethodConfig] = {
         every=2,
     ),
     "pointers": CceConfig(num_codes=2, codebook_size=8, cluster_every=3, cluster_until=9),
-    "pointers, state reset": CceConfig(
-        num_codes=4, codebook_size=16, cluster_every=2, cluster_until=8, optimizer_state="reset"
+    "pointers, mean state": CceConfig(
+        num_codes=4, codebook_size=16, cluster_every=2, cluster_until=8, optimizer_state="mean"
     ),
 }

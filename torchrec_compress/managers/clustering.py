@@ -60,8 +60,8 @@ class Clustering(CodeManager):
         codebook_size: K.
         every: steps from one clustering to the next.
         until: no clustering after so many steps.
-        state: what the optimizer's state of a codebook becomes: "mean", that of its codewords' for each of them, as no
-            codeword is what it was, but rates are; or "reset", zeros.
+        state: what the optimizer's state of a codebook becomes, as no codeword is what it was: "reset", zeros; or
+            "mean", for each the mean of all, which keeps the rates.
         block_rows: ids that are assigned at once; nothing but memory hangs on it.
     """
 
@@ -69,7 +69,7 @@ class Clustering(CodeManager):
     codebook_size: int
     every: int
     until: int
-    state: Literal["mean", "reset"] = "mean"
+    state: Literal["mean", "reset"] = "reset"
     block_rows: int = BLOCK_ROWS
 
     def is_due(self, step: int) -> bool:

@@ -46,8 +46,8 @@ class CceConfig(MethodConfig):
         codebook_size: codewords of each slice that pointers pick, and of those that the hash picks, K.
         cluster_every: steps from one clustering to the next.
         cluster_until: no clustering after so many steps, so that what was clustered last can be trained.
-        optimizer_state: what a clustering leaves of the optimizer's state of the codewords: "mean", that of their
-            slice for each; or "reset", zeros.
+        optimizer_state: what a clustering leaves of the optimizer's state of the codewords: "reset", zeros; or "mean",
+            for each the mean of its codebook.
 
     Example:
         >>> CceConfig(num_codes=2).to_dict()["codebook_size"]
@@ -61,7 +61,7 @@ class CceConfig(MethodConfig):
     codebook_size: int = 256
     cluster_every: int = 1000
     cluster_until: int = 6000
-    optimizer_state: Literal["mean", "reset"] = "mean"
+    optimizer_state: Literal["mean", "reset"] = "reset"
 
     def check(self, table: BaseEmbeddingConfig) -> None:
         """Raise ValueError when pointers and codewords do not fit the table, or steps are no steps."""
