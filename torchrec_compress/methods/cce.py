@@ -28,6 +28,8 @@ from torchrec_compress.methods.storage import CodePart, Parts
 from torchrec_compress.ops import Rows, code_dtype, codebook_bag, hash_codes, stable_salt
 
 _STATE_BYTES = 16  # the salt, and how often hashes were drawn
+# of the salt: so few bits that averages of buffers in float32, rounded, leave it alone, as they leave codes
+_SALT_BITS = 20
 
 
 @register
@@ -145,7 +147,7 @@ def _draw(table: BaseEmbeddingConfig) -> Tensor:
 
     It is stored, so that a table may be loaded under any other name or seed.
     """
-    return torch.tensor([[stable_salt(0, f"{table.name}:hashed"), 0]])
+    return torch.tensor([[stable_salt(0, f"{table.name}:hashed") % 2**_SALT_BITS, 0]])
 
 
 class ClusteredTable(Learned):
