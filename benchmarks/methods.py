@@ -6,7 +6,7 @@ Four tables of 200,000 rows x 64, batches of 2,048 bags, Zipf(1.05) ids. All met
 batch by batch, so that a busy machine slows all of them; ratios are medians of the ratios of neighbours, with the 10th
 and the 90th percentile. A step is forward, backward and SGD: fused in FBGEMM's kernel for the dense tables (TorchRec's
 FusedEmbeddingBagCollection, and narrow rows in one like it), plain for codebooks, projections and shared rows; frozen
-codes and rows take none. A step of cafe ends with `after_step`.
+codes and rows take none. A step of cafe and of cce ends with `after_step`, here without a clustering.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec_compress import CompressedEmbeddingBagCollection, after_step, compress
 from torchrec_compress.methods import (
     CafeConfig,
+    CceConfig,
     HashConfig,
     Int4Config,
     Int8Config,
@@ -46,6 +47,7 @@ METHODS: dict[str, MethodConfig] = {
     "memcom, 4,000 buckets": MEmComConfig(num_buckets=4000),
     "hash, 4,000 buckets": HashConfig(num_buckets=4000),
     "cafe, 2,000 hot rows, 1,600 cold": CafeConfig(num_hot_rows=2000, num_cold_rows=1600),
+    "cce, M = 4": CceConfig(num_codes=4),
     "narrow, 16 numbers": NarrowConfig(width=16),
     "int8": Int8Config(),
     "int4": Int4Config(),

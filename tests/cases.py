@@ -13,6 +13,7 @@ from torchrec_compress import CompressedEmbeddingBagCollection, compress
 from torchrec_compress.fit.mec import MECFit
 from torchrec_compress.methods import (
     CafeConfig,
+    CceConfig,
     DenseConfig,
     HashConfig,
     Int4Config,
@@ -32,6 +33,10 @@ CASES: dict[str, list[MethodConfig]] = {
     "cafe": [
         CafeConfig(num_hot_rows=16, num_cold_rows=40, num_blocks=4),
         CafeConfig(num_hot_rows=8, num_cold_rows=40, num_medium_rows=16, num_blocks=4, importance="frequency"),
+    ],
+    "cce": [
+        CceConfig(num_codes=4, codebook_size=16, cluster_every=2),
+        CceConfig(num_codes=2, codebook_size=64, optimizer_state="mean"),
     ],
     "dense": [DenseConfig()],
     "hash": [HashConfig(num_buckets=40)],
@@ -145,6 +150,12 @@ def batch(bags: list[list[int]], weights: list[float] | None = None, key: str = 
 def is_managed(config: MethodConfig) -> bool:
     """Return whether rows of the method change other than by gradient."""
     return config.parts(table(), 0).managed is not None
+
+
+def has_manager(config: MethodConfig) -> bool:
+    """Return whether rows or codes of the method change other than by gradient."""
+    codes = config.parts(table(), 0).codes
+    return is_managed(config) or (codes is not None and codes.manager is not None)
 
 
 def steps_itself(config: MethodConfig) -> bool:

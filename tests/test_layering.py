@@ -22,7 +22,7 @@ LAYERS = {
     "seams": set(),
     "ops": set(),
     "fit": {"ops"},
-    "managers": {"ops"},
+    "managers": {"fit", "ops"},
     "methods": {"managers", "fit", "ops", "schema"},
     "compression": {"methods", "fit", "names", "ops", "schema"},
     "modules": {"compression", "methods", "managers", "names", "ops", "seams"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchrec_compress.methods import CafeConfig, MethodConfig
+from torchrec_compress.methods import CafeConfig, CceConfig, MethodConfig
 
 # few blocks and rows, so that ids come and go within some steps
 CASES: dict[str, MethodConfig] = {
@@ -18,5 +18,9 @@ CASES: dict[str, MethodConfig] = {
         medium_threshold=1.5,
         decay=0.8,
         every=2,
+    ),
+    "pointers": CceConfig(num_codes=2, codebook_size=8, cluster_every=3, cluster_until=9),
+    "pointers, mean state": CceConfig(
+        num_codes=4, codebook_size=16, cluster_every=2, cluster_until=8, optimizer_state="mean"
     ),
 }

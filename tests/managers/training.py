@@ -115,7 +115,7 @@ def shard(
     plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
     sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
     rest = dict(in_backward_optimizer_filter(sharded.named_parameters()))
-    dense = KeyedOptimizerWrapper(rest, lambda parameters: torch.optim.SGD(parameters, lr=0.05))
+    dense = KeyedOptimizerWrapper(rest, lambda parameters: torch.optim.Adagrad(parameters, lr=0.05))
     return sharded, CombinedOptimizer([("fused", sharded.fused_optimizer), ("dense", dense)])
 
 
@@ -133,7 +133,7 @@ class Stepping:
         """Step, and tell it."""
         self.optimizer.step()
         if self.tells:
-            after_step(self.model, self.step_number)
+            after_step(self.model, self.step_number, self.optimizer)
         self.step_number += 1
 
 

@@ -17,7 +17,7 @@ from torchrec_compress import (
     discard,
 )
 from torchrec_compress.methods import CafeConfig
-from torchrec_compress.modules.managed import MOST_BACKWARDS
+from torchrec_compress.modules.turn import MOST_BACKWARDS
 
 SMALL = CafeConfig(num_hot_rows=8, num_cold_rows=40, num_blocks=4, importance="frequency", decay=1.0)
 TWO = CafeConfig(num_hot_rows=8, num_cold_rows=40, num_medium_rows=16, num_blocks=4, importance="frequency", decay=1.0)

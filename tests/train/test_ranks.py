@@ -35,6 +35,7 @@ METHODS = {
     },
     "memcom": {"*": {"method": "memcom", "num_buckets": 30}},
     "cafe": {"*": {"method": "cafe", "num_hot_rows": 16, "num_cold_rows": 24, "num_blocks": 4, "every": 2}},
+    "cce": {"*": {"method": "cce", "num_codes": 2, "codebook_size": 16, "cluster_every": 5, "cluster_until": 15}},
 }
 STAGE = {"epochs": 2.0, "batch_size": 250, "evals_per_epoch": 2, "checkpoint_every": 3, "patience": 0}
 

@@ -2,6 +2,7 @@
 
 from torchrec_compress.methods.base import METHODS, MethodConfig, TableData, TableState, dense_bytes
 from torchrec_compress.methods.cafe import CafeConfig
+from torchrec_compress.methods.cce import CceConfig
 from torchrec_compress.methods.codebook import CodebookConfig, as_codebook
 from torchrec_compress.methods.decoders import BagDecoder, TableDecoder
 from torchrec_compress.methods.dense import DenseConfig
@@ -19,6 +20,7 @@ __all__ = [
     "METHODS",
     "BagDecoder",
     "CafeConfig",
+    "CceConfig",
     "CodebookConfig",
     "DenseConfig",
     "HashConfig",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, DataType
 
-from torchrec_compress.managers import Blocks, RowManager
+from torchrec_compress.managers import Blocks, CodeManager, RowManager
 from torchrec_compress.methods.start import SeededInit
 from torchrec_compress.ops import TrainedFormat, TrainedOptimizer, hash_ids
 
@@ -52,6 +52,7 @@ class CodePart:
         num_packed: codes per row where an integer holds two of them (see `ops.pack_codes`), else 0.
         unfitted: what start codes serve until a fit replaces them, said once when they are looked up; "" where they
             need no fit.
+        manager: what changes the codes while the table trains, or None.
     """
 
     row_size: int
@@ -59,6 +60,7 @@ class CodePart:
     start: Callable[[Tensor], Tensor] | None = None
     num_packed: int = 0
     unfitted: str = ""
+    manager: CodeManager | None = None
 
 
 @dataclass(frozen=True)

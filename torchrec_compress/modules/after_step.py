@@ -1,4 +1,4 @@
-"""The end of a step, told to the tables whose rows change other than by gradient."""
+"""The end of a step, told to the tables whose rows or codes change other than by gradient."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from torchrec_compress.modules.changing_codes import change_codes, code_managers, discard_codes
+from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.modules.managed import ManagedOwner
 
 
@@ -15,19 +17,30 @@ def managed_owners(model: nn.Module) -> list[ManagedOwner]:
     return [module for module in model.modules() if isinstance(module, ManagedOwner)]
 
 
-def after_step(model: nn.Module, step: int, optimizer: Any = None) -> None:
-    """Tell tables with managers (method "cafe") that the optimizers have stepped; a model without any is left alone.
+def has_managers(model: nn.Module) -> bool:
+    """Return whether a model has tables whose rows or codes change at the end of a step."""
+    return bool(managed_owners(model)) or any([*code_managers(part)] for part in _collections(model))
 
-    Call it after every `optimizer.step()`, on all ranks, before the next look-up. It is explicit because no hook of an
-    optimizer runs in every loop: TorchRec's `KeyedOptimizerWrapper` never runs those of the optimizer inside it.
+
+def _collections(model: nn.Module) -> list[CompressedParts]:
+    return [module for module in model.modules() if isinstance(module, CompressedParts)]
+
+
+def after_step(model: nn.Module, step: int, optimizer: Any = None) -> None:
+    """Tell tables with managers (methods "cafe" and "cce") that the optimizers have stepped.
+
+    A model without any is left alone. Call it after every `optimizer.step()`, on all ranks, before the next look-up. It
+    is explicit because no hook of an optimizer runs in every loop: TorchRec's `KeyedOptimizerWrapper` never runs those
+    of the optimizer inside it.
 
     Args:
         model: under DistributedModelParallel or not.
         step: the number of the step, from 0; a resumed training goes on counting.
-        optimizer: that trains tables outside of the backward: needed where a table is not sharded.
+        optimizer: that trains tables outside of the backward: needed where a table of "cafe" is not sharded, and for
+            the codebooks of "cce" always.
 
     Raises:
-        ValueError: the step is no number from 0 on, or an unsharded table's optimizer is not known.
+        ValueError: the step is no number from 0 on, or the optimizer of a table or of codebooks is not known.
 
     Example:
         >>> import torch
@@ -50,6 +63,8 @@ def after_step(model: nn.Module, step: int, optimizer: Any = None) -> None:
         raise ValueError(f"after_step: step must be an int of at least 0, got {step!r}")
     for owner in managed_owners(model):
         owner.after_step(int(step), optimizer)
+    for collection in _collections(model):
+        change_codes(collection, int(step), optimizer)
 
 
 def discard(model: nn.Module) -> None:
@@ -63,3 +78,5 @@ def discard(model: nn.Module) -> None:
     """
     for owner in managed_owners(model):
         owner.discard()
+    for collection in _collections(model):
+        discard_codes(collection)

@@ -59,11 +59,11 @@ class CodeRows(nn.Module):
         return self.start_flag is not None and can_check(self.is_set) and flag_of(self.is_set) == self.start_flag
 
     def stand_beside(self, *decoders: nn.Module) -> None:
-        """Name the decoders whose low-bit rows the mark covers as well."""
+        """Name the decoders whose integers, low-bit rows and the like, the mark covers as well."""
         self.decoders = decoders
 
     def low_bit_rows(self) -> list[Tensor]:
-        """Return the low-bit rows that the mark covers as well."""
+        """Return the low-bit rows, and other integers of decoders, that the mark covers as well."""
         buffers = [buffer for decoder in self.decoders for buffer in decoder._buffers.values()]
         return [buffer for buffer in buffers if buffer is not None and not buffer.dtype.is_floating_point]
 
@@ -132,11 +132,23 @@ class CodeBank(CodeRows):
         self.start_flag = None
         self.seal()
 
+    def stand_beside(self, *decoders: nn.Module) -> None:
+        """Name the decoders whose integers the mark covers as well, and note it anew where there are codes."""
+        super().stand_beside(*decoders)
+        if self.is_filled:
+            self.seal()
+
     def seal(self) -> None:
         """Note the mark of the integers as they are; whatever writes them calls this."""
-        codes, is_set = self._buffers["codes"], self._buffers["is_set"]
+        codes, is_set, is_start = self._buffers["codes"], self._buffers["is_set"], self.is_start
         assert codes is not None and is_set is not None
         is_set.fill_(mark_of(total_of([codes, *self.low_bit_rows()])))
+        self.start_flag = flag_of(is_set) if is_start else None
+
+    def take_changed(self) -> None:
+        """Take codes and decoders' integers as they are: their manager has changed them."""
+        self.start_flag = None
+        self.seal()
 
     def check(self) -> None:
         """Raise ValueError where something else than a fit or a checkpoint has changed the integers."""

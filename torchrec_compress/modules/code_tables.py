@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_compress.modules.code_bank import CodeBank, CodeTableConfig
 from torchrec_compress.modules.features import IdRange
-from torchrec_compress.modules.replicated import warn_of_missing_sharders
+from torchrec_compress.modules.replicated import SHARDERS, warn_of_missing_sharders
 from torchrec_compress.ops import check_intact
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,22 @@ def intact_table(
     """
     check_intact([codes, *low_bit_rows], is_set, table, is_sampled)
     return CodeTable(codes, is_set)
+
+
+class HeldCodes(NamedTuple):
+    """The codes of a table that this rank holds, live.
+
+    Args:
+        first_id: ids from it on lie here.
+        codes: (rows here, row_size) integer.
+        group: the ranks that share the table, or None where this is the only one.
+        is_whole: whether each of them holds all codes.
+    """
+
+    first_id: int
+    codes: Tensor
+    group: dist.ProcessGroup | None
+    is_whole: bool
 
 
 class CodeTableCollection(nn.Module):
@@ -87,6 +104,27 @@ class CodeTableCollection(nn.Module):
         found = [name for name in names if name not in self._said and self.banks[name].is_start]
         self._said.update(found)
         warn_of_start_codes([config for config in self._configs if config.name in found], self.banks)
+
+    def held(self, table: str) -> HeldCodes:
+        """Return the codes of a table that are to change.
+
+        Raises:
+            ValueError: several ranks would change copies of them.
+        """
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(
+                f"table {table!r}: several ranks must share a table whose codes change, got a copy on each, which "
+                f"would drift apart; {SHARDERS}"
+            )
+        return HeldCodes(0, self.banks[table].codes, None, True)
+
+    def check_held(self, table: str) -> None:
+        """Raise ValueError where something else than a fit, a checkpoint or a manager has changed the integers."""
+        self.banks[table].check()
+
+    def take_changed(self, table: str) -> None:
+        """Take the integers of a table as they are: their manager has changed them."""
+        self.banks[table].take_changed()
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, CodeTable]:
         """Return the code table of every feature by output name; (L, row_size) codes of its ids, once sharded.

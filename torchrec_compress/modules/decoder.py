@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torchrec_compress.modules.features import split_features
 from torchrec_compress.modules.format import FORMAT_VERSION, StateFormat
 from torchrec_compress.modules.remapped import FoundRows, found_rows
 from torchrec_compress.modules.replicated import strip_where_replicated
+from torchrec_compress.modules.turn import Turn
 from torchrec_compress.ops import BagLookup, keep_integers
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
@@ -99,6 +101,7 @@ class Decoder(nn.Module):
         self._is_projected = False
         self._is_coded: list[bool] = []
         self._others: list[Lookup] = []
+        self._turns: dict[str, Turn] = {}
         for lookup in self._decoded:
             bag = self._bag_lookup(lookup)
             self._is_coded.append(bag is not None)
@@ -257,7 +260,45 @@ class Decoder(nn.Module):
         if codes is not None and self.blueprint.parts[table].codes is not None:
             found = row_codes(codes[lookup.key], ids, _where(lookup))
         native = [found_rows(rows[group][key]) for group, key in self.blueprint.found_rows(lookup)]
-        return bank(ids, offsets, weights, found, native)
+        decoded = bank(ids, offsets, weights, found, native)
+        part = self.blueprint.parts[table].codes
+        if part is not None and part.manager is not None and self.training and torch.is_grad_enabled():
+            self._watch(table, decoded)
+        return decoded
+
+    def _watch(self, table: str, decoded: Tensor) -> None:
+        """Have a look-up's backward come within its step, whose end must be told: codes may change there.
+
+        Raises:
+            RuntimeError: long after the last end that was told; in the backward, where one came before it.
+            ValueError: it is traced in training.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if isinstance(decoded, torch.fx.Proxy):
+            raise ValueError(
+                f"table {table!r}: a table whose codes change must be traced in evaluation mode, got it in training; "
+                "call eval() first"
+            )
+        turn = self._turns.setdefault(table, Turn())
+        turn.check_told(table, len(self.blueprint.by_table[table]))
+        if decoded.requires_grad:
+            decoded.register_hook(partial(_note_backward, table, turn))
+
+    def end_turn(self, table: str) -> None:
+        """Note that a step has ended, so that codes may have changed."""
+        if table in self._turns:
+            self._turns.pop(table).is_over = True
+
+    def discard_turn(self, table: str) -> None:
+        """Forget the look-ups since the last step."""
+        if table in self._turns:
+            self._turns.pop(table).is_discarded = True
+
+
+def _note_backward(table: str, turn: Turn, _gradients: Tensor) -> None:
+    turn.check_open(table)
+    turn.backwards += 1
 
 
 def decode_pooled(bank: nn.Module, bags: list[Tensor]) -> Tensor:

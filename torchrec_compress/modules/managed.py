@@ -18,7 +18,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_compress.managers import OwnedTable
 from torchrec_compress.methods.storage import ManagedPart
 from torchrec_compress.modules.features import IdRange, LookedUpTable, split_features
-from torchrec_compress.modules.replicated import strip_where_replicated
+from torchrec_compress.modules.replicated import SHARDERS, strip_where_replicated
+from torchrec_compress.modules.turn import Turn
 from torchrec_compress.ops import can_check
 from torchrec_compress.seams import optimizers_in_backward
 
@@ -26,10 +27,6 @@ from torchrec_compress.seams import optimizers_in_backward
 torch.fx.wrap("split_features")
 
 logger = logging.getLogger(__name__)
-
-# what a loop that accumulates gradients may do before it must have stepped
-MOST_BACKWARDS = 64
-SHARDERS = "pass sharders=torchrec_compress.get_default_sharders() to the planner and to DistributedModelParallel"
 
 
 @dataclass(frozen=True)
@@ -45,36 +42,6 @@ class ManagedTable(LookedUpTable):
     native: EmbeddingConfig
 
 
-class _Turn:
-    """The look-ups of one table between two ends of a step.
-
-    Attributes:
-        backwards: that came.
-        is_over: whether the step has ended, and rows may have moved.
-        is_discarded: whether its batch was left out.
-    """
-
-    def __init__(self) -> None:
-        self.backwards, self.is_over, self.is_discarded = 0, False, False
-
-    def check_told(self, table: str, of_batch: int) -> None:
-        """Raise RuntimeError where a loop, of so many look-ups a batch, forgets to tell the end of its steps."""
-        if self.backwards >= MOST_BACKWARDS * of_batch:
-            raise RuntimeError(
-                f"table {table!r}: the end of a step must be told before {MOST_BACKWARDS} backwards, got none; call "
-                "torchrec_compress.after_step(model, step) after every optimizer.step()"
-            )
-
-    def check_open(self, table: str) -> None:
-        """Raise RuntimeError where gradients come for rows that may have moved since they were looked up."""
-        if self.is_over:
-            raise RuntimeError(
-                f"table {table!r}: the backward of a look-up must come before the end of its step, got it after "
-                "torchrec_compress.after_step; look up after it, and use no pipeline that looks up ahead of the last "
-                "step (TrainPipelineSemiSync)"
-            )
-
-
 class ManagedOwner(ABC, nn.Module):
     """Whoever holds the rows of tables with managers, sharded or not: does look-ups, and ends steps.
 
@@ -86,7 +53,7 @@ class ManagedOwner(ABC, nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._turns: dict[str, _Turn] = {}
+        self._turns: dict[str, Turn] = {}
         self._told: set[str] = set()
 
     @abstractmethod
@@ -153,7 +120,7 @@ class ManagedOwner(ABC, nn.Module):
         Raises:
             RuntimeError: in training, long after the last `after_step`; in the backward, where one came before it.
         """
-        turn = self._turns.setdefault(name, _Turn())
+        turn = self._turns.setdefault(name, Turn())
         if trains:
             if isinstance(places, torch.fx.Proxy):
                 raise ValueError(
@@ -168,7 +135,7 @@ class ManagedOwner(ABC, nn.Module):
             found.register_hook(partial(self._profile, name, turn, places))
         return found
 
-    def _profile(self, name: str, turn: _Turn, places: Tensor, gradients: Tensor) -> None:
+    def _profile(self, name: str, turn: Turn, places: Tensor, gradients: Tensor) -> None:
         turn.check_open(name)
         if not turn.is_discarded:
             turn.backwards += 1

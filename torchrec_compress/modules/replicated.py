@@ -11,6 +11,8 @@ from torchrec_compress.seams import copy_backward_optimizer, steps_in_backward
 
 logger = logging.getLogger(__name__)
 
+SHARDERS = "pass sharders=torchrec_compress.get_default_sharders() to the planner and to DistributedModelParallel"
+
 
 def strip_in_backward_optimizers(module: nn.Module) -> list[str]:
     """Replace parameters that carry an optimizer for the backward pass by fresh ones without, and return their names.

@@ -12,7 +12,7 @@ from torchrec.modules.embedding_modules import reorder_inverse_indices
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_compress.modules.features import IdRange, split_features
-from torchrec_compress.modules.managed import SHARDERS
+from torchrec_compress.modules.replicated import SHARDERS
 from torchrec_compress.modules.row_optimizer import RowOptimizer
 from torchrec_compress.modules.trained_rows import TrainedTable, WholeRows
 

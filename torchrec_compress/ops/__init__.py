@@ -19,6 +19,7 @@ from torchrec_compress.ops.ids import (
     hash_codes,
     hash_ids,
     lookup_codes,
+    mix,
     stable_salt,
 )
 from torchrec_compress.ops.integers import (
@@ -91,6 +92,7 @@ __all__ = [
     "lookup_codes",
     "low_bit_bag",
     "mark_of",
+    "mix",
     "num_escape_codes",
     "num_writes",
     "pack_codes",

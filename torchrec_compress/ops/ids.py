@@ -27,21 +27,21 @@ def stable_salt(seed: int, name: str) -> int:
     return zlib.crc32(f"{seed}:{name}".encode())
 
 
-def mix(ids: Tensor, salt: int) -> Tensor:
-    """Return 62 well-mixed non-negative bits of every id: (L,) int64 -> (L,) int64."""
+def mix(ids: Tensor, salt: int | Tensor) -> Tensor:
+    """Return 62 well-mixed non-negative bits of every id, (L,) int64 -> (L,) int64; the salt may be a (1,) int64."""
     x = ids.long() * _GOLDEN + (salt + 1) * 0x2545F491
     x = (x ^ (x >> 30)) * _MIX_1
     x = (x ^ (x >> 27)) * _MIX_2
     return (x ^ (x >> 31)) & 0x3FFFFFFFFFFFFFFF
 
 
-def hash_ids(ids: Tensor, num_buckets: int, salt: int = 0) -> Tensor:
+def hash_ids(ids: Tensor, num_buckets: int, salt: int | Tensor = 0) -> Tensor:
     """Hash ids into buckets.
 
     Args:
         ids: (L,) int32 or int64.
         num_buckets: number of buckets.
-        salt: picks the hash function, see `stable_salt`.
+        salt: picks the hash function, see `stable_salt`; a (1,) int64 where it is a state, which no device waits for.
 
     Returns:
         (L,) int64 in [0, num_buckets).
@@ -53,14 +53,16 @@ def hash_ids(ids: Tensor, num_buckets: int, salt: int = 0) -> Tensor:
     return mix(ids, salt) % num_buckets
 
 
-def hash_codes(ids: Tensor, num_codes: int, codebook_size: int, salt: int = 0, first_size: int | None = None) -> Tensor:
+def hash_codes(
+    ids: Tensor, num_codes: int, codebook_size: int, salt: int | Tensor = 0, first_size: int | None = None
+) -> Tensor:
     """Draw the start codes of ids: independent hashes, one per code.
 
     Args:
         ids: (L,) int32 or int64.
         num_codes: codes per id, M.
         codebook_size: codewords per codebook, K.
-        salt: picks the hash functions, see `stable_salt`.
+        salt: picks the hash functions, as in `hash_ids`.
         first_size: codewords of the first codebook that may be drawn, default K (the rest are escape codes).
 
     Returns:

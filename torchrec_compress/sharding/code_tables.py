@@ -19,7 +19,7 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_compress.modules.code_bank import CodeBank, CodeRows, CodeTableConfig
-from torchrec_compress.modules.code_tables import CodeTable, CodeTableCollection, warn_of_start_codes
+from torchrec_compress.modules.code_tables import CodeTable, CodeTableCollection, HeldCodes, warn_of_start_codes
 from torchrec_compress.modules.codes import Codes
 from torchrec_compress.modules.features import check_ranges, split_features
 from torchrec_compress.ops import (
@@ -37,7 +37,6 @@ from torchrec_compress.ops import (
     total_of,
 )
 from torchrec_compress.seams import (
-    EmbeddingCollectionContext,
     KJTList,
     KJTListSplitsAwaitable,
     RowTable,
@@ -48,74 +47,9 @@ from torchrec_compress.seams import (
     sharded_tensor,
 )
 from torchrec_compress.sharding.agree import Recount, run_together
+from torchrec_compress.sharding.code_exchange import CodeContext, CodesAwaitable, row_words
 
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
-
-
-def row_words(config: CodeTableConfig) -> int:
-    """Return the 32-bit words that one row of codes takes on the wire.
-
-    FBGEMM permutes what it receives, and has no kernel for bytes.
-    """
-    return -(-config.part.row_size * config.part.dtype.itemsize // 4)
-
-
-def unpack_rows(words: Tensor, row_size: int, dtype: torch.dtype) -> Tensor:
-    """Return the codes in 32-bit words that `code_gather` padded: (L, words) int32 -> (L, row_size) of `dtype`.
-
-    Example:
-        >>> unpack_rows(torch.tensor([[300 * 2**16 + 7, 9]], dtype=torch.int32), 3, torch.int16).tolist()
-        [[7, 300, 9]]
-    """
-    as_bytes = words.contiguous().view(torch.uint8)
-    return as_bytes[:, : row_size * dtype.itemsize].contiguous().view(dtype)
-
-
-class CodeContext(EmbeddingCollectionContext):
-    """What the way back needs to know of one batch.
-
-    Attributes:
-        inverse: by table, (ids before de-duplication,) int64 positions among the distinct ids; absent if not done.
-        num_ids: by table, ids of each of its features.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inverse: dict[str, Tensor] = {}
-        self.num_ids: dict[str, list[int]] = {}
-
-    def record_stream(self, stream: Any) -> None:
-        """Keep the tensors alive until the stream is done with them."""
-        super().record_stream(stream)
-        for positions in self.inverse.values():
-            positions.record_stream(stream)
-
-
-class CodesAwaitable(LazyAwaitable[dict[str, Codes]]):
-    """The codes of a batch, on their way back, beside the tables that this rank holds whole."""
-
-    def __init__(
-        self,
-        rows: list[Awaitable[Tensor]],
-        tables: list[list[CodeTableConfig]],
-        context: CodeContext,
-        whole: dict[str, CodeTable],
-    ) -> None:
-        super().__init__()
-        self._rows, self._tables, self._context, self._whole = rows, tables, context, whole
-
-    def _wait_impl(self) -> dict[str, Codes]:
-        codes: dict[str, Codes] = {**self._whole}
-        for awaitable, tables, sent in zip(self._rows, self._tables, self._context.sharding_contexts, strict=True):
-            assert sent.features_before_input_dist is not None
-            counts = sent.features_before_input_dist.length_per_key()
-            for config, words in zip(tables, awaitable.wait().split(counts), strict=True):
-                inverse = self._context.inverse.get(config.name)
-                found = words if inverse is None else words.index_select(0, inverse)
-                rows = unpack_rows(found, config.part.row_size, config.part.dtype)
-                parts = rows.split(self._context.num_ids[config.name])
-                codes.update(zip(config.output_names, parts, strict=True))
-        return codes
 
 
 class CodeShard(CodeRows):
@@ -175,6 +109,7 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
         self._also_checked = module.also_checked
         self._summed: dict[str, _Summed] = {}
         self._is_checked = self._is_fresh = False
+        self._num_changes = 0
         self.banks: Any = nn.ModuleDict()
         groups: dict[tuple[str, int], list[RowTable]] = {}  # one exchange moves rows of one width
         for config in module.configs():
@@ -319,6 +254,7 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
     def compute(self, ctx: CodeContext, dist_input: KJTList) -> list[Tensor]:  # type: ignore[override]
         """Look the received ids up in this rank's rows: one (ids, words) int32 per exchange."""
         found = []
+        ctx.num_changes = self._num_changes
         for asked, sent, kind, tables, words in zip(
             dist_input, ctx.sharding_contexts, self._kinds, self._tables, self._words, strict=True
         ):
@@ -345,7 +281,29 @@ class ShardedCodeTableCollection(ShardedEmbeddingModule[KJTList, list[Tensor], d
         ]
         banks = [(config.output_names, self.banks[config.name]) for config in self._whole]
         whole = {name: CodeTable(bank.codes, bank.is_set) for names, bank in banks for name in names}
-        return CodesAwaitable(rows, self._tables, ctx, whole)
+        return CodesAwaitable(rows, self._tables, ctx, whole, lambda: self._num_changes)
+
+    def held(self, table: str) -> HeldCodes:
+        """Return the codes of a table that are to change."""
+        bank, group = self.banks[table], self._env.process_group if self._env.world_size > 1 else None
+        return HeldCodes(bank.first_row, bank.codes, group, self._is_whole(table))
+
+    def check_held(self, table: str) -> None:
+        """Raise, on all ranks, where something else than a fit, a checkpoint or a manager has changed the integers."""
+        self._is_fresh = False
+        config = self._configs[table]
+        run_together(lambda: self._check_intact(config), self._env, self._device, self._sum_up)
+
+    def take_changed(self, table: str) -> None:
+        """Take the integers of a table as they are, on all ranks: their manager has changed them."""
+        bank = self.banks[table]
+        self._num_changes += 1
+        bank.start_flag = None
+        if self._is_whole(table):
+            bank.is_set.fill_(mark_of(total_of([bank.codes, *bank.low_bit_rows()])))
+        else:
+            bank.is_set.fill_(NOT_SUMMED)
+            self._sum_up()
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         """Yield the names of the buffers that differ over the ranks, which no wrapper may synchronise."""

@@ -47,16 +47,17 @@ def check_row_optimizer(
     config: RunConfig, where: str, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]
 ) -> None:
     """Raise ValueError where rows of a few bits cannot be trained as a stage says."""
-    optimizer = FUSED_OPTIMIZERS[getattr(config, where).optim.tables].__name__
+    kind = getattr(config, where).optim.tables
     for table in tables:
         part = chosen[table.name].parts(table, config.seed).trained
-        if part is not None:
-            if stage.optim.tables == "adam":
-                raise ValueError(
-                    f"{where}: table {table.name!r}: rows of {part.bits} bits must be trained in the backward, got "
-                    "'adam', which replicates tables and trains them after it; choose sgd, adagrad or rowwise_adagrad"
-                )
-            RowOptimizer.of(optimizer, {}, part, f"{where}.optim.tables: table {table.name!r}")
+        if part is None:
+            continue
+        if kind == "adam":
+            raise ValueError(
+                f"{where}.optim.tables: table {table.name!r}: rows of {part.bits} bits must train in the backward, "
+                "got 'adam', which replicates tables and trains them after it; choose sgd, adagrad or rowwise_adagrad"
+            )
+        RowOptimizer.of(FUSED_OPTIMIZERS[kind].__name__, {}, part, f"{where}.optim.tables: table {table.name!r}")
 
 
 def check_widths(trial: WidthTrial, tables: list[EmbeddingBagConfig]) -> None:

@@ -22,7 +22,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_compress.modules import after_step, discard, native_parameters, optimizer_bytes
-from torchrec_compress.modules.after_step import managed_owners
+from torchrec_compress.modules.after_step import has_managers
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.modules.trained_rows import note_rows
 from torchrec_compress.planner import EmbeddingShardingPlanner
@@ -91,7 +91,7 @@ class Trainable:
         self._loss, self._moves_rows = Loss(stage, ranks, teacher), stage.train_tables
         step = TrainStep(model, self._loss)
         shard = config.tables in _FUSED
-        if not shard and ranks.world > 1 and managed_owners(model):
+        if not shard and ranks.world > 1 and has_managers(model):
             raise ValueError(
                 f"optim.tables: several ranks must train tables with managers in the backward, by one of "
                 f"{sorted(_FUSED)}, got {config.tables!r}, of whose tables each rank has a copy"
@@ -206,7 +206,7 @@ class Skippable:
         self, optimizer: CombinedOptimizer, loss: Loss, module: nn.Module, step: int, moves_rows: bool
     ) -> None:
         self._optimizer, self._loss, self._module, self._step = optimizer, loss, module, step
-        self._has_managers, self._moves_rows = bool(managed_owners(module)), moves_rows
+        self._has_managers, self._moves_rows = has_managers(module), moves_rows
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
