@@ -210,7 +210,7 @@ def test_trained_rows_have_an_optimizer_that_trains_them(config, data):
     found = override(config, {"start": "scratch", "compression": {"*": few}, "retrain.epochs": 1})
     check_run(found, compression_of(found.compression), data)
     for changes, message in (
-        ({"retrain.optim.tables": "adam"}, "must be trained in the backward, got 'adam'"),
+        ({"retrain.optim.tables": "adam"}, "must train in the backward, got 'adam'"),
         ({"retrain.optim.tables": "sgd", "compression": {"*": {**few, "optimizer": "adagrad"}}}, "got adagrad for sgd"),
     ):
         wrong = override(found, changes)

@@ -12,7 +12,6 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.fit.clustered import ResidualSums
 from torchrec_compress.fit.codes import decode
-from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.fit.product import ProductEncoder, learn_product
 from torchrec_compress.managers import Clustering, drawn_codes, sum_of_halves
 from torchrec_compress.methods.base import (
@@ -59,6 +58,7 @@ class CceConfig(MethodConfig):
     method: ClassVar[str] = "cce"
     needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "nothing"
     new_ids: ClassVar[str] = "its hashed pointers, then those of its like"
+    learns_from: ClassVar[Literal["nothing", "sample", "all"]] = "sample"
     num_codes: int
     codebook_size: int = 256
     cluster_every: int = 1000
@@ -129,9 +129,7 @@ class CceConfig(MethodConfig):
     def learn(self, table: BaseEmbeddingConfig, data: TableData) -> ClusteredTable:
         """Cluster the rows, or a sample of them, by look-ups where they are known."""
         self.check_fit(table, data)
-        kind = "none" if data.counts is None else "count"
-        weights = popularity_weights(data.counts, kind, table.num_embeddings)
-        rows = data.trained_rows(table)
+        weights, rows = self.learning_weights(table, data), data.trained_rows(table)
         encoder, codebooks = learn_product(
             rows, self.num_codes, self.codebook_size, weights=data.row_weights(weights), seed=data.seed
         )

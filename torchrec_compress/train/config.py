@@ -343,12 +343,16 @@ def override(config: Config, changes: Mapping[str, Any], where: str = "") -> Con
     return build(type(config), changes, where, config)
 
 
+# keys that earlier versions did not have, which stand for nothing where they are left out
+_LATER = ("input_dropout", "pretrain_compression")
 # how a training is watched and kept, which may change when it resumes
 _FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_bad_batches", "num_workers")
 
 
 def lasting(config: Any) -> dict[str, Any]:
     """Return what of a config decides the outcome, as plain data: all but how the training is watched and kept.
+
+    What a version before a key was there has trained goes on where the key is left out.
 
     Example:
         >>> lasting(StageConfig(log_every=7)) == lasting(StageConfig())
@@ -358,7 +362,7 @@ def lasting(config: Any) -> dict[str, Any]:
     return {
         key: lasting(getattr(config, key)) if dataclasses.is_dataclass(getattr(config, key)) else value
         for key, value in plain.items()
-        if key not in _FREE
+        if key not in _FREE and not (key in _LATER and not value)
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def identity_of(config: RunConfig, stage: str, files: dict[str, Any]) -> dict[st
         "seed": config.seed,
         "data": lasting(config.data),
         "files": files,
-        "model": dataclasses.asdict(config.model),
+        "model": lasting(config.model),
         # absent with full tables, as in folders of before there were others
         **({"pretrain_compression": config.pretrain_compression} if config.pretrain_compression else {}),
         **(of_retrain if stage == "retrain" else {}),

@@ -57,7 +57,7 @@ def open_checked(config: DataConfig, ranks: Ranks) -> ClickSource:
 def pretrained_key(config: RunConfig) -> str:
     """Return the name under which the model of stage 1 of a config is shared."""
     small = [config.pretrain_compression] if config.pretrain_compression else []
-    return fingerprint(lasting(config.data), config.model, lasting(config.pretrain), config.seed, *small)
+    return fingerprint(lasting(config.data), lasting(config.model), lasting(config.pretrain), config.seed, *small)
 
 
 def pretrain(
