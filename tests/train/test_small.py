@@ -12,6 +12,7 @@ import torch
 
 from tests.made import Made
 from torchrec_compress import CompressedEmbeddingBagCollection
+from torchrec_compress.compression import parse
 from torchrec_compress.methods import base, learned
 from torchrec_compress.train import fitting, stages
 from torchrec_compress.train.check import check_config, check_run
@@ -62,7 +63,7 @@ def test_codes_are_those_of_the_trained_rows(config, data, tmp_path):
     config = override(config, {**ALONE, "compression": {"*": {"method": "int8"}}})
     _run(config, tmp_path, "a")
     small = trained_model(config, data, next((tmp_path / "full").iterdir())).embeddings
-    served = untrained(config, check_config(config), data, in_shards=False)
+    served = untrained(config, parse(config.compression), data, in_shards=False)
     served.load_state_dict(torch.load(tmp_path / "a" / "fitted.pt", weights_only=True))
     ids = torch.arange(300)
     rows = small.table_rows("user", ids).detach()
@@ -77,7 +78,7 @@ def test_no_full_table_is_made_of_small_ones(config, data, tmp_path, monkeypatch
     source = stages.pretrain(config, tmp_path / "full", start(config.parallel), None)
     monkeypatch.setattr(base, "train_size", lambda *_: 64)
     monkeypatch.setattr(learned, "BLOCK_ROWS", 64)
-    model = untrained(config, check_config(config), data, in_shards=False)
+    model = untrained(config, parse(config.compression), data, in_shards=False)
     counts = {name: torch.ones(rows, dtype=torch.int64) for name, rows in zip(data.features, data.vocab, strict=True)}
     with Made() as made:
         fitting.fit(config, data, source, tmp_path / "fitted.pt", model, counts)
