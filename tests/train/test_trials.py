@@ -127,3 +127,19 @@ def test_a_run_that_was_killed_among_its_trials_resumes_with_those_that_are_done
         _run(by_trial, tmp_path)
     assert _run(by_trial, tmp_path)["metrics"] == whole["metrics"]
     assert len(calls) == 4, "the one that was cut off alone is done again"
+
+
+def test_a_run_that_goes_on_with_other_trials_keeps_no_loss_of_the_old_ones(by_trial, tmp_path, monkeypatch):
+    train, epochs = trials.train, []
+
+    def watched(model, task, ranks):
+        epochs.append(task.stage.epochs)
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+        return train(model, task, ranks)
+
+    monkeypatch.setattr(trials, "train", watched)
+    with pytest.raises(KeyboardInterrupt):
+        _run(by_trial, tmp_path)
+    _run(override(by_trial, {"compression": {**TRIAL, "trial_epochs": 0.25}}), tmp_path)
+    assert epochs == [0.5] * 3 + [0.25] * 3

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_compress.methods import MethodConfig
+from torchrec_compress.methods.width import LANES
 from torchrec_compress.modules.row_optimizer import RowOptimizer
 from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS
 from torchrec_compress.train.config import RunConfig
@@ -63,6 +64,6 @@ def check_row_optimizer(
 def check_widths(trial: WidthTrial, tables: list[EmbeddingBagConfig]) -> None:
     """Raise ValueError for a width that no table can have; one that some cannot have is tried with the others."""
     widest = max(table.embedding_dim for table in tables)
-    wrong = [width for width in trial.widths if width % 4 or width >= widest]
+    wrong = [width for width in trial.widths if width % LANES or width >= widest]
     if wrong:
-        raise ValueError(f"compression.widths: must be multiples of 4 below the tables' {widest}, got {wrong}")
+        raise ValueError(f"compression.widths: must be multiples of {LANES} below the tables' {widest}, got {wrong}")

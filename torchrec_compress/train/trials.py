@@ -12,7 +12,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_compress.methods import DenseConfig, MethodConfig, NarrowConfig
 from torchrec_compress.methods.base import dense_bytes
-from torchrec_compress.train.config import fingerprint
+from torchrec_compress.methods.width import LANES
+from torchrec_compress.train.config import fingerprint, lasting
 from torchrec_compress.train.engine.loop import Task, train
 from torchrec_compress.train.models.click import ClickModel
 from torchrec_compress.train.ranks import Ranks, on_first
@@ -20,8 +21,6 @@ from torchrec_compress.train.sealed import is_done, read_json, write_json
 from torchrec_compress.train.width_trial import WidthTrial, least_bytes
 
 logger = logging.getLogger(__name__)
-
-_LANES = 4
 
 
 def candidates(trial: WidthTrial, table: EmbeddingBagConfig) -> list[NarrowConfig]:
@@ -32,7 +31,7 @@ def candidates(trial: WidthTrial, table: EmbeddingBagConfig) -> list[NarrowConfi
         >>> [(each.width, each.bits) for each in candidates(WidthTrial(trial_epochs=1.0), table)]
         [(8, 8), (16, 8)]
     """
-    widths = [width for width in trial.widths if width < table.embedding_dim and width % _LANES == 0]
+    widths = [width for width in trial.widths if width < table.embedding_dim and width % LANES == 0]
     narrow: list[NarrowConfig] = []
     for width in sorted(widths):
         for bits in trial.bits:
@@ -92,7 +91,9 @@ class Trials:
 
     def _loss(self, methods: Mapping[str, MethodConfig]) -> float:
         """Return the logloss on validation after a short training, done now unless it is kept."""
-        key = fingerprint({name: method.to_dict() for name, method in methods.items()})
+        plain = {name: method.to_dict() for name, method in methods.items()}
+        # all that a loss depends on: a run that was killed among its trials may go on with other settings
+        key = fingerprint(plain, lasting(self._task.stage), self._task.seed, self._task.identity)
         if key not in self._found:
             folder = self._folder / key
             task = dataclasses.replace(self._task, folder=folder, label=f"trial {len(self._found) + 1}")
