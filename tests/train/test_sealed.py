@@ -25,6 +25,9 @@ ERRORS = (
     "full/*/versions.json",
     "full/*/teacher/identity.json",
     "full/*/teacher/train_logits.pt",
+    "full/*/curvature*/identity.json",
+    "full/*/curvature*/curvature.pt",
+    "predicted.json",
     "retrain/metrics.jsonl",
 )
 MADE_AGAIN = (
@@ -40,7 +43,7 @@ MADE_AGAIN = (
 
 
 NOT_MADE_AGAIN = ("config.yaml", "identity.json", "inputs.json", "versions.json")
-LISTS = ("SHA256SUMS", "full/*/SHA256SUMS", "full/*/teacher/SHA256SUMS")
+LISTS = ("SHA256SUMS", "full/*/SHA256SUMS", "full/*/teacher/SHA256SUMS", "full/*/curvature*/SHA256SUMS")
 
 
 def _copy(finished, tmp_path) -> Path:

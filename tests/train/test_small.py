@@ -81,7 +81,7 @@ def test_no_full_table_is_made_of_small_ones(config, data, tmp_path, monkeypatch
     model = untrained(config, parse(config.compression), data, in_shards=False)
     counts = {name: torch.ones(rows, dtype=torch.int64) for name, rows in zip(data.features, data.vocab, strict=True)}
     with Made() as made:
-        fitting.fit(config, data, source, tmp_path / "fitted.pt", model, counts)
+        fitting.fit(config, data, source, tmp_path / "fitted.pt", model, counts, {})
     assert max(made.floats)[0] < data.vocab[data.features.index("user")] * config.model.embedding_dim
 
 

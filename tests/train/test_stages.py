@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchrec_compress.train import check, choosing, full, sealed, stages
+from torchrec_compress.train import asked, check, choosing, sealed, stages
 from torchrec_compress.train.check import check_variants
 from torchrec_compress.train.compare.report import collect, write_report
 from torchrec_compress.train.compare.runs import compare
@@ -152,7 +152,7 @@ def test_a_run_has_no_ranks_but_those_it_is_handed(config, tmp_path, monkeypatch
     """Of all three stages and of a full model alone: whoever waits for, tells or counts with others does so on them."""
     mine, seen = start(ParallelConfig(device="cpu", timeout=7.0)), {}
     uses = [(stages, name) for name in ("agree", "on_first", "score", "train")]
-    uses += [(choosing, "total_counts"), *((full, name) for name in ("on_first", "predict", "Trainable"))]
+    uses += [(choosing, "total_counts"), *((asked, name) for name in ("on_first", "predict", "Trainable"))]
     for module, name in (*uses, (loop, "Trainable"), (loop, "Checkpoints"), (loop, "validate")):
         used = getattr(module, name)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ WITNESS_IDS = 8  # of a bag; longer ones are not kept
 _TOLERANCE = 1e-2  # of a witness, relative: bfloat16 on the wire is within it, a training step on its ids is not
 _SYMMETRY = 1e-6
 _BLOCK_ROWS = 65536
+# of a table: all of them, or what reads those of ids
+Rows: TypeAlias = Tensor | Callable[[Tensor], Tensor]
 
 
 class Witnesses(NamedTuple):
@@ -178,15 +180,15 @@ def check_matrix(where: str, matrix: Tensor) -> None:
         raise ValueError(f"{where}: must be positive semi-definite, got an eigenvalue of {lowest}")
 
 
-def predicted_rise(before: Tensor, served: Tensor, counts: Tensor, curvature: Curvature) -> float:
+def predicted_rise(before: Rows, served: Rows, counts: Tensor, curvature: Curvature) -> float:
     """Return by how much the loss rises, to second order, where a table's rows are served with errors.
 
     1/2 (look-ups per example) sum_r (n_r / sum n) d_r^T F d_r with d = served - before. Errors of different ids, of one
     bag too, are taken for independent of each other and of the loss's slope.
 
     Args:
-        before: (N, D) floating point, rows of the model that was measured.
-        served: (N, D) floating point, in their place.
+        before: (N, D) floating point, rows of the model that was measured; or what reads those of ids, (L,) -> (L, D).
+        served: in their place, likewise.
         counts: (N,) look-ups per id, of any number of examples.
         curvature: of the table.
 
@@ -206,14 +208,20 @@ def predicted_rise(before: Tensor, served: Tensor, counts: Tensor, curvature: Cu
     if not curvature.lookups:
         raise ValueError(f"{where}: must be read to predict anything, got no look-up in {curvature.examples} examples")
     expected = (curvature.num_embeddings, curvature.width)
-    if tuple(before.shape) != expected or tuple(served.shape) != expected:
-        raise ValueError(f"{where}: rows must be {expected}, got {tuple(before.shape)} and {tuple(served.shape)}")
+    shapes = [tuple(rows.shape) for rows in (before, served) if isinstance(rows, Tensor)]
+    if any(shape != expected for shape in shapes):
+        raise ValueError(f"{where}: rows must be {expected}, got {shapes}")
     counts = check_counts(where, counts, expected[0]).to(torch.float64)
     if not bool((counts > 0).any()):
         raise ValueError(f"{where}: at least one count must be above 0, got all zeros")
     total = 0.0
-    for first in range(0, expected[0], _BLOCK_ROWS):  # blocks bound the float64 copies
-        block = slice(first, first + _BLOCK_ROWS)
-        errors = (served[block].detach().double() - before[block].detach().double()).cpu()
-        total += float(((errors @ curvature.matrix) * errors).sum(dim=1) @ counts[block])
+    for ids in torch.arange(expected[0]).split(_BLOCK_ROWS):  # blocks bound the float64 copies
+        errors = _read(served, ids) - _read(before, ids)
+        total += float(((errors @ curvature.matrix) * errors).sum(dim=1) @ counts[ids])
     return 0.5 * curvature.lookups / curvature.examples * total / float(counts.sum())
+
+
+def _read(rows: Rows, ids: Tensor) -> Tensor:
+    """Return rows of ids that follow each other, (L, D) float64 in the host's memory."""
+    found = rows[int(ids[0]) : int(ids[-1]) + 1] if isinstance(rows, Tensor) else rows(ids)
+    return found.detach().double().cpu()

@@ -284,6 +284,9 @@ class RunConfig:
         pretrain_compression: how tables are stored while stage 1 trains, as `compression`, by methods that train from
             the start ("narrow", "hash"), no budget and no trial; empty is the full table. What `compression` is then
             fitted to, and `retrain` imitates, is that small model, and no full table is ever made.
+        curvature_rows: rows of validation over which the curvature of the loss of stage 1's model is measured, once for
+            all runs that share it: tables are fitted in that metric where their method can (docs/curvature.md), and the
+            rise of the loss is predicted for all; 0 fits to squared error and predicts nothing.
         context: for quantile codes, the table whose ids are another table's contexts.
         data: the rows.
         model: the recommender.
@@ -300,6 +303,7 @@ class RunConfig:
     start: Literal["pretrained", "scratch"] = "pretrained"
     compression: dict[str, Any] = field(default_factory=dict)
     pretrain_compression: dict[str, Any] = field(default_factory=dict)
+    curvature_rows: Natural = 65536
     context: dict[str, str] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -344,7 +348,7 @@ def override(config: Config, changes: Mapping[str, Any], where: str = "") -> Con
 
 
 # keys that earlier versions did not have, which stand for nothing where they are left out
-_LATER = ("input_dropout", "pretrain_compression")
+_LATER = ("input_dropout", "pretrain_compression", "curvature_rows")
 # how a training is watched and kept, which may change when it resumes
 _FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_bad_batches", "num_workers")
 

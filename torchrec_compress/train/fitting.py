@@ -12,7 +12,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_compress import CompressedEmbeddingBagCollection, compress_into
 from torchrec_compress.compression.budget import for_budget
-from torchrec_compress.convert import row_reader
+from torchrec_compress.convert import Curvature, predicted_rise, row_reader
 from torchrec_compress.methods.learned import RowReader
 from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.check import base_of
@@ -25,6 +25,7 @@ from torchrec_compress.train.sealed import is_done, read_json, save_tensors, wri
 
 _MAX_PAIRS = 2_000_000
 _READ_ROWS = 65_536
+PREDICTED = "predicted.json"
 
 
 class _Tables(Mapping[str, Tensor]):
@@ -48,19 +49,29 @@ class _Tables(Mapping[str, Tensor]):
 
 
 def fit(
-    config: RunConfig, data: ClickSource, source: Path | None, kept: Path, model: ClickModel, counts: dict[str, Tensor]
+    config: RunConfig,
+    data: ClickSource,
+    source: Path | None,
+    kept: Path,
+    model: ClickModel,
+    counts: dict[str, Tensor],
+    curvature: Mapping[str, Curvature],
 ) -> None:
-    """Write a model with fitted tables to a file, unless it is there. Rank 0 alone calls it.
+    """Write a model with fitted tables to a file, unless it is there, and what its errors should cost beside it.
+
+    Rank 0 alone calls it.
 
     Args:
         config: the run.
         data: the rows.
         source: folder of the trained model of stage 1, or None to start from scratch.
-        kept: the file.
+        kept: the file; beside it `predicted.json`, the rise of the loss by table, where there is a curvature.
         model: with unfitted tables; filled in place.
         counts: look-ups per id in train, (rows,) int64 by table.
+        curvature: of the loss of the model of stage 1 by table, or empty to fit to squared error.
     """
-    if is_done(kept):
+    predicted = kept.with_name(PREDICTED)
+    if is_done(kept) and (not curvature or is_done(predicted)):
         return
     collection = model.embeddings
     assert isinstance(collection, CompressedEmbeddingBagCollection)
@@ -73,12 +84,28 @@ def fit(
         rows = {table.name: row_reader(small, table.name) for table in tables}
     elif source is not None:
         rows = _Tables(best_checkpoint(source), tables)
-    compress_into(collection, rows, counts=counts, contexts=contexts, seed=config.seed)
+    compress_into(collection, rows, counts=counts, contexts=contexts, curvature=curvature, seed=config.seed)
     if source is not None:
         net = {name: value for name, value in model.state_dict().items() if not name.startswith("embeddings.")}
         read(best_checkpoint(source), {"model": net})
         model.load_state_dict(net, strict=False)
+    if curvature:
+        write_json(predicted, _predicted(collection, rows, counts, curvature))
     save_tensors(kept, dict(model.state_dict()))
+
+
+def _predicted(
+    collection: CompressedEmbeddingBagCollection,
+    rows: Mapping[str, Tensor | RowReader],
+    counts: Mapping[str, Tensor],
+    curvature: Mapping[str, Curvature],
+) -> dict[str, float]:
+    """Return the rise of the loss that is predicted for the errors of each table; none for one that was never read."""
+    return {
+        name: predicted_rise(rows[name], row_reader(collection, name), counts[name], mine)
+        for name, mine in curvature.items()
+        if mine.lookups and bool((counts[name] > 0).any())
+    }
 
 
 def choose(

@@ -27,6 +27,7 @@ def identity_of(config: RunConfig, stage: str, files: dict[str, Any]) -> dict[st
         "context": config.context,
         "start": config.start,
         "pretrain": lasting(config.pretrain) if needs_pretrained(config) else None,
+        **({"curvature_rows": config.curvature_rows} if needs_pretrained(config) and config.curvature_rows else {}),
     }
     return {
         "stage": lasting(getattr(config, stage)),
@@ -69,7 +70,7 @@ def check_unchanged(config: RunConfig, folder: Path, files: dict[str, Any] | Non
     is_sealed = path.name in (listed(folder) or {})
     text = read_text(path, put_back) if is_sealed else path.read_text()
     try:
-        begun = override(RunConfig(), load_yaml(text) or {})
+        begun = override(RunConfig(curvature_rows=0), load_yaml(text) or {})  # older ones had no such key
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {put_back}") from error
     if begun.parallel.init != config.parallel.init:  # the rest of it decides who holds what, not what is learnt

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.compression import Compression
+from torchrec_compress.convert import Curvature
+from torchrec_compress.train.asked import curvature_of, teacher_logits
 from torchrec_compress.train.check import Wanted, check_config, check_run
 from torchrec_compress.train.choosing import settle
 from torchrec_compress.train.config import DataConfig, RunConfig, fingerprint, lasting, needs_pretrained
@@ -24,8 +26,8 @@ from torchrec_compress.train.engine.loop import Task, Trained, train
 from torchrec_compress.train.evaluate.metrics import bayes_metrics
 from torchrec_compress.train.evaluate.scoring import check_labels, score
 from torchrec_compress.train.evaluate.usage import code_usage
-from torchrec_compress.train.fitting import fit
-from torchrec_compress.train.full import full_model, held_bytes, read_model, teacher_logits, trained_model, untrained
+from torchrec_compress.train.fitting import PREDICTED, fit
+from torchrec_compress.train.full import full_model, held_bytes, read_model, trained_model, untrained
 from torchrec_compress.train.identity import check_unchanged, identity_of, record
 from torchrec_compress.train.models.click import ClickModel, make_model, make_tables
 from torchrec_compress.train.ranks import Ranks, agree, on_first
@@ -172,9 +174,7 @@ def _run_full(config: RunConfig, data: ClickSource, source: Path, folder: Path, 
     size = full["dense_bytes"]
     dense = {"dense_bytes": size, "total_bytes": size, "ratio": 1.0, "compressed_ratio": 1.0}
     if config.parallel.init == "host":
-        on_first(
-            lambda: save_tensors(folder / "model.pt", dict(trained_model(config, data, source).state_dict())), ranks
-        )
+        on_first(lambda: _save_trained(config, data, source, folder), ranks)
     return {
         "seed": config.seed,
         "footprint": full.get("footprint", dense),
@@ -203,7 +203,10 @@ def _run_compressed(
     """Fit the compressed tables and train on with them."""
     data, started = task.data, time.perf_counter()
     chosen, counts = settle(config, wanted, task, source, folder, ranks)
-    model = _compressed(config, chosen, data, source, folder, counts, ranks)
+    curvature = {}
+    if source is not None and config.curvature_rows:
+        curvature = curvature_of(config, data, source, ranks)
+    model = _compressed(config, chosen, data, source, folder, counts, curvature, ranks)
     collection = model.embeddings
     assert isinstance(collection, CompressedEmbeddingBagCollection)
     methods, path = collection.methods(), None
@@ -216,6 +219,8 @@ def _run_compressed(
         found = score(lambda batch: model(batch.features, batch.dense).logits, data, config.data, ranks)
         summary["fitted"], summary["undefined"] = found
         summary["metrics"] = summary["fitted"]
+        if curvature:
+            summary["predicted"] = on_first(lambda: read_json(folder / PREDICTED), ranks)
     if config.retrain.epochs > 0:
         trained = _retrain(config, task, model, source, ranks)
         summary["training"] = _training(trained)
@@ -249,6 +254,7 @@ def _compressed(
     source: Path | None,
     folder: Path,
     counts: dict[str, Tensor],
+    curvature: dict[str, Curvature],
     ranks: Ranks,
 ) -> ClickModel:
     """Return the fitted model; the fit is done by rank 0 and kept, so that a resumed run need not repeat it."""
@@ -256,7 +262,7 @@ def _compressed(
     model, kept = untrained(config, chosen, data, in_shards), folder / "fitted.pt"
     if in_shards:
         return model
-    on_first(lambda: fit(config, data, source, kept, model, counts), ranks)
+    on_first(lambda: fit(config, data, source, kept, model, counts, curvature), ranks)
     _fill(model, kept)
     return model
 

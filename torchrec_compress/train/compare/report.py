@@ -14,6 +14,7 @@ from torchrec_compress.train.sealed import is_done, read_json, write_json
 _COLUMNS = {
     "auc": "test AUC",
     "logloss": "test logloss",
+    "calibrated_logloss": "calibrated logloss",
     "tail_auc": "tail AUC",
     "tail_logloss": "tail logloss",
 }
@@ -24,6 +25,7 @@ _NOTE = (
     "hot rows and dense tables. `smaller`: the bytes of the variant `full` over them. `ratio`: the fp32 bytes of the",
     "variant's own tables over them, of all tables and of the compressed ones alone. `held in training`: the most that",
     "tables and all optimizer state took in a stage, one copy of each; that of stage 1 where there was one.",
+    "`calibrated logloss`: of logits with the scale and the bias that are best on validation.",
 )
 
 
@@ -53,6 +55,7 @@ def collect(output: Path, order: Sequence[str] = (), folders: Sequence[Path] | N
     rows = {name: _summarise(found[name]) for name in names}
     for name, row in rows.items():
         row["gap"] = _gap(found[name], found.get("full", [])) if name != "full" else {}
+        row["fitted_gap"] = _gap(found[name], found.get("full", []), "fitted") if "predicted" in row else {}
         row["against_full"] = rows["full"]["bytes"] / row["bytes"] if "full" in rows else row["ratio"]
     bayes = next((runs[0]["bayes"] for runs in found.values() if runs[0].get("bayes")), {})
     return {"variants": rows, "bayes": bayes}
@@ -69,6 +72,8 @@ def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     fitted = [run["fitted"]["test"] for run in runs if "fitted" in run]
     if fitted and all("training" in run for run in runs):
         result["before_training"] = _spread(fitted)
+    if all("predicted" in run for run in runs):
+        result["predicted"] = statistics.fmean(sum(run["predicted"].values()) for run in runs)
     result["optimizer_bytes"] = runs[0].get("optimizer_bytes")
     result["held_bytes"] = runs[0].get("held_bytes")
     result["usage"] = runs[0].get("usage", {})
@@ -76,10 +81,10 @@ def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _gap(runs: list[dict[str, Any]], full: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return mean and spread of a variant's scores less those of the full model of the same seed."""
+def _gap(runs: list[dict[str, Any]], full: list[dict[str, Any]], when: str = "metrics") -> dict[str, Any]:
+    """Return mean and spread of a variant's scores, as "fitted" or at the end, less the full model's of its seed."""
     base = {run["seed"]: run["metrics"]["test"] for run in full}
-    pairs = [(run["metrics"]["test"], base[run["seed"]]) for run in runs if run["seed"] in base]
+    pairs = [(run[when]["test"], base[run["seed"]]) for run in runs if run["seed"] in base]
     if not pairs:
         return {}
     return {
@@ -159,7 +164,7 @@ def _markdown(report: dict[str, Any], pictures: list[str]) -> str:
         cells += ["-" if row[key] is None else f"{row[key]:,}" for key in ("optimizer_bytes", "held_bytes")]
         cells.append(str(len(row["seeds"])))
         lines.append("| " + " | ".join(cells) + " |")
-    lines += _gap_lines(rows) + _training_lines(rows) + _usage_lines(rows)
+    lines += _gap_lines(rows) + _predicted_lines(rows) + _training_lines(rows) + _usage_lines(rows)
     for picture in pictures:
         lines += ["", f"![{picture[:-4].replace('_', ' ')}]({picture})"]
     return "\n".join(lines) + "\n"
@@ -189,6 +194,21 @@ def _gap_lines(rows: Mapping[str, Any]) -> list[str]:
             for key in ("auc", "logloss")
         ]
         lines.append(f"| {name} | {rows[name]['against_full']:.1f}x | " + " | ".join(cells) + f" | {gap['seeds']} |")
+    return lines
+
+
+def _predicted_lines(rows: Mapping[str, Any]) -> list[str]:
+    """What fits were predicted to cost beside what they did, before any training: a rank, see docs/curvature.md."""
+    told = {name: row for name, row in rows.items() if row["fitted_gap"] and "predicted" in row}
+    if not told:
+        return []
+    lines = ["", "## Predicted and measured rise of the logloss by the fit alone", ""]
+    lines += ["The prediction is for the order of fits; as a number it is not right for rows of training or test.", ""]
+    lines += ["| variant | predicted, rank | predicted | measured | AUC, measured |", "|---|---|---|---|---|"]
+    for rank, (name, row) in enumerate(sorted(told.items(), key=lambda item: item[1]["predicted"]), start=1):
+        gap = row["fitted_gap"]
+        logloss, auc = (f"{gap[key]['mean']:+.4f}" for key in ("logloss", "auc"))
+        lines.append(f"| {name} | {rank} | {row['predicted']:.4f} | {logloss} | {auc} |")
     return lines
 
 

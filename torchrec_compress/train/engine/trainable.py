@@ -137,6 +137,12 @@ class Trainable:
             return TrainPipelineSparseDist(self.module, optimizer, self.ranks.device, execute_all_batches=True)
         return TrainPipelineBase(self.module, optimizer, self.ranks.device)
 
+    @property
+    def model(self) -> nn.Module:
+        """The model alone, as its ranks hold it."""
+        step: Any = self.module.module
+        return step.model
+
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits of a batch, (B,) float32, in evaluation mode; no pipeline may be attached."""
         self.module.eval()

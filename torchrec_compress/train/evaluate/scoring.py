@@ -15,7 +15,8 @@ from tqdm import tqdm
 from torchrec_compress.train.config import DataConfig
 from torchrec_compress.train.data.batch import Batch, Share
 from torchrec_compress.train.data.source import ClickSource
-from torchrec_compress.train.evaluate.metrics import evaluate, undefined
+from torchrec_compress.train.evaluate.calibration import calibrate
+from torchrec_compress.train.evaluate.metrics import evaluate, logloss, undefined
 from torchrec_compress.train.ranks import Ranks, on_first
 
 _BATCH = 16384  # rows of a rank
@@ -159,25 +160,33 @@ def score(
 ) -> tuple[Metrics, dict[str, str]]:
     """Return all metrics of valid and test, and why some are left out, on every rank; rank 0 says the latter.
 
+    `calibrated_logloss` is that of logits with the scale and the bias that are best on validation.
+
     Raises:
         ValueError: logits that are not finite.
     """
     rare = rare_ids(data, config, ranks)
-    result: Metrics = {}
-    left_out: dict[str, str] = {}
-    for split in ("valid", "test"):
-        scored = predict(logits, data, split, ranks, rare)
-        result[split], reasons = on_first(lambda found=scored: _metrics(found), ranks)
-        left_out |= {f"{split} {name}": reason for name, reason in reasons.items()}
+    scored = [predict(logits, data, split, ranks, rare) for split in ("valid", "test")]
+    result, left_out = on_first(lambda: _metrics(*scored), ranks)
     for name, reason in left_out.items() if ranks.is_first else ():
         tqdm.write(f"{name} is not defined and left out: {reason}")
     return result, left_out
 
 
-def _metrics(scored: Scored | None) -> tuple[dict[str, float], dict[str, str]]:
-    assert scored is not None
-    found = evaluate(scored.labels, scored.logits, scored.tail, scored.kinds)
-    return found, undefined(scored.labels, scored.tail, scored.kinds)
+def _metrics(valid: Scored | None, test: Scored | None) -> tuple[Metrics, dict[str, str]]:
+    assert valid is not None and test is not None
+    result: Metrics = {}
+    left_out: dict[str, str] = {}
+    for split, each in (("valid", valid), ("test", test)):
+        result[split] = evaluate(each.labels, each.logits, each.tail, each.kinds)
+        reasons = undefined(each.labels, each.tail, each.kinds)
+        left_out |= {f"{split} {name}": reason for name, reason in reasons.items()}
+    calibration = calibrate(valid.labels, valid.logits)
+    if calibration is None:
+        return result, left_out | {"calibrated_logloss": "logits of validation part clicks from all others"}
+    for split, each in (("valid", valid), ("test", test)):
+        result[split]["calibrated_logloss"] = logloss(each.labels, calibration(each.logits))
+    return result, left_out
 
 
 def validate(logits: Callable[[Batch], Tensor], data: ClickSource, ranks: Ranks) -> dict[str, float]:
