@@ -66,6 +66,8 @@ CASES: dict[str, list[MethodConfig]] = {
         PQConfig(num_codes=3, codebook_size=16, structure="residual", num_hot_rows=20, hot_dtype="int4"),
         PQConfig(num_codes=2, codebook_size=16, structure="residual", num_hot_rows=20, hot_dtype="fp32"),
         PQConfig(num_codes=2, codebook_size=17, structure="residual", width=8, num_hot_rows=20),
+        PQConfig(num_codes=4, codebook_size=16, codebook_dtype="int8"),
+        PQConfig(num_codes=2, codebook_size=32, structure="residual", width=8, num_hot_rows=20, codebook_dtype="int8"),
     ],
     "quantile": [
         QuantileCodesConfig(num_codes=4, codebook_size=16),

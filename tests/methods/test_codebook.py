@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchrec import EmbeddingBagCollection
 
-from tests.cases import CASES, NUM_ROWS, batch, contexts, counts, dense_collection, fit, fitted, fresh, rows, table
+from tests.cases import CASES, DIM, NUM_ROWS, batch, contexts, counts, dense_collection, fit, fitted, fresh, rows, table
 from torchrec_compress import compress, decompress
 from torchrec_compress.fit import (
     MECFit,
@@ -247,11 +247,37 @@ def test_a_fit_that_meets_bad_rows_says_so():
             compress(stock, config, counts={"item": counts()})
 
 
+@pytest.mark.parametrize("structure", ["product", "residual"])
+def test_codebooks_in_int8_are_those_in_float_rounded(structure):
+    """Same codes, each codeword rounded by a scale of its own, at a quarter of the bytes; nothing of it is trained."""
+    config = PQConfig(num_codes=2, codebook_size=32, structure=structure)
+    floats, few = fitted(config), fitted(replace(config, codebook_dtype="int8"))
+    mine, theirs = (each.decoder.banks["item"] for each in (few, floats))
+    assert torch.equal(few.code_tables.banks["item"].codes, floats.code_tables.banks["item"].codes)
+    assert mine.codebooks.dtype == torch.uint8 and not list(few.parameters())
+    expected = dequantize_rows(quantize_rows(theirs.codebooks.detach(), "int8"), "int8")
+    torch.testing.assert_close(mine.codewords(), expected, rtol=0, atol=0)
+    got, wanted = (decompress(each).embedding_bags["item"].weight.detach() for each in (few, floats))
+    assert 0 < float((got - wanted).abs().max()) < float(wanted.abs().max()) / 100
+    assert few.footprint().tables["item"].decoder_bytes == mine.codebooks.numel()
+    assert not replace(config, codebook_dtype="int8").trains_decoder(table())
+    assert replace(config, codebook_dtype="int8", width=8).trains_decoder(table())
+
+
+def test_a_codeword_that_int8_cannot_hold_is_named():
+    stock = dense_collection()
+    with torch.no_grad():
+        stock.embedding_bags["item"].weight[7] = torch.linspace(-3e7, 3e7, DIM)
+    with pytest.raises(ValueError, match=r"table 'item': int8 rows must have a float16 scale and bias.* of codeword "):
+        compress(stock, PQConfig(num_codes=1, codebook_size=64, codebook_dtype="int8"))
+
+
 def test_bytes():
     pq = PQConfig(num_codes=4, codebook_size=16)
     assert pq.stored_bytes(table()) == NUM_ROWS * 2 + 4 + 16 * 16 * 4  # two codes in a byte
     assert replace(pq, codebook_size=17).stored_bytes(table()) == NUM_ROWS * 4 + 4 + 17 * 16 * 4
     assert replace(pq, codebook_size=300).stored_bytes(table()) == NUM_ROWS * 8 + 4 + 300 * 16 * 4
     assert replace(pq, structure="residual").stored_bytes(table()) == NUM_ROWS * 2 + 4 + 4 * 16 * 16 * 4
+    assert replace(pq, codebook_dtype="int8").stored_bytes(table()) == NUM_ROWS * 2 + 4 + 4 * 16 * (4 + 4)
     assert replace(pq, num_hot_rows=10).stored_bytes(table()) == pq.stored_bytes(table()) + 10 * 20
     assert replace(pq, num_hot_rows=10, hot_dtype="fp32").stored_bytes(table()) == pq.stored_bytes(table()) + 10 * 64

@@ -174,7 +174,7 @@ def test_gradients_reach_every_trainable_tensor(config):
     out = collection(batch([[number, (number * 7) % NUM_ROWS] for number in range(NUM_ROWS)])).values()
     trainable = {name: parameter for name, parameter in collection.named_parameters() if parameter.numel()}
     if not trainable:
-        assert config.method in ("int4", "int8", "narrow")
+        assert config.method in ("int4", "int8", "narrow") or config.codebook_dtype == "int8"
         assert not out.requires_grad
         return
     out.backward(torch.randn_like(out))
@@ -315,6 +315,10 @@ BAD = [
     ("num_hot_rows", "pq", {"num_codes": 4, "num_hot_rows": NUM_ROWS}, {}),
     ("num_hot_rows", "pq", {"num_codes": 1, "codebook_size": 16, "num_hot_rows": 16}, {}),
     ("hot_dtype", "pq", {"num_codes": 4, "hot_dtype": "int2"}, {}),
+    ("codebook_dtype must be 'fp32' or 'int8'", "pq", {"num_codes": 4, "codebook_dtype": "int4"}, {}),
+    ("codebook_dtype must be 'fp32' with 'random'", "random", {"num_codes": 4, "codebook_dtype": "int8"}, {}),
+    ("codebook_dtype must be 'fp32' with 'quantile'", "quantile", {"num_codes": 4, "codebook_dtype": "int8"}, {}),
+    ("an even number of values in int8, got 1", "pq", {"num_codes": DIM, "codebook_dtype": "int8"}, {}),
     (
         "embedding_dim must be a multiple of 4 for int4",
         "pq",

@@ -207,6 +207,10 @@ class MethodConfig(ABC):
         """Return the bytes of the decoder's tensors."""
         return 0
 
+    def trains_decoder(self, table: BaseEmbeddingConfig) -> bool:
+        """Return whether anything of the decoder is trained, by the dense optimizer: all of it, if there is one."""
+        return self.decoder_bytes(table) > 0
+
     def stored_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return all bytes that storing the table takes, from its config alone: as if it shared nothing with others.
 

@@ -50,7 +50,8 @@ class CodebookConfig(MethodConfig):
 
     Bytes: N M (one byte per code up to K = 256, two up to 32,768; up to K = 16 two codes share a byte, N ceil(M / 2))
     + 4 K D (product) or 4 M K D (residual), and with tiers the hot rows. With a width r, codewords and hot rows
-    are those of rows of r numbers (r for D above), and the projection takes 4 r D.
+    are those of rows of r numbers (r for D above), and the projection takes 4 r D. Codebooks in int8 take a quarter,
+    and 4 bytes a codeword: K (D + 4 M) or M K (D + 4).
 
     Args:
         num_codes: codes per row, M.
@@ -60,6 +61,8 @@ class CodebookConfig(MethodConfig):
         num_hot_rows: the most often looked-up rows that are stored apart (tiers), reached by escape codes of the first
             codebook. Needs counts to fit.
         hot_dtype: "fp32" hot rows are trained; "int8" and "int4" ones are frozen.
+        codebook_dtype: "fp32" codebooks are trained; "int8" ones are frozen, as a fit made them. Of short rows and few
+            ids codebooks are much of a table's bytes.
         width: numbers that codewords add up to (or make side by side), r; one projection, (r, D), follows the pooling
             and is trained with the codebooks. A multiple of 4 below D, with "product" of num_codes too. None: D, and no
             projection. Rows of rank r, as those of a narrow table, lose nothing by it.
@@ -72,6 +75,7 @@ class CodebookConfig(MethodConfig):
     structure: Structure = "product"
     num_hot_rows: int = 0
     hot_dtype: RowDtype = "int8"
+    codebook_dtype: Literal["fp32", "int8"] = "fp32"
     width: int | None = None
 
     def check(self, table: BaseEmbeddingConfig) -> None:
@@ -103,11 +107,31 @@ class CodebookConfig(MethodConfig):
             raise ValueError(f"{where}: hot_dtype must be 'fp32', 'int8' or 'int4', got {self.hot_dtype!r}")
         if self.num_hot_rows:
             check_low_bit_width(self.coded(table), self.hot_dtype)
+        self._check_codebook_dtype(where, self.codeword_width(table))
         if self.first_size < 1:
             raise ValueError(
                 f"{where}: num_hot_rows = {self.num_hot_rows} must leave the first codebook a codeword, but needs "
                 f"{self.codebook_size - self.first_size} escape codes of {self.codebook_size}; use more codes per row"
             )
+
+    def _check_codebook_dtype(self, where: str, width: int) -> None:
+        """Raise ValueError where codewords of so many numbers cannot be stored as asked."""
+        dtype = self.codebook_dtype
+        if dtype not in ("fp32", "int8"):
+            raise ValueError(f"{where}: codebook_dtype must be 'fp32' or 'int8', got {dtype!r}")
+        if dtype == "int8" and self.needs != "rows":
+            raise ValueError(
+                f"{where}: codebook_dtype must be 'fp32' with {self.method!r}, which trains its codebooks, got 'int8'"
+            )
+        if dtype == "int8" and width % 2:
+            raise ValueError(
+                f"{where}: codewords must have an even number of values in int8, got {width} with num_codes = "
+                f"{self.num_codes}; choose fewer codes, or codebook_dtype='fp32'"
+            )
+
+    def codeword_width(self, table: BaseEmbeddingConfig) -> int:
+        """Return the numbers of a codeword: those of a row, or its share of them side by side."""
+        return self.coded(table).embedding_dim // (1 if self.sums_codewords else self.num_codes)
 
     def coded(self, table: BaseEmbeddingConfig) -> BaseEmbeddingConfig:
         """Return the config of the table that codes stand for: the user's, with rows of `width` numbers."""
@@ -194,16 +218,25 @@ class CodebookConfig(MethodConfig):
             structure=self.structure,
             num_hot_rows=self.num_hot_rows,
             hot_dtype=self.hot_dtype,
+            codebook_dtype=self.codebook_dtype,
             width=self.width,
             device=device,
         )
 
+    def trains_decoder(self, table: BaseEmbeddingConfig) -> bool:
+        """Return whether codebooks, hot rows or projection are trained."""
+        return (
+            self.codebook_dtype == "fp32"
+            or self.width is not None
+            or (self.num_hot_rows > 0 and self.hot_dtype == "fp32")
+        )
+
     def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return the bytes of codebooks, hot rows and projection."""
-        row = self.coded(table).embedding_dim
-        floats = self.codebook_size * row * (self.num_codes if self.structure == "residual" else 1)
-        floats += 0 if self.width is None else self.width * table.embedding_dim
-        return 4 * floats + self.num_hot_rows * quantized_row_bytes(row, self.hot_dtype)
+        codeword = quantized_row_bytes(self.codeword_width(table), self.codebook_dtype)
+        projection = 0 if self.width is None else 4 * self.width * table.embedding_dim
+        hot_row = quantized_row_bytes(self.coded(table).embedding_dim, self.hot_dtype)
+        return self.num_codes * self.codebook_size * codeword + projection + self.num_hot_rows * hot_row
 
     def learn(self, table: BaseEmbeddingConfig, data: TableData) -> CodedTable:
         """Learn codes and codebooks for the tail and set the hot head apart."""
@@ -278,21 +311,6 @@ def _start_codes(ids: Tensor, num_codes: int, codebook_size: int, salt: int, fir
     return _stored_codes(hash_codes(ids, num_codes, codebook_size, salt, first_size), codebook_size)
 
 
-def check_popularity(table: BaseEmbeddingConfig, popularity: str) -> None:
-    """Raise ValueError unless popularity is one that `tail_weights` knows, before anything is trained."""
-    if popularity not in ("count", "log2", "none"):
-        raise ValueError(f"table {table.name!r}: popularity must be 'count', 'log2' or 'none', got {popularity!r}")
-
-
-def check_popularity_counts(table: BaseEmbeddingConfig, data: TableData, popularity: str) -> None:
-    """Raise ValueError where rows are to be weighed by counts and there are none."""
-    if popularity != "none" and data.counts is None:
-        raise ValueError(
-            f"table {table.name!r}: popularity={popularity!r} must come with counts, got none; pass "
-            "counts={table: look-ups per id} to compress(), or popularity='none'"
-        )
-
-
 class CodedTable(Learned):
     """Encode rows as codes, hot ones as escape codes.
 
@@ -349,7 +367,8 @@ class CodedTable(Learned):
         """Return codebooks, hot rows and projection."""
         _, codebooks, refit = self._learned
         books = codebooks if refit is None else refit.codebooks()
-        decoder = {"codebooks": books if self._metric is None else self._metric.restore_codebooks(books)}
+        books = books if self._metric is None else self._metric.restore_codebooks(books)
+        decoder = {"codebooks": self._stored_codebooks(books)}
         if len(self._hot):
             decoder["hot_rows"], dtype = self._hot_rows, self._config.hot_dtype
             if dtype != "fp32":
@@ -358,3 +377,11 @@ class CodedTable(Learned):
         if self._directions is not None:
             decoder["projection"] = self._directions.projection
         return TableState(decoder=decoder)
+
+    def _stored_codebooks(self, books: Tensor) -> Tensor:
+        """Return codebooks as the decoder holds them."""
+        if self._config.codebook_dtype == "fp32":
+            return books
+        found, rough = quantize_table_rows(self._table, books, "int8", torch.arange(len(books)), "codeword")
+        warn_of_rough_rows(self._table, rough, len(books), "int8", "codewords")
+        return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
@@ -9,12 +11,22 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec_compress.methods.base import init_like
 from torchrec_compress.methods.decoders import TableDecoder
 from torchrec_compress.methods.width import projection_length
-from torchrec_compress.ops import BagLookup, Rows, codebook_bag, is_packed, quantized_row_bytes
-from torchrec_compress.ops.lowbit import RowDtype
+from torchrec_compress.ops import (
+    BagLookup,
+    Rows,
+    codebook_bag,
+    dequantize_rows,
+    is_packed,
+    quantize_rows,
+    quantized_row_bytes,
+    stable_salt,
+)
+from torchrec_compress.ops.lowbit import RowDtype, low_bit_width
 from torchrec_compress.ops.types import Structure
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("codebook_bag")
+torch.fx.wrap("dequantize_rows")
 
 
 class CodebookDecoder(TableDecoder):
@@ -22,11 +34,12 @@ class CodebookDecoder(TableDecoder):
 
     Args:
         table: the user's config.
-        num_codes, codebook_size, structure, num_hot_rows, hot_dtype, width: as in `CodebookConfig`.
+        num_codes, codebook_size, structure, num_hot_rows, hot_dtype, codebook_dtype, width: as in `CodebookConfig`.
         device: of parameters and buffers.
 
     Attributes:
-        codebooks: parameter, (M * K, r / M) product or (M * K, r) residual, float32; r is the width, or D.
+        codebooks: (M * K, r / M) product or (M * K, r) residual, float32 parameter, or (M * K, bytes per row) uint8
+            buffer; r is the width, or D.
         hot_rows: (H, r) float32 parameter, or (H, bytes per row) uint8 buffer; None without tiers.
         projection: (r, D) float32 parameter; None without a width.
         structure: whether rows are codewords side by side or their sum.
@@ -42,50 +55,74 @@ class CodebookDecoder(TableDecoder):
         structure: Structure,
         num_hot_rows: int,
         hot_dtype: RowDtype,
+        codebook_dtype: Literal["fp32", "int8"],
         width: int | None,
         device: torch.device | None,
     ) -> None:
         super().__init__()
         self._table, self._num_codes = table, num_codes
         self._row = table.embedding_dim if width is None else width
+        self._in_int8 = codebook_dtype == "int8"
         self.structure: Structure = structure
         self.num_packed = num_codes if is_packed(codebook_size) else 0
-        self.has_low_bit_rows = num_hot_rows > 0 and hot_dtype != "fp32"
+        self.has_low_bit_rows = self._in_int8 or (num_hot_rows > 0 and hot_dtype != "fp32")
 
         def floats(num_rows: int, columns: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_rows, columns, dtype=torch.float32, device=device))
 
+        def rows(name: str, num_rows: int, columns: int, dtype: RowDtype) -> None:
+            if dtype == "fp32":
+                self.register_parameter(name, floats(num_rows, columns))
+                return
+            row_bytes = quantized_row_bytes(columns, dtype)
+            self.register_buffer(name, torch.zeros(num_rows, row_bytes, dtype=torch.uint8, device=device))
+
         columns = self._row // (num_codes if structure == "product" else 1)
-        self.codebooks = floats(num_codes * codebook_size, columns)
+        self.codebooks: Tensor
         self.hot_rows: Tensor | None
-        if not num_hot_rows:
-            self.hot_rows = None
-        elif hot_dtype == "fp32":
-            self.hot_rows = floats(num_hot_rows, self._row)
+        rows("codebooks", num_codes * codebook_size, columns, codebook_dtype)
+        if num_hot_rows:
+            rows("hot_rows", num_hot_rows, self._row, hot_dtype)
         else:
-            row_bytes = quantized_row_bytes(self._row, hot_dtype)
-            hot = torch.zeros(num_hot_rows, row_bytes, dtype=torch.uint8, device=device)
-            self.register_buffer("hot_rows", hot)
+            self.hot_rows = None
         self.projection: Tensor | None = None if width is None else floats(width, table.embedding_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise codebooks (and float hot rows) so that a row has the spread of the user's table.
 
-        Low-bit hot rows, which no start code reaches, become zeros. The projection is that of `NarrowConfig`.
+        Codebooks in int8, integers that a mark covers, are the same in every process; low-bit hot rows, which no start
+        code reaches, become zeros. The projection is that of `NarrowConfig`.
         """
         if self.codebooks.device.type == "meta":
             return
         with torch.no_grad():
-            init_like(self._table, self.codebooks)
-            if self.structure == "residual":
-                self.codebooks /= self._num_codes**0.5
+            if self._in_int8:
+                columns = low_bit_width(self.codebooks, "int8")
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(stable_salt(0, self._table.name))
+                    start = self._start(torch.empty(len(self.codebooks), columns))
+                self.codebooks.copy_(quantize_rows(start, "int8"))
+            else:
+                self._start(self.codebooks)
             if isinstance(self.hot_rows, nn.Parameter):
                 init_like(self._table, self.hot_rows)
             elif self.hot_rows is not None:
                 self.hot_rows.zero_()
             if self.projection is not None:
                 nn.init.orthogonal_(self.projection, projection_length(*self.projection.shape))
+
+    def _start(self, codebooks: Tensor) -> Tensor:
+        """Fill codebooks as they start, and return them."""
+        init_like(self._table, codebooks)
+        return codebooks.div_(self._num_codes**0.5) if self.structure == "residual" else codebooks
+
+    def codewords(self) -> Tensor:
+        """Return the codebooks in floating point, (M * K, r / M) or (M * K, r)."""
+        if not self._in_int8:
+            return self.codebooks
+        found = dequantize_rows(self.codebooks, "int8")
+        return found if self.projection is None else found.to(self.projection.dtype)
 
     def bag_lookup(self, number: int, feature: str, where: str, is_mean: bool) -> BagLookup:
         """Return the look-up that pools its rows with those of all other codebooks."""
@@ -98,7 +135,7 @@ class CodebookDecoder(TableDecoder):
         assert codes is not None
         pooled = codebook_bag(
             codes,
-            self.codebooks,
+            self.codewords(),
             offsets,
             structure=self.structure,
             weights=weights,

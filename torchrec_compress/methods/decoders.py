@@ -35,7 +35,7 @@ class TableDecoder(Bank):
     def bag_lookup(self, number: int, feature: str, where: str, is_mean: bool) -> BagLookup | None:
         """Return a look-up of `ops.codebook_bags`, which serves all tables that have one in one call, or None.
 
-        A decoder that has one has `codebooks`, and `hot_rows` and `projection`, a tensor or None: what is pooled is
+        A decoder that has one has `codewords()`, and `hot_rows` and `projection`, a tensor or None: what is pooled is
         multiplied by the projection, (r, D), if there is one.
 
         Args:

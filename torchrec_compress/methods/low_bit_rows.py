@@ -27,7 +27,7 @@ def check_low_bit_width(table: BaseEmbeddingConfig, dtype: str) -> None:
 
 
 def quantize_table_rows(
-    table: BaseEmbeddingConfig, rows: Tensor, dtype: Literal["int8", "int4"], ids: Tensor
+    table: BaseEmbeddingConfig, rows: Tensor, dtype: Literal["int8", "int4"], ids: Tensor, what: str = "id"
 ) -> tuple[Tensor, int]:
     """Return low-bit rows of a table as `ops.quantize_rows` makes them, and how many of them are rough.
 
@@ -38,6 +38,7 @@ def quantize_table_rows(
         rows: (L, D) float32.
         dtype: of the result.
         ids: (L,) of the rows.
+        what: the ids are of, for errors.
 
     Returns:
         (L, bytes per row) uint8, and the number, for `warn_of_rough_rows`.
@@ -52,7 +53,7 @@ def quantize_table_rows(
         row = int(wrong[0])
         raise ValueError(
             f"table {table.name!r}: {dtype} rows must have a float16 scale and bias, got values up to "
-            f"{float(rows[row].abs().max()):.3g} in the row of id {int(ids[row])}; store the "
+            f"{float(rows[row].abs().max()):.3g} in the row of {what} {int(ids[row])}; store the "
             "table as codes or dense, or train it smaller"
         )
     # float16 has steps of 2**-24 near zero: there a scale may be off by more than half a value's own step
@@ -61,14 +62,17 @@ def quantize_table_rows(
     return found, int(((high > low) & ((high - low) / levels < levels * 2.0**-24)).sum())
 
 
-def warn_of_rough_rows(table: BaseEmbeddingConfig, rough: int, num_rows: int, dtype: Literal["int8", "int4"]) -> None:
-    """Log how many of a table's low-bit rows are rough, where some are."""
+def warn_of_rough_rows(
+    table: BaseEmbeddingConfig, rough: int, num_rows: int, dtype: Literal["int8", "int4"], what: str = "rows"
+) -> None:
+    """Log how many of a table's low-bit rows, or of `what` else, are rough, where some are."""
     if rough:
         logger.warning(
-            "table %r: %d of %d rows vary by less than %.1g, which a float16 scale cannot tell: %s serves them roughly",
+            "table %r: %d of %d %s vary by less than %.1g, which a float16 scale cannot tell: %s serves them roughly",
             table.name,
             rough,
             num_rows,
+            what,
             _LEVELS[dtype] ** 2 * 2.0**-24,
             dtype,
         )

@@ -10,12 +10,9 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec_compress.fit.mec import MECFit, learn_mec
 from torchrec_compress.fit.popularity import PopularityKind
 from torchrec_compress.methods.base import TableData, register
-from torchrec_compress.methods.codebook import (
-    CodebookConfig,
-    check_popularity,
-    check_popularity_counts,
-)
+from torchrec_compress.methods.codebook import CodebookConfig
 from torchrec_compress.methods.learned_codes import LearnedCodes, Sample, with_refit
+from torchrec_compress.methods.popularity import check_popularity, check_popularity_counts
 
 
 @register

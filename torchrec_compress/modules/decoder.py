@@ -232,11 +232,11 @@ class Decoder(nn.Module):
         return found
 
     def _coded(self, codes: dict[str, Codes] | None) -> tuple[list[Codes], list[Tensor], list[Tensor | None]]:
-        """Return the codes of every look-up of codes, and the codebooks and hot rows of their tables."""
+        """Return the codes of every look-up of codes, and the codewords and hot rows of their tables."""
         assert codes is not None
         banks = [self.banks[name] for name in self._coded_tables]
         found = [codes[key] for key in self._coded_keys]
-        return found, [bank.codebooks for bank in banks], [bank.hot_rows for bank in banks]
+        return found, [bank.codewords() for bank in banks], [bank.hot_rows for bank in banks]
 
     def _projections(self) -> list[Tensor | None]:
         """Return the projection of every look-up of codes, or None."""

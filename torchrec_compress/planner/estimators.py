@@ -31,7 +31,7 @@ from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.modules.remapped import RemappedEmbeddingBagCollection, RemappedEmbeddingCollection
 from torchrec_compress.modules.trained import TrainedCollection
-from torchrec_compress.ops import requested_backend
+from torchrec_compress.ops import SCALE_BYTES, requested_backend
 from torchrec_compress.planner.accounting import (
     DenseOptimizer,
     check_dense_optimizer,
@@ -275,10 +275,17 @@ class CompressedStorageEstimator(_Estimator):
         return 0
 
     def _float_bytes(self, option: ShardingOption) -> int:
-        """Return the bytes of a step's float32 copies of hot rows; without kernels the codebooks stand beside them."""
+        """Return the bytes of a step's float32 copies of codebooks and hot rows that are stored in few bits.
+
+        Without kernels float codebooks are copied to stand beside hot rows, too.
+        """
         decoder = option.module[1]
         table, _, tensor = option.name.partition(".")
-        if not isinstance(decoder, Decoder) or tensor != "hot_rows":
+        if not isinstance(decoder, Decoder):
+            return 0
+        if tensor == "codebooks" and not option.tensor.is_floating_point():
+            return 4 * option.tensor.shape[0] * (option.tensor.shape[1] - SCALE_BYTES)
+        if tensor != "hot_rows":
             return 0
         projection: Tensor | None = decoder.banks[table].projection
         width = _config(decoder, table).embedding_dim if projection is None else len(projection)
@@ -286,7 +293,7 @@ class CompressedStorageEstimator(_Estimator):
         if self._has_kernels():  # those of a CPU read low-bit rows
             return 0 if option.tensor.is_floating_point() or self._topology.compute_device == "cpu" else rows
         codebooks: Tensor = decoder.banks[table].codebooks
-        return rows + 4 * codebooks.numel()
+        return rows + (4 * codebooks.numel() if codebooks.is_floating_point() else 0)
 
 
 def _distinct(option: ShardingOption) -> dict[tuple[int, ...], None]:

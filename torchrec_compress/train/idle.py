@@ -41,7 +41,7 @@ def _lines(config: RunConfig) -> Iterator[str]:
     if needs_pretrained(config):
         yield from _stage_lines("pretrain", config.pretrain, False, "in the full model, which has no codebooks")
     if config.compression and config.retrain.epochs:
-        has_decoders = not methods or any(method.decoder_bytes(_ANY) for method in methods)
+        has_decoders = not methods or any(method.trains_decoder(_ANY) for method in methods)
         without = "without a table that has codebooks or a projection"
         yield from _stage_lines("retrain", config.retrain, has_decoders, without)
     if config.model.cross_rank is not None and not config.model.num_cross_layers:
