@@ -32,6 +32,7 @@ from torchrec_compress.convert.losses import probes_of
 from torchrec_compress.methods import NarrowConfig, PQConfig
 
 D, N = 4, 12
+HUGE = torch.full((D, D), 1e308, dtype=torch.float64)  # its trace is infinite
 LOSSES = {"bce": nn.functional.binary_cross_entropy_with_logits, "mse": nn.functional.mse_loss}
 
 
@@ -335,11 +336,12 @@ def test_a_saved_curvature_is_data():
     again = Curvature.from_dict(plain)
     assert torch.equal(again.matrix, found.matrix) and again.to_dict().keys() == plain.keys()
     wrong = {
-        "matrix": [torch.ones(D, D), torch.full((D, D), math.nan, dtype=torch.float64), -found.matrix, [1.0]],
+        "matrix": [torch.ones(D, D), torch.full((D, D), math.nan, dtype=torch.float64), -found.matrix, [1.0], HUGE],
         "examples": [-1, 2.0, True],
         "moved": [math.nan],
         "table": [7],
-        "witness_ids": [plain["witness_ids"] + N, plain["witness_ids"][:, 1:]],
+        "witness_ids": [plain["witness_ids"] + N, plain["witness_ids"] - 2, plain["witness_ids"][:, 1:]],
+        "witness_bags": [torch.full_like(plain["witness_bags"], math.nan)],
     }
     for name, values in wrong.items():
         for value in values:

@@ -97,6 +97,7 @@ def test_what_cannot_use_a_curvature_says_so_once(found, caplog):
         ({"lookups": 0, "matrix": torch.zeros(8, 8, dtype=torch.float64)}, "it was never looked up"),
         ({"examples": 7}, "7 examples or look-ups say little about 8 directions"),
         ({"matrix": torch.zeros(8, 8, dtype=torch.float64)}, "the loss does not depend on it"),
+        ({"matrix": torch.full((8, 8), 1e-320, dtype=torch.float64)}, "the loss does not depend on it"),
     ],
 )
 def test_too_little_falls_back_to_squared_error_with_a_line(change, reason, found, caplog):
@@ -121,6 +122,9 @@ def test_the_curvature_of_another_table_width_or_model_is_refused(found):
     weight_of(other, "user").data.mul_(1.1)  # as a little more training moves it
     theirs = measure_curvature(other, batches()[:1], logits_of)
     refused(theirs, "table 'user': curvature must be of the model that is compressed, but 8 of 8 bags")
+    bags = torch.full_like(found["user"].witnesses.bags, torch.nan)  # which differ from all
+    unknown = dataclasses.replace(found["user"], witnesses=found["user"].witnesses._replace(bags=bags))
+    refused({"user": unknown}, "table 'user': curvature must be of the model that is compressed, but 8 of 8 bags")
 
 
 def test_rows_that_are_read_one_table_at_a_time_are_compared_too(found):
@@ -140,6 +144,7 @@ def test_a_matrix_that_is_none_is_refused_before_a_fit():
         "must be finite": torch.full((8, 8), torch.nan, dtype=torch.float64),
         "must be symmetric": torch.eye(8, dtype=torch.float64) + torch.ones(8, 8, dtype=torch.float64).triu(),
         "must be positive semi-definite": -torch.eye(8, dtype=torch.float64),
+        "must have a trace above 0": torch.zeros(8, 8, dtype=torch.float64),
     }
     for message, matrix in wrong.items():
         with pytest.raises(ValueError, match=f"table 'user': curvature:? {message}"):

@@ -136,3 +136,13 @@ def test_the_rate_changes_nothing_of_what_a_fit_serves(bits):
         for each in (config, replace(config, rate=0.5))
     )
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_rows_that_few_bits_do_not_hold_are_named_with_their_table_and_id():
+    config, large = NarrowConfig(width=DIM, bits=8), rows().clone()
+    large[3] = 1e6
+    learned = config.learn(table(), TableData(rows()))
+    with pytest.raises(ValueError, match="table 'item': the values of id 3 must be finite and at most 15240"):
+        learned.encode(torch.tensor([7, 3]), large[[7, 3]])
+    with pytest.raises(ValueError, match="table 'item': the values of id 0 must be finite and at most 15240"):
+        fresh(config, init_fn=lambda weight: weight.fill_(1e6))

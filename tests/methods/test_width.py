@@ -62,6 +62,22 @@ def test_hot_rows_are_stored_in_the_width(hot_dtype):
     torch.testing.assert_close(served(fit(config))[hot], expected @ projection, rtol=1e-5, atol=1e-5)
 
 
+def test_a_loss_that_feels_nothing_of_the_width_is_squared_error(caplog):
+    """Else the metric would be of rounding."""
+    felt = torch.randn(DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    felt /= felt.norm()
+    flat = (rows().double() - torch.outer(rows().double() @ felt, felt)).float()
+    config, data = replace(PQ, width=8), TableData(flat, counts(), curvature=torch.outer(felt, felt))
+    directions = learn_directions(table(), data, 8)
+    state = config.fit(table(), data)
+    expected = config.coded(table())
+    bare = TableData(directions.narrow(flat), counts())
+    assert "feels nothing of their width" in caplog.text
+    torch.testing.assert_close(
+        state.decoder["codebooks"], replace(PQ, width=None).fit(expected, bare).decoder["codebooks"]
+    )
+
+
 @pytest.mark.parametrize("structure", ["product", "residual"])
 def test_a_finer_head_is_that_of_its_own_fit(structure):
     data = TableData(rows(), counts())

@@ -232,6 +232,10 @@ def test_rows_of_another_width_or_number_of_bits_are_refused():
             (ValueError, RuntimeError), match=r"table 'item': the checkpoint's|trained\.banks\.item\.rows"
         ):
             collection(INT8).load_state_dict(collection(other).state_dict())
+    state = collection(INT8).state_dict()
+    state["trained.banks.item.rows"] = state["trained.banks.item.rows"].to(torch.int8)
+    with pytest.raises(ValueError, match=r"table 'item': rows must be uint8 of shape \(rows, 9\), got torch\.int8"):
+        collection(INT8).load_state_dict(state)
 
 
 def test_start_and_training_follow_from_the_seed():
@@ -313,6 +317,19 @@ def test_a_copy_is_trained_by_an_optimizer_of_its_own(twin):
     for each in (made, other):  # the state came along
         each(batch([[1]]))["item"].square().sum().backward()
     assert torch.equal(made.trained.banks["item"].state, other.trained.banks["item"].state)
+
+
+def test_an_optimizer_of_another_kind_begins_with_steps_of_its_own():
+    """Adam's first step moves by its rate, however often others have stepped before."""
+    made = trained(kind=torch.optim.SGD, rate=0.01)
+    for _ in range(100):
+        made(batch([[1]]))["item"].sum().backward()
+    other = copy.deepcopy(made)
+    other(batch([[1]]))  # as the copy is, trained by nothing
+    apply_optimizer_in_backward(torch.optim.Adam, native_parameters(other), {"lr": 0.5, "betas": (0.5, 0.999)})
+    before = rows_of(other)[1]
+    other(batch([[1]]))["item"].sum().backward()
+    torch.testing.assert_close(before - rows_of(other)[1], torch.full((16,), 0.5), rtol=0, atol=0.03)
 
 
 def test_they_stand_beside_codes_without_a_stock_table():

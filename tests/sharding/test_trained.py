@@ -255,6 +255,8 @@ def load_wrong_state(wrong: str) -> str:
     (shard,) = kept.local_shards()
     if wrong == "kind":
         shard.tensor = torch.zeros(len(shard.tensor), 4, dtype=torch.uint8)
+    elif wrong == "step":
+        state["state"][name]["step"] = torch.tensor([-1])
     else:
         shard.tensor = torch.full_like(shard.tensor, 255)  # NaN
     try:
@@ -266,7 +268,11 @@ def load_wrong_state(wrong: str) -> str:
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [("kind", "must be of adagrad in 32 bits"), ("values", "of squares not negative (adagrad in 32 bits)")],
+    [
+        ("kind", "must be of adagrad in 32 bits"),
+        ("values", "of squares not negative (adagrad in 32 bits)"),
+        ("step", "step must be in [0, 2**62), got -1"),
+    ],
 )
 def test_a_state_that_the_optimizer_does_not_keep_is_refused_when_it_is_loaded(two_ranks, wrong, message):
     assert all(message in told and "table 'word'" in told for told in two_ranks.run(load_wrong_state, wrong))

@@ -8,6 +8,7 @@ are Optimal Brain Surgeon (Hassibi, Stork, NeurIPS 1992) and SqueezeLLM's sensit
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -80,7 +81,7 @@ class Curvature:
         seen = min(self.examples, self.lookups)
         if seen < self.width:
             return f"{seen} examples or look-ups say little about {self.width} directions"
-        if float(self.matrix.trace()) <= 0:
+        if is_flat(self.matrix):
             return "the loss does not depend on it"
         return ""
 
@@ -104,7 +105,7 @@ class Curvature:
         rows = rows_of(ids.clamp(min=0).flatten()).double().cpu().view(*ids.shape, -1)
         found = (rows * factors.unsqueeze(2)).sum(dim=1)
         limit = _TOLERANCE * bags.norm(dim=1).clamp(min=1e-12)
-        wrong = ((found - bags).norm(dim=1) > limit).nonzero().flatten()
+        wrong = (~((found - bags).norm(dim=1) <= limit)).nonzero().flatten()  # NaN, too
         if len(wrong):
             first = [number for number in ids[wrong[0]].tolist() if number >= 0]
             raise ValueError(
@@ -160,18 +161,24 @@ class Curvature:
         count = len(ids)
         if shapes != ((count, WITNESS_IDS), (count, WITNESS_IDS), (count, len(matrix))):
             raise ValueError(f"curvature: witnesses must be (W, 8), (W, 8) and (W, {len(matrix)}), got {shapes}")
-        if count and not (int(ids.max()) < values["num_embeddings"] and bool(torch.isfinite(factors).all())):
-            raise ValueError("curvature: witnesses must be ids of the table and finite factors")
+        are_ids = bool(((ids >= -1) & (ids < values["num_embeddings"])).all())
+        if not (are_ids and bool(torch.isfinite(factors).all()) and bool(torch.isfinite(bags).all())):
+            raise ValueError("curvature: witnesses must be ids of the table, finite factors and finite bags")
         plain = {name: values[name] for name in numbers}
         return Curvature(**plain, matrix=matrix, witnesses=Witnesses(ids, factors, bags))
+
+
+def is_flat(matrix: Tensor) -> bool:
+    """Return whether a curvature, (D, D) float64, is nothing, or so little that shares of its trace overflow."""
+    return float(matrix.trace()) < len(matrix) * sys.float_info.min
 
 
 def check_matrix(where: str, matrix: Tensor) -> None:
     """Raise ValueError unless a matrix can be a curvature: [D, D], finite, symmetric, positive semi-definite."""
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.numel():
         raise ValueError(f"{where}: must be a square matrix, got {tuple(matrix.shape)}")
-    if not bool(torch.isfinite(matrix).all()):
-        raise ValueError(f"{where}: must be finite, got NaN or infinity")
+    if not bool(torch.isfinite(matrix).all()) or not bool(torch.isfinite(matrix.diagonal().sum())):
+        raise ValueError(f"{where}: must be finite, its trace too, got NaN or infinity")
     size = float(matrix.abs().max())
     if float((matrix - matrix.T).abs().max()) > _SYMMETRY * size:
         raise ValueError(f"{where}: must be symmetric, got {float((matrix - matrix.T).abs().max())} between halves")

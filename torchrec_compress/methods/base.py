@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, BaseEmbeddingConfig, DataType
 
 from torchrec_compress.fit.checks import check_contexts, check_counts, check_seed
-from torchrec_compress.fit.curvature import check_matrix
+from torchrec_compress.fit.curvature import check_matrix, is_flat
 from torchrec_compress.fit.kmeans import train_size
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods.decoders import BagDecoder, TableDecoder
@@ -201,6 +201,8 @@ class MethodConfig(ABC):
                 raise ValueError(
                     f"{where}: curvature must be of {table.embedding_dim} columns, got {len(data.curvature)}"
                 )
+            if is_flat(data.curvature):
+                raise ValueError(f"{where}: curvature must have a trace above 0, got none; leave it out")
         check_sample(table, data)
 
     def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ from torchrec_compress.ops import (
 )
 from torchrec_compress.ops.lowbit import RowDtype
 from torchrec_compress.ops.types import Structure
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,8 +255,12 @@ class CodebookConfig(MethodConfig):
         metric = None
         if sample is not None and self.uses_curvature and data.curvature is not None:
             felt = data.curvature if directions is None else directions.curvature(data.curvature)
-            metric = Metric.of(felt, 1 if self.sums_codewords else self.num_codes)
-            sample = sample._replace(rows=metric.whiten(sample.rows))
+            if felt is None:
+                told = "table %r: codes are fitted to squared error, not to the loss: it feels nothing of their width"
+                logger.warning(told, table.name)
+            else:
+                metric = Metric.of(felt, 1 if self.sums_codewords else self.num_codes)
+                sample = sample._replace(rows=metric.whiten(sample.rows))
         learned = self.learn_codes(coded, data, sample)
         return CodedTable(self, table, learned, weights, hot, sample is not None, directions, metric)
 

@@ -181,7 +181,7 @@ class NarrowTable(Learned):
         assert rows is not None
         narrow = rows if self._directions is None else self._directions.narrow(rows)
         if self._trained is not None:
-            narrow = encode_trained(narrow, self._trained.format())
+            narrow = encode_trained(narrow, self._trained.format(), f"table {self._table.name!r}", ids)
         self._rows.index_copy_(0, ids, narrow)
 
     def _finish(self) -> TableState:

@@ -13,6 +13,8 @@ from torchrec_compress.fit.subspace import leading_subspace
 from torchrec_compress.methods.learned import TableData
 
 LANES = 4  # FBGEMM takes row widths that are multiples of it
+# the share of a curvature that is one of narrow rows; below it the whole's metric is plain squared error in them
+_FELT = 1e-6
 
 
 def check_width(table: BaseEmbeddingConfig, width: int, most: int, why: str, step: int = LANES) -> None:
@@ -73,10 +75,15 @@ class Directions:
         """Return (L, r) narrow rows of (L, D) full ones."""
         return rows @ self.encode / self.length
 
-    def curvature(self, full: Tensor) -> Tensor:
-        """Return how the loss bends in narrow rows, (r, r) float64, given how it does in full ones, (D, D)."""
+    def curvature(self, full: Tensor) -> Tensor | None:
+        """Return how the loss bends in narrow rows, (r, r) float64, given how it does in full ones, (D, D).
+
+        None where it does not, but by rounding: a metric of that would be noise.
+        """
         matrix = self.projection.double()
-        return matrix @ full @ matrix.T
+        narrow = matrix @ full @ matrix.T
+        felt = float(narrow.trace()) > _FELT * self.length**2 * float(full.trace())
+        return narrow if felt else None
 
     @property
     def projection(self) -> Tensor:

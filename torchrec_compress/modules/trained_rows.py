@@ -32,6 +32,7 @@ from torchrec_compress.seams import optimizers_in_backward
 logger = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 65536  # rows that are floats at once
+_MOST_STEPS = 2**62  # so that counting on from a checkpoint does not overflow
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,11 @@ class TrainedRows(nn.Module):
                 block = torch.empty(
                     min(_BLOCK_ROWS, len(rows) - first), self._format.width, dtype=torch.float32, device="cpu"
                 )
-                self._table.part.start.fill(block, self.first_row + first, 0)
-                rows[first : first + len(block)] = encode_trained(block, self._format).to(rows.device)
+                start = self.first_row + first
+                self._table.part.start.fill(block, start, 0)
+                ids = torch.arange(start, start + len(block))
+                encoded = encode_trained(block, self._format, self._table.where, ids)
+                rows[first : first + len(block)] = encoded.to(rows.device)
             self.forget()
         self.note()
 
@@ -128,7 +132,7 @@ class TrainedRows(nn.Module):
 
     def check_encoded(self, rows: Tensor) -> None:
         """Raise ValueError unless these are bytes that training could have made, (n, bytes per row) uint8."""
-        wrong = ~are_encoded(rows, self._format)
+        wrong = ~are_encoded(rows, self._format, self._table.where)
         if bool(wrong.any()):
             number = self.first_row + int(wrong.nonzero()[0])
             raise ValueError(
@@ -163,10 +167,11 @@ class TrainedRows(nn.Module):
                     f"{self._optimizer.kind}, whose state they keep; make the collection anew to change it"
                 )
             self.state = torch.zeros(len(self.rows), wanted.state_bytes, dtype=torch.uint8, device=self.rows.device)
+            self.num_steps.zero_()  # Adam makes up for moments that begin at zero by the number of steps since
         self._optimizer, self._format = optimizer, wanted
 
     def check_state(self) -> None:
-        """Raise ValueError where the state is not one that the optimizer of these rows keeps."""
+        """Raise ValueError where state or steps are not those that the optimizer of these rows keeps."""
         form, shape = self._format, tuple(self.state.shape)
         kept = f"{form.optimizer} in {form.state_bits} bits"
         if shape != (len(self.rows), form.state_bytes):
@@ -178,6 +183,11 @@ class TrainedRows(nn.Module):
             raise ValueError(
                 f"{self._table.where}: the optimizer's state must be finite, and of squares not negative ({kept}), got "
                 "others; load a checkpoint that was not damaged"
+            )
+        if not 0 <= int(self.num_steps) < _MOST_STEPS:
+            raise ValueError(
+                f"{self._table.where}: the optimizer's step must be in [0, 2**62), got {int(self.num_steps)}; load a "
+                "checkpoint that was not damaged"
             )
 
     def look_up(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, where: str) -> Tensor:

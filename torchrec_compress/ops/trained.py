@@ -187,13 +187,16 @@ def bits_of(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.int32).long() & _SIGN
 
 
-def encode_trained(values: Tensor, format: TrainedFormat, where: str = "encode_trained") -> Tensor:
+def encode_trained(
+    values: Tensor, format: TrainedFormat, where: str = "encode_trained", ids: Tensor | None = None
+) -> Tensor:
     """Round rows to the nearest that the format holds.
 
     Args:
         values: (N, r) floating point.
         format: of the rows.
         where: names the table in errors.
+        ids: (N,) int64 of the rows, for errors; None: they are counted from 0.
 
     Returns:
         (N, bytes per row) uint8.
@@ -214,7 +217,8 @@ def encode_trained(values: Tensor, format: TrainedFormat, where: str = "encode_t
         )
     rows, is_wrong = round_rows(values.float(), torch.full_like(values, 0.5, dtype=torch.float32), format)
     if values.device.type != "meta" and bool(is_wrong.any()):
-        raise ValueError(too_large(where, int(is_wrong.nonzero()[0]), format))
+        first = int(is_wrong.nonzero()[0])
+        raise ValueError(too_large(where, first if ids is None else int(ids[first]), format))
     return rows
 
 
@@ -330,7 +334,7 @@ def check_rows(name: str, rows: Tensor, row_bytes: int, where: str) -> None:
         )
 
 
-def are_encoded(rows: Tensor, format: TrainedFormat) -> Tensor:
+def are_encoded(rows: Tensor, format: TrainedFormat, where: str = "are_encoded") -> Tensor:
     """Return which of these rows `encode_trained` or an update could have made.
 
     Scales are rounded up to the next code, so a row's largest number is never much below the largest of its format.
@@ -338,16 +342,20 @@ def are_encoded(rows: Tensor, format: TrainedFormat) -> Tensor:
     Args:
         rows: (N, bytes per row) uint8.
         format: of the rows.
+        where: names the table in errors.
 
     Returns:
         (N,) bool.
+
+    Raises:
+        ValueError: rows are of another type or shape.
 
     Example:
         >>> form = TrainedFormat(2, 8)
         >>> are_encoded(torch.tensor([[127, 0, 100], [60, 0, 100]], dtype=torch.uint8), form).tolist()
         [True, False]
     """
-    check_rows("rows", rows, format.row_bytes, "are_encoded")
+    check_rows("rows", rows, format.row_bytes, where)
     largest = _numbers(rows, format).abs().amax(1)
     at_least = int(format.largest * (1 - 2.0**-3))  # a code is up to an eighth above the last
     return (largest <= format.largest) & ((largest >= at_least) | (rows[:, -1] <= 1))

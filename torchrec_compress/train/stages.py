@@ -187,11 +187,6 @@ def _run_full(config: RunConfig, data: ClickSource, source: Path, folder: Path, 
     }
 
 
-def _save_trained(config: RunConfig, data: ClickSource, source: Path, folder: Path) -> None:
-    """Write `model.pt`, the whole model of stage 1."""
-    save_tensors(folder / "model.pt", dict(trained_model(config, data, source).state_dict()))
-
-
 def _run_compressed(
     config: RunConfig,
     wanted: Wanted,
