@@ -21,7 +21,7 @@ from torchrec_compress.ops import (
     quantized_row_bytes,
     stable_salt,
 )
-from torchrec_compress.ops.lowbit import RowDtype, low_bit_width
+from torchrec_compress.ops.lowbit import RowDtype
 from torchrec_compress.ops.types import Structure
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
@@ -77,10 +77,10 @@ class CodebookDecoder(TableDecoder):
             row_bytes = quantized_row_bytes(columns, dtype)
             self.register_buffer(name, torch.zeros(num_rows, row_bytes, dtype=torch.uint8, device=device))
 
-        columns = self._row // (num_codes if structure == "product" else 1)
+        self._columns = self._row // (num_codes if structure == "product" else 1)
         self.codebooks: Tensor
         self.hot_rows: Tensor | None
-        rows("codebooks", num_codes * codebook_size, columns, codebook_dtype)
+        rows("codebooks", num_codes * codebook_size, self._columns, codebook_dtype)
         if num_hot_rows:
             rows("hot_rows", num_hot_rows, self._row, hot_dtype)
         else:
@@ -98,10 +98,9 @@ class CodebookDecoder(TableDecoder):
             return
         with torch.no_grad():
             if self._in_int8:
-                columns = low_bit_width(self.codebooks, "int8")
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(stable_salt(0, self._table.name))
-                    start = self._start(torch.empty(len(self.codebooks), columns))
+                    start = self._start(torch.empty(len(self.codebooks), self._columns))
                 self.codebooks.copy_(quantize_rows(start, "int8"))
             else:
                 self._start(self.codebooks)

@@ -174,7 +174,9 @@ def _run_full(config: RunConfig, data: ClickSource, source: Path, folder: Path, 
     size = full["dense_bytes"]
     dense = {"dense_bytes": size, "total_bytes": size, "ratio": 1.0, "compressed_ratio": 1.0}
     if config.parallel.init == "host":
-        on_first(lambda: _save_trained(config, data, source, folder), ranks)
+        on_first(
+            lambda: save_tensors(folder / "model.pt", dict(trained_model(config, data, source).state_dict())), ranks
+        )
     return {
         "seed": config.seed,
         "footprint": full.get("footprint", dense),
