@@ -68,3 +68,21 @@ def test_rows_that_do_not_train_stay_as_they_are(two_ranks):
 def test_blends_are_refused_before_they_are_sharded(two_ranks):
     for told in two_ranks.run(frozen_or_blended, "blended"):
         assert "table 'user': rows of 8 bits must be as training, a fit or a checkpoint made them" in told
+
+
+def blended_on_one_rank() -> str:
+    """Return what the next look-up says on this rank, after rows of the last one became blends."""
+    sharded = sharded_model("row_wise", "bags")
+    if dist.get_rank() == 1:
+        bank = sharded.module.embeddings.trained.banks["user"]
+        bank.rows.copy_(bank.rows // 2)
+    try:
+        sharded(draw("plain", 0, dist.get_rank(), False))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_blends_of_one_rank_are_refused_on_all(two_ranks):
+    for told in two_ranks.run(blended_on_one_rank):
+        assert "table 'user': rows of 8 bits must be as training, a fit or a checkpoint made them" in told
