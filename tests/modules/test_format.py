@@ -9,7 +9,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from tests.cases import NUM_ROWS, batch, fit, fresh
 from tests.methods.throwaway import registered
-from torchrec_compress.methods import CafeConfig, HashConfig, Parts
+from torchrec_compress.methods import CafeConfig, CceConfig, HashConfig, NarrowConfig, Parts
 from torchrec_compress.methods.storage import Remap
 
 BASE = CafeConfig(num_hot_rows=8, num_cold_rows=24, num_medium_rows=16, num_blocks=4, importance="frequency")
@@ -74,3 +74,25 @@ def test_another_divisor_of_ids_is_refused():
         fresh(ModuloConfig(num_buckets=40)).load_state_dict(saved)
         with pytest.raises(ValueError, match="the checkpoint's sizes must be those"):
             fresh(ModuloConfig(num_buckets=40, divisor=20)).load_state_dict(saved)
+
+
+def _others(value):
+    """Return what may stand in a damaged or hostile state dict in place of integers, whatever their shape."""
+    others = [[1], "text", value.float(), value.to(torch.complex64), value.to_sparse(), value.flatten()[:0]]
+    return [*others, torch.cat([value.flatten()] * 2), torch.zeros((), dtype=value.dtype)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [BASE, NarrowConfig(width=8, bits=8), CceConfig(num_codes=2, codebook_size=16)],
+    ids=lambda config: config.method,
+)
+def test_what_are_no_integers_is_refused_by_name(config):
+    saved = fresh(config).state_dict()
+    for name in [name for name, value in saved.items() if not value.is_floating_point()]:
+        for other in _others(saved[name]):
+            if isinstance(other, torch.Tensor) and other.dim() == 0 and saved[name].numel() == 1:
+                continue  # torch takes a number for a tensor of one
+            with pytest.raises((ValueError, RuntimeError)) as told:
+                fresh(config).load_state_dict({**saved, name: other})
+            assert name in str(told.value) or "table 'item': rows must be" in str(told.value)

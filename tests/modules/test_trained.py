@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, PoolingType
@@ -19,6 +20,7 @@ from torchrec_compress import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
     compress,
+    compress_into,
     native_parameters,
 )
 from torchrec_compress.methods import NarrowConfig, RandomCodesConfig
@@ -317,6 +319,36 @@ def test_a_copy_is_trained_by_an_optimizer_of_its_own(twin):
     for each in (made, other):  # the state came along
         each(batch([[1]]))["item"].square().sum().backward()
     assert torch.equal(made.trained.banks["item"].state, other.trained.banks["item"].state)
+
+
+@pytest.mark.parametrize("anew", ["drawn", "fitted"])
+def test_rows_that_begin_anew_have_a_state_of_none(anew):
+    made = trained(kind=torch.optim.Adam)
+    made(batch([[1]]))["item"].sum().backward()
+    bank = made.trained.banks["item"]
+    assert bank.state.any() and bank.num_steps.any()
+    if anew == "drawn":
+        made.reset_parameters()
+    else:
+        compress_into(made, {"item": torch.ones(NUM_ROWS, 16)})
+    assert not bank.state.any() and not bank.num_steps.any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(torch.optim.Adam, {"lr": 0.2, "betas": (0.5, 0.7), "eps": 0.5}), (torch.optim.Adagrad, {"lr": 0.2, "eps": 0.5})],
+)
+def test_every_setting_of_an_optimizer_counts(kind, options):
+    made = collection()
+    apply_optimizer_in_backward(kind, native_parameters(made), dict(options))
+    right = nn.Parameter(rows_of(made)[1])
+    optimizer, goal = kind([right], **options), torch.linspace(-2, 2, 16)
+    for _ in range(6):
+        optimizer.zero_grad()
+        (right * goal).sin().sum().backward()
+        optimizer.step()
+        (made(batch([[1]]))["item"] * goal).sin().sum().backward()
+    torch.testing.assert_close(rows_of(made)[1], right.detach(), rtol=0, atol=0.04)
 
 
 def test_an_optimizer_of_another_kind_begins_with_steps_of_its_own():

@@ -81,15 +81,19 @@ def draw(kind: str, step: int, rank: int, weighted: bool) -> KeyedJaggedTensor:
 def sharded_model(how: str, form: str) -> DistributedModelParallel:
     model = marked_model(form)
     values = {name: value.clone() for name, value in model.state_dict().items()}
+    sharded = sharded_of(model, how)
+    sharded.load_state_dict(values)  # of whole tables
+    return sharded
+
+
+def sharded_of(model: Model, how: str) -> DistributedModelParallel:
     wishes = {name: ParameterConstraints(sharding_types=[how]) for name in ("item", "user", "word", "code")}
     wishes["day"] = ParameterConstraints(sharding_types=["table_wise"])
     topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
     planner = EmbeddingShardingPlanner(topology, 8, wishes, stats=[])
     sharders = get_default_sharders()
     plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
-    sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
-    sharded.load_state_dict(values)  # of whole tables
-    return sharded
+    return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
 
 
 def train_sharded(how: str, kind: str, form: str) -> tuple[list[torch.Tensor], dict]:

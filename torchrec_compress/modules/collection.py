@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -75,7 +76,7 @@ class CompressedParts(nn.Module):
         return dict(self.code_tables.banks.items()) if self.code_tables is not None else {}
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        self._refuse_blends(state_dict, prefix)  # before any part takes its tensors
+        self._refuse_others(state_dict, prefix)  # before any part takes its tensors
         self.decoder.check_format(state_dict, prefix + "decoder.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -85,18 +86,23 @@ class CompressedParts(nn.Module):
             strip_where_replicated(self.dense)
         return super()._apply(fn, recurse)  # type: ignore[return-value]
 
-    def _refuse_blends(self, state_dict: dict, prefix: str) -> None:
-        """Raise ValueError for floating-point numbers in place of integers; say which codes carry no mark."""
+    def _refuse_others(self, state_dict: dict, prefix: str) -> None:
+        """Raise ValueError for anything but integers in place of integers; say which codes carry no mark."""
         for name, buffer in self.named_buffers():
             found = state_dict.get(prefix + name)
             if found is None or buffer.dtype.is_floating_point:
                 continue
-            _, dtype = shape_and_dtype(found)
-            if dtype.is_floating_point:
+            if not isinstance(found, Tensor) or (type(found) is Tensor and found.is_sparse):
+                got = "a sparse one" if isinstance(found, Tensor) else type(found).__name__
+                raise ValueError(f"{prefix}{name}: must be a dense tensor, got {got}; load a checkpoint not damaged")
+            shape, dtype = shape_and_dtype(found)
+            if dtype.is_floating_point or dtype.is_complex:
                 raise ValueError(
                     f"{prefix}{name}: must be integers, got {dtype}, as a blend or an average of state dicts "
                     "holds; blend floating-point tensors alone, and take integers from one of them as they are"
                 )
+            if buffer.numel() == 1 and math.prod(shape) != 1:  # which is read as a number
+                raise ValueError(f"{prefix}{name}: must be one integer, got {shape}; load a checkpoint not damaged")
         unmarked = []
         for name in self._code_banks():
             flag = state_dict.get(f"{prefix}code_tables.banks.{name}.is_set")

@@ -42,13 +42,15 @@ class StateFormat:
         Where an earlier version said less of a table, what it left out is put into `state_dict`.
         """
         found = state_dict.get(prefix + "format_version")
-        if found is not None and int(found) != FORMAT_VERSION:
+        if found is not None and not found.is_meta and int(found) != FORMAT_VERSION:
             raise ValueError(
                 f"{prefix}format_version: must be {FORMAT_VERSION}, got {int(found)}; "
                 "convert the checkpoint, or load it with the release that wrote it"
             )
         layout = state_dict.get(prefix + "layout")
-        if layout is not None:
+        if layout is not None and not layout.is_meta:
+            if layout.shape[1:] != (len(LAYOUT),):
+                raise ValueError(f"{prefix}layout: must be of {len(LAYOUT)} columns, got {tuple(layout.shape)}")
             unsaid = self._check_layout(layout.tolist(), prefix)
             if unsaid:
                 logger.warning(
