@@ -15,6 +15,7 @@ from torchrec import (
     EmbeddingCollection,
     EmbeddingConfig,
     KeyedJaggedTensor,
+    KeyedTensor,
     PoolingType,
 )
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -112,6 +113,27 @@ def test_every_look_up_is_a_term(lengths, form, loss):
         expected = sum(sums[name] for sums, _ in wanted) / total
         assert (found[name].lookups, found[name].examples) == (total, sum(part.stride() for part in parts))
         torch.testing.assert_close(found[name].matrix, expected, rtol=1e-4, atol=1e-7)
+
+
+class WeightedMeans(EmbeddingBagCollection):
+    """As FBGEMM pools them, sharded; torch refuses to."""
+
+    def forward(self, features):
+        bags, rows = features["a"], self.embedding_bags["one"].weight[features["a"].values()]
+        sums = torch.segment_reduce(rows * bags.weights().unsqueeze(1), "sum", lengths=bags.lengths(), axis=0)
+        return KeyedTensor(["a"], [D], sums / bags.lengths().clamp(min=1).unsqueeze(1))
+
+
+def test_a_weighted_mean_is_divided_by_its_ids():
+    table = EmbeddingBagConfig(
+        name="one", num_embeddings=N, embedding_dim=D, feature_names=["a"], pooling=PoolingType.MEAN
+    )
+    model, weights = WeightedMeans([table], is_weighted=True), torch.tensor([3.0, 1.0, 2.0])
+    batch = KeyedJaggedTensor.from_lengths_sync(["a"], torch.tensor([1, 2, 5]), torch.tensor([2, 0, 1]), weights)
+    found = measure_curvature(model, [batch], lambda model, batch: model(batch)["a"].sum(dim=1), "mse")["one"]
+    shares = torch.tensor([(3 / 2) ** 2, (1 / 2) ** 2, 2.0**2])  # of H = 2
+    torch.testing.assert_close(found.matrix, torch.full((D, D), 2 * float(shares.mean()), dtype=torch.float64))
+    found.check_rows(lambda ids: model.embedding_bags["one"].weight.detach()[ids])
 
 
 def test_unpooled_rows_are_look_ups_of_their_own():

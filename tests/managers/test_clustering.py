@@ -141,6 +141,18 @@ def test_a_sample_stands_for_all_ids():
     assert bool((ones == 1).all())
 
 
+def test_centroids_are_those_of_the_sample_as_it_was_drawn(monkeypatch):
+    """An id that was drawn three times weighs three times as much, as where it stands there three times."""
+    ids, times = torch.arange(0, N, 5), 1.0 + torch.arange(N // 5) % 3
+    monkeypatch.setattr(Clustering, "_sample", lambda *_: (ids, times))
+    table = owned()
+    vectors, seed = served(table, table.codes, table.buffers["draw"])[ids], _seed(table.buffers["draw"], _KMEANS)
+    expected = learn_product(vectors, M, K, weights=times, seed=seed)[1]
+    assert not torch.equal(expected, learn_product(vectors, M, K, seed=seed)[1])
+    MANAGER.change(table)
+    assert torch.equal(table.parameters["codebooks"][: M * K], expected)
+
+
 def test_weighted_residuals():
     sums = ResidualSums(1, 3, 2)
     sums.add(torch.tensor([[1.0, 0.0], [4.0, 2.0]]), torch.tensor([[1], [1]]), torch.tensor([2.0, 1.0]))

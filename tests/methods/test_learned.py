@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.cases import CONFIGS, IDS, NUM_ROWS, contexts, counts, rows, table
+from tests.cases import CONFIGS, DIM, IDS, NUM_ROWS, contexts, counts, rows, table
 from torchrec_compress.fit import residual
 from torchrec_compress.fit.kmeans import sample_points
 from torchrec_compress.fit.mec import MECFit
 from torchrec_compress.fit.popularity import popularity_weights
+from torchrec_compress.managers import drawn_codes
 from torchrec_compress.methods import (
+    CceConfig,
     HashConfig,
     Int8Config,
     MECConfig,
@@ -254,3 +256,28 @@ def test_a_sample_that_is_read_weighs_what_it_stands_for():
     assert float(found.weights.sum()) == pytest.approx(float(weights.sum()), rel=0.1)
     everything = with_sample(TableData(None), weights, NUM_ROWS, read)
     assert everything.ids is None and everything.weights is None and torch.equal(everything.rows, rows())
+
+
+def test_what_pointers_leave_is_a_mean_as_look_ups_weigh_it():
+    config = CceConfig(num_codes=2, codebook_size=16)
+    state = config.fit(table(), TableData(rows(), counts()))
+    assert state.codes is not None
+    books, width = state.decoder["codebooks"], DIM // 2
+    hashes = drawn_codes(torch.arange(NUM_ROWS), state.decoder["draw"], 2, 16)
+    weights = popularity_weights(counts(), "count", NUM_ROWS).double()[:, None]
+    for m in range(2):
+        pointed = books[16 * m : 16 * (m + 1)][state.codes[:, m].long()]
+        left = (rows()[:, m * width : (m + 1) * width] - pointed).double()
+        for bucket in range(16):
+            mine = hashes[:, m] == bucket
+            expected = (left * weights)[mine].sum(0) / weights[mine].sum()
+            torch.testing.assert_close(books[32 + 16 * m + bucket], expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_a_sample_weigh_what_they_stand_for():
+    """Those of ids that weigh nothing, as hot ones, nothing; without weights, and of all rows, their own."""
+    data = TableData(rows()[[2, 5, 7]], ids=torch.tensor([2, 5, 7]), weights=torch.tensor([4.0, 4.0, 9.0]))
+    own = torch.arange(8.0).index_fill(0, torch.tensor([5]), 0.0)
+    assert data.row_weights(own).tolist() == [4.0, 0.0, 9.0]
+    assert replace(data, weights=None).row_weights(own).tolist() == [2.0, 0.0, 7.0]
+    assert TableData(rows()).row_weights(own) is own

@@ -184,9 +184,11 @@ class Taps:
 
 def _factors(table: BaseEmbeddingConfig, bags: JaggedTensor, is_weighted: bool) -> Tensor:
     """Return what each id's row is multiplied by in its bag, (L,) float64."""
-    if isinstance(table, EmbeddingBagConfig) and table.pooling == PoolingType.MEAN:
-        lengths = bags.lengths().long()
-        return torch.repeat_interleave(1 / lengths.clamp(min=1).double(), lengths)
     if is_weighted:
-        return bags.weights().detach().double()
-    return torch.ones(len(bags.values()), dtype=torch.float64, device=bags.values().device)
+        factors = bags.weights().detach().double()
+    else:
+        factors = torch.ones(len(bags.values()), dtype=torch.float64, device=bags.values().device)
+    if isinstance(table, EmbeddingBagConfig) and table.pooling == PoolingType.MEAN:
+        lengths = bags.lengths().long()  # a weighted mean is divided by them too, not by weights
+        factors = factors / torch.repeat_interleave(lengths.clamp(min=1), lengths)
+    return factors
