@@ -59,6 +59,7 @@ def test_the_fewest_bytes_within_the_tolerance_win():
     assert least_bytes({0: 0.5, 1: 0.4, 2: 0.3996}, sizes, 0.0005) == 1
     assert least_bytes({0: 0.5, 1: 0.4, 2: 0.39}, sizes, 0.0005) == 2
     assert least_bytes({0: 0.5, 1: 0.4, 2: 0.39}, sizes, 1.0) == 0
+    assert least_bytes({0: 0.4, 1: 0.5}, {0: 10, 1: 5}, 0.0) == 0  # no tolerance at all
 
 
 def test_narrow_candidates_have_row_wise_state_and_whole_ones_element_wise():
