@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
+from torchrec_compress.fit.codes import decode
 from torchrec_compress.fit.metric import Metric
 from torchrec_compress.fit.popularity import PopularityKind, popularity_weights
 from torchrec_compress.methods.base import (
@@ -23,7 +25,7 @@ from torchrec_compress.methods.base import (
 )
 from torchrec_compress.methods.codebook_decoder import CodebookDecoder
 from torchrec_compress.methods.learned import Learned
-from torchrec_compress.methods.learned_codes import LearnedCodes, Sample
+from torchrec_compress.methods.learned_codes import LearnedCodes, Sample, Seen
 from torchrec_compress.methods.low_bit_rows import check_low_bit_width, quantize_table_rows, warn_of_rough_rows
 from torchrec_compress.methods.storage import CodePart, Parts
 from torchrec_compress.methods.width import LANES, Directions, check_width, learn_directions, narrowed
@@ -36,7 +38,6 @@ from torchrec_compress.ops import (
     num_escape_codes,
     pack_codes,
     packed_width,
-    quantize_rows,
     quantized_row_bytes,
     stable_salt,
 )
@@ -152,23 +153,42 @@ class CodebookConfig(MethodConfig):
         place = level - (NUM_LEVELS - len(CODE_LENGTHS))
         return replace(self, num_codes=CODE_LENGTHS[place]) if place >= 0 else None
 
-    def scaled(self, share: float) -> CodebookConfig:
-        """Return the same with a hot head that is as large a share of a sample as of the table."""
-        return replace(self, num_hot_rows=round(self.num_hot_rows * share))
+    def serve_lengths(
+        self, table: BaseEmbeddingConfig, data: TableData, lengths: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield rows as codes of several lengths serve them, hot ones too, from as few and short fits as will do.
 
-    def with_finer_head(self) -> CodebookConfig | None:
-        """Return the same with hot rows in int8: the tail is fitted without the head."""
-        return replace(self, hot_dtype="int8") if self.num_hot_rows else None
+        An estimate, for comparisons before a fit; here each length has a fit of its own, without the last pass over
+        all rows.
 
-    def serve_finer_head(self, served: Tensor, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
-        """Return the rows, (N, D) float32, with int8 hot rows in their places."""
-        hot = self.hot_ids(table, data)
-        rows = data.trained_rows(table)[hot]
-        if self.width is None:
-            return served.index_copy(0, hot, dequantize_rows(quantize_rows(rows, "int8"), "int8"))
-        directions = learn_directions(table, data, self.width)
-        finer = dequantize_rows(quantize_rows(directions.narrow(rows), "int8"), "int8")
-        return served.index_copy(0, hot, finer @ directions.projection)
+        Args:
+            table: the user's config.
+            data: with rows, all of them or a sample.
+            lengths: numbers of codes, ascending.
+
+        Yields:
+            Length and rows, (N, D) float32, or (S, D) of a sample.
+        """
+        for length in lengths:
+            config = replace(self, num_codes=length)
+            seen = config._see(table, data)
+            encoder, books, refit = config.learn_codes(config.coded(table), data, seen.sample)
+            codes = encoder(seen.sample.ids, seen.sample.rows)
+            if refit is not None:
+                refit.add(codes, seen.sample.rows, seen.sample.weights)
+                books = refit.codebooks()
+            yield length, seen.restore(decode(codes, books, self.structure))
+
+    def serve_hot(self, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
+        """Return rows as they would all be served if they were hot, (N, D) float32, or (S, D) of a sample."""
+        rows, directions = data.trained_rows(table), None
+        if self.width is not None:
+            directions = learn_directions(table, data, self.width)
+            rows = directions.narrow(rows)
+        if self.hot_dtype != "fp32":
+            stored, _ = quantize_table_rows(table, rows, self.hot_dtype, data.row_ids(table))
+            rows = dequantize_rows(stored, self.hot_dtype)
+        return rows if directions is None else rows @ directions.projection
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the code table; it starts from hashed codes."""
@@ -209,20 +229,25 @@ class CodebookConfig(MethodConfig):
         """Learn codes and codebooks for the tail and set the hot head apart."""
         self.check_fit(table, data)
         hot, weights = self.hot_ids(table, data), self.learning_weights(table, data)
-        coded, sample, directions = self.coded(table), None, None
-        if data.rows is not None or self.needs_rows:
-            rows = data.trained_rows(table)
-            if self.width is not None:
-                directions = learn_directions(table, data, self.width)
-                rows = directions.narrow(rows)
-            sample = Sample(data.row_ids(table), rows, data.row_weights(weights))
-        metric = None
-        if sample is not None and self.uses_curvature and data.curvature is not None:
+        seen = self._see(table, data) if data.rows is not None or self.needs_rows else None
+        if seen is None:
+            learned = self.learn_codes(self.coded(table), data, None)
+            return CodedTable(self, table, learned, weights, hot, False, None)
+        learned = self.learn_codes(self.coded(table), data, seen.sample)
+        return CodedTable(self, table, learned, weights, hot, True, seen.directions, seen.metric)
+
+    def _see(self, table: BaseEmbeddingConfig, data: TableData) -> Seen:
+        """Return the rows as the learning of codes sees them: narrowed where there is a width, whitened in a metric."""
+        rows, directions, metric = data.trained_rows(table), None, None
+        if self.width is not None:
+            directions = learn_directions(table, data, self.width)
+            rows = directions.narrow(rows)
+        if self.uses_curvature and data.curvature is not None:
             felt = data.curvature if directions is None else directions.curvature(data.curvature)
             metric = Metric.of(felt, 1 if self.sums_codewords else self.num_codes)
-            sample = sample._replace(rows=metric.whiten(sample.rows))
-        learned = self.learn_codes(coded, data, sample)
-        return CodedTable(self, table, learned, weights, hot, sample is not None, directions, metric)
+            rows = metric.whiten(rows)
+        weights = data.row_weights(self.learning_weights(table, data))
+        return Seen(Sample(data.row_ids(table), rows, weights), directions, metric)
 
     def learning_weights(self, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
         """Return what each id weighs, (N,) float32: hot ones, of which no codeword is learned, nothing."""
