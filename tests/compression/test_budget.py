@@ -1,16 +1,15 @@
 """A byte budget is kept, and bytes follow look-ups."""
 
-from dataclasses import replace
+import logging
 
 import pytest
 import torch
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
-from torchrec_compress import compress, decompress
-from torchrec_compress.compression import budget, for_budget
-from torchrec_compress.compression.budget import measure_candidates
+from torchrec_compress import compress, predicted_rise
+from torchrec_compress.compression import for_budget, measure_frontier
+from torchrec_compress.fit.curvature import Curvature, Witnesses
 from torchrec_compress.fit.mec import MECFit
-from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods import MECConfig, PQConfig, QuantileCodesConfig
 
 FEW = PQConfig(num_codes=1, codebook_size=32, popularity="count")  # codewords, which are quick to fit
@@ -31,7 +30,7 @@ def test_the_compressed_collection_fits_the_budget() -> None:
     most = 12_000
     chosen = for_budget(dense, counts, most, num_codes=(1, 2), codes=FEW)
     footprint = compress(dense, chosen, counts=counts).footprint()
-    assert footprint.total_bytes <= most
+    assert footprint.total_bytes == chosen.num_bytes <= most
     assert footprint.total_bytes > 0.7 * most, "most of the budget should be used"
     assert chosen["day"].method == "dense"
 
@@ -42,47 +41,6 @@ def test_bytes_follow_look_ups() -> None:
     chosen = for_budget(rows, counts, 20_000, num_codes=(1, 2), codes=FEW)
     table = EmbeddingBagConfig(name="t", num_embeddings=700, embedding_dim=16, feature_names=["t"])
     assert chosen["hot"].stored_bytes(table) > 1.5 * chosen["cold"].stored_bytes(table)
-
-
-def test_a_measured_error_is_that_of_the_served_rows() -> None:
-    rows = torch.randn(600, 16, generator=torch.Generator().manual_seed(2))
-    counts = torch.arange(600) + 1
-    dense = EmbeddingBagCollection(
-        [EmbeddingBagConfig(name="t", num_embeddings=600, embedding_dim=16, feature_names=["t"])]
-    )
-    with torch.no_grad():
-        dense.embedding_bags["t"].weight.copy_(rows)  # type: ignore[operator]
-    candidates = measure_candidates("t", rows, counts, PQConfig(num_codes=1, codebook_size=16), (1, 2), seed=0)
-    assert {c.option.method for c in candidates} == {"dense", "int8", "int4", "pq"}
-    for candidate in candidates:
-        served = compress(dense, candidate.option, counts={"t": counts}).table_rows("t", torch.arange(600)).detach()
-        error = float(((rows - served).square().sum(1) * counts).sum())
-        assert candidate.error == pytest.approx(error, rel=1e-4, abs=1e-3)
-
-
-def test_a_sample_of_a_large_table_stands_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(3)
-    rows, counts = torch.randn(4000, 8, generator=generator), 1 + 8000 // torch.arange(1, 4001)
-    order = torch.randperm(4000, generator=generator)
-
-    def measure(seed: int) -> dict:
-        found = measure_candidates("t", rows[order], counts[order], FEW, (2,), seed)
-        return {c.option: (c.num_bytes, c.error) for c in found}
-
-    whole = measure(0)
-    monkeypatch.setattr(budget, "_MAX_MEASURED_ROWS", 2000)
-    sampled, other = measure(0), measure(1)
-    assert sampled.keys() == whole.keys() and len(whole) > 12
-    assert sampled != other
-    for option, (num_bytes, error) in sampled.items():
-        assert (
-            num_bytes
-            == whole[option][0]
-            == option.stored_bytes(
-                EmbeddingBagConfig(name="t", num_embeddings=4000, embedding_dim=8, feature_names=["t"])
-            )
-        )
-        assert error == pytest.approx(whole[option][1], rel=0.3), option
 
 
 def test_bad_input_says_what_to_do() -> None:
@@ -109,18 +67,103 @@ def test_codes_that_need_contexts_are_refused() -> None:
         for_budget(*given, 2500, codes=QuantileCodesConfig(num_codes=1, codebook_size=16))
 
 
-def test_heads_are_tried_in_int4_and_in_int8():
-    """The int8 one reuses the fit of the int4 one; its error must be what a fit of its own would have."""
-    dense, counts = trained({"t": 2000}), 4000 // torch.arange(1, 2001)
-    rows = dense.embedding_bags["t"].weight.detach()
-    base = PQConfig(num_codes=1, codebook_size=16, popularity="count")
-    found = {c.option: c for c in measure_candidates("t", rows, counts, base, [2], seed=0)}
-    heads = [option for option in found if isinstance(option, PQConfig) and option.num_hot_rows]
-    heads = [option for option in heads if option.hot_dtype == "int8" and option.structure == "product"]
-    assert len(heads) >= 3
-    for option in heads:
-        served = decompress(compress(dense, option, counts={"t": counts})).embedding_bags["t"].weight.detach()
-        gaps = (served - rows).square().sum(1).double() * popularity_weights(counts, "count", 2000).double()
-        assert found[option].error == pytest.approx(float(gaps.sum()), rel=1e-6)
-        twin = found[replace(option, hot_dtype="int4")]
-        assert found[option].error < twin.error and found[option].num_bytes > twin.num_bytes
+def curvature_of(name: str, rows: torch.Tensor, scale: float = 1.0, **changes) -> Curvature:
+    """Return a curvature that feels two directions of a table, looked up once an example."""
+    width = rows.shape[1]
+    felt = torch.randn(width, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(width))
+    ids = torch.full((1, 8), -1)
+    ids[0, 0], factors = 1, torch.zeros(1, 8, dtype=torch.float64)
+    factors[0, 0] = 1
+    values = {
+        "table": name,
+        "num_embeddings": len(rows),
+        "matrix": scale * felt @ felt.T,
+        "examples": 1000,
+        "lookups": 1000,
+        "moved": 0.0,
+        "witnesses": Witnesses(ids, factors, rows[1:2].double()),
+    }
+    return Curvature(**{**values, **changes})
+
+
+def felt_tables() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Curvature]]:
+    """Return two tables of one size and popularity, of which the model feels one a hundred times as much."""
+    generator = torch.Generator().manual_seed(4)
+    rows = {name: torch.randn(600, 16, generator=generator) for name in ("felt", "idle")}
+    counts = {name: 1 + 3000 // torch.arange(1, 601) for name in rows}
+    return rows, counts, {name: curvature_of(name, rows[name], 1.0 if name == "felt" else 0.01) for name in rows}
+
+
+def test_with_a_curvature_bytes_lower_the_predicted_rise() -> None:
+    rows, counts, curvature = felt_tables()
+    dense = trained({name: 600 for name in rows})
+    with torch.no_grad():
+        for name, mine in rows.items():
+            dense.embedding_bags[name].weight.copy_(mine)  # type: ignore[operator]
+    rises, budget = [], 12_000
+    for known in (curvature, None):
+        chosen = for_budget(rows, counts, budget, curvature=known, num_codes=(1, 2, 4), codes=FEW)
+        made = compress(dense, chosen, counts=counts, curvature=curvature)
+        assert made.footprint().total_bytes == chosen.num_bytes <= budget
+        found = {name: made.table_rows(name, torch.arange(600)).detach() for name in rows}
+        rises.append(sum(predicted_rise(rows[name], found[name], counts[name], curvature[name]) for name in rows))
+        if known is not None:
+            assert chosen.unit == "loss" and rises[0] < chosen.error < 1.5 * rises[0]
+            assert chosen.shares["felt"].num_bytes > 1.5 * chosen.shares["idle"].num_bytes
+        else:
+            assert chosen.unit == "squared error"
+    assert rises[0] < 0.7 * rises[1]
+
+
+def test_errors_of_exact_methods_are_predicted_rises() -> None:
+    """int8 and int4 rows are not estimated: all rows are measured as they would be served."""
+    rows, counts, curvature = felt_tables()
+    counts["felt"][3] = 0  # an id without look-ups costs nothing
+    given = {"felt": rows["felt"]}, {"felt": counts["felt"]}
+    frontier = measure_frontier(*given, curvature={"felt": curvature["felt"]}, num_codes=(1,), codes=FEW)
+    dense = trained({"felt": 600})
+    with torch.no_grad():
+        dense.embedding_bags["felt"].weight.copy_(rows["felt"])  # type: ignore[operator]
+    plain = [each for each in frontier.candidates["felt"] if each.option.method in ("int8", "int4")]
+    assert len(plain) == 2
+    for each in plain:
+        served = compress(dense, each.option).table_rows("felt", torch.arange(600)).detach()
+        rise = predicted_rise(rows["felt"], served, counts["felt"], curvature["felt"])
+        assert each.error == pytest.approx(rise, rel=1e-6)
+
+
+def test_a_table_that_is_never_looked_up_costs_nothing_and_gets_little(caplog) -> None:
+    rows, counts, curvature = felt_tables()
+    counts["idle"] = torch.zeros(600)
+    with caplog.at_level(logging.INFO):
+        found = for_budget(rows, counts, 30_000, curvature={"felt": curvature["felt"]}, num_codes=(1, 2), codes=FEW)
+    assert found.shares["idle"].error == 0 and found["idle"].num_codes == 1
+    assert "table 'idle': never looked up" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows, found: found.pop("idle"), "table 'idle': must have a curvature .* got none; measure more"),
+        (
+            lambda rows, found: found.update(idle=curvature_of("idle", rows["idle"], lookups=0)),
+            "table 'idle': must have a curvature .* got one of no look-ups",
+        ),
+        (lambda rows, found: found.update(other=found["idle"]), r"curvature must name tables .* got \['other'\]"),
+        (lambda rows, found: found.update(idle=found["felt"]), "table 'idle': curvature must be its own"),
+        (lambda rows, found: rows["idle"].add_(1), "table 'idle': curvature must be of the model"),
+    ],
+)
+def test_a_curvature_that_tells_nothing_of_a_table_is_refused(change, message) -> None:
+    rows, counts, curvature = felt_tables()
+    change(rows, curvature)
+    with pytest.raises(ValueError, match=message):
+        for_budget(rows, counts, 30_000, curvature=curvature, num_codes=(1,), codes=FEW)
+
+
+def test_a_curvature_of_too_few_examples_still_predicts_but_is_no_metric(caplog) -> None:
+    rows, counts, curvature = felt_tables()
+    curvature["idle"] = curvature_of("idle", rows["idle"], examples=9, lookups=9)
+    found = for_budget(rows, counts, 30_000, curvature=curvature, num_codes=(1,), codes=FEW)
+    assert found.unit == "loss"
+    assert "table 'idle': fitted to squared error, not to the loss: 9 examples" in caplog.text

@@ -9,7 +9,7 @@ from torchrec_compress.fit.kmeans import kmeans
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.fit.product import fit_product
 from torchrec_compress.fit.refit import RefitSums, refit_codebooks
-from torchrec_compress.fit.residual import fit_residual, greedy_codes, recode
+from torchrec_compress.fit.residual import fit_prefixes, fit_residual, greedy_codes, recode
 
 
 def table(num_rows: int = 3000, width: int = 16, seed: int = 0) -> torch.Tensor:
@@ -236,3 +236,12 @@ class TestBothFits:
         fitted = fit(rows, 1, 4, max_points_per_centroid=1)
         assert fitted.codes.shape == (70000, 1)
         assert fitted.error(rows) <= 1.02 * fit(rows, 1, 4, max_points_per_centroid=10**6).error(rows)
+
+
+def test_prefixes_of_one_fit_are_near_fits_of_their_own() -> None:
+    rows, weights = table(), zipf(3000)
+    for fitted in fit_prefixes(rows, [1, 2, 4], 64, first_size=60, weights=weights):
+        own = fit_residual(rows, fitted.num_codes, 64, first_size=60, weights=weights)
+        assert fitted.codes.shape == own.codes.shape and fitted.codebooks.shape == own.codebooks.shape
+        assert int(fitted.codes[:, 0].max()) < 60
+        assert 0.95 < fitted.error(rows, weights) / own.error(rows, weights) < 1.1

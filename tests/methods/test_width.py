@@ -78,14 +78,13 @@ def test_a_loss_that_feels_nothing_of_the_width_is_squared_error(caplog):
     )
 
 
-@pytest.mark.parametrize("structure", ["product", "residual"])
-def test_a_finer_head_is_that_of_its_own_fit(structure):
+@pytest.mark.parametrize("hot_dtype", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("width", [8, None])
+def test_rows_served_as_hot_are_those_of_a_fit(hot_dtype, width):
     data = TableData(rows(), counts())
-    coarse = replace(PQ, structure=structure, width=8, num_hot_rows=40, hot_dtype="int4")
-    fine = coarse.with_finer_head()
-    assert fine is not None
-    found = coarse.serve_finer_head(served(fit(coarse)), table(), data)
-    torch.testing.assert_close(found, served(fit(fine)), rtol=1e-5, atol=1e-5)
+    config = replace(PQ, width=width, num_hot_rows=40, hot_dtype=hot_dtype)
+    hot = config.hot_ids(table(), data)
+    torch.testing.assert_close(config.serve_hot(table(), data)[hot], served(fit(config))[hot], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("structure", ["product", "residual"])

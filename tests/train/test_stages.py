@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchrec_compress.train import asked, check, choosing, sealed, stages
+from torchrec_compress.train import asked, check, choosing, fitting, sealed, stages
 from torchrec_compress.train.check import check_variants
 from torchrec_compress.train.compare.report import collect, write_report
 from torchrec_compress.train.compare.runs import compare
@@ -138,6 +138,33 @@ def test_a_byte_budget_is_kept_and_chosen_once(config, tmp_path):
     stamp = (tmp_path / "a" / "compression.json").stat().st_mtime_ns
     _run(config, tmp_path, "a", **changes)
     assert (tmp_path / "a" / "compression.json").stat().st_mtime_ns == stamp
+
+
+def test_budgets_of_one_full_model_share_a_measurement(config, tmp_path, monkeypatch):
+    codes = {"method": "pq", "num_codes": 1, "codebook_size": 16}
+    _run(config, tmp_path, "a", compression={"budget_ratio": 3.0, "num_codes": [1, 2], "codes": codes})
+    (kept,) = tmp_path.glob("**/frontiers/*/frontier.json")
+    plain, measure = json.loads(kept.read_text()), fitting.measure_frontier
+    assert plain["unit"] == "squared error" and len(plain["tables"]) > 1
+    monkeypatch.setattr(fitting, "measure_frontier", None)
+    more = _run(config, tmp_path, "b", compression={"budget_ratio": 2.0, "num_codes": [1, 2], "codes": codes})
+    assert 2.0 <= more["footprint"]["ratio"] < 3.0
+    calls = []
+    monkeypatch.setattr(
+        fitting, "measure_frontier", lambda *given, **named: (calls.append(1), measure(*given, **named))[1]
+    )
+    _run(config, tmp_path, "c", compression={"budget_ratio": 3.0, "num_codes": [1], "codes": codes})
+    assert calls == [1]
+    for change, message in (
+        (lambda found: found["identity"].update(checkpoint="other"), "checkpoint must be 'other'"),
+        (lambda found: found.update(unit="AUC"), "must have tables and a unit .*; delete"),
+        (lambda found: found["tables"].popitem(), "must be of tables"),
+    ):
+        changed = json.loads(json.dumps(plain))
+        change(changed)
+        write_json(kept, changed)
+        with pytest.raises(ValueError, match=message):
+            _run(config, tmp_path, "d", compression={"budget_ratio": 4.0, "num_codes": [1, 2], "codes": codes})
 
 
 def test_a_budget_is_read_once(config, tmp_path, monkeypatch):

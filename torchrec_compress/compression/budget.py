@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,59 +13,55 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from tqdm import tqdm
 
-from torchrec_compress.compression.candidates import candidates_of, with_finer_heads
-from torchrec_compress.compression.knapsack import Candidate, allocate
+from torchrec_compress.compression.candidates import candidates_of
+from torchrec_compress.compression.frontier import Choice, Frontier, check_budget
+from torchrec_compress.compression.knapsack import Candidate, undominated
+from torchrec_compress.compression.measuring import measure_candidates, sample_of
 from torchrec_compress.fit.checks import check_counts, check_seed
-from torchrec_compress.fit.popularity import popularity_weights
+from torchrec_compress.fit.curvature import Curvature, check_own
 from torchrec_compress.methods import (
     CodebookConfig,
     DenseConfig,
     MethodConfig,
     PQConfig,
-    TableData,
     as_codebook,
 )
 from torchrec_compress.methods.learned import check_trained_rows
 from torchrec_compress.names import kind_of
 
+logger = logging.getLogger(__name__)
+
 _USUAL = PQConfig(num_codes=1, popularity="count")
-# A larger table is measured on a sample of so many rows: enough to fit 256 codewords as well as all rows would.
-_MAX_MEASURED_ROWS = 65536
+LENGTHS = (1, 2, 3, 4, 6, 8, 16)  # of codes that are tried
 
 
 def for_budget(
     tables: EmbeddingBagCollection | EmbeddingCollection | Mapping[str, Tensor],
     counts: Mapping[str, Tensor],
-    budget_bytes: int,
+    budget_bytes: float,
     *,
-    num_codes: Sequence[int] = (1, 2, 4, 8, 16),
+    curvature: Mapping[str, Curvature] | None = None,
+    num_codes: Sequence[int] = LENGTHS,
     codes: CodebookConfig | None = None,
     seed: int = 0,
     progress: bool = False,
-) -> dict[str, MethodConfig]:
+) -> Choice:
     """Choose a method for every table so that all of them together fit a budget with the least error.
 
-    The error of a choice is what look-ups meet: the squared error of every row times its count in training, summed over
-    all tables. Each table is tried dense, int8, int4, and as product and residual codes of several lengths with hot
-    heads of several sizes in int4 and int8. Every candidate is fitted and measured (on 65,536 rows of a larger table),
-    so this takes a few minutes for a few large tables.
+    With a curvature the error is the predicted rise of the loss, one unit for all tables, and codes are fitted in that
+    metric; without one, the squared error of every row times its count in training, summed over all tables. For
+    several budgets, `measure_frontier` once and `choose` from it.
 
     Args:
-        tables: a trained collection, or its rows, (N, D) float32 by table name.
-        counts: look-ups per id in training, (N,) by table name, for every table.
+        tables, counts, curvature, num_codes, codes, seed, progress: as for `measure_frontier`.
         budget_bytes: for all tables, everything counted (codes, codebooks, hot rows, dense tables).
-        num_codes: code lengths to try.
-        codes: the product-code method that candidates are made of, default `PQConfig(popularity="count")`; its
-            num_codes and tiers are replaced.
-        seed: of the fits.
-        progress: whether to show a progress bar.
 
     Returns:
-        The method by table name, to be passed to `compress`.
+        The method by table name, to be passed to `compress`; printed, what each table has of the budget.
 
     Raises:
-        ValueError: counts lack a table or are not finite, rows are not finite, or the budget is no number of bytes, or
-            below the smallest choice (which is named).
+        ValueError: as `measure_frontier`; the budget is no number of bytes, or below the smallest choice (which is
+            named).
 
     Example:
         >>> rows = {"user": torch.randn(4000, 16), "day": torch.randn(7, 16)}
@@ -74,16 +69,101 @@ def for_budget(
         >>> {name: method.method for name, method in for_budget(rows, counts, 30_000, num_codes=(2,)).items()}
         {'user': 'pq', 'day': 'dense'}
     """
-    tables = _rows_of(tables)
-    _check_arguments(tables, counts, budget_bytes, num_codes, codes, seed)
-    base = codes or _USUAL
-    candidates: dict[str, list[Candidate[MethodConfig]]] = {}
-    bar = tqdm(tables.items(), desc="measuring candidates", unit="table", disable=not progress, leave=False)
+    check_budget("for_budget", budget_bytes)
+    options = {"num_codes": num_codes, "codes": codes, "seed": seed, "progress": progress}
+    return measure_frontier(tables, counts, curvature=curvature, **options).choose(budget_bytes)
+
+
+def measure_frontier(
+    tables: EmbeddingBagCollection | EmbeddingCollection | Mapping[str, Tensor],
+    counts: Mapping[str, Tensor],
+    *,
+    curvature: Mapping[str, Curvature] | None = None,
+    num_codes: Sequence[int] = LENGTHS,
+    codes: CodebookConfig | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Frontier:
+    """Measure what every table costs at every size.
+
+    Each table is tried dense, int8, int4, and as product and residual codes of several lengths, with hot heads of
+    several sizes in int4 and int8, unless a code is no smaller than int8 rows. Errors are estimates: of short fits on
+    16,384 rows, drawn by look-ups, of a larger table, and one or two fits for all heads (benchmarks/budget.md).
+
+    Args:
+        tables: a trained collection, or its rows, (N, D) float32 by table name.
+        counts: look-ups per id in training, (N,) by table name, for every table.
+        curvature: what `measure_curvature` found of that model, of every table that was looked up. None: squared error.
+        num_codes: code lengths to try; of residual codes 2 to 8, of product codes those that divide the width.
+        codes: the method of codes that is tried beside residual ones, default `PQConfig(popularity="count")`; its
+            num_codes and tiers are replaced.
+        seed: of the fits.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: counts lack a table or are not finite, rows are not finite; a table with look-ups has no curvature,
+            or that of another table or model.
+
+    Example:
+        >>> rows, counts = {"user": torch.randn(4000, 16)}, {"user": torch.arange(4000)}
+        >>> frontier = measure_frontier(rows, counts, num_codes=(1, 2))
+        >>> frontier.choose(30_000).error > frontier.choose(60_000).error
+        True
+    """
+    rows = _rows_of(tables)
+    _check_arguments(rows, counts, num_codes, codes, seed)
+    known = {} if curvature is None else _check_curvature(rows, counts, curvature)
+    base, found = codes or _USUAL, {}
+    bar = tqdm(rows.items(), desc="measuring candidates", unit="table", disable=not progress, leave=False)
     with bar, torch.inference_mode(False):  # some methods train in their fits
-        for name, rows in bar:
+        for name, mine in bar:
             bar.set_postfix_str(name)
-            candidates[name] = measure_candidates(name, rows, counts[name].cpu(), base, num_codes, seed)
-    return {name: choice.option for name, choice in allocate(candidates, budget_bytes).choices.items()}
+            table, seen = _table(name, mine), counts[name].detach().cpu()
+            if curvature is not None and name not in known:
+                found[name] = _cost_nothing(table, base, num_codes)
+                continue
+            sample = sample_of(table, mine, seen, int(seed), known.get(name))
+            found[name] = undominated(name, measure_candidates(sample, base, num_codes))
+    sizes = {name: (mine.shape[0], mine.shape[1]) for name, mine in rows.items()}
+    return Frontier(sizes, found, "squared error" if curvature is None else "loss")
+
+
+def _cost_nothing(
+    table: EmbeddingBagConfig, base: CodebookConfig, num_codes: Sequence[int]
+) -> list[Candidate[MethodConfig]]:
+    """Return the smallest way to store a table that is never looked up, whose errors cost nothing."""
+    ways = [DenseConfig(), *candidates_of(table, base, num_codes)]
+    return undominated(table.name, [Candidate(method.stored_bytes(table), 0.0, method) for method in ways])
+
+
+def _check_curvature(
+    tables: Mapping[str, Tensor], counts: Mapping[str, Tensor], curvature: Any
+) -> dict[str, Curvature]:
+    """Return the curvature of every table that was looked up, or raise ValueError where there is none or another's."""
+    if not isinstance(curvature, Mapping):
+        raise ValueError(f"for_budget: curvature must be a mapping by table name, got {type(curvature).__name__}")
+    unknown = sorted(set(curvature) - set(tables), key=str)
+    if unknown:
+        raise ValueError(f"for_budget: curvature must name tables of {sorted(tables)}, got {unknown}")
+    found = {}
+    for name, rows in tables.items():
+        mine = curvature.get(name)
+        if mine is not None:
+            check_own(name, mine, *rows.shape)
+            mine.check_rows(lambda ids, rows=rows: rows[ids])
+        if not bool((counts[name] > 0).any()):
+            logger.info("table %r: never looked up, stored in as few bytes as it can be", name)
+        elif mine is None or not mine.lookups:
+            raise ValueError(
+                f"for_budget: table {name!r}: must have a curvature that tells what its errors cost, as it was looked "
+                f"up in training, got {'none' if mine is None else 'one of no look-ups'}; measure more batches, or "
+                "pass no curvature at all"
+            )
+        else:
+            if mine.too_little:
+                logger.warning("table %r: fitted to squared error, not to the loss: %s", name, mine.too_little)
+            found[name] = mine
+    return found
 
 
 def _rows_of(tables: Any) -> dict[str, Tensor]:
@@ -107,7 +187,6 @@ def _rows_of(tables: Any) -> dict[str, Tensor]:
 def _check_arguments(
     tables: Mapping[str, Tensor],
     counts: Any,
-    budget_bytes: Any,
     num_codes: Sequence[int],
     codes: CodebookConfig | None,
     seed: int,
@@ -122,8 +201,6 @@ def _check_arguments(
         )
     for name, rows in tables.items():
         check_counts(f"for_budget: table {name!r}", counts[name], rows.shape[0])
-    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, Real) or not 0 < float(budget_bytes) < math.inf:
-        raise ValueError(f"for_budget: budget_bytes must be a number of bytes above 0, got {budget_bytes!r}")
     if len(num_codes) == 0 or any(isinstance(m, bool) or not isinstance(m, Integral) or m < 1 for m in num_codes):
         raise ValueError(f"for_budget: num_codes must be code lengths of at least 1, got {num_codes!r}")
     if codes is not None and as_codebook(codes) is None:
@@ -131,38 +208,6 @@ def _check_arguments(
     if codes is not None and codes.needs == "contexts":
         raise ValueError(f"for_budget: codes must be fitted to rows alone, got {codes.method!r}, which needs contexts")
     check_seed("for_budget", seed)
-
-
-def measure_candidates(
-    name: str, rows: Tensor, counts: Tensor, base: CodebookConfig, num_codes: Sequence[int], seed: int
-) -> list[Candidate[MethodConfig]]:
-    """Return bytes and error of every way to store one table; arguments as for `for_budget`.
-
-    Returns:
-        Candidates; their error is sum over rows of count times squared distance.
-    """
-    table = _table(name, rows)
-    rows, counts = _sample(rows, counts, seed)
-    sample, share = _table(name, rows), rows.shape[0] / table.num_embeddings
-    weights = popularity_weights(counts, "count", rows.shape[0]).double()
-    data = TableData(rows=rows, counts=counts, seed=seed)
-    dense = DenseConfig()
-    found: list[Candidate[MethodConfig]] = [Candidate(dense.stored_bytes(table), 0.0, dense)]
-    for config in candidates_of(table, base, num_codes):
-        measured = config.scaled(share)
-        try:
-            config.check(table)
-            measured.check(sample)
-        except ValueError:
-            continue  # this table cannot be stored this way
-        if config.stored_bytes(table) < found[0].num_bytes:
-            served = _served(measured, sample, data)
-            for choice in with_finer_heads(config):
-                if choice is not config:  # the tail is the same: it was fitted without the head
-                    served = measured.serve_finer_head(served, sample, data)
-                error = float(((rows - served).square().sum(1).double() * weights).sum())
-                found.append(Candidate(choice.stored_bytes(table), error / share, choice))
-    return found
 
 
 def smallest_bytes(tables: Sequence[EmbeddingBagConfig], codes: CodebookConfig | None, num_codes: Sequence[int]) -> int:
@@ -196,33 +241,11 @@ def maybe_dense(
 
 
 def _smallest(table: EmbeddingBagConfig, base: CodebookConfig, num_codes: Sequence[int]) -> int:
-    sizes = [DenseConfig().stored_bytes(table)]
-    for config in candidates_of(table, base, num_codes):
-        with suppress(ValueError):  # this table cannot be stored this way
-            config.check(table)
-            sizes.append(config.stored_bytes(table))
-    return min(sizes)
+    ways = (DenseConfig(), *candidates_of(table, base, num_codes))
+    return min(config.stored_bytes(table) for config in ways)
 
 
 def _table(name: str, rows: Tensor) -> EmbeddingBagConfig:
     return EmbeddingBagConfig(
         name=name, num_embeddings=rows.shape[0], embedding_dim=rows.shape[1], feature_names=[name]
     )
-
-
-def _sample(rows: Tensor, counts: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Return a fixed sample of rows and their counts, or all of them where they are few."""
-    if rows.shape[0] <= _MAX_MEASURED_ROWS:
-        return rows, counts
-    chosen = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))[:_MAX_MEASURED_ROWS]
-    return rows[chosen], counts[chosen]
-
-
-@torch.no_grad()
-def _served(config: MethodConfig, table: EmbeddingBagConfig, data: TableData) -> Tensor:
-    """Return the rows that a fitted table serves: (N, D) float32."""
-    state = config.fit(table, data)
-    decoder = config.decoder(table, None)
-    assert decoder is not None and state.codes is not None
-    decoder.load_state_dict(state.decoder)
-    return decoder(torch.arange(table.num_embeddings), None, None, state.codes, [])

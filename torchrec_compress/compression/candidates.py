@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
@@ -12,8 +14,8 @@ from torchrec_compress.methods import CodebookConfig, Int4Config, Int8Config, Me
 # a step that saves less than a twentieth is none
 _WORTH = 0.95
 # Hot heads that are tried, as shares of a table's rows, and the longest residual code: longer ones take minutes to fit.
-_HOT_SHARES = (0.01, 0.03, 0.07, 0.15, 0.25)
-_MAX_RESIDUAL_CODES = 4
+_HOT_SHARES = (0.003, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.25)
+_MAX_RESIDUAL_CODES = 8
 
 
 def step(table: BaseEmbeddingConfig, method: MethodConfig, level: int) -> MethodConfig | None:
@@ -35,29 +37,52 @@ def step(table: BaseEmbeddingConfig, method: MethodConfig, level: int) -> Method
         (['int8', 'int4', 'pq'], None)
     """
     found = method.smaller(level)
-    if found is None:
+    if found is None or not can_store(found, table):
         return None
-    try:
-        found.check(table)
-    except ValueError:
-        return None  # this table cannot be stored this way
     return found if found.stored_bytes(table) < _WORTH * method.stored_bytes(table) else None
 
 
 def candidates_of(table: BaseEmbeddingConfig, base: CodebookConfig, num_codes: Sequence[int]) -> Iterator[MethodConfig]:
-    """Yield everything that a budget may try for a table; arguments as for `for_budget`, unchecked."""
-    yield Int8Config()
-    yield Int4Config()
-    hot = sorted({0, *(round(table.num_embeddings * share) for share in _HOT_SHARES)})
+    """Yield everything that a budget may try for a table, beside dense rows; arguments as for `for_budget`, unchecked.
+
+    Each can store the table.
+    """
+    for config in (Int8Config(), Int4Config()):
+        if can_store(config, table):
+            yield config
+    for family, lengths in families_of(table, base, num_codes):
+        for length in lengths:
+            yield from heads_of(table, dataclasses.replace(family, num_codes=length))
+
+
+def families_of(
+    table: BaseEmbeddingConfig, base: CodebookConfig, num_codes: Sequence[int]
+) -> list[tuple[CodebookConfig, list[int]]]:
+    """Return the methods of codes that a budget may try for a table, without hot rows, and their lengths, ascending."""
     residual = PQConfig(num_codes=1, codebook_size=base.codebook_size, structure="residual", popularity="count")
-    for length in num_codes:
-        for num_hot in hot:
-            yield dataclasses.replace(base, num_codes=length, num_hot_rows=num_hot, hot_dtype="int4")
-            if 1 < length <= _MAX_RESIDUAL_CODES:
-                yield dataclasses.replace(residual, num_codes=length, num_hot_rows=num_hot, hot_dtype="int4")
+    plain = dataclasses.replace(base, num_codes=1, num_hot_rows=0)
+    found = []
+    for family, shortest, longest in ((plain, 1, math.inf), (residual, 2, _MAX_RESIDUAL_CODES)):
+        wanted = sorted({int(length) for length in num_codes if shortest <= length <= longest})
+        lengths = [m for m in wanted if can_store(dataclasses.replace(family, num_codes=m), table)]
+        if lengths and family not in [other for other, _ in found]:
+            found.append((family, lengths))
+    return found
 
 
-def with_finer_heads(config: MethodConfig) -> list[MethodConfig]:
-    """Return a config and, where it has a hot head in int4, the same with one in int8."""
-    finer = config.with_finer_head()
-    return [config] if finer is None else [config, finer]
+def heads_of(table: BaseEmbeddingConfig, config: CodebookConfig) -> Iterator[CodebookConfig]:
+    """Yield a method of codes without hot rows, and with heads of several sizes in int4 and int8 that it can have."""
+    yield config
+    for num_hot in sorted({round(table.num_embeddings * share) for share in _HOT_SHARES} - {0}):
+        for dtype in ("int4", "int8"):
+            found = dataclasses.replace(config, num_hot_rows=num_hot, hot_dtype=dtype)
+            if can_store(found, table):
+                yield found
+
+
+def can_store(config: MethodConfig, table: BaseEmbeddingConfig) -> bool:
+    """Return whether a method can store a table."""
+    with suppress(ValueError):
+        config.check(table)
+        return True
+    return False

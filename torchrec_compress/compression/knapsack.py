@@ -49,7 +49,7 @@ class Allocation(Generic[Option]):
 
 
 def allocate(
-    candidates: Mapping[str, Sequence[Candidate[Option]]], budget_bytes: int, *, max_states: int = MAX_STATES
+    candidates: Mapping[str, Sequence[Candidate[Option]]], budget_bytes: float, *, max_states: int = MAX_STATES
 ) -> Allocation[Option]:
     """Choose one candidate per table so that the bytes fit the budget and the summed error is least.
 
@@ -71,7 +71,7 @@ def allocate(
         >>> {name: c.option for name, c in allocate({"hot": hot, "cold": cold}, 30).choices.items()}
         {'hot': 'long', 'cold': 'short'}
     """
-    fronts = {name: _front(name, some) for name, some in candidates.items()}
+    fronts = {name: undominated(name, some) for name, some in candidates.items()}
     if not fronts:
         raise ValueError("allocate: candidates must name at least one table, got none")
     cheapest = sum(front[0].num_bytes for front in fronts.values())
@@ -94,7 +94,7 @@ def allocate(
     )
 
 
-def _front(name: str, candidates: Sequence[Candidate[Option]]) -> list[Candidate[Option]]:
+def undominated(name: str, candidates: Sequence[Candidate[Option]]) -> list[Candidate[Option]]:
     """Return the undominated candidates: bytes rise and error falls, strictly."""
     if not candidates:
         raise ValueError(f"allocate: table {name!r} must have at least one candidate, got none")
@@ -136,7 +136,7 @@ def _steps(tables: list[list[Candidate[Option]]]) -> list[tuple[float, int, Cand
     return sorted(steps, key=lambda step: (-step[0], step[1], step[2].num_bytes))
 
 
-def _greedy(tables: list[list[Candidate[Option]]], budget: int) -> tuple[list[Candidate[Option]], float]:
+def _greedy(tables: list[list[Candidate[Option]]], budget: float) -> tuple[list[Candidate[Option]], float]:
     """Walk the hull steps while they fit; return the choice and the lower bound of the relaxed problem."""
     chosen = [front[0] for front in tables]
     left = budget - sum(c.num_bytes for c in chosen)
@@ -164,7 +164,7 @@ class _Relaxed:
             self.errors.append(self.errors[-1] - (small.error - large.error))
             self.rates.append(rate)
 
-    def bound(self, num_bytes: int) -> float:
+    def bound(self, num_bytes: float) -> float:
         """Return the bound; infinite where not even the cheapest choice fits."""
         at = bisect.bisect_right(self.sizes, num_bytes) - 1
         if at < 0:
@@ -175,7 +175,7 @@ class _Relaxed:
 
 
 def _search(
-    tables: list[list[Candidate[Option]]], budget: int, known: float, max_states: int
+    tables: list[list[Candidate[Option]]], budget: float, known: float, max_states: int
 ) -> list[Candidate[Option]] | None:
     """Return the best choice, or None where it takes more than `max_states` states for one table."""
     # rounding must not cut the best state off, where its error is zero either

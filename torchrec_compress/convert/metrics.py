@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.fit.curvature import Curvature
+from torchrec_compress.fit.curvature import Curvature, check_own
 from torchrec_compress.methods import MethodConfig
 
 logger = logging.getLogger(__name__)
@@ -33,12 +33,7 @@ def metrics_of(
         mine = curvature.get(table.name)
         if mine is None:
             continue
-        if not isinstance(mine, Curvature) or mine.table != table.name:
-            got = f"that of {mine.table!r}" if isinstance(mine, Curvature) else type(mine).__name__
-            raise ValueError(
-                f"table {table.name!r}: curvature must be its own, as measure_curvature returns it, got {got}"
-            )
-        mine.check_table(table.num_embeddings, table.embedding_dim)
+        check_own(table.name, mine, table.num_embeddings, table.embedding_dim)
         method = methods[table.name]
         if not method.uses_curvature:
             if method.is_compressed:

@@ -173,6 +173,14 @@ def is_flat(matrix: Tensor) -> bool:
     return float(matrix.trace()) < len(matrix) * sys.float_info.min
 
 
+def check_own(name: str, curvature: object, num_embeddings: int, width: int) -> None:
+    """Raise ValueError unless this is the curvature of a table of that name and size."""
+    if not isinstance(curvature, Curvature) or curvature.table != name:
+        got = f"that of {curvature.table!r}" if isinstance(curvature, Curvature) else type(curvature).__name__
+        raise ValueError(f"table {name!r}: curvature must be its own, as measure_curvature returns it, got {got}")
+    curvature.check_table(num_embeddings, width)
+
+
 def check_matrix(where: str, matrix: Tensor) -> None:
     """Raise ValueError unless a matrix can be a curvature: [D, D], finite, symmetric, positive semi-definite."""
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.numel():

@@ -5,6 +5,7 @@ Lempitsky, CVPR 2014), rounds of codebook refit by least squares and re-coding b
 code at a time, the others fixed). Neither step can raise the weighted error.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torchrec_compress.fit.kmeans import kmeans, nearest, sample_points, train_s
 from torchrec_compress.fit.refit import refit_codebooks
 
 NUM_FINAL_SWEEPS = 2  # ICM sweeps over all rows where the codebooks were trained on a sample
+NUM_PREFIX_REFITS = 2  # of each of several lengths from one fit
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,44 @@ def fit_residual(
     codes = encoder(torch.arange(len(rows)), rows)
     books = refit_codebooks(codes, rows, weights, codebook_size=codebook_size, kind="residual", start=codebooks)
     return FittedCodes(codes, books, "residual")
+
+
+def fit_prefixes(
+    rows: Tensor,
+    lengths: Sequence[int],
+    codebook_size: int,
+    *,
+    first_size: int | None = None,
+    weights: Tensor | None = None,
+    num_iterations: int = 25,
+    seed: int = 0,
+) -> Iterator[FittedCodes]:
+    """Yield residual codes of several lengths from one greedy fit, whose first codes are codes themselves.
+
+    Each length has two refits, where a fit of its own has eight.
+
+    Args:
+        rows, codebook_size, first_size, weights, num_iterations, seed: as for `fit_residual`; no sample is drawn.
+        lengths: numbers of codes, ascending.
+
+    Example:
+        >>> rows = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+        >>> [round(fitted.error(rows), 2) for fitted in fit_prefixes(rows, [1, 2], codebook_size=2)]
+        [0.25, 0.0]
+    """
+    seed = check_seed("fit_prefixes", seed)
+    check_rows("fit_prefixes", rows)
+    first_size = check_sizes("fit_prefixes", len(rows), max(lengths), codebook_size, first_size)
+    weights = check_weights("fit_prefixes", weights, len(rows), rows.device)
+    sizes = [first_size] + [codebook_size] * (max(lengths) - 1)
+    all_codes, all_books = _greedy_kmeans(rows, weights, sizes, codebook_size, num_iterations, seed)
+    for length in lengths:
+        codes, books = all_codes[:, :length], all_books[: length * codebook_size]
+        # one codebook: k-means has left nothing to refit
+        for number in range(NUM_PREFIX_REFITS if length > 1 else 0):
+            codes = recode(codes, rows, books, sizes[:length]) if number else codes
+            books = refit_codebooks(codes, rows, weights, codebook_size=codebook_size, kind="residual", start=books)
+        yield FittedCodes(codes, books, "residual")
 
 
 def learn_residual(

@@ -109,18 +109,6 @@ class MethodConfig(ABC):
         name, options = _LADDER[level]
         return METHODS[name](**options)
 
-    def scaled(self, share: float) -> MethodConfig:
-        """Return the method for a sample of a table's rows that is this share of them."""
-        return self
-
-    def with_finer_head(self) -> MethodConfig | None:
-        """Return the method with hot rows in more bits, which changes nothing else of a fit, or None without any."""
-        return None
-
-    def serve_finer_head(self, served: Tensor, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
-        """Return the rows of `with_finer_head`, (N, D) float32, from those that a fit serves, without a fit."""
-        return served
-
     def check(self, table: BaseEmbeddingConfig) -> None:
         """Raise ValueError when the table cannot be stored this way."""
         if table.data_type != DataType.FP32:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
+from torchrec_compress.fit.codes import decode
 from torchrec_compress.fit.metric import Metric
 from torchrec_compress.fit.popularity import PopularityKind, popularity_weights
 from torchrec_compress.methods.base import (
@@ -20,24 +22,20 @@ from torchrec_compress.methods.base import (
     NUM_LEVELS,
     MethodConfig,
     TableData,
-    TableState,
 )
 from torchrec_compress.methods.codebook_decoder import CodebookDecoder
-from torchrec_compress.methods.learned import Learned
-from torchrec_compress.methods.learned_codes import LearnedCodes, Sample
-from torchrec_compress.methods.low_bit_rows import check_low_bit_width, quantize_table_rows, warn_of_rough_rows
+from torchrec_compress.methods.coded_table import CodedTable, CodeFormat, stored_codes
+from torchrec_compress.methods.learned_codes import LearnedCodes, Sample, Seen
+from torchrec_compress.methods.low_bit_rows import check_low_bit_width, quantize_table_rows
 from torchrec_compress.methods.storage import CodePart, Parts
-from torchrec_compress.methods.width import LANES, Directions, check_width, learn_directions, narrowed
+from torchrec_compress.methods.width import LANES, check_width, learn_directions, narrowed
 from torchrec_compress.ops import (
     code_dtype,
     dequantize_rows,
     hash_codes,
-    hot_row_codes,
     is_packed,
     num_escape_codes,
-    pack_codes,
     packed_width,
-    quantize_rows,
     quantized_row_bytes,
     stable_salt,
 )
@@ -179,23 +177,42 @@ class CodebookConfig(MethodConfig):
         place = level - (NUM_LEVELS - len(CODE_LENGTHS))
         return replace(self, num_codes=CODE_LENGTHS[place]) if place >= 0 else None
 
-    def scaled(self, share: float) -> CodebookConfig:
-        """Return the same with a hot head that is as large a share of a sample as of the table."""
-        return replace(self, num_hot_rows=round(self.num_hot_rows * share))
+    def serve_lengths(
+        self, table: BaseEmbeddingConfig, data: TableData, lengths: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield rows as codes of several lengths serve them, hot ones too, from as few and short fits as will do.
 
-    def with_finer_head(self) -> CodebookConfig | None:
-        """Return the same with hot rows in int8: the tail is fitted without the head."""
-        return replace(self, hot_dtype="int8") if self.num_hot_rows else None
+        An estimate, for comparisons before a fit; here each length has a fit of its own, without the last pass over
+        all rows.
 
-    def serve_finer_head(self, served: Tensor, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
-        """Return the rows, (N, D) float32, with int8 hot rows in their places."""
-        hot = self.hot_ids(table, data)
-        rows = data.trained_rows(table)[hot]
-        if self.width is None:
-            return served.index_copy(0, hot, dequantize_rows(quantize_rows(rows, "int8"), "int8"))
-        directions = learn_directions(table, data, self.width)
-        finer = dequantize_rows(quantize_rows(directions.narrow(rows), "int8"), "int8")
-        return served.index_copy(0, hot, finer @ directions.projection)
+        Args:
+            table: the user's config.
+            data: with rows, all of them or a sample.
+            lengths: numbers of codes, ascending.
+
+        Yields:
+            Length and rows, (N, D) float32, or (S, D) of a sample.
+        """
+        for length in lengths:
+            config = replace(self, num_codes=length)
+            seen = config._see(table, data)
+            encoder, books, refit = config.learn_codes(config.coded(table), data, seen.sample)
+            codes = encoder(seen.sample.ids, seen.sample.rows)
+            if refit is not None:
+                refit.add(codes, seen.sample.rows, seen.sample.weights)
+                books = refit.codebooks()
+            yield length, seen.restore(decode(codes, books, self.structure))
+
+    def serve_hot(self, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
+        """Return rows as they would all be served if they were hot, (N, D) float32, or (S, D) of a sample."""
+        rows, directions = data.trained_rows(table), None
+        if self.width is not None:
+            directions = learn_directions(table, data, self.width)
+            rows = directions.narrow(rows)
+        if self.hot_dtype != "fp32":
+            stored, _ = quantize_table_rows(table, rows, self.hot_dtype, data.row_ids(table))
+            rows = dequantize_rows(stored, self.hot_dtype)
+        return rows if directions is None else rows @ directions.projection
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the code table; it starts from hashed codes."""
@@ -245,24 +262,34 @@ class CodebookConfig(MethodConfig):
         """Learn codes and codebooks for the tail and set the hot head apart."""
         self.check_fit(table, data)
         hot, weights = self.hot_ids(table, data), self.learning_weights(table, data)
-        coded, sample, directions = self.coded(table), None, None
-        if data.rows is not None or self.needs_rows:
-            rows = data.trained_rows(table)
-            if self.width is not None:
-                directions = learn_directions(table, data, self.width)
-                rows = directions.narrow(rows)
-            sample = Sample(data.row_ids(table), rows, data.row_weights(weights))
-        metric = None
-        if sample is not None and self.uses_curvature and data.curvature is not None:
+        seen = self._see(table, data) if data.rows is not None or self.needs_rows else None
+        if seen is None:
+            learned = self.learn_codes(self.coded(table), data, None)
+            return CodedTable(self._format(table), table, learned, weights, hot, False, None)
+        learned = self.learn_codes(self.coded(table), data, seen.sample)
+        return CodedTable(self._format(table), table, learned, weights, hot, True, seen.directions, seen.metric)
+
+    def _format(self, table: BaseEmbeddingConfig) -> CodeFormat:
+        """Return how what is learned is stored."""
+        row = self.coded(table).embedding_dim
+        return CodeFormat(self.num_codes, self.codebook_size, row, self.hot_dtype, self.codebook_dtype)
+
+    def _see(self, table: BaseEmbeddingConfig, data: TableData) -> Seen:
+        """Return the rows as the learning of codes sees them: narrowed where there is a width, whitened in a metric."""
+        rows, directions, metric = data.trained_rows(table), None, None
+        if self.width is not None:
+            directions = learn_directions(table, data, self.width)
+            rows = directions.narrow(rows)
+        if self.uses_curvature and data.curvature is not None:
             felt = data.curvature if directions is None else directions.curvature(data.curvature)
             if felt is None:
                 told = "table %r: codes are fitted to squared error, not to the loss: it feels nothing of their width"
                 logger.warning(told, table.name)
             else:
                 metric = Metric.of(felt, 1 if self.sums_codewords else self.num_codes)
-                sample = sample._replace(rows=metric.whiten(sample.rows))
-        learned = self.learn_codes(coded, data, sample)
-        return CodedTable(self, table, learned, weights, hot, sample is not None, directions, metric)
+                rows = metric.whiten(rows)
+        weights = data.row_weights(self.learning_weights(table, data))
+        return Seen(Sample(data.row_ids(table), rows, weights), directions, metric)
 
     def learning_weights(self, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
         """Return what each id weighs, (N,) float32: hot ones, of which no codeword is learned, nothing."""
@@ -309,86 +336,5 @@ def as_codebook(method: object) -> CodebookConfig | None:
     return method if isinstance(method, CodebookConfig) else None
 
 
-def _stored_codes(codes: Tensor, codebook_size: int) -> Tensor:
-    """Return codes, (L, M) in [0, K), as a code table stores them."""
-    return pack_codes(codes) if is_packed(codebook_size) else codes.to(code_dtype(codebook_size))
-
-
 def _start_codes(ids: Tensor, num_codes: int, codebook_size: int, salt: int, first_size: int) -> Tensor:
-    return _stored_codes(hash_codes(ids, num_codes, codebook_size, salt, first_size), codebook_size)
-
-
-class CodedTable(Learned):
-    """Encode rows as codes, hot ones as escape codes.
-
-    Args:
-        config: the method.
-        table: the user's config.
-        learned: encoder and codebooks.
-        weights: (N,) float32, of every id in the refit; zero for hot ones.
-        hot: (H,) int64 ids of the hot rows, in their order.
-        needs_rows: whether blocks have rows.
-        directions: that coded rows keep, or None: they are coded whole.
-        metric: codes were learned from rows that it has whitened; None: from rows as they are.
-    """
-
-    def __init__(
-        self,
-        config: CodebookConfig,
-        table: BaseEmbeddingConfig,
-        learned: LearnedCodes,
-        weights: Tensor,
-        hot: Tensor,
-        needs_rows: bool,
-        directions: Directions | None,
-        metric: Metric | None = None,
-    ) -> None:
-        super().__init__(table)
-        self.needs_rows, self._directions = needs_rows, directions
-        self._config, self._learned, self._weights, self._hot = config, learned, weights, hot
-        self._metric = metric
-        self._sorted_hot, self._hot_numbers = hot.sort()
-        self._hot_rows = torch.empty(len(hot), config.coded(table).embedding_dim)
-
-    def _encode(self, ids: Tensor, rows: Tensor | None) -> Tensor:
-        encoder, _, refit = self._learned
-        if self._directions is not None:
-            assert rows is not None
-            rows = self._directions.narrow(rows)
-        seen = rows if rows is None or self._metric is None else self._metric.whiten(rows)
-        codes = encoder(ids, seen)
-        if refit is not None:
-            assert seen is not None
-            refit.add(codes, seen, self._weights[ids])
-        if len(self._hot):
-            assert rows is not None
-            place = torch.searchsorted(self._sorted_hot, ids).clamp(max=len(self._hot) - 1)
-            is_hot = self._sorted_hot[place] == ids
-            numbers = self._hot_numbers[place[is_hot]]
-            escapes = hot_row_codes(len(self._hot), self._config.num_codes, self._config.codebook_size)
-            codes[is_hot] = escapes[numbers]
-            self._hot_rows[numbers] = rows[is_hot]
-        return _stored_codes(codes, self._config.codebook_size)
-
-    def _finish(self) -> TableState:
-        """Return codebooks, hot rows and projection."""
-        _, codebooks, refit = self._learned
-        books = codebooks if refit is None else refit.codebooks()
-        books = books if self._metric is None else self._metric.restore_codebooks(books)
-        decoder = {"codebooks": self._stored_codebooks(books)}
-        if len(self._hot):
-            decoder["hot_rows"], dtype = self._hot_rows, self._config.hot_dtype
-            if dtype != "fp32":
-                decoder["hot_rows"], rough = quantize_table_rows(self._table, self._hot_rows, dtype, self._hot)
-                warn_of_rough_rows(self._table, rough, len(self._hot), dtype)
-        if self._directions is not None:
-            decoder["projection"] = self._directions.projection
-        return TableState(decoder=decoder)
-
-    def _stored_codebooks(self, books: Tensor) -> Tensor:
-        """Return codebooks as the decoder holds them."""
-        if self._config.codebook_dtype == "fp32":
-            return books
-        found, rough = quantize_table_rows(self._table, books, "int8", torch.arange(len(books)), "codeword")
-        warn_of_rough_rows(self._table, rough, len(books), "int8", "codewords")
-        return found
+    return stored_codes(hash_codes(ids, num_codes, codebook_size, salt, first_size), codebook_size)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from torchrec_compress.fit.codes import CodeKind, Encoder
 from torchrec_compress.fit.kmeans import sample_points, train_size
+from torchrec_compress.fit.metric import Metric
 from torchrec_compress.fit.refit import RefitSums, refit_codebooks
+from torchrec_compress.methods.width import Directions
 
 _MAX_POINTS_PER_CODEWORD = 256
 
@@ -26,6 +28,25 @@ class Sample(NamedTuple):
     ids: Tensor
     rows: Tensor
     weights: Tensor
+
+
+class Seen(NamedTuple):
+    """A sample as the learning of codes sees it.
+
+    Attributes:
+        sample: rows narrowed to the width, then whitened.
+        directions: that narrow rows keep, or None: they are coded whole.
+        metric: that they are whitened in, or None: they are coded as they are.
+    """
+
+    sample: Sample
+    directions: Directions | None
+    metric: Metric | None
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """Return rows of the user's table, (S, D), for such as the sample has."""
+        rows = rows if self.metric is None else self.metric.restore(rows)
+        return rows if self.directions is None else rows @ self.directions.projection
 
 
 class LearnedCodes(NamedTuple):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.fit.popularity import PopularityKind
-from torchrec_compress.fit.product import learn_product
-from torchrec_compress.fit.residual import learn_residual
+from torchrec_compress.fit.product import fit_product, learn_product
+from torchrec_compress.fit.residual import fit_prefixes, learn_residual
 from torchrec_compress.methods.base import TableData, register
 from torchrec_compress.methods.codebook import CodebookConfig
 from torchrec_compress.methods.learned_codes import LearnedCodes, Sample, with_refit
 from torchrec_compress.methods.popularity import check_popularity, check_popularity_counts
+
+_QUICK_ITERATIONS = 4  # of k-means, for an estimate
 
 
 @register
@@ -50,6 +54,27 @@ class PQConfig(CodebookConfig):
     def uses_curvature(self) -> bool:
         """Whether errors count as the loss feels them: yes, of product codes within each slice."""
         return True
+
+    def serve_lengths(
+        self, table: BaseEmbeddingConfig, data: TableData, lengths: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield as `CodebookConfig` says, of a few iterations: residual codes are prefixes of one fit."""
+        options = {"num_iterations": _QUICK_ITERATIONS, "seed": data.seed}
+        if self.structure == "residual":
+            longest = replace(self, num_codes=lengths[-1])
+            seen = longest._see(table, data)
+            _, rows, weights = seen.sample
+            first = longest.first_size
+            for fitted in fit_prefixes(rows, lengths, self.codebook_size, first_size=first, weights=weights, **options):
+                yield fitted.num_codes, seen.restore(fitted.reconstruct())
+            return
+        for length in lengths:
+            config = replace(self, num_codes=length)
+            seen = config._see(table, data)
+            _, rows, weights = seen.sample
+            first = config.first_size
+            fitted = fit_product(rows, length, self.codebook_size, first_size=first, weights=weights, **options)
+            yield length, seen.restore(fitted.reconstruct())
 
     def learn_codes(self, table: BaseEmbeddingConfig, data: TableData, sample: Sample | None) -> LearnedCodes:
         """Cluster the rows chunk by chunk (product) or stage by stage (residual)."""

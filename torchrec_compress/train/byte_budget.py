@@ -20,13 +20,13 @@ class Budget:
         budget_ratio: how many times smaller the tables become, all together.
         budget_bytes: what they may take instead.
         codes: the product-code method that candidates are made of, as {"method": name, options}; empty is "pq".
-        num_codes: code lengths that are tried.
+        num_codes: code lengths that are tried; of residual codes 2 to 8, of product codes those that divide the width.
     """
 
     budget_ratio: Annotated[float, Range(1)] | None = None
     budget_bytes: Positive | None = None
     codes: dict[str, Any] = field(default_factory=dict)
-    num_codes: list[Positive] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    num_codes: list[Positive] = field(default_factory=lambda: [1, 2, 3, 4, 6, 8, 16])
 
     def num_bytes(self, dense: int) -> int:
         """Return the budget in bytes.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from torchrec_compress.compression import Compression, parse, resolve
+from torchrec_compress.convert import Curvature
 from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.check import Wanted
 from torchrec_compress.train.config import RunConfig
@@ -23,7 +25,13 @@ from torchrec_compress.train.width_trial import WidthTrial
 
 
 def settle(
-    config: RunConfig, wanted: Wanted, task: Task, source: Path | None, folder: Path, ranks: Ranks
+    config: RunConfig,
+    wanted: Wanted,
+    task: Task,
+    source: Path | None,
+    folder: Path,
+    curvature: Mapping[str, Curvature],
+    ranks: Ranks,
 ) -> tuple[Compression, dict[str, Tensor]]:
     """Return the method of every table, and the look-ups per id in train where a fit needs them.
 
@@ -35,6 +43,7 @@ def settle(
         task: of the stage that trains the compressed model.
         source: folder of the trained full model, or None without one.
         folder: of the run.
+        curvature: of the loss of the full model by table, or empty: a budget then counts squared errors.
         ranks: that train.
     """
     data, kept = task.data, folder / "compression.json"
@@ -42,7 +51,8 @@ def settle(
     if isinstance(wanted, Budget):
         assert source is not None  # a config with a budget and without a full model is refused
         counts = total_counts(data, ranks)
-        return parse(on_first(lambda: choose(wanted, tables, source, kept, counts, config.seed), ranks)), counts
+        felt = curvature or None
+        return parse(on_first(lambda: choose(wanted, tables, source, kept, counts, config.seed, felt), ranks)), counts
     if isinstance(wanted, WidthTrial):
         if not on_first(lambda: is_done(kept), ranks):
             in_shards = config.parallel.init == "shards"

@@ -199,10 +199,10 @@ def _run_compressed(
 ) -> dict[str, Any]:
     """Fit the compressed tables and train on with them."""
     data, started = task.data, time.perf_counter()
-    chosen, counts = settle(config, wanted, task, source, folder, ranks)
     curvature = {}
     if source is not None and config.curvature_rows:
         curvature = curvature_of(config, data, source, ranks)
+    chosen, counts = settle(config, wanted, task, source, folder, curvature, ranks)
     model = _compressed(config, chosen, data, source, folder, counts, curvature, ranks)
     collection = model.embeddings
     assert isinstance(collection, CompressedEmbeddingBagCollection)

@@ -1,0 +1,109 @@
+"""Rows become codes, the hottest of them hot rows, and what is learned becomes what a decoder holds."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+
+from torchrec_compress.fit.metric import Metric
+from torchrec_compress.methods.base import TableState
+from torchrec_compress.methods.learned import Learned
+from torchrec_compress.methods.learned_codes import LearnedCodes
+from torchrec_compress.methods.low_bit_rows import quantize_table_rows, warn_of_rough_rows
+from torchrec_compress.methods.width import Directions
+from torchrec_compress.ops import code_dtype, hot_row_codes, is_packed, pack_codes
+from torchrec_compress.ops.lowbit import RowDtype
+
+
+class CodeFormat(NamedTuple):
+    """How codes, codebooks and hot rows of a table are stored, see `CodebookConfig`; rows have `row_width` numbers."""
+
+    num_codes: int
+    codebook_size: int
+    row_width: int
+    hot_dtype: RowDtype
+    codebook_dtype: Literal["fp32", "int8"]
+
+
+def stored_codes(codes: Tensor, codebook_size: int) -> Tensor:
+    """Return codes, (L, M) in [0, K), as a code table stores them."""
+    return pack_codes(codes) if is_packed(codebook_size) else codes.to(code_dtype(codebook_size))
+
+
+class CodedTable(Learned):
+    """Encode rows as codes, hot ones as escape codes.
+
+    Args:
+        form: how they are stored.
+        table: the user's config.
+        learned: encoder and codebooks.
+        weights: (N,) float32, of every id in the refit; zero for hot ones.
+        hot: (H,) int64 ids of the hot rows, in their order.
+        needs_rows: whether blocks have rows.
+        directions: that coded rows keep, or None: they are coded whole.
+        metric: codes were learned from rows that it has whitened; None: from rows as they are.
+    """
+
+    def __init__(
+        self,
+        form: CodeFormat,
+        table: BaseEmbeddingConfig,
+        learned: LearnedCodes,
+        weights: Tensor,
+        hot: Tensor,
+        needs_rows: bool,
+        directions: Directions | None,
+        metric: Metric | None = None,
+    ) -> None:
+        super().__init__(table)
+        self.needs_rows, self._directions = needs_rows, directions
+        self._form, self._learned, self._weights, self._hot = form, learned, weights, hot
+        self._metric = metric
+        self._sorted_hot, self._hot_numbers = hot.sort()
+        self._hot_rows = torch.empty(len(hot), form.row_width)
+
+    def _encode(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        encoder, _, refit = self._learned
+        if self._directions is not None:
+            assert rows is not None
+            rows = self._directions.narrow(rows)
+        seen = rows if rows is None or self._metric is None else self._metric.whiten(rows)
+        codes = encoder(ids, seen)
+        if refit is not None:
+            assert seen is not None
+            refit.add(codes, seen, self._weights[ids])
+        if len(self._hot):
+            assert rows is not None
+            place = torch.searchsorted(self._sorted_hot, ids).clamp(max=len(self._hot) - 1)
+            is_hot = self._sorted_hot[place] == ids
+            numbers = self._hot_numbers[place[is_hot]]
+            escapes = hot_row_codes(len(self._hot), self._form.num_codes, self._form.codebook_size)
+            codes[is_hot] = escapes[numbers]
+            self._hot_rows[numbers] = rows[is_hot]
+        return stored_codes(codes, self._form.codebook_size)
+
+    def _finish(self) -> TableState:
+        """Return codebooks, hot rows and projection."""
+        _, codebooks, refit = self._learned
+        books = codebooks if refit is None else refit.codebooks()
+        books = books if self._metric is None else self._metric.restore_codebooks(books)
+        decoder = {"codebooks": self._stored_codebooks(books)}
+        if len(self._hot):
+            decoder["hot_rows"], dtype = self._hot_rows, self._form.hot_dtype
+            if dtype != "fp32":
+                decoder["hot_rows"], rough = quantize_table_rows(self._table, self._hot_rows, dtype, self._hot)
+                warn_of_rough_rows(self._table, rough, len(self._hot), dtype)
+        if self._directions is not None:
+            decoder["projection"] = self._directions.projection
+        return TableState(decoder=decoder)
+
+    def _stored_codebooks(self, books: Tensor) -> Tensor:
+        """Return codebooks as the decoder holds them."""
+        if self._form.codebook_dtype == "fp32":
+            return books
+        found, rough = quantize_table_rows(self._table, books, "int8", torch.arange(len(books)), "codeword")
+        warn_of_rough_rows(self._table, rough, len(books), "int8", "codewords")
+        return found
