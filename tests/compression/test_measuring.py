@@ -115,3 +115,14 @@ def test_other_codes_are_measured_by_their_own_fits():
     found = measure(rows, counts, base, lengths=(2,))
     config = replace(base, num_codes=2)
     assert found[config].error == pytest.approx(own_error(config, rows, counts), rel=0.1)
+
+
+def test_a_sample_weighs_as_much_as_the_table_whatever_the_popularity(monkeypatch):
+    monkeypatch.setattr(measuring, "_MEASURED_ROWS", 3000)
+    rows, counts = clustered(6000, 1.2)
+    sample = sample_of(table(rows), rows, counts, 0, None)
+    for method in (PQConfig(num_codes=1), FEW):
+        weights = sample.data_of(method).weights
+        assert weights is not None and len(weights) == 3000
+        whole = method.learning_weights(table(rows), sample.data)
+        assert float(weights.double().sum()) == pytest.approx(float(whole.double().sum()), rel=0.1)
