@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec_compress import compress
 from torchrec_compress.compression import measuring
 from torchrec_compress.compression.measuring import measure_candidates, sample_of
+from torchrec_compress.fit.mec import MECFit
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods import CodebookConfig, MECConfig, PQConfig
 
@@ -109,7 +111,18 @@ def test_codes_as_large_as_int8_rows_are_not_fitted(monkeypatch):
 
 def test_other_codes_are_measured_by_their_own_fits():
     rows, counts = clustered(1500, 0.8)
-    base = MECConfig(num_codes=1, codebook_size=16)
+    base = MECConfig(num_codes=1, codebook_size=16, fit_options=MECFit(num_steps=20, batch_size=256))
     found = measure(rows, counts, base, lengths=(2,))
-    config = MECConfig(num_codes=2, codebook_size=16)
+    config = replace(base, num_codes=2)
     assert found[config].error == pytest.approx(own_error(config, rows, counts), rel=0.1)
+
+
+def test_a_sample_weighs_as_much_as_the_table_whatever_the_popularity(monkeypatch):
+    monkeypatch.setattr(measuring, "_MEASURED_ROWS", 3000)
+    rows, counts = clustered(6000, 1.2)
+    sample = sample_of(table(rows), rows, counts, 0, None)
+    for method in (PQConfig(num_codes=1), FEW):
+        weights = sample.data_of(method).weights
+        assert weights is not None and len(weights) == 3000
+        whole = method.learning_weights(table(rows), sample.data)
+        assert float(weights.double().sum()) == pytest.approx(float(whole.double().sum()), rel=0.1)
