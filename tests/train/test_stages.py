@@ -145,7 +145,7 @@ def test_budgets_of_one_full_model_share_a_measurement(config, tmp_path, monkeyp
     _run(config, tmp_path, "a", compression={"budget_ratio": 3.0, "num_codes": [1, 2], "codes": codes})
     (kept,) = tmp_path.glob("**/frontiers/*/frontier.json")
     plain, measure = json.loads(kept.read_text()), fitting.measure_frontier
-    assert plain["unit"] == "squared error" and len(plain["tables"]) > 1
+    assert plain["unit"] == "loss" and len(plain["tables"]) > 1
     monkeypatch.setattr(fitting, "measure_frontier", None)
     more = _run(config, tmp_path, "b", compression={"budget_ratio": 2.0, "num_codes": [1, 2], "codes": codes})
     assert 2.0 <= more["footprint"]["ratio"] < 3.0
@@ -155,6 +155,10 @@ def test_budgets_of_one_full_model_share_a_measurement(config, tmp_path, monkeyp
     )
     _run(config, tmp_path, "c", compression={"budget_ratio": 3.0, "num_codes": [1], "codes": codes})
     assert calls == [1]
+    squared = {"budget_ratio": 3.0, "num_codes": [1, 2], "codes": codes}
+    _run(config, tmp_path, "d", compression=squared, curvature_rows=0)
+    units = {json.loads(path.read_text())["unit"] for path in tmp_path.glob("**/frontiers/*/frontier.json")}
+    assert units == {"loss", "squared error"} and calls == [1, 1]
     for change, message in (
         (lambda found: found["identity"].update(checkpoint="other"), "checkpoint must be 'other'"),
         (lambda found: found.update(unit="AUC"), "must have tables and a unit .*; delete"),

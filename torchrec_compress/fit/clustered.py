@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchrec_compress.fit.codes import codeword_sums
+from torchrec_compress.ops import centroid_sums
 
 
 class ResidualSums:
@@ -44,13 +44,12 @@ class ResidualSums:
             weights: [L] float32 >= 0, or None for equal ones.
         """
         index, slices = (buckets + self._offsets).flatten(), residuals.reshape(-1, self.sums.shape[1])
-        if weights is None:
-            self.masses += torch.bincount(index, minlength=len(self.masses))
-        else:
-            each = weights.double().repeat_interleave(len(self._offsets))
-            self.masses += torch.bincount(index, each, minlength=len(self.masses))
-            slices = slices * each[:, None].to(slices.dtype)
-        self.sums += codeword_sums(index, slices, len(self.sums))
+        each = torch.ones(len(index), device=index.device)
+        if weights is not None:
+            each = weights.float().repeat_interleave(len(self._offsets))
+        sums, masses = centroid_sums(index, slices, each, len(self.sums))
+        self.sums += sums
+        self.masses += masses
 
     def means(self) -> Tensor:
         """Return the mean of each bucket, [M*K, D/M] float32; zeros where nothing, or nothing with a weight, is."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchrec_compress.ops import hash_codes
+from torchrec_compress.ops import centroid_sums, hash_codes
 
 CodeKind = Literal["product", "residual"]
 CHUNK_ROWS = 65536
@@ -138,25 +138,6 @@ def decode(codes: Tensor, codebooks: Tensor, kind: CodeKind) -> Tensor:
     return F.embedding(flat, codebooks).reshape(num_rows, -1)
 
 
-def codeword_sums(index: Tensor, values: Tensor, size: int) -> Tensor:
-    """Sum the rows that share an index: out[k] = sum of values[i] over index[i] == k, [size, width] float64.
-
-    Args:
-        index: [N] int64 in [0, size).
-        values: [N, width] float32.
-        size: number of sums.
-
-    Example:
-        >>> codeword_sums(torch.tensor([1, 1]), torch.ones(2, 1), 2).tolist()
-        [[0.0], [2.0]]
-    """
-    total = torch.zeros(size, values.shape[1], dtype=torch.float64, device=values.device)
-    for start in range(0, len(index), CHUNK_ROWS):  # chunks bound the float64 copy
-        stop = start + CHUNK_ROWS
-        total.index_add_(0, index[start:stop], values[start:stop].to(torch.float64))
-    return total
-
-
 def weighted_means(index: Tensor, values: Tensor, weights: Tensor, start: Tensor) -> Tensor:
     """Return the weighted mean of each codeword's rows; a codeword that no weighted row uses keeps its start value.
 
@@ -174,7 +155,6 @@ def weighted_means(index: Tensor, values: Tensor, weights: Tensor, start: Tensor
         >>> weighted_means(torch.tensor([0, 0]), values, weights, torch.ones(2, 1)).tolist()
         [[3.0], [1.0]]
     """
-    mass = torch.bincount(index, weights.to(torch.float64), minlength=len(start))
-    sums = codeword_sums(index, values * weights[:, None], len(start))
+    sums, mass = centroid_sums(index, values, weights, len(start))
     means = (sums / mass.clamp(min=torch.finfo(torch.float64).tiny)[:, None]).to(start.dtype)
     return torch.where(mass[:, None] > 0, means, start)

@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 
 from torchrec_compress.fit.checks import check_rows, check_seed, check_weights
-from torchrec_compress.fit.codes import weighted_error, weighted_means
+from torchrec_compress.fit.codes import weighted_error
+from torchrec_compress.ops import BLOCK_FLOATS, centroid_sums, nearest_with_distance
 
-# Floats of one block of distances (32 MB). Smaller blocks would stay in a nearer cache, a tenth faster; but every block
-# is a meeting point of all threads, and on a busy machine those, not the arithmetic, take the time.
-BLOCK_FLOATS = 8_388_608
+# Multiplications of one pass over all points and centroids below which one thread chooses the first centroids.
+ONE_THREAD_WORK = 2**28
 SEED_POINTS_PER_CENTROID = 16
 MIN_SEED_WORK = 2**20  # points times centroids: few centroids are started on many points
 MIN_TRAIN_POINTS = 65536
 TOLERANCE = 1e-5
-# Multiplications of one Lloyd iteration below which one thread does the training: some 10 ms of work.
-ONE_THREAD_WORK = 2**28
 
 
 @dataclass(frozen=True)
@@ -55,28 +53,7 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
         >>> nearest(torch.tensor([[0.9], [0.1]]), torch.tensor([[0.0], [1.0]]))
         tensor([1, 0])
     """
-    # ||x - c||^2 - ||x||^2 = ||c||^2 - 2 x.c orders the centroids of one point: one addmm and one argmin per block.
-    # Both are moved by the centroids' mean first: distances do not change, and float32 loses less to cancellation.
-    points, centroids = points.detach(), centroids.detach()
-    middle = centroids.mean(dim=0)
-    centred = centroids - middle
-    norms, doubled = centred.square().sum(dim=1), -2 * centred.T
-    index = torch.empty(len(points), dtype=torch.int64, device=points.device)
-    # a power of two: blocks of rows that are multiples of it are cut where the whole is, so nothing rounds otherwise
-    block = max(64, 1 << (max(1, BLOCK_FLOATS // len(centroids)).bit_length() - 1))
-    scores = torch.empty(min(block, len(points)), len(centroids), device=points.device)
-    for start in range(0, len(points), block):
-        part = points[start : start + block] - middle
-        out = scores[: len(part)]
-        torch.addmm(norms, part, doubled, out=out)
-        torch.argmin(out, dim=1, out=index[start : start + block])
-    return index
-
-
-def nearest_with_distance(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `nearest` and the squared distance to it, [N] int64 and [N] float32."""
-    index = nearest(points, centroids)
-    return index, (points - centroids[index]).square_().sum(dim=1)
+    return nearest_with_distance(points, centroids)[0]
 
 
 def sample_points(weights: Tensor, num_points: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -196,17 +173,16 @@ def learn_centroids(
         train = points[index]
     with threads_for(len(train), num_clusters, points.shape[1]):
         centroids = start_centroids(train, train_weights, num_clusters, generator)
-        centroids = _lloyd(train, train_weights, centroids, num_iterations)
-    return centroids
+    return _lloyd(train, train_weights, centroids, num_iterations)
 
 
 @contextmanager
 def threads_for(num_points: int, num_clusters: int, width: int) -> Iterator[None]:
-    """Train on one thread where an iteration is short, on torch's threads otherwise.
+    """Choose first centroids on one thread where that is short, on torch's threads otherwise.
 
-    Threads meet a dozen times in every step of the training. Where a step takes milliseconds that saves little on an
-    idle machine, and on a busy one each meeting waits for a time slice (measured: 10 ms; 60 s instead of 10 s for
-    1M x 64 product codes). The assignment of all points, which is long, keeps all threads.
+    Threads meet several times in each of the many rounds. Where a round takes a millisecond that saves little on an
+    idle machine, and on a busy one each meeting waits for a time slice (measured: 10 ms). Assigning points to centroids
+    is one meeting, and keeps all threads.
     """
     num_threads = torch.get_num_threads()
     if num_points * num_clusters * width <= ONE_THREAD_WORK:
@@ -287,15 +263,19 @@ def _distances(points: Tensor, candidates: Tensor, distance: Tensor) -> Tensor:
 def _lloyd(points: Tensor, weights: Tensor, centroids: Tensor, num_iterations: int) -> Tensor:
     """Run weighted Lloyd iterations; return the centroids."""
     previous = math.inf
+    whole = float(torch.dot(weights.to(torch.float64), points.to(torch.float64).square().sum(dim=1)))
     for _ in range(num_iterations):
         assignment, distance = nearest_with_distance(points, centroids)
-        error = float((distance * weights).sum(dtype=torch.float64))
+        sums, mass = centroid_sums(assignment, points, weights, len(centroids))
+        # sum_i w_i ||x_i - c||^2 from the sums that the means need anyway, in float64
+        exact = centroids.to(torch.float64)
+        error = max(0.0, whole - float((2 * sums * exact).sum() - (mass[:, None] * exact.square()).sum()))
         if previous - error <= TOLERANCE * error:
             break
         previous = error
-        centroids = weighted_means(assignment, points, weights, centroids)
-        mass = torch.bincount(assignment, weights, minlength=len(centroids))
+        means = (sums / mass.clamp(min=torch.finfo(torch.float64).tiny)[:, None]).to(centroids.dtype)
         empty = (mass == 0).nonzero().flatten()
+        centroids = torch.where(mass[:, None] > 0, means, centroids)
         if len(empty):
             potential = weights * distance
             worst = torch.sort(potential, descending=True, stable=True).indices[: len(empty)]

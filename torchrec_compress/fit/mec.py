@@ -99,7 +99,7 @@ class MECAutoEncoder(nn.Module):
         """Return the nearest codewords in the encoder's space, [B, M] int64."""
         slices = self.encode(rows)
         books = [book[:size] for book, size in zip(self.codebooks, self.sizes, strict=True)]
-        return torch.stack([nearest(slices[:, m].contiguous(), book) for m, book in enumerate(books)], dim=1)
+        return torch.stack([nearest(slices[:, m], book) for m, book in enumerate(books)], dim=1)
 
     def quantise(self, codes: Tensor) -> Tensor:
         """Return the codewords of codes [B, M] as [B, M, d]."""

@@ -33,7 +33,7 @@ class ProductEncoder(Encoder):
         """Return the codes of rows; see `Encoder`."""
         assert rows is not None
         parts = rows.split(self.books[0].shape[1], dim=1)
-        found = [nearest(part.contiguous(), book) for part, book in zip(parts, self.books, strict=True)]
+        found = [nearest(part, book) for part, book in zip(parts, self.books, strict=True)]
         return torch.stack(found, dim=1)
 
 

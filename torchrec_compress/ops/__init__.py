@@ -38,6 +38,7 @@ from torchrec_compress.ops.integers import (
 )
 from torchrec_compress.ops.lowbit import SCALE_BYTES, dequantize_rows, quantize_rows, quantized_row_bytes
 from torchrec_compress.ops.lowbit_bags import low_bit_bag
+from torchrec_compress.ops.nearest import BLOCK_FLOATS, centroid_sums, nearest_with_distance
 from torchrec_compress.ops.pooling import check_offsets, check_weights, pool_rows, scale_rows
 from torchrec_compress.ops.table_bags import Rows, TableRows, pool_table
 from torchrec_compress.ops.trained import (
@@ -53,6 +54,7 @@ from torchrec_compress.ops.trained_bags import trained_bag, update_trained
 from torchrec_compress.ops.types import BagLookup, IdBags, Span
 
 __all__ = [
+    "BLOCK_FLOATS",
     "NOT_FILLED",
     "NOT_SUMMED",
     "SCALE_BYTES",
@@ -67,6 +69,7 @@ __all__ = [
     "are_encoded",
     "are_states",
     "can_check",
+    "centroid_sums",
     "changed",
     "check_filled",
     "check_ids",
@@ -93,6 +96,7 @@ __all__ = [
     "low_bit_bag",
     "mark_of",
     "mix",
+    "nearest_with_distance",
     "num_escape_codes",
     "num_writes",
     "pack_codes",

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from torchrec_compress.ops.cache import CannotBuild, cache_folder, distrust, make_private
-from torchrec_compress.ops.cpp import operators, trained
+from torchrec_compress.ops.cpp import nearest, operators, trained
 
 SOURCES = Path(__file__).parent / "csrc"
 # The stable ABI of torch 2.11, the oldest torch that is supported: one library serves it and every later torch.
@@ -28,6 +28,8 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512vl")
 _ISA_FLAGS = {
     "kernels_avx2": _AVX2,
     "kernels_avx512": _AVX512,
+    "nearest_avx2": _AVX2,
+    "nearest_avx512": _AVX512,
     "trained_avx2": _AVX2,
     "trained_avx512": _AVX512,
 }
@@ -235,4 +237,5 @@ def load() -> str:
     name.restype = ctypes.c_char_p
     operators.register()
     trained.register()
+    nearest.register()
     return name().decode()
