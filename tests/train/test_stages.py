@@ -156,7 +156,7 @@ def test_budgets_of_one_full_model_share_a_measurement(config, tmp_path, monkeyp
     _run(config, tmp_path, "c", compression={"budget_ratio": 3.0, "num_codes": [1], "codes": codes})
     assert calls == [1]
     squared = {"budget_ratio": 3.0, "num_codes": [1, 2], "codes": codes}
-    _run(config, tmp_path, "d", compression=squared, curvature_rows=0)
+    _run(config, tmp_path, "squared", compression=squared, curvature_rows=0)
     units = {json.loads(path.read_text())["unit"] for path in tmp_path.glob("**/frontiers/*/frontier.json")}
     assert units == {"loss", "squared error"} and calls == [1, 1]
     for change, message in (
