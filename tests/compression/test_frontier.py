@@ -109,3 +109,18 @@ def test_small_tables(data, seed):
         assert choice.num_bytes <= budget and choice.gain >= 0 and choice.error >= 0
         errors.append(choice.error)
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({"nobody": 1.0}, "factors must be of tables"),
+        ({"user": 0.0}, "table 'user': the factor must be finite and above 0, got 0.0"),
+        ({"user": float("nan")}, "table 'user': the factor must be finite and above 0, got nan"),
+    ],
+)
+def test_factors_that_cannot_be_are_refused(factors, message):
+    frontier = Frontier({"user": (9, 8)}, {"user": [Candidate(112, 2.0, Int8Config())]}, "loss")
+    with pytest.raises(ValueError, match=message):
+        frontier.scaled(factors)
+    assert frontier.scaled({"user": 2.0}).choose(200).error == 4.0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchrec_compress.train import asked, check, choosing, fitting, sealed, stages
+from torchrec_compress.train import asked, budgeting, check, choosing, sealed, stages
 from torchrec_compress.train.check import check_variants
 from torchrec_compress.train.compare.report import collect, write_report
 from torchrec_compress.train.compare.runs import compare
@@ -144,14 +144,14 @@ def test_budgets_of_one_full_model_share_a_measurement(config, tmp_path, monkeyp
     codes = {"method": "pq", "num_codes": 1, "codebook_size": 16}
     _run(config, tmp_path, "a", compression={"budget_ratio": 3.0, "num_codes": [1, 2], "codes": codes})
     (kept,) = tmp_path.glob("**/frontiers/*/frontier.json")
-    plain, measure = json.loads(kept.read_text()), fitting.measure_frontier
+    plain, measure = json.loads(kept.read_text()), budgeting.measure_frontier
     assert plain["unit"] == "loss" and len(plain["tables"]) > 1
-    monkeypatch.setattr(fitting, "measure_frontier", None)
+    monkeypatch.setattr(budgeting, "measure_frontier", None)
     more = _run(config, tmp_path, "b", compression={"budget_ratio": 2.0, "num_codes": [1, 2], "codes": codes})
     assert 2.0 <= more["footprint"]["ratio"] < 3.0
     calls = []
     monkeypatch.setattr(
-        fitting, "measure_frontier", lambda *given, **named: (calls.append(1), measure(*given, **named))[1]
+        budgeting, "measure_frontier", lambda *given, **named: (calls.append(1), measure(*given, **named))[1]
     )
     _run(config, tmp_path, "c", compression={"budget_ratio": 3.0, "num_codes": [1], "codes": codes})
     assert calls == [1]

@@ -147,6 +147,30 @@ class Frontier:
         gain = max(0.0, found.error - allocate(self.candidates, more).error)
         return Choice(shares, budget_bytes, self.unit, gain, found.error - found.lower_bound)
 
+    def scaled(self, factors: Mapping[str, float]) -> Frontier:
+        """Return the same with the errors of tables multiplied, by name: what was predicted made what was measured.
+
+        Raises:
+            ValueError: a factor is of no table, or not finite and above 0.
+
+        Example:
+            >>> from torchrec_compress.methods import Int8Config
+            >>> some = Frontier({"day": (9, 8)}, {"day": [Candidate(112, 2.0, Int8Config())]}, "loss")
+            >>> some.scaled({"day": 0.5}).candidates["day"][0].error
+            1.0
+        """
+        unknown = sorted(set(factors) - set(self.candidates))
+        if unknown:
+            raise ValueError(f"scaled: factors must be of tables {sorted(self.candidates)}, got {unknown}")
+        for name, factor in factors.items():
+            if not 0 < factor < math.inf:
+                raise ValueError(f"scaled: table {name!r}: the factor must be finite and above 0, got {factor}")
+        candidates = {
+            name: [dataclasses.replace(each, error=each.error * factors.get(name, 1.0)) for each in some]
+            for name, some in self.candidates.items()
+        }
+        return dataclasses.replace(self, candidates=candidates)
+
     def _gain(self, name: str, chosen: Candidate[MethodConfig], left: float) -> float:
         within = (each.error for each in self.candidates[name] if each.num_bytes <= chosen.num_bytes + left)
         return chosen.error - min(within)

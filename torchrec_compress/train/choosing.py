@@ -9,13 +9,13 @@ from torch import Tensor
 
 from torchrec_compress.compression import Compression, parse, resolve
 from torchrec_compress.convert import Curvature
+from torchrec_compress.train.budgeting import choose
 from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.check import Wanted
 from torchrec_compress.train.config import RunConfig
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.engine.loop import Task
 from torchrec_compress.train.evaluate.scoring import total_counts
-from torchrec_compress.train.fitting import choose
 from torchrec_compress.train.full import untrained
 from torchrec_compress.train.models.click import make_tables
 from torchrec_compress.train.ranks import Ranks, on_first
@@ -51,8 +51,8 @@ def settle(
     if isinstance(wanted, Budget):
         assert source is not None  # a config with a budget and without a full model is refused
         counts = total_counts(data, ranks)
-        felt = curvature or None
-        return parse(on_first(lambda: choose(wanted, tables, source, kept, counts, config.seed, felt), ranks)), counts
+        found = on_first(lambda: choose(config, wanted, data, source, kept, counts, curvature), ranks)
+        return parse(found), counts
     if isinstance(wanted, WidthTrial):
         if not on_first(lambda: is_done(kept), ranks):
             in_shards = config.parallel.init == "shards"

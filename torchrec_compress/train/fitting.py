@@ -1,10 +1,7 @@
-"""Stage two: which method serves which table, and the fit of the tables to the model of stage one."""
+"""Stage two: the fit of the tables to the model of stage one."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,27 +11,21 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_compress import CompressedEmbeddingBagCollection, compress_into
-from torchrec_compress.compression import Frontier, measure_frontier
 from torchrec_compress.convert import Curvature, predicted_rise, row_reader
 from torchrec_compress.methods.learned import RowReader
-from torchrec_compress.train.byte_budget import Budget
-from torchrec_compress.train.check import base_of
-from torchrec_compress.train.config import RunConfig, fingerprint
+from torchrec_compress.train.config import RunConfig
 from torchrec_compress.train.data.source import ClickSource
-from torchrec_compress.train.engine.checkpoint import check_same
 from torchrec_compress.train.engine.checkpoint_reader import read
 from torchrec_compress.train.full import best_checkpoint, trained_model
 from torchrec_compress.train.models.click import ClickModel, make_tables
-from torchrec_compress.train.sealed import is_done, publish, read_json, save_tensors, write_json
-
-logger = logging.getLogger(__name__)
+from torchrec_compress.train.sealed import is_done, save_tensors, write_json
 
 _MAX_PAIRS = 2_000_000
 _READ_ROWS = 65_536
 PREDICTED = "predicted.json"
 
 
-class _Tables(Mapping[str, Tensor]):
+class FullTables(Mapping[str, Tensor]):
     """The rows of a full model's tables, (N, D) float32 by name, read one at a time: all may not fit in memory."""
 
     def __init__(self, path: Path, tables: Sequence[EmbeddingBagConfig]) -> None:
@@ -89,7 +80,7 @@ def fit(
         assert isinstance(small, CompressedEmbeddingBagCollection)
         rows = {table.name: row_reader(small, table.name) for table in tables}
     elif source is not None:
-        rows = _Tables(best_checkpoint(source), tables)
+        rows = FullTables(best_checkpoint(source), tables)
     compress_into(collection, rows, counts=counts, contexts=contexts, curvature=curvature, seed=config.seed)
     if source is not None:
         net = {name: value for name, value in model.state_dict().items() if not name.startswith("embeddings.")}
@@ -112,86 +103,6 @@ def _predicted(
         for name, mine in curvature.items()
         if mine.lookups and bool((counts[name] > 0).any())
     }
-
-
-def choose(
-    budget: Budget,
-    tables: Sequence[EmbeddingBagConfig],
-    source: Path,
-    kept: Path,
-    counts: dict[str, Tensor],
-    seed: int,
-    curvature: Mapping[str, Curvature] | None = None,
-) -> dict[str, Any]:
-    """Return the methods that are chosen for a budget, as plain data, and keep them and what they were chosen from.
-
-    Rank 0 alone calls it.
-
-    Args:
-        budget: of bytes, over all tables.
-        tables: the full model's.
-        source: folder of the trained full model.
-        kept: the file.
-        counts: look-ups per id in train, (rows,) int64 by table.
-        seed: of the fits that are tried.
-        curvature: of the full model's loss, by table; None: errors are squared errors of rows.
-    """
-    if not is_done(kept):
-        dense = sum(4 * table.num_embeddings * table.embedding_dim for table in tables)
-        choice = _frontier(budget, tables, source, counts, seed, curvature).choose(budget.num_bytes(dense))
-        logger.info("methods for %s bytes:\n%s", f"{budget.num_bytes(dense):,}", choice)
-        write_json(kept, {name: method.to_dict() for name, method in choice.items()})
-    return read_json(kept)
-
-
-def _frontier(
-    budget: Budget,
-    tables: Sequence[EmbeddingBagConfig],
-    source: Path,
-    counts: dict[str, Tensor],
-    seed: int,
-    curvature: Mapping[str, Curvature] | None,
-) -> Frontier:
-    """Return what every table costs at every size; measured once for all budgets of a full model, and kept beside it.
-
-    Raises:
-        ValueError: what was kept is damaged, or of another model, curvature or other settings.
-    """
-    best = best_checkpoint(source)
-    settings = {"codes": budget.codes, "num_codes": budget.num_codes, "seed": seed, "curvature": _digest(curvature)}
-    model = read_json(source / "summary.json", keys=("identity",))["identity"]
-    told = {**settings, "model": model, "checkpoint": best.name}
-    folder = source / "frontiers" / fingerprint(settings)
-    path, remedy = folder / "frontier.json", f"delete {folder}, the same command makes it again"
-    if not is_done(path):
-        rows = dict(_Tables(best, tables))
-        options = {"num_codes": budget.num_codes, "codes": base_of(budget), "seed": seed}
-        measured = measure_frontier(rows, counts, curvature=curvature, **options)
-        plain = {"identity": told, **measured.to_dict()}
-        if folder.is_dir() and not is_done(path):
-            shutil.rmtree(folder)
-        publish(folder, lambda part: write_json(part / path.name, plain))
-    plain = read_json(path, remedy, keys=("identity",))
-    check_same(path, plain.pop("identity"), told)
-    try:
-        found = Frontier.from_dict(plain)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; {remedy}") from error
-    sizes = {table.name: (table.num_embeddings, table.embedding_dim) for table in tables}
-    if found.sizes != sizes:
-        raise ValueError(f"{path}: must be of tables {sizes}, got {found.sizes}; {remedy}")
-    return found
-
-
-def _digest(curvature: Mapping[str, Curvature] | None) -> str | None:
-    """Return a hash of what a curvature says of all tables."""
-    if curvature is None:
-        return None
-    found = hashlib.sha256()
-    for name, each in sorted(curvature.items()):
-        found.update(repr((name, each.num_embeddings, each.examples, each.lookups, each.width)).encode())
-        found.update(each.matrix.contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def _contexts(config: RunConfig, data: ClickSource, methods: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
