@@ -59,7 +59,13 @@ def families_of(
     table: BaseEmbeddingConfig, base: CodebookConfig, num_codes: Sequence[int]
 ) -> list[tuple[CodebookConfig, list[int]]]:
     """Return the methods of codes that a budget may try for a table, without hot rows, and their lengths, ascending."""
-    residual = PQConfig(num_codes=1, codebook_size=base.codebook_size, structure="residual", popularity="count")
+    residual = PQConfig(
+        num_codes=1,
+        codebook_size=base.codebook_size,
+        codebook_dtype=base.codebook_dtype,
+        structure="residual",
+        popularity="count",
+    )
     plain = dataclasses.replace(base, num_codes=1, num_hot_rows=0)
     found = []
     for family, shortest, longest in ((plain, 1, math.inf), (residual, 2, _MAX_RESIDUAL_CODES)):
