@@ -218,6 +218,9 @@ def _run_compressed(
         summary["metrics"] = summary["fitted"]
         if curvature:
             summary["predicted"] = on_first(lambda: read_json(folder / PREDICTED), ranks)
+            summary["fitted_to"] = on_first(lambda: read_json(source / "summary.json", keys=("metrics",)), ranks)[
+                "metrics"
+            ]
     if config.retrain.epochs > 0:
         trained = _retrain(config, task, model, source, ranks)
         summary["training"] = _training(trained)

@@ -55,7 +55,6 @@ def collect(output: Path, order: Sequence[str] = (), folders: Sequence[Path] | N
     rows = {name: _summarise(found[name]) for name in names}
     for name, row in rows.items():
         row["gap"] = _gap(found[name], found.get("full", [])) if name != "full" else {}
-        row["fitted_gap"] = _gap(found[name], found.get("full", []), "fitted") if "predicted" in row else {}
         row["against_full"] = rows["full"]["bytes"] / row["bytes"] if "full" in rows else row["ratio"]
     bayes = next((runs[0]["bayes"] for runs in found.values() if runs[0].get("bayes")), {})
     return {"variants": rows, "bayes": bayes}
@@ -74,6 +73,7 @@ def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
         result["before_training"] = _spread(fitted)
     if all("predicted" in run for run in runs):
         result["predicted"] = statistics.fmean(sum(run["predicted"].values()) for run in runs)
+        result["fitted_gap"] = _less([(run["fitted"]["test"], run["fitted_to"]["test"]) for run in runs])
     result["optimizer_bytes"] = runs[0].get("optimizer_bytes")
     result["held_bytes"] = runs[0].get("held_bytes")
     result["usage"] = runs[0].get("usage", {})
@@ -81,16 +81,18 @@ def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _gap(runs: list[dict[str, Any]], full: list[dict[str, Any]], when: str = "metrics") -> dict[str, Any]:
-    """Return mean and spread of a variant's scores, as "fitted" or at the end, less the full model's of its seed."""
+def _gap(runs: list[dict[str, Any]], full: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return mean and spread of a variant's scores less those of the full model of the same seed."""
     base = {run["seed"]: run["metrics"]["test"] for run in full}
-    pairs = [(run[when]["test"], base[run["seed"]]) for run in runs if run["seed"] in base]
-    if not pairs:
-        return {}
-    return {
-        **_spread([{key: mine[key] - its[key] for key in _COLUMNS if key in mine} for mine, its in pairs]),
-        "seeds": len(pairs),
-    }
+    pairs = [(run["metrics"]["test"], base[run["seed"]]) for run in runs if run["seed"] in base]
+    return {**_less(pairs), "seeds": len(pairs)} if pairs else {}
+
+
+def _less(pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Return mean and spread of the first scores of pairs less the second."""
+    return _spread(
+        [{key: mine[key] - its[key] for key in _COLUMNS if key in mine and key in its} for mine, its in pairs]
+    )
 
 
 def _spread(runs: list[Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -199,11 +201,14 @@ def _gap_lines(rows: Mapping[str, Any]) -> list[str]:
 
 def _predicted_lines(rows: Mapping[str, Any]) -> list[str]:
     """What fits were predicted to cost beside what they did, before any training: a rank, see docs/curvature.md."""
-    told = {name: row for name, row in rows.items() if row["fitted_gap"] and "predicted" in row}
+    told = {name: row for name, row in rows.items() if "predicted" in row}
     if not told:
         return []
     lines = ["", "## Predicted and measured rise of the logloss by the fit alone", ""]
-    lines += ["The prediction is for the order of fits; as a number it is not right for rows of training or test.", ""]
+    lines += [
+        "Both against the model that a variant was fitted to, the full one or a small one. The prediction is for the"
+    ]
+    lines += ["order of fits of one model; as a number it is not right for rows of training or test.", ""]
     lines += ["| variant | predicted, rank | predicted | measured | AUC, measured |", "|---|---|---|---|---|"]
     for rank, (name, row) in enumerate(sorted(told.items(), key=lambda item: item[1]["predicted"]), start=1):
         gap = row["fitted_gap"]
