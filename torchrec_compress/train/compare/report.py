@@ -69,7 +69,7 @@ def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     result["test"] = _spread([run["metrics"]["test"] for run in runs])
     result["valid"] = _spread([run["metrics"]["valid"] for run in runs])
     fitted = [run["fitted"]["test"] for run in runs if "fitted" in run]
-    if fitted and all("training" in run for run in runs):
+    if fitted and all("training" in run and "fit_seconds" in run for run in runs):
         result["before_training"] = _spread(fitted)
     if all("predicted" in run for run in runs):
         result["predicted"] = statistics.fmean(sum(run["predicted"].values()) for run in runs)
