@@ -23,7 +23,6 @@ from torchrec_compress.train.compare.runs import compare
 from torchrec_compress.train.config import RunConfig, override
 from torchrec_compress.train.ranks import start
 
-
 # fits of then were to squared error, which a config says since there is another way
 THEN = ["config.yaml", "--curvature_rows", "0"]
 
@@ -83,7 +82,7 @@ def test_runs_of_before_there_was_a_curvature_are_not_mixed_with_others(stored, 
     with pytest.raises(ValueError, match="other settings"):
         compare(read(RunConfig(), ["config.yaml"], ""))
     run = check_variants(read(RunConfig(), ["config.yaml"], ""))["pq"]
-    with pytest.raises(ValueError, match="curvature_rows must be .* as when it was written, got 65536"):
+    with pytest.raises(ValueError, match=r"curvature_rows must be .* as when it was written, got 65536"):
         stages.run(run, Path("out/runs/pq/seed0"), Path("out/full"), start(run.parallel), None)
 
 
