@@ -101,7 +101,8 @@ class CompressedParts(nn.Module):
                     f"{prefix}{name}: must be integers, got {dtype}, as a blend or an average of state dicts "
                     "holds; blend floating-point tensors alone, and take integers from one of them as they are"
                 )
-            if buffer.numel() == 1 and math.prod(shape) != 1:  # which is read as a number
+            # a vector of one is read as a number; a matrix of one is a shard of a table
+            if tuple(buffer.shape) in ((), (1,)) and math.prod(shape) != 1:
                 raise ValueError(f"{prefix}{name}: must be one integer, got {shape}; load a checkpoint not damaged")
         unmarked = []
         for name in self._code_banks():
