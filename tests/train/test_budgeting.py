@@ -10,7 +10,9 @@ import torch
 from torchrec_compress.methods import PQConfig
 from torchrec_compress.train import asked, budgeting, stages
 from torchrec_compress.train.config import override
-from torchrec_compress.train.full import trained_model
+from torchrec_compress.train.fitting import FullTables
+from torchrec_compress.train.full import best_checkpoint, trained_model
+from torchrec_compress.train.models.click import make_tables
 
 CODES = {"method": "pq", "num_codes": 1, "codebook_size": 16}
 BUDGET = {"budget_ratio": 3.0, "num_codes": [1, 2], "codes": CODES}
@@ -27,11 +29,11 @@ def test_a_measured_rise_is_that_of_a_run_in_which_one_table_alone_is_compressed
     summary = stages.run(config, tmp_path / "run", tmp_path / "full", ranks, None)
     source, curvature = _asked(config, tmp_path, ranks, data)
     full = json.loads((source / "summary.json").read_text())["metrics"]["valid"]["logloss"]
-    counts = data.counts()
-    found = budgeting.measured_rises(config, data, source, {"user": ONE, "item": ONE}, counts, curvature)
+    known = budgeting.Known(config, data, source, data.counts(), curvature)
+    found = budgeting.measured_rises({"user": ONE, "item": ONE}, known)
     assert found["user"] == pytest.approx(summary["fitted"]["valid"]["logloss"] - full, abs=1e-6)
     assert found["user"] != found["item"]
-    alone = budgeting.measured_rises(config, data, source, {"item": ONE}, counts, curvature)
+    alone = budgeting.measured_rises({"item": ONE}, known)
     assert alone["item"] == pytest.approx(found["item"], abs=1e-12)  # the other table was put back
     before = trained_model(config, data, source).state_dict()
     after = trained_model(config, data, source).state_dict()
@@ -45,7 +47,7 @@ def test_a_budget_weighs_predictions_by_what_was_measured(config, data, ranks, t
         monkeypatch.setattr(
             budgeting,
             "measured_rises",
-            lambda _config, _data, _source, chosen, *_, rise=rise: {key: rise.get(key, 0.1) for key in chosen},
+            lambda chosen, _, rise=rise: {key: rise.get(key, 0.1) for key in chosen},
         )
         mine = override(config, {"compression": BUDGET})
         stages.run(mine, tmp_path / name / "run", tmp_path / name / "full", ranks, None)
@@ -60,14 +62,19 @@ def test_the_least_of_a_prediction_is_believed_and_all_of_it_is_told(
 ):
     source, curvature = _asked(config, tmp_path, ranks, data)
     measured = budgeting.measure_frontier(
-        dict(budgeting.FullTables(budgeting.best_checkpoint(source), budgeting.make_tables(config.model, data))),
+        dict(FullTables(best_checkpoint(source), make_tables(config.model, data))),
         data.counts(),
         curvature=curvature,
         num_codes=(1, 2),
         codes=ONE,
     )
-    monkeypatch.setattr(budgeting, "measured_rises", lambda *given: dict.fromkeys(given[3], -0.1))
+    monkeypatch.setattr(budgeting, "measured_rises", lambda chosen, _: dict.fromkeys(chosen, -0.1))
+    monkeypatch.setattr(budgeting, "_TRIED_AT", 0.2)
+    known = budgeting.Known(config, data, source, data.counts(), curvature)
+    tried = measured.choose(0.2 * known.dense_bytes)
+    seen = {name for name, share in tried.shares.items() if share.error > 0.001 * tried.error}
+    assert {name for name, share in tried.shares.items() if share.error > 0} > seen  # some are too small to measure
     with caplog.at_level("INFO"):
-        found = budgeting._factors(config, data, source, data.counts(), curvature, measured)
-    assert found and set(found.values()) == {0.05}
+        found = budgeting._factors(measured, known)
+    assert set(found) == seen and set(found.values()) == {0.05}
     assert "the loss on validation rises by -0.10000, predicted " in caplog.text

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchrec_compress.convert import Curvature, measure_curvature
 from torchrec_compress.train.config import RunConfig
-from torchrec_compress.train.data.batch import Batch, Share
+from torchrec_compress.train.data.batch import EVERYTHING, Batch, Share
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.engine.checkpoint import check_same
 from torchrec_compress.train.engine.trainable import Trainable
@@ -70,7 +70,7 @@ def curvature_of(config: RunConfig, data: ClickSource, source: Path, ranks: Rank
     def ask(full: Trainable) -> dict[str, Tensor]:
         found = measure_curvature(
             full.model,
-            _validation(config, data, ranks),
+            (batch.to(ranks.device) for batch in validation(config, data, Share(ranks.rank, ranks.world))),
             lambda model, batch: model(batch.features, batch.dense).logits,
             weights=lambda batch: batch.weights,
             group=dist.group.WORLD,
@@ -95,11 +95,10 @@ def curvature_of(config: RunConfig, data: ClickSource, source: Path, ranks: Rank
         raise ValueError(f"{folder}/curvature.pt: {error}; {_remedy(folder)}") from error
 
 
-def _validation(config: RunConfig, data: ClickSource, ranks: Ranks) -> Iterator[Batch]:
-    """Yield this rank's share of so many rows of validation, drawn by the seed."""
-    batches = data.batches("valid", _CURVATURE_BATCH, config.seed, Share(ranks.rank, ranks.world))
-    for batch in islice(batches.epoch(0), -(-config.curvature_rows // _CURVATURE_BATCH)):
-        yield batch.to(ranks.device)
+def validation(config: RunConfig, data: ClickSource, share: Share = EVERYTHING) -> Iterator[Batch]:
+    """Yield this share of the rows of validation that a curvature is measured on, drawn by the seed."""
+    batches = data.batches("valid", _CURVATURE_BATCH, config.seed, share)
+    return islice(batches.epoch(0), -(-config.curvature_rows // _CURVATURE_BATCH))
 
 
 def _kept(

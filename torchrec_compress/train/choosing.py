@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchrec_compress.compression import Compression, parse, resolve
 from torchrec_compress.convert import Curvature
-from torchrec_compress.train.budgeting import choose
+from torchrec_compress.train.budgeting import Known, choose
 from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.check import Wanted
 from torchrec_compress.train.config import RunConfig
@@ -51,7 +51,7 @@ def settle(
     if isinstance(wanted, Budget):
         assert source is not None  # a config with a budget and without a full model is refused
         counts = total_counts(data, ranks)
-        found = on_first(lambda: choose(config, wanted, data, source, kept, counts, curvature), ranks)
+        found = on_first(lambda: choose(wanted, Known(config, data, source, counts, curvature), kept), ranks)
         return parse(found), counts
     if isinstance(wanted, WidthTrial):
         if not on_first(lambda: is_done(kept), ranks):
