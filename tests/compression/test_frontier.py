@@ -124,3 +124,11 @@ def test_factors_that_cannot_be_are_refused(factors, message):
     with pytest.raises(ValueError, match=message):
         frontier.scaled(factors)
     assert frontier.scaled({"user": 2.0}).choose(200).error == 4.0
+
+
+@pytest.mark.parametrize("measure", [measure_frontier, lambda *given: for_budget(*given, 10**9)])
+def test_an_error_names_what_was_called(measure):
+    where = "measure_frontier" if measure is measure_frontier else "for_budget"
+    for tables, counts in ((3, {}), ({"a": torch.ones(9, 4)}, {}), ({"a": torch.ones(9, 4)}, {"a": torch.ones(8)})):
+        with pytest.raises(ValueError, match=f"^{where}: "):
+            measure(tables, counts)

@@ -70,8 +70,7 @@ def for_budget(
         {'user': 'pq', 'day': 'dense'}
     """
     check_budget("for_budget", budget_bytes)
-    options = {"num_codes": num_codes, "codes": codes, "seed": seed, "progress": progress}
-    return measure_frontier(tables, counts, curvature=curvature, **options).choose(budget_bytes)
+    return _measure("for_budget", tables, counts, curvature, num_codes, codes, seed, progress).choose(budget_bytes)
 
 
 def measure_frontier(
@@ -110,9 +109,23 @@ def measure_frontier(
         >>> frontier.choose(30_000).error > frontier.choose(60_000).error
         True
     """
-    rows = _rows_of(tables)
-    _check_arguments(rows, counts, num_codes, codes, seed)
-    known = {} if curvature is None else _check_curvature(rows, counts, curvature)
+    return _measure("measure_frontier", tables, counts, curvature, num_codes, codes, seed, progress)
+
+
+def _measure(
+    where: str,
+    tables: Any,
+    counts: Mapping[str, Tensor],
+    curvature: Mapping[str, Curvature] | None,
+    num_codes: Sequence[int],
+    codes: CodebookConfig | None,
+    seed: int,
+    progress: bool,
+) -> Frontier:
+    """Do as `measure_frontier` says, with `where` in errors."""
+    rows = _rows_of(where, tables)
+    _check_arguments(where, rows, counts, num_codes, codes, seed)
+    known = {} if curvature is None else _check_curvature(where, rows, counts, curvature)
     base, found = codes or _USUAL, {}
     bar = tqdm(rows.items(), desc="measuring candidates", unit="table", disable=not progress, leave=False)
     with bar, torch.inference_mode(False):  # some methods train in their fits
@@ -137,14 +150,14 @@ def _cost_nothing(
 
 
 def _check_curvature(
-    tables: Mapping[str, Tensor], counts: Mapping[str, Tensor], curvature: Any
+    where: str, tables: Mapping[str, Tensor], counts: Mapping[str, Tensor], curvature: Any
 ) -> dict[str, Curvature]:
     """Return the curvature of every table that was looked up, or raise ValueError where there is none or another's."""
     if not isinstance(curvature, Mapping):
-        raise ValueError(f"for_budget: curvature must be a mapping by table name, got {type(curvature).__name__}")
+        raise ValueError(f"{where}: curvature must be a mapping by table name, got {type(curvature).__name__}")
     unknown = sorted(set(curvature) - set(tables), key=str)
     if unknown:
-        raise ValueError(f"for_budget: curvature must name tables of {sorted(tables)}, got {unknown}")
+        raise ValueError(f"{where}: curvature must name tables of {sorted(tables)}, got {unknown}")
     found = {}
     for name, rows in tables.items():
         mine = curvature.get(name)
@@ -155,7 +168,7 @@ def _check_curvature(
             logger.info("table %r: never looked up, stored in as few bytes as it can be", name)
         elif mine is None or not mine.lookups:
             raise ValueError(
-                f"for_budget: table {name!r}: must have a curvature that tells what its errors cost, as it was looked "
+                f"{where}: table {name!r}: must have a curvature that tells what its errors cost, as it was looked "
                 f"up in training, got {'none' if mine is None else 'one of no look-ups'}; measure more batches, or "
                 "pass no curvature at all"
             )
@@ -166,7 +179,7 @@ def _check_curvature(
     return found
 
 
-def _rows_of(tables: Any) -> dict[str, Tensor]:
+def _rows_of(where: str, tables: Any) -> dict[str, Tensor]:
     """Return the rows by table name, (N, D) float32 in the host's memory."""
     stored: Any = tables
     if isinstance(tables, EmbeddingBagCollection | EmbeddingCollection):
@@ -174,17 +187,18 @@ def _rows_of(tables: Any) -> dict[str, Tensor]:
         stored = {name: module.weight for name, module in modules.items()}
     if not isinstance(stored, Mapping):
         raise ValueError(
-            "for_budget: tables must be an EmbeddingBagCollection, an EmbeddingCollection or rows by table name, got "
+            f"{where}: tables must be an EmbeddingBagCollection, an EmbeddingCollection or rows by table name, got "
             f"{kind_of(tables, EmbeddingBagCollection, EmbeddingCollection)}"
         )
     for name, rows in stored.items():
         if not isinstance(rows, Tensor) or rows.dim() != 2:
-            raise ValueError(f"for_budget: table {name!r}: rows must be a tensor (N, D), got {type(rows).__name__}")
+            raise ValueError(f"{where}: table {name!r}: rows must be a tensor (N, D), got {type(rows).__name__}")
         check_trained_rows(_table(name, rows), rows)
     return {name: rows.detach().float().cpu() for name, rows in stored.items()}
 
 
 def _check_arguments(
+    where: str,
     tables: Mapping[str, Tensor],
     counts: Any,
     num_codes: Sequence[int],
@@ -193,21 +207,19 @@ def _check_arguments(
 ) -> None:
     """Raise ValueError for what would fail, or be ignored, once candidates are measured."""
     if not isinstance(counts, Mapping):
-        raise ValueError(f"for_budget: counts must be a mapping by table name, got {type(counts).__name__}")
+        raise ValueError(f"{where}: counts must be a mapping by table name, got {type(counts).__name__}")
     missing = sorted(set(tables) ^ set(counts))
     if missing:
-        raise ValueError(
-            f"for_budget: tables and counts must name the same tables, got only one of the two for {missing}"
-        )
+        raise ValueError(f"{where}: tables and counts must name the same tables, got only one of the two for {missing}")
     for name, rows in tables.items():
-        check_counts(f"for_budget: table {name!r}", counts[name], rows.shape[0])
+        check_counts(f"{where}: table {name!r}", counts[name], rows.shape[0])
     if len(num_codes) == 0 or any(isinstance(m, bool) or not isinstance(m, Integral) or m < 1 for m in num_codes):
-        raise ValueError(f"for_budget: num_codes must be code lengths of at least 1, got {num_codes!r}")
+        raise ValueError(f"{where}: num_codes must be code lengths of at least 1, got {num_codes!r}")
     if codes is not None and as_codebook(codes) is None:
-        raise ValueError(f"for_budget: codes must be a method of codes such as PQConfig(num_codes=1), got {codes!r}")
+        raise ValueError(f"{where}: codes must be a method of codes such as PQConfig(num_codes=1), got {codes!r}")
     if codes is not None and codes.needs == "contexts":
-        raise ValueError(f"for_budget: codes must be fitted to rows alone, got {codes.method!r}, which needs contexts")
-    check_seed("for_budget", seed)
+        raise ValueError(f"{where}: codes must be fitted to rows alone, got {codes.method!r}, which needs contexts")
+    check_seed(where, seed)
 
 
 def smallest_bytes(tables: Sequence[EmbeddingBagConfig], codes: CodebookConfig | None, num_codes: Sequence[int]) -> int:
