@@ -55,7 +55,7 @@ def test_a_comparison_goes_on_where_it_stood(stored, tmp_path, monkeypatch):
     config = read(RunConfig(), THEN, "")
     summaries = {path: path.read_text() for path in Path("out").glob("runs/*/seed0/summary.json")}
     assert len(summaries) == 3
-    monkeypatch.setattr(runs, "_run_all", lambda jobs, *_: [job[0] for job in jobs])
+    monkeypatch.setattr(runs, "_run_all", lambda first, left, *_: [job[0] for job in [*first.values(), *left]])
     compare(config)
     assert summaries == {path: path.read_text() for path in summaries}
     report = json.loads(Path("out/report.json").read_text())

@@ -6,7 +6,7 @@ import dataclasses
 import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def compare(config: RunConfig) -> Path:
         tqdm.write(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already")
     workers = min(config.compare.num_workers, max(len(left), 1))
     with tqdm(total=len(first) + len(left), desc="compare", unit="run", position=0) as bar:
-        failed = _run_all([*first.values()], workers, bar) + _run_all(left, workers, bar)
+        failed = _run_all(first, left, workers, bar)
     if len(failed) == len(left) + len(first) and failed:
         raise ValueError(f"compare: all runs failed; the first: {failed[0]}")
     from torchrec_compress.train.compare.report import write_report
@@ -134,28 +134,37 @@ def _finished(folder: Path, config: RunConfig) -> bool:
     return True
 
 
-def _run_all(jobs: list[Job], workers: int, bar: tqdm) -> list[str]:
-    """Run jobs in processes of their own, which keep their data; return what failed."""
+def _run_all(first: dict[str, Job], left: list[Job], workers: int, bar: tqdm) -> list[str]:
+    """Train full models by key and run what is left, each as soon as its full model is there; return what failed.
+
+    Processes live until the last job is done, as most of them read the same rows.
+    """
     failed: list[str] = []
-    if not jobs:
-        return failed
+    waiting: dict[str, list[Job]] = {}
+    for job in left:
+        key = pretrained_key(job[1]) if needs_pretrained(job[1]) else ""
+        waiting.setdefault(key if key in first else "", []).append(job)
     context = multiprocessing.get_context("spawn")
-    lock = context.RLock()
     slots = context.Queue()
     for slot in range(workers):
         slots.put(slot + 1)
-    arguments = (lock, slots, os.getpid())
+    arguments = (context.RLock(), slots, os.getpid())
     with ProcessPoolExecutor(workers, mp_context=context, initializer=begin, initargs=arguments) as pool:
-        for done in as_completed([pool.submit(run_job, job) for job in jobs]):
-            try:
-                name, outcome, error = done.result()
-            except BrokenProcessPool as broken:
-                pool.shutdown(cancel_futures=True)
-                raise ValueError(
-                    "compare: a worker was killed (out of memory?); the same command continues"
-                ) from broken
-            bar.update()
-            if error:
-                failed.append(f"{name}: {error}")
-            tqdm.write(f"{name}: {error or outcome}", file=sys.stderr)
+        running = {pool.submit(run_job, job): key for key, job in first.items()}
+        running |= {pool.submit(run_job, job): "" for job in waiting.pop("", [])}
+        while running:
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(done)
+                try:
+                    name, outcome, error = done.result()
+                except BrokenProcessPool as broken:
+                    pool.shutdown(cancel_futures=True)
+                    raise ValueError(
+                        "compare: a worker was killed (out of memory?); the same command continues"
+                    ) from broken
+                bar.update()
+                if error:
+                    failed.append(f"{name}: {error}")
+                tqdm.write(f"{name}: {error or outcome}", file=sys.stderr)
+                running |= {pool.submit(run_job, job): "" for job in waiting.pop(key, [])}
     return failed
