@@ -165,6 +165,7 @@ def _train(config: RunConfig) -> None:
     from torchrec_compress.modules.footprint import why_no_smaller
     from torchrec_compress.train.engine.loop import Preempted
     from torchrec_compress.train.idle import idle_settings
+    from torchrec_compress.train.machine import slow_settings
     from torchrec_compress.train.ranks import end_for_all, start, stop
     from torchrec_compress.train.stages import run
 
@@ -172,7 +173,7 @@ def _train(config: RunConfig) -> None:
     try:
         ranks = start(config.parallel)
         if ranks.is_first:
-            for line in idle_settings(config):
+            for line in [*idle_settings(config), *slow_settings([config])]:
                 sys.stderr.write(f"torchrec-compress: {line}\n")
         summary = run(config, folder, folder / "full", ranks)
     except Preempted as end:

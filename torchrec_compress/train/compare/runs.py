@@ -18,6 +18,7 @@ from torchrec_compress.train.config import RunConfig, fingerprint, needs_pretrai
 from torchrec_compress.train.data.inputs import identify
 from torchrec_compress.train.data.open import open_data
 from torchrec_compress.train.identity import check_unchanged
+from torchrec_compress.train.machine import slow_settings
 from torchrec_compress.train.sealed import is_done, read_text
 from torchrec_compress.train.stages import pretrained_key
 
@@ -45,6 +46,8 @@ def compare(config: RunConfig) -> Path:
     finished = {job[2] for job in [*jobs, *others] if _finished(Path(job[2]), job[1])}
     left = [job for job in jobs if job[2] not in finished]
     _check_data(left)
+    for line in slow_settings(job[1] for job in left):
+        tqdm.write(f"torchrec-compress: {line}", file=sys.stderr)
     shared = output / "full"
     first: dict[str, Job] = {}
     for _, run, _, _ in jobs:

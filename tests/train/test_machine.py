@@ -1,0 +1,26 @@
+"""What this machine is slow at is said."""
+
+import pytest
+
+from torchrec_compress.train import machine
+from torchrec_compress.train.config import ModelConfig, ParallelConfig, RunConfig
+from torchrec_compress.train.machine import slow_settings
+
+BFLOAT16 = RunConfig(model=ModelConfig(bfloat16=True), parallel=ParallelConfig(device="cpu"))
+
+
+@pytest.mark.parametrize(("cost", "lines"), [(49.0, 1), (2.1, 1), (1.9, 0), (0.6, 0)])
+def test_bfloat16_is_told_where_it_is_slow(monkeypatch, cost, lines):
+    monkeypatch.setattr(machine, "_bfloat16_cost", lambda: cost)
+    said = slow_settings([RunConfig(), BFLOAT16])
+    assert len(said) == lines
+    assert all(f"{cost:.0f} times as long" in line and "model.bfloat16=false" in line for line in said)
+
+
+def test_nothing_is_measured_for_runs_without_it(monkeypatch):
+    monkeypatch.setattr(machine, "_bfloat16_cost", lambda: 1 / 0)
+    assert slow_settings([RunConfig()]) == []
+
+
+def test_a_cost_is_a_ratio_of_times():
+    assert 0.01 < machine._bfloat16_cost() < 10_000
