@@ -44,8 +44,8 @@ def prepare(num_threads: int) -> None:
 def slow_settings(configs: Iterable[RunConfig]) -> list[str]:
     """Return a line for each setting of some of these runs that makes this machine slow.
 
-    Processors without instructions for bfloat16 multiply its matrices number by number: 50 times as slow as float32 ones
-    (AVX2, torch 2.13).
+    Processors without instructions for bfloat16 multiply its matrices number by number, 30 to 50 times as slowly as
+    float32 ones (AVX2, torch 2.13).
 
     Example:
         >>> slow_settings([RunConfig()])
@@ -70,11 +70,11 @@ def _bfloat16_cost() -> float:
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.ones(512, 256, dtype=dtype), torch.ones(256, 128, dtype=dtype)
-        left @ right  # the first call sets up
+        torch.mm(left, right)  # the first call sets up
         rounds = []
         for _ in range(3):
             begun = time.perf_counter()
-            left @ right
+            torch.mm(left, right)
             rounds.append(time.perf_counter() - begun)
         seconds[dtype] = min(rounds)
     return seconds[torch.bfloat16] / max(seconds[torch.float32], 1e-9)
