@@ -19,11 +19,11 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from torchrec_compress import compress
 from torchrec_compress.compression import measure_frontier
+from torchrec_compress.compression.candidates import Tried
 from torchrec_compress.compression.measuring import measure_candidates, sample_of
+from torchrec_compress.compression.rows import rows_of
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods import PQConfig
-
-USUAL = PQConfig(num_codes=1, popularity="count")
 
 
 def made(num_rows: int, seed: int, power: float, lookups: float, width: int = 64) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,9 @@ def compare_own(rows: Tensor, counts: Tensor) -> None:
     size = len(rows)
     table = EmbeddingBagConfig(name="t", num_embeddings=size, embedding_dim=rows.shape[1], feature_names=["t"])
     start = time.process_time()
-    found = measure_candidates(sample_of(table, rows, counts, 0, None), USUAL, (1, 2, 4, 8))
+    found = measure_candidates(
+        sample_of(rows_of("benchmark", {"t": rows})["t"], counts, 0, None), Tried(num_codes=(1, 2, 4, 8))
+    )
     print(f"measured in {time.process_time() - start:.1f} s")
     dense, weights = EmbeddingBagCollection([table]), popularity_weights(counts, "count", size).double()
     with torch.no_grad():

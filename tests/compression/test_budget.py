@@ -6,11 +6,13 @@ import pytest
 import torch
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
-from torchrec_compress import compress, predicted_rise
+from torchrec_compress import CompressedEmbeddingBagCollection, compress, predicted_rise
 from torchrec_compress.compression import for_budget, measure_frontier
+from torchrec_compress.compression.budget import smallest_bytes
+from torchrec_compress.compression.candidates import Tried
 from torchrec_compress.fit.curvature import Curvature, Witnesses
 from torchrec_compress.fit.mec import MECFit
-from torchrec_compress.methods import MECConfig, PQConfig, QuantileCodesConfig
+from torchrec_compress.methods import MECConfig, NarrowConfig, PQConfig, QuantileCodesConfig
 
 FEW = PQConfig(num_codes=1, codebook_size=32, popularity="count")  # codewords, which are quick to fit
 
@@ -167,3 +169,53 @@ def test_a_curvature_of_too_few_examples_still_predicts_but_is_no_metric(caplog)
     found = for_budget(rows, counts, 30_000, curvature=curvature, num_codes=(1,), codes=FEW)
     assert found.unit == "loss"
     assert "table 'idle': fitted to squared error, not to the loss: 9 examples" in caplog.text
+
+
+def narrow_table(num_rows: int = 900, rank: int = 8, width: int = 32) -> CompressedEmbeddingBagCollection:
+    table = EmbeddingBagConfig(name="user", num_embeddings=num_rows, embedding_dim=width, feature_names=["user"])
+    return CompressedEmbeddingBagCollection([table], compression=NarrowConfig(width=rank, bits=8))
+
+
+def test_codes_of_a_table_that_was_trained_small_are_codes_of_its_narrow_rows() -> None:
+    small, counts = narrow_table(), {"user": 1 + 3000 // torch.arange(1, 901)}
+    frontier = measure_frontier(small, counts, num_codes=(1, 2, 4), codes=FEW)
+    coded = [each.option for each in frontier.candidates["user"] if isinstance(each.option, PQConfig)]
+    assert coded and {method.width for method in coded} == {8}
+    chosen = frontier.choose(12_000)
+    made = compress(small, chosen, counts=counts)
+    assert made.footprint().total_bytes == chosen.num_bytes <= 12_000
+    # rows of rank 8 lose nothing by the width, so that the same bytes buy more codes than of full rows
+    rows = {"user": small.table_rows("user", torch.arange(900)).detach()}
+    wide = measure_frontier(rows, counts, num_codes=(1, 2, 4), codes=FEW).choose(12_000)
+    assert chosen.error < 0.7 * wide.error
+
+
+def test_widths_are_tried_where_rows_have_more_numbers() -> None:
+    rows = {"user": torch.randn(600, 16, generator=torch.Generator().manual_seed(4))}
+    rows["user"][:, 6:] *= 0.01  # of which hardly more than six directions matter
+    counts = {"user": torch.ones(600)}
+    frontier = measure_frontier(rows, counts, num_codes=(1, 2), codes=FEW, widths=(8, 16, 64))
+    widths = {each.option.width for each in frontier.candidates["user"] if isinstance(each.option, PQConfig)}
+    assert 8 in widths and widths <= {8, None}
+    plain = measure_frontier(rows, counts, num_codes=(1, 2), codes=FEW)
+    assert frontier.choose(5000).error < plain.choose(5000).error
+    chosen = frontier.choose(5000)
+    dense = trained({"user": 600})
+    with torch.no_grad():
+        dense.embedding_bags["user"].weight.copy_(rows["user"])  # type: ignore[operator]
+    assert compress(dense, chosen, counts=counts).footprint().total_bytes == chosen.num_bytes
+
+
+def test_the_smallest_bytes_are_those_of_narrow_codes() -> None:
+    table = EmbeddingBagConfig(name="user", num_embeddings=900, embedding_dim=32, feature_names=["user"])
+    tried = Tried(FEW, (1, 2))
+    least = smallest_bytes([table], tried, {"user": 8})
+    assert least < smallest_bytes([table], tried)
+    frontier = measure_frontier(narrow_table(), {"user": torch.ones(900)}, num_codes=(1, 2), codes=FEW)
+    assert frontier.candidates["user"][0].num_bytes == least
+
+
+@pytest.mark.parametrize("given", [(0,), (True,), (8.0,), ("8",)])
+def test_widths_that_are_none_are_refused(given) -> None:
+    with pytest.raises(ValueError, match=r"^measure_frontier: widths must be numbers of at least 1, got "):
+        measure_frontier({"user": torch.randn(60, 8)}, {"user": torch.ones(60)}, widths=given)

@@ -12,7 +12,9 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from torchrec_compress import compress
 from torchrec_compress.compression import measuring
+from torchrec_compress.compression.candidates import Tried
 from torchrec_compress.compression.measuring import measure_candidates, sample_of
+from torchrec_compress.compression.rows import rows_of
 from torchrec_compress.fit.mec import MECFit
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods import CodebookConfig, MECConfig, PQConfig
@@ -29,7 +31,8 @@ def clustered(num_rows: int, power: float) -> tuple[Tensor, Tensor]:
 
 
 def measure(rows: Tensor, counts: Tensor, base: CodebookConfig = FEW, lengths: tuple[int, ...] = (1, 2, 4), seed=0):
-    found = measure_candidates(sample_of(table(rows), rows, counts, seed, None), base, lengths)
+    sample = sample_of(rows_of("measure", {"t": rows})["t"], counts, seed, None)
+    found = measure_candidates(sample, Tried(base, lengths))
     assert len({each.option for each in found}) == len(found)
     return {each.option: each for each in found}
 
@@ -120,7 +123,7 @@ def test_other_codes_are_measured_by_their_own_fits():
 def test_a_sample_weighs_as_much_as_the_table_whatever_the_popularity(monkeypatch):
     monkeypatch.setattr(measuring, "_MEASURED_ROWS", 3000)
     rows, counts = clustered(6000, 1.2)
-    sample = sample_of(table(rows), rows, counts, 0, None)
+    sample = sample_of(rows_of("measure", {"t": rows})["t"], counts, 0, None)
     for method in (PQConfig(num_codes=1), FEW):
         weights = sample.data_of(method).weights
         assert weights is not None and len(weights) == 3000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import shutil
 from pathlib import Path
 
@@ -12,19 +13,26 @@ import torch
 
 from tests.made import Made
 from torchrec_compress import CompressedEmbeddingBagCollection
-from torchrec_compress.compression import parse
+from torchrec_compress.compression import measuring, parse
 from torchrec_compress.methods import base, learned
-from torchrec_compress.train import fitting, stages
+from torchrec_compress.train import budgeting, fitting, stages
 from torchrec_compress.train.check import check_config, check_run
 from torchrec_compress.train.config import ParallelConfig, RunConfig, override
 from torchrec_compress.train.full import full_model, trained_model, untrained
 from torchrec_compress.train.ranks import Ranks, start
+from torchrec_compress.train.sealed import read_json
 
 SMALL = {"*": {"method": "narrow", "width": 4, "bits": 8, "optimizer": "rowwise_adagrad"}}
 CODES = {"*": {"method": "pq", "num_codes": 2, "codebook_size": 16, "structure": "residual", "width": 4}}
 STAGE = {"epochs": 1.0, "batch_size": 256, "evals_per_epoch": 2}
 ALONE = {"pretrain_compression": SMALL, "pretrain": STAGE}
 CODED = {**ALONE, "compression": CODES}
+BUDGET = {
+    "budget_ratio": 6.0,
+    "num_codes": [1, 2],
+    "widths": [4],
+    "codes": {"method": "pq", "num_codes": 1, "codebook_size": 16},
+}
 DISTILLED = {**CODED, "retrain": {**STAGE, "distill_weight": 0.5}}
 
 
@@ -85,6 +93,53 @@ def test_no_full_table_is_made_of_small_ones(config, data, tmp_path, monkeypatch
     assert max(made.floats)[0] < data.vocab[data.features.index("user")] * config.model.embedding_dim
 
 
+def test_a_budget_of_small_tables_is_spent_on_codes_of_their_rows(config, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "train_size", lambda *_: 64)
+    monkeypatch.setattr(learned, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(measuring, "_MEASURED_ROWS", 64)
+    small = {**SMALL, "item": {"method": "narrow", "width": 8, "bits": 8}}
+    config = override(config, {**ALONE, "pretrain_compression": small})
+    measure, floats = budgeting.measure_frontier, []
+
+    def watched(*given, **named):
+        with Made() as made:
+            found = measure(*given, **named)
+        floats.extend(made.floats)
+        return found
+
+    monkeypatch.setattr(budgeting, "measure_frontier", watched)
+    summary = _run(config, tmp_path, "a", compression=BUDGET)
+    assert max(floats)[0] < data.vocab[data.features.index("user")] * config.model.embedding_dim
+    assert summary["footprint"]["ratio"] >= 6.0
+    chosen = parse(read_json(tmp_path / "a" / "compression.json"))
+    assert chosen["user"].width == 4  # all that its rows have, and no more
+    kept = [read_json(path) for path in tmp_path.glob("full/*/frontiers/*/frontier.json")]
+    assert len(kept) == 1
+    widths = {
+        name: {each[2].get("width") for each in table["candidates"] if each[2]["method"] == "pq"}
+        for name, table in kept[0]["tables"].items()
+    }
+    assert widths["user"] == {4} and widths["item"] <= {None, 4} and 4 in widths["item"]
+    _run(config, tmp_path, "b", compression={**BUDGET, "widths": []})
+    assert len(list(tmp_path.glob("full/*/frontiers/*/frontier.json"))) == 2  # other widths, another frontier
+
+
+def test_the_least_budget_is_that_of_codes_of_narrow_rows(config, data):
+    def check(num_bytes, **changes):
+        budget = {"budget_bytes": num_bytes, "num_codes": [1, 2], "codes": BUDGET["codes"]}
+        mine = override(config, {**ALONE, **changes, "compression": budget})
+        check_run(mine, check_config(mine), data)
+
+    with pytest.raises(ValueError, match=r"^compression: the budget must be at least [\d,]+ bytes") as least:
+        check(1)
+    needed = int(re.search(r"at least ([\d,]+)", str(least.value)).group(1).replace(",", ""))
+    check(needed)
+    with pytest.raises(ValueError, match="the budget must be at least"):
+        check(needed - 1)
+    with pytest.raises(ValueError, match="the budget must be at least"):
+        check(needed, pretrain_compression={})
+
+
 @pytest.mark.parametrize("init", ["host", "shards"])
 def test_stage_one_starts_where_the_config_says(config, data, init):
     model = full_model(override(config, {**ALONE, "parallel.init": init}), data)
@@ -109,7 +164,6 @@ def test_another_small_model_is_another_model(config, tmp_path):
         ({"pretrain_compression": {"budget_ratio": 9.0}}, "pretrain_compression: must name methods, got a budget"),
         ({"pretrain_compression": {"*": {"method": "narow"}}}, r"pretrain_compression\.\*.*narrow"),
         ({**CODED, "start": "scratch", "retrain": STAGE}, "pretrain_compression: must be empty with start = 'scratch'"),
-        ({**ALONE, "compression": {"budget_ratio": 9.0}}, "compression: must name methods with pretrain_compression"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(config, changes, message):

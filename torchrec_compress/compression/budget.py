@@ -13,35 +13,26 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from tqdm import tqdm
 
-from torchrec_compress.compression.candidates import candidates_of
+from torchrec_compress.compression.candidates import LENGTHS, USUAL, Tried, candidates_of
 from torchrec_compress.compression.frontier import Choice, Frontier, check_budget
 from torchrec_compress.compression.knapsack import Candidate, undominated
 from torchrec_compress.compression.measuring import measure_candidates, sample_of
+from torchrec_compress.compression.rows import Compressed, Rows, rows_of
 from torchrec_compress.fit.checks import check_counts, check_seed
 from torchrec_compress.fit.curvature import Curvature, check_own
-from torchrec_compress.methods import (
-    CodebookConfig,
-    DenseConfig,
-    MethodConfig,
-    PQConfig,
-    as_codebook,
-)
-from torchrec_compress.methods.learned import check_trained_rows
-from torchrec_compress.names import kind_of
+from torchrec_compress.methods import CodebookConfig, DenseConfig, MethodConfig, as_codebook
 
 logger = logging.getLogger(__name__)
 
-_USUAL = PQConfig(num_codes=1, popularity="count")
-LENGTHS = (1, 2, 3, 4, 6, 8, 16)  # of codes that are tried
-
 
 def for_budget(
-    tables: EmbeddingBagCollection | EmbeddingCollection | Mapping[str, Tensor],
+    tables: EmbeddingBagCollection | EmbeddingCollection | Compressed | Mapping[str, Tensor],
     counts: Mapping[str, Tensor],
     budget_bytes: float,
     *,
     curvature: Mapping[str, Curvature] | None = None,
     num_codes: Sequence[int] = LENGTHS,
+    widths: Sequence[int] = (),
     codes: CodebookConfig | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -53,7 +44,7 @@ def for_budget(
     several budgets, `measure_frontier` once and `choose` from it.
 
     Args:
-        tables, counts, curvature, num_codes, codes, seed, progress: as for `measure_frontier`.
+        tables, counts, curvature, num_codes, widths, codes, seed, progress: as for `measure_frontier`.
         budget_bytes: for all tables, everything counted (codes, codebooks, hot rows, dense tables).
 
     Returns:
@@ -70,15 +61,17 @@ def for_budget(
         {'user': 'pq', 'day': 'dense'}
     """
     check_budget("for_budget", budget_bytes)
-    return _measure("for_budget", tables, counts, curvature, num_codes, codes, seed, progress).choose(budget_bytes)
+    tried = _tried("for_budget", codes, num_codes, widths)
+    return _measure("for_budget", tables, counts, curvature, tried, seed, progress).choose(budget_bytes)
 
 
 def measure_frontier(
-    tables: EmbeddingBagCollection | EmbeddingCollection | Mapping[str, Tensor],
+    tables: EmbeddingBagCollection | EmbeddingCollection | Compressed | Mapping[str, Tensor],
     counts: Mapping[str, Tensor],
     *,
     curvature: Mapping[str, Curvature] | None = None,
     num_codes: Sequence[int] = LENGTHS,
+    widths: Sequence[int] = (),
     codes: CodebookConfig | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -88,14 +81,16 @@ def measure_frontier(
     Each table is tried dense, int8, int4, and as product and residual codes of several lengths, with hot heads of
     several sizes in int4 and int8, unless a code is no smaller than int8 rows. Errors are estimates: of short fits on
     16,384 rows, drawn by look-ups, of a larger table, and one or two fits for all heads (benchmarks/budget.md).
+    Codes of a table that was trained small, whose rows are read by ids, are codes of its narrow rows.
 
     Args:
-        tables: a trained collection, or its rows, (N, D) float32 by table name.
+        tables: a trained collection, compressed or not, or rows, (N, D) float32 by table name.
         counts: look-ups per id in training, (N,) by table name, for every table.
         curvature: what `measure_curvature` found of that model, of every table that was looked up. None: squared error.
         num_codes: code lengths to try; of residual codes 2 to 8, of product codes those that divide the width.
+        widths: numbers of a codeword to try beside those of the rows, see `CodebookConfig`: each costs fits of its own.
         codes: the method of codes that is tried beside residual ones, default `PQConfig(popularity="count")`; its
-            num_codes and tiers are replaced.
+            num_codes, tiers and width are replaced.
         seed: of the fits.
         progress: whether to show a progress bar.
 
@@ -109,7 +104,8 @@ def measure_frontier(
         >>> frontier.choose(30_000).error > frontier.choose(60_000).error
         True
     """
-    return _measure("measure_frontier", tables, counts, curvature, num_codes, codes, seed, progress)
+    tried = _tried("measure_frontier", codes, num_codes, widths)
+    return _measure("measure_frontier", tables, counts, curvature, tried, seed, progress)
 
 
 def _measure(
@@ -117,40 +113,36 @@ def _measure(
     tables: Any,
     counts: Mapping[str, Tensor],
     curvature: Mapping[str, Curvature] | None,
-    num_codes: Sequence[int],
-    codes: CodebookConfig | None,
+    tried: Tried,
     seed: int,
     progress: bool,
 ) -> Frontier:
     """Do as `measure_frontier` says, with `where` in errors."""
-    rows = _rows_of(where, tables)
-    _check_arguments(where, rows, counts, num_codes, codes, seed)
+    rows, found = rows_of(where, tables), {}
+    _check_counts(where, rows, counts)
+    check_seed(where, seed)
     known = {} if curvature is None else _check_curvature(where, rows, counts, curvature)
-    base, found = codes or _USUAL, {}
     bar = tqdm(rows.items(), desc="measuring candidates", unit="table", disable=not progress, leave=False)
     with bar, torch.inference_mode(False):  # some methods train in their fits
         for name, mine in bar:
             bar.set_postfix_str(name)
-            table, seen = _table(name, mine), counts[name].detach().cpu()
             if curvature is not None and name not in known:
-                found[name] = _cost_nothing(table, base, num_codes)
+                found[name] = _cost_nothing(mine, tried)
                 continue
-            sample = sample_of(table, mine, seen, int(seed), known.get(name))
-            found[name] = undominated(name, measure_candidates(sample, base, num_codes))
-    sizes = {name: (mine.shape[0], mine.shape[1]) for name, mine in rows.items()}
+            sample = sample_of(mine, counts[name].detach().cpu(), int(seed), known.get(name))
+            found[name] = undominated(name, measure_candidates(sample, tried))
+    sizes = {name: (mine.table.num_embeddings, mine.table.embedding_dim) for name, mine in rows.items()}
     return Frontier(sizes, found, "squared error" if curvature is None else "loss")
 
 
-def _cost_nothing(
-    table: EmbeddingBagConfig, base: CodebookConfig, num_codes: Sequence[int]
-) -> list[Candidate[MethodConfig]]:
+def _cost_nothing(rows: Rows, tried: Tried) -> list[Candidate[MethodConfig]]:
     """Return the smallest way to store a table that is never looked up, whose errors cost nothing."""
-    ways = [DenseConfig(), *candidates_of(table, base, num_codes)]
-    return undominated(table.name, [Candidate(method.stored_bytes(table), 0.0, method) for method in ways])
+    ways = [DenseConfig(), *candidates_of(rows.table, tried, rows.rank)]
+    return undominated(rows.table.name, [Candidate(method.stored_bytes(rows.table), 0.0, method) for method in ways])
 
 
 def _check_curvature(
-    where: str, tables: Mapping[str, Tensor], counts: Mapping[str, Tensor], curvature: Any
+    where: str, tables: Mapping[str, Rows], counts: Mapping[str, Tensor], curvature: Any
 ) -> dict[str, Curvature]:
     """Return the curvature of every table that was looked up, or raise ValueError where there is none or another's."""
     if not isinstance(curvature, Mapping):
@@ -162,8 +154,8 @@ def _check_curvature(
     for name, rows in tables.items():
         mine = curvature.get(name)
         if mine is not None:
-            check_own(name, mine, *rows.shape)
-            mine.check_rows(lambda ids, rows=rows: rows[ids])
+            check_own(name, mine, rows.table.num_embeddings, rows.table.embedding_dim)
+            mine.check_rows(rows.read)
         if not bool((counts[name] > 0).any()):
             logger.info("table %r: never looked up, stored in as few bytes as it can be", name)
         elif mine is None or not mine.lookups:
@@ -179,71 +171,59 @@ def _check_curvature(
     return found
 
 
-def _rows_of(where: str, tables: Any) -> dict[str, Tensor]:
-    """Return the rows by table name, (N, D) float32 in the host's memory."""
-    stored: Any = tables
-    if isinstance(tables, EmbeddingBagCollection | EmbeddingCollection):
-        modules: Any = tables.embeddings if isinstance(tables, EmbeddingCollection) else tables.embedding_bags
-        stored = {name: module.weight for name, module in modules.items()}
-    if not isinstance(stored, Mapping):
-        raise ValueError(
-            f"{where}: tables must be an EmbeddingBagCollection, an EmbeddingCollection or rows by table name, got "
-            f"{kind_of(tables, EmbeddingBagCollection, EmbeddingCollection)}"
-        )
-    for name, rows in stored.items():
-        if not isinstance(rows, Tensor) or rows.dim() != 2:
-            raise ValueError(f"{where}: table {name!r}: rows must be a tensor (N, D), got {type(rows).__name__}")
-        check_trained_rows(_table(name, rows), rows)
-    return {name: rows.detach().float().cpu() for name, rows in stored.items()}
-
-
-def _check_arguments(
-    where: str,
-    tables: Mapping[str, Tensor],
-    counts: Any,
-    num_codes: Sequence[int],
-    codes: CodebookConfig | None,
-    seed: int,
-) -> None:
-    """Raise ValueError for what would fail, or be ignored, once candidates are measured."""
+def _check_counts(where: str, tables: Mapping[str, Rows], counts: Any) -> None:
+    """Raise ValueError unless there are look-ups of every id of every table."""
     if not isinstance(counts, Mapping):
         raise ValueError(f"{where}: counts must be a mapping by table name, got {type(counts).__name__}")
     missing = sorted(set(tables) ^ set(counts))
     if missing:
         raise ValueError(f"{where}: tables and counts must name the same tables, got only one of the two for {missing}")
     for name, rows in tables.items():
-        check_counts(f"{where}: table {name!r}", counts[name], rows.shape[0])
-    if len(num_codes) == 0 or any(isinstance(m, bool) or not isinstance(m, Integral) or m < 1 for m in num_codes):
+        check_counts(f"{where}: table {name!r}", counts[name], rows.table.num_embeddings)
+
+
+def _tried(where: str, codes: CodebookConfig | None, num_codes: Sequence[int], widths: Sequence[int]) -> Tried:
+    """Return what is tried, or raise ValueError for what would fail, or be ignored, once candidates are measured."""
+    for what, given in (("num_codes must be code lengths", num_codes), ("widths must be numbers", widths)):
+        if any(isinstance(each, bool) or not isinstance(each, Integral) or each < 1 for each in given):
+            raise ValueError(f"{where}: {what} of at least 1, got {given!r}")
+    if len(num_codes) == 0:
         raise ValueError(f"{where}: num_codes must be code lengths of at least 1, got {num_codes!r}")
     if codes is not None and as_codebook(codes) is None:
         raise ValueError(f"{where}: codes must be a method of codes such as PQConfig(num_codes=1), got {codes!r}")
     if codes is not None and codes.needs == "contexts":
         raise ValueError(f"{where}: codes must be fitted to rows alone, got {codes.method!r}, which needs contexts")
-    check_seed(where, seed)
+    return Tried(codes or USUAL, num_codes, widths)
 
 
-def smallest_bytes(tables: Sequence[EmbeddingBagConfig], codes: CodebookConfig | None, num_codes: Sequence[int]) -> int:
-    """Return the least bytes that `for_budget` can store tables in, from their sizes alone; arguments as there.
+def smallest_bytes(tables: Sequence[EmbeddingBagConfig], tried: Tried, ranks: Mapping[str, int] | None = None) -> int:
+    """Return the least bytes that `for_budget` can store tables in, from their sizes alone.
+
+    Args:
+        tables: the user's configs.
+        tried: codes.
+        ranks: directions that rows lie in, by name, of tables where these are fewer than the width.
 
     Example:
-        >>> smallest_bytes([EmbeddingBagConfig(name="day", num_embeddings=7, embedding_dim=4)], None, [1])
+        >>> day = EmbeddingBagConfig(name="day", num_embeddings=7, embedding_dim=4, feature_names=["day"])
+        >>> smallest_bytes([day], Tried(num_codes=[1]))
         46
     """
-    return sum(_smallest(table, codes or _USUAL, num_codes) for table in tables)
+    return sum(_smallest(table, tried, ranks or {}) for table in tables)
 
 
 def maybe_dense(
-    tables: Sequence[EmbeddingBagConfig], budget_bytes: int, codes: CodebookConfig | None, num_codes: Sequence[int]
+    tables: Sequence[EmbeddingBagConfig], budget_bytes: int, tried: Tried, ranks: Mapping[str, int] | None = None
 ) -> list[str]:
-    """Return the tables that `for_budget` could leave dense, from their sizes alone; arguments as there.
+    """Return the tables that `for_budget` could leave dense, from their sizes alone; arguments as `smallest_bytes`.
 
     Example:
         >>> day = EmbeddingBagConfig(name="day", num_embeddings=7, embedding_dim=4)
         >>> user = EmbeddingBagConfig(name="user", num_embeddings=1000, embedding_dim=4)
-        >>> maybe_dense([day, user], 8000, None, [1])
+        >>> maybe_dense([day, user], 8000, Tried(num_codes=[1]))
         ['day']
     """
-    smallest = [_smallest(table, codes or _USUAL, num_codes) for table in tables]
+    smallest = [_smallest(table, tried, ranks or {}) for table in tables]
     left = budget_bytes - sum(smallest)
     return [
         table.name
@@ -252,12 +232,6 @@ def maybe_dense(
     ]
 
 
-def _smallest(table: EmbeddingBagConfig, base: CodebookConfig, num_codes: Sequence[int]) -> int:
-    ways = (DenseConfig(), *candidates_of(table, base, num_codes))
+def _smallest(table: EmbeddingBagConfig, tried: Tried, ranks: Mapping[str, int]) -> int:
+    ways = (DenseConfig(), *candidates_of(table, tried, ranks.get(table.name, table.embedding_dim)))
     return min(config.stored_bytes(table) for config in ways)
-
-
-def _table(name: str, rows: Tensor) -> EmbeddingBagConfig:
-    return EmbeddingBagConfig(
-        name=name, num_embeddings=rows.shape[0], embedding_dim=rows.shape[1], feature_names=[name]
-    )

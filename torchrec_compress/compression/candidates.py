@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
@@ -42,23 +43,47 @@ def step(table: BaseEmbeddingConfig, method: MethodConfig, level: int) -> Method
     return found if found.stored_bytes(table) < _WORTH * method.stored_bytes(table) else None
 
 
-def candidates_of(table: BaseEmbeddingConfig, base: CodebookConfig, num_codes: Sequence[int]) -> Iterator[MethodConfig]:
-    """Yield everything that a budget may try for a table, beside dense rows; arguments as for `for_budget`, unchecked.
+USUAL = PQConfig(num_codes=1, popularity="count")
+LENGTHS = (1, 2, 3, 4, 6, 8, 16)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The codes that a budget tries for a table, beside dense, int8 and int4 rows: a method's own and residual ones.
+
+    Attributes:
+        codes: the method; its num_codes, tiers and width are replaced.
+        num_codes: code lengths; of residual codes 2 to 8, of product codes those that divide the width.
+        widths: numbers of a codeword beside those of the table's rows, where these have more.
+    """
+
+    codes: CodebookConfig = USUAL
+    num_codes: Sequence[int] = LENGTHS
+    widths: Sequence[int] = ()
+
+
+def candidates_of(table: BaseEmbeddingConfig, tried: Tried, rank: int) -> Iterator[MethodConfig]:
+    """Yield everything that a budget may try for a table, beside dense rows; arguments as for `families_of`.
 
     Each can store the table.
     """
     for config in (Int8Config(), Int4Config()):
         if can_store(config, table):
             yield config
-    for family, lengths in families_of(table, base, num_codes):
+    for family, lengths in families_of(table, tried, rank):
         for length in lengths:
             yield from heads_of(table, dataclasses.replace(family, num_codes=length))
 
 
-def families_of(
-    table: BaseEmbeddingConfig, base: CodebookConfig, num_codes: Sequence[int]
-) -> list[tuple[CodebookConfig, list[int]]]:
-    """Return the methods of codes that a budget may try for a table, without hot rows, and their lengths, ascending."""
+def families_of(table: BaseEmbeddingConfig, tried: Tried, rank: int) -> list[tuple[CodebookConfig, list[int]]]:
+    """Return the methods of codes that a budget may try for a table, without hot rows, and their lengths, ascending.
+
+    Args:
+        table: the user's config.
+        tried: codes of all tables.
+        rank: directions that the table's rows lie in, which codewords need no more numbers than.
+    """
+    base = tried.codes
     residual = PQConfig(
         num_codes=1,
         codebook_size=base.codebook_size,
@@ -67,12 +92,15 @@ def families_of(
         popularity="count",
     )
     plain = dataclasses.replace(base, num_codes=1, num_hot_rows=0)
+    own = None if rank >= table.embedding_dim else rank
     found = []
-    for family, shortest, longest in ((plain, 1, math.inf), (residual, 2, _MAX_RESIDUAL_CODES)):
-        wanted = sorted({int(length) for length in num_codes if shortest <= length <= longest})
-        lengths = [m for m in wanted if can_store(dataclasses.replace(family, num_codes=m), table)]
-        if lengths and family not in [other for other, _ in found]:
-            found.append((family, lengths))
+    for width in (own, *sorted({width for width in tried.widths if width < rank}, reverse=True)):
+        for kind, shortest, longest in ((plain, 1, math.inf), (residual, 2, _MAX_RESIDUAL_CODES)):
+            family = dataclasses.replace(kind, width=width)
+            wanted = sorted({int(length) for length in tried.num_codes if shortest <= length <= longest})
+            lengths = [m for m in wanted if can_store(dataclasses.replace(family, num_codes=m), table)]
+            if lengths and family not in [other for other, _ in found]:
+                found.append((family, lengths))
     return found
 
 

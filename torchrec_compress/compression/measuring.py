@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from torchrec_compress.compression.candidates import can_store, families_of, heads_of
+from torchrec_compress.compression.candidates import Tried, can_store, families_of, heads_of
 from torchrec_compress.compression.knapsack import Candidate
+from torchrec_compress.compression.rows import Rows
 from torchrec_compress.fit.curvature import Curvature
 from torchrec_compress.fit.kmeans import sample_points
 from torchrec_compress.fit.popularity import popularity_weights
@@ -41,6 +42,7 @@ class Sample:
 
     Attributes:
         table: the user's config.
+        rank: directions that its rows lie in.
         data: of a fit, of these rows, without their weights.
         shares: (S,) float32, how many ids of its look-ups each row stands for.
         order: (S,) int64, the place of the sample's rows by look-ups in `data`.
@@ -50,6 +52,7 @@ class Sample:
     """
 
     table: EmbeddingBagConfig
+    rank: int
     data: TableData
     shares: Tensor
     order: Tensor
@@ -81,43 +84,40 @@ class Sample:
         return int(torch.searchsorted(self.ranks, num_hot_rows))
 
 
-def sample_of(
-    table: EmbeddingBagConfig, rows: Tensor, counts: Tensor, seed: int, curvature: Curvature | None
-) -> Sample:
+def sample_of(rows: Rows, counts: Tensor, seed: int, curvature: Curvature | None) -> Sample:
     """Return a sample of a table that stands for all of it, weighted by look-ups, or all rows where they are few.
 
     Args:
-        table: the user's config.
-        rows: (N, D) float32.
+        rows: of the table.
         counts: (N,) look-ups per id.
         seed: of the sample and of fits.
         curvature: of the loss, or None: errors are squared errors.
     """
-    drawn, ids, shares = popularity_weights(counts, "count", len(rows)), None, torch.ones(len(rows))
-    if len(rows) > _MEASURED_ROWS:
+    size = rows.table.num_embeddings
+    drawn, ids, shares = popularity_weights(counts, "count", size), None, torch.ones(size)
+    if size > _MEASURED_ROWS:
         ids, weights = sample_points(drawn, _MEASURED_ROWS, torch.Generator().manual_seed(seed))
         shares = weights / drawn[ids]
-    mine = torch.arange(len(rows)) if ids is None else ids
+    mine = torch.arange(size) if ids is None else ids
     matrix = None if curvature is None else curvature.matrix
     metric = None if curvature is None or curvature.too_little else matrix
-    data = TableData(rows[mine], counts, seed=seed, ids=ids, curvature=metric)
-    ranks = torch.empty(len(rows), dtype=torch.int64)
-    ranks[torch.argsort(counts, descending=True, stable=True)] = torch.arange(len(rows))  # as `hot_ids` breaks ties
+    data = TableData(rows.read(mine).float(), counts, seed=seed, ids=ids, curvature=metric)
+    ranks = torch.empty(size, dtype=torch.int64)
+    ranks[torch.argsort(counts, descending=True, stable=True)] = torch.arange(size)  # as `hot_ids` breaks ties
     ranks, order = ranks[mine].sort()
     costs = drawn[mine].double()
     if curvature is not None:
         known = counts[mine].double()  # ids that were never looked up cost nothing
         costs = known * (0.5 * curvature.lookups / curvature.examples / max(1.0, float(counts.double().sum())))
-    return Sample(table, data, shares, order, ranks, (costs * shares)[order], matrix)
+    return Sample(rows.table, rows.rank, data, shares, order, ranks, (costs * shares)[order], matrix)
 
 
-def measure_candidates(sample: Sample, base: CodebookConfig, num_codes: Sequence[int]) -> list[Candidate[MethodConfig]]:
+def measure_candidates(sample: Sample, tried: Tried) -> list[Candidate[MethodConfig]]:
     """Return bytes and error of every way to store a table.
 
     Args:
         sample: of its rows.
-        base: the method of codes that is tried beside residual codes.
-        num_codes: code lengths to try.
+        tried: codes.
     """
     table = sample.table
     found: list[Candidate[MethodConfig]] = [Candidate(dense_bytes(table), 0.0, DenseConfig())]
@@ -127,7 +127,7 @@ def measure_candidates(sample: Sample, base: CodebookConfig, num_codes: Sequence
             found.append(Candidate(config.stored_bytes(table), error, config))
     # codes that are no smaller than exact or nearly exact rows cannot win, and are not fitted
     limit = min(dense_bytes(table), *(each.num_bytes for each in found if each.option != Int4Config()))
-    for family, lengths in families_of(table, base, num_codes):
+    for family, lengths in families_of(table, tried, sample.rank):
         small = [m for m in lengths if replace(family, num_codes=m).stored_bytes(table) < limit]
         if small:
             found += [each for each in _measure_codes(sample, family, small) if each.num_bytes < limit]

@@ -100,6 +100,10 @@ class MethodConfig(ABC):
         """Return whether the table has rows enough for it to save any; a smaller one stays dense."""
         return True
 
+    def rank(self, table: BaseEmbeddingConfig) -> int:
+        """Return how many directions all rows lie in, at most the embedding's width."""
+        return table.embedding_dim
+
     def smaller(self, level: int) -> MethodConfig | None:
         """Return the way to store the same table at a level of fewer bytes, or None where there is none.
 

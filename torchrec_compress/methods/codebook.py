@@ -172,6 +172,10 @@ class CodebookConfig(MethodConfig):
         """Return whether there are rows enough for the codewords of a codebook."""
         return self.codebook_size <= table.num_embeddings
 
+    def rank(self, table: BaseEmbeddingConfig) -> int:
+        """Return the width, or the embedding's."""
+        return self.coded(table).embedding_dim
+
     def smaller(self, level: int) -> CodebookConfig | None:
         """Return the same with fewer codes; they begin where int8 and int4 rows end."""
         place = level - (NUM_LEVELS - len(CODE_LENGTHS))

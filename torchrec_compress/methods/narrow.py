@@ -125,6 +125,10 @@ class NarrowConfig(MethodConfig):
             return True
         return self.stored_bytes(table) < dense_bytes(table) or self.width * self.bits == table.embedding_dim * 32
 
+    def rank(self, table: BaseEmbeddingConfig) -> int:
+        """Return the width."""
+        return self.width
+
     def smaller(self, level: int) -> NarrowConfig | None:
         """Return the same at half the width, a quarter, and so on."""
         width = (self.width >> (level + 1)) // LANES * LANES

@@ -1,4 +1,4 @@
-"""Which methods a budget of bytes gives to the tables of a trained full model."""
+"""Which methods a budget of bytes gives to the tables of the trained model of stage 1."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_compress import CompressedEmbeddingBagCollection, compress_into
 from torchrec_compress.compression import Frontier, measure_frontier
-from torchrec_compress.convert import Curvature, row_reader
+from torchrec_compress.compression.rows import rows_of
+from torchrec_compress.convert import Curvature
 from torchrec_compress.methods import MethodConfig
 from torchrec_compress.train.asked import validation
 from torchrec_compress.train.byte_budget import Budget
-from torchrec_compress.train.check import base_of
+from torchrec_compress.train.check import tried_by
 from torchrec_compress.train.config import RunConfig, fingerprint
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.engine.checkpoint import check_same
@@ -31,7 +33,6 @@ from torchrec_compress.train.sealed import is_done, publish, read_json, write_js
 
 logger = logging.getLogger(__name__)
 
-_READ_ROWS = 65_536
 # Where predictions are held against measurements: as a budget of a fiftieth would store a table.
 _TRIED_AT = 0.02
 # The least of a prediction that is believed: an error that does good on a sample of validation is not free elsewhere.
@@ -41,7 +42,7 @@ _SEEN = 0.001
 
 
 class Known(NamedTuple):
-    """What is known of a trained full model.
+    """What is known of the trained model of stage 1.
 
     Attributes:
         config: of the run.
@@ -64,7 +65,7 @@ class Known(NamedTuple):
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all of them, were they full."""
         return sum(4 * table.num_embeddings * table.embedding_dim for table in self.tables)
 
 
@@ -75,7 +76,7 @@ def choose(budget: Budget, known: Known, kept: Path) -> dict[str, Any]:
 
     Args:
         budget: of bytes, over all tables.
-        known: of the full model.
+        known: of the model.
         kept: the file.
     """
     if not is_done(kept):
@@ -87,22 +88,27 @@ def choose(budget: Budget, known: Known, kept: Path) -> dict[str, Any]:
 
 
 def _frontier(budget: Budget, known: Known) -> Frontier:
-    """Return what every table costs at every size; measured once for all budgets of a full model, and kept beside it.
+    """Return what every table costs at every size; measured once for all budgets of a model, and kept beside it.
 
     Raises:
         ValueError: what was kept is damaged, or of another model, curvature or other settings.
     """
     config, source, curvature, tables = known.config, known.source, known.curvature, known.tables
     best = best_checkpoint(source)
-    settings = {"codes": budget.codes, "num_codes": budget.num_codes, "seed": config.seed}
+    settings: dict[str, Any] = {"codes": budget.codes, "num_codes": budget.num_codes, "seed": config.seed}
+    settings |= {"widths": budget.widths} if budget.widths else {}  # as it was before there were any
     settings |= {"curvature": _digest(curvature) if curvature else None, "curvature_rows": config.curvature_rows}
     model = read_json(source / "summary.json", keys=("identity",))["identity"]
     told = {**settings, "model": model, "checkpoint": best.name}
     folder = source / "frontiers" / fingerprint(settings)
     path, remedy = folder / "frontier.json", f"delete {folder}, the same command makes it again"
     if not is_done(path):
-        rows = dict(FullTables(best, tables))
-        options = {"num_codes": budget.num_codes, "codes": base_of(budget), "seed": config.seed}
+        tried = tried_by(budget)
+        options = {"num_codes": tried.num_codes, "widths": tried.widths, "codes": tried.codes, "seed": config.seed}
+        if config.pretrain_compression:
+            rows: Any = trained_model(config, known.data, source).embeddings
+        else:
+            rows = dict(FullTables(best, tables))
         measured = measure_frontier(rows, known.counts, curvature=curvature or None, **options)
         del rows
         if curvature:
@@ -148,24 +154,32 @@ def measured_rises(chosen: Mapping[str, MethodConfig], known: Known) -> dict[str
 
     Args:
         chosen: methods by table name.
-        known: of the full model; the rows of validation are those of its curvature.
+        known: of the model; the rows of validation are those of its curvature.
     """
     config, model, found = known.config, trained_model(known.config, known.data, known.source), {}
     tables = {table.name: table for table in known.tables}
     model.eval()
-    before = _loss(model, known)
+    trained, before = model.embeddings, _loss(model, known)
     for name, method in chosen.items():
         alone = CompressedEmbeddingBagCollection([tables[name]], compression=method, seed=config.seed)
-        bags: Any = model.embeddings
-        weight: Tensor = bags.embedding_bags[name].weight.data
         mine = {name: known.curvature[name]} if name in known.curvature else {}
-        compress_into(alone, {name: weight}, counts={name: known.counts[name]}, curvature=mine, seed=config.seed)
-        kept, read = weight.clone(), row_reader(alone, name)
-        for ids in torch.arange(len(weight)).split(_READ_ROWS):
-            weight[ids] = read(ids)
+        rows = rows_of("measured_rises", trained)[name].read
+        compress_into(alone, {name: rows}, counts={name: known.counts[name]}, curvature=mine, seed=config.seed)
+        model.embeddings = _WithOne(trained, alone)  # type: ignore[assignment]
         found[name] = _loss(model, known) - before
-        weight.copy_(kept)
     return found
+
+
+class _WithOne(nn.Module):
+    """A collection of which one table is served by another."""
+
+    def __init__(self, trained: nn.Module, alone: nn.Module) -> None:
+        super().__init__()
+        self._trained, self._alone = trained, alone
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        pooled = {**self._trained(features).to_dict(), **self._alone(features).to_dict()}
+        return KeyedTensor(list(pooled), [each.shape[1] for each in pooled.values()], torch.cat([*pooled.values()], 1))
 
 
 @torch.no_grad()

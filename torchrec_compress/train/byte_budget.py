@@ -21,12 +21,14 @@ class Budget:
         budget_bytes: what they may take instead.
         codes: the product-code method that candidates are made of, as {"method": name, options}; empty is "pq".
         num_codes: code lengths that are tried; of residual codes 2 to 8, of product codes those that divide the width.
+        widths: numbers of a codeword that are tried beside those of a table's rows, where these have more.
     """
 
     budget_ratio: Annotated[float, Range(1)] | None = None
     budget_bytes: Positive | None = None
     codes: dict[str, Any] = field(default_factory=dict)
     num_codes: list[Positive] = field(default_factory=lambda: [1, 2, 3, 4, 6, 8, 16])
+    widths: list[Positive] = field(default_factory=list)
 
     def num_bytes(self, dense: int) -> int:
         """Return the budget in bytes.

@@ -16,7 +16,8 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.compression import Compression, parse, resolve
 from torchrec_compress.compression.budget import maybe_dense, smallest_bytes
-from torchrec_compress.methods import CodebookConfig, as_codebook
+from torchrec_compress.compression.candidates import Tried
+from torchrec_compress.methods import as_codebook
 from torchrec_compress.names import check_feature_names, check_folder_names, check_table_names
 from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS
 from torchrec_compress.schema import nearest
@@ -57,7 +58,7 @@ def check_config(config: RunConfig) -> Wanted:
             raise ValueError(f"start: must be 'pretrained' with a budget in compression, got {config.start!r}")
         if not wanted.num_codes:
             raise ValueError("compression.num_codes: must hold a code length, got none")
-        base_of(wanted)
+        tried_by(wanted)
     if isinstance(wanted, WidthTrial):
         _check_width_trial(config)
     _check_small(config, wanted)
@@ -105,10 +106,6 @@ def _check_small(config: RunConfig, wanted: Wanted) -> None:
         raise ValueError(
             "pretrain_compression: must be empty with start = 'scratch', which has no stage 1; name its methods in "
             "compression, or set start = 'pretrained'"
-        )
-    if isinstance(wanted, Budget):
-        raise ValueError(
-            "compression: must name methods with pretrain_compression, got a budget, which is measured on full tables"
         )
 
 
@@ -174,7 +171,7 @@ def check_tables(config: RunConfig, wanted: Wanted, rows: Mapping[str, int]) -> 
         raise error if named else ValueError(f"pretrain_compression: {error}") from error
     try:
         if isinstance(wanted, Budget):
-            _check_budget(wanted, tables)
+            _check_budget(config, wanted, tables)
         elif isinstance(wanted, WidthTrial):
             check_widths(wanted, tables)
         elif wanted is not None:
@@ -238,7 +235,7 @@ def _stock(config: RunConfig, wanted: Wanted, stage: str, tables: list[Embedding
     if wanted is None:
         return [table.name for table in tables]
     if isinstance(wanted, Budget):
-        return maybe_dense(tables, wanted.num_bytes(_dense_bytes(tables)), base_of(wanted), wanted.num_codes)
+        return maybe_dense(tables, wanted.num_bytes(_dense_bytes(tables)), tried_by(wanted), ranks_of(config, tables))
     if isinstance(wanted, WidthTrial):
         return [table.name for table in tables]  # which of them are small is not asked here
     chosen = resolve(tables, wanted)
@@ -286,14 +283,14 @@ def compression_of(plain: Mapping[str, Any]) -> Wanted:
     return (budget_of(plain) or width_trial_of(plain) or parse(plain)) if plain else None
 
 
-def base_of(budget: Budget) -> CodebookConfig | None:
-    """Return the method that a budget's candidates are made of, or None for the usual one.
+def tried_by(budget: Budget) -> Tried:
+    """Return the codes that a budget tries.
 
     Raises:
-        ValueError: it is not a method of codes, or needs contexts, which no trial fit has.
+        ValueError: the method is not one of codes, or needs contexts, which no trial fit has.
     """
     if not budget.codes:
-        return None
+        return Tried(num_codes=budget.num_codes, widths=budget.widths)
     try:
         found = as_codebook(parse(budget.codes))
     except ValueError as error:
@@ -305,7 +302,14 @@ def base_of(budget: Budget) -> CodebookConfig | None:
             f"compression.codes: must be a method that is fitted to rows alone, got {found.method!r}, which needs "
             "contexts; name it by table, in place of a budget"
         )
-    return found
+    return Tried(found, budget.num_codes, budget.widths)
+
+
+def ranks_of(config: RunConfig, tables: list[EmbeddingBagConfig]) -> dict[str, int]:
+    """Return by table name how many directions rows of stage 1 lie in."""
+    small = pretrain_methods(config)
+    methods = {} if small is None else resolve(tables, small)
+    return {table.name: methods[table.name].rank(table) for table in tables if table.name in methods}
 
 
 def used_stages(config: RunConfig) -> dict[str, StageConfig]:
@@ -366,9 +370,9 @@ def _check_width_trial(config: RunConfig) -> None:
         )
 
 
-def _check_budget(budget: Budget, tables: list[EmbeddingBagConfig]) -> None:
+def _check_budget(config: RunConfig, budget: Budget, tables: list[EmbeddingBagConfig]) -> None:
     wanted = budget.num_bytes(_dense_bytes(tables))
-    least = smallest_bytes(tables, base_of(budget), budget.num_codes)
+    least = smallest_bytes(tables, tried_by(budget), ranks_of(config, tables))
     if wanted < least:
         raise ValueError(f"compression: the budget must be at least {least:,} bytes for these tables, got {wanted:,}")
 
