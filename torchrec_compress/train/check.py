@@ -345,7 +345,7 @@ def check_optim(config: OptimConfig, where: str) -> None:
     if config.table_l2 and config.tables != "adam":
         raise ValueError(
             f"{where}.table_l2: must be 0 with {where}.tables = {config.tables!r} (FBGEMM's CPU kernels ignore it), "
-            f"got {config.table_l2}; use 'adam', or lookup_l2"
+            f"got {config.table_l2}; use 'adam', adaptive_l2 or lookup_l2"
         )
 
 

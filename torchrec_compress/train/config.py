@@ -168,6 +168,9 @@ class OptimConfig:
         table_l2: l2 of whole tables, as `table_l2 / 2 * sum of squares` in the loss; with "adam" only, since FBGEMM's
             CPU kernels ignore weight decay.
         lookup_l2: l2 of the rows that a batch looks up, as `lookup_l2 / 2 * mean over the batch of their squares`.
+        adaptive_l2: the same, each id by the inverse of its share of train, so that what a rare id learns is pulled as
+            hard as what a frequent one does: over an epoch what `table_l2` does to whole tables, with any optimizer.
+            Training holds a byte an id for it. (Frequency-adaptive regularisation, as in arXiv 2511.06374.)
         dense: optimizer of everything that is not a fused table: the dense net, codebooks, replicated tables.
         dense_lr: learning rate of the dense net.
         dense_l2: l2 of the dense net.
@@ -179,6 +182,7 @@ class OptimConfig:
     table_lr: NonNegative = 0.05
     table_l2: NonNegative = 0.0
     lookup_l2: NonNegative = 0.0
+    adaptive_l2: NonNegative = 0.0
     dense: Literal["adam", "adagrad"] = "adam"
     dense_lr: NonNegative = 1e-3
     dense_l2: NonNegative = 0.0
@@ -348,7 +352,7 @@ def override(config: Config, changes: Mapping[str, Any], where: str = "") -> Con
 
 
 # keys that earlier versions did not have, which stand for nothing where they are left out
-_LATER = ("input_dropout", "pretrain_compression", "curvature_rows")
+_LATER = ("input_dropout", "pretrain_compression", "curvature_rows", "adaptive_l2")
 # how a training is watched and kept, which may change when it resumes
 _FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_bad_batches", "num_workers")
 

@@ -58,7 +58,7 @@ def _stage_lines(name: str, stage: StageConfig, has_decoders: bool, without: str
         if stage.optim.tables != "adam":  # which says how tables are laid out too
             keys.append("optim.tables")
         if not (has_decoders and stage.train_codebooks):
-            keys.append("optim.lookup_l2")
+            keys += ["optim.lookup_l2", "optim.adaptive_l2"]
         reasons |= dict.fromkeys(keys, f"with {name}.train_tables = false")
     if not stage.train_dense:
         reasons |= dict.fromkeys(("optim.dense_lr", "optim.dense_l2"), f"with {name}.train_dense = false")

@@ -24,8 +24,9 @@ from torchrec_compress.train.data.batch import Batch, Share
 from torchrec_compress.train.data.source import Batches, ClickSource
 from torchrec_compress.train.engine.checkpoint import Checkpoints
 from torchrec_compress.train.engine.profile import Profile
+from torchrec_compress.train.engine.rarity import Rarity
 from torchrec_compress.train.engine.trainable import Trainable
-from torchrec_compress.train.evaluate.scoring import validate
+from torchrec_compress.train.evaluate.scoring import total_counts, validate
 from torchrec_compress.train.journal import Journal
 from torchrec_compress.train.models.click import ClickModel
 from torchrec_compress.train.ranks import Ranks
@@ -111,7 +112,7 @@ class Trained:
         rows_per_second: of training over all ranks, validation left out.
         seconds: of training, over all interrupted runs.
         skipped: batches that were left out for a loss that was not finite.
-        optimizer_bytes: of all optimizer state, one copy over all ranks.
+        optimizer_bytes: of all optimizer state, and of what `adaptive_l2` knows of ids, one copy over all ranks.
     """
 
     trainable: Trainable
@@ -143,7 +144,10 @@ def train(model: ClickModel, task: Task, ranks: Ranks) -> Trained:
     if ranks.world > 1:  # dropout differs over the ranks, and is the same in every run
         torch.manual_seed(task.seed * 65_537 + ranks.rank)
     pooling = dict(zip(task.data.layout.features, task.data.layout.widths, strict=True))
-    trainable = Trainable(model, task.stage, ranks, task.parallel, task.teacher, pooling)
+    rarity = None
+    if task.stage.optim.adaptive_l2:
+        rarity = Rarity(total_counts(task.data, ranks), task.data.num_rows("train"), ranks.device)
+    trainable = Trainable(model, task.stage, ranks, task.parallel, task.teacher, pooling, rarity)
     identity = {"stage": lasting(task.stage), "seed": task.seed, **task.identity}
     store = Checkpoints(task.folder / "checkpoints", identity, ranks, task.stage.keep_checkpoints)
     return _Stage(trainable, task, store).run()

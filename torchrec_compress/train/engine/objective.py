@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_compress.train.config import StageConfig
 from torchrec_compress.train.data.batch import Batch
+from torchrec_compress.train.engine.rarity import Rarity
 from torchrec_compress.train.models.click import ClickModel
 from torchrec_compress.train.ranks import Ranks
 
@@ -17,9 +21,11 @@ class Loss(nn.Module):
     """The loss of a batch, its mean over ranks being the mean over the global batch.
 
     Args:
-        stage: its `distill_weight`, `start_l2`, `skip_bad_batches` and `optim.lookup_l2` count.
+        stage: its `distill_weight`, `start_l2`, `skip_bad_batches`, `optim.lookup_l2` and `optim.adaptive_l2` count.
         ranks: that share the batch.
         teacher: (train rows,) float32 logits to imitate, or None.
+        fields: width by feature, in the order of the embeddings.
+        rarity: of ids, where there is an `adaptive_l2`.
 
     Attributes:
         pulled: parameters that are pulled to where the stage started, with those values, by name.
@@ -27,14 +33,28 @@ class Loss(nn.Module):
             backward pass only with `skip_bad_batches`, which costs a wait for the other ranks in every step.
     """
 
-    def __init__(self, stage: StageConfig, ranks: Ranks, teacher: Tensor | None) -> None:
+    def __init__(
+        self,
+        stage: StageConfig,
+        ranks: Ranks,
+        teacher: Tensor | None,
+        fields: Mapping[str, int],
+        rarity: Rarity | None = None,
+    ) -> None:
         super().__init__()
         self._stage, self._ranks, self._teacher = stage, ranks, teacher
+        self._fields, self._rarity = dict(fields), rarity
         self.was_skipped = False
         self.pulled: dict[str, tuple[Tensor, Tensor]] = {}
 
     def forward(
-        self, logits: Tensor, embeddings: Tensor, labels: Tensor, rows: Tensor, weights: Tensor
+        self,
+        logits: Tensor,
+        embeddings: Tensor,
+        labels: Tensor,
+        rows: Tensor,
+        weights: Tensor,
+        features: KeyedJaggedTensor,
     ) -> tuple[Tensor, Tensor]:
         """Return what is minimised, and the cross-entropy in it.
 
@@ -44,6 +64,7 @@ class Loss(nn.Module):
             labels: (B,) float32, 0 or 1.
             rows: (B,) int64 positions in the train split, for the teacher.
             weights: (B,) float32 of the rows, see `Batch`.
+            features: ids of the batch.
 
         Returns:
             () float32 both.
@@ -57,12 +78,20 @@ class Loss(nn.Module):
         loss = entropy
         if self._stage.optim.lookup_l2:
             loss = loss + self._stage.optim.lookup_l2 / 2 * (embeddings.square().sum(1) * weights).mean()
+        if self._rarity is not None:
+            loss = loss + self._stage.optim.adaptive_l2 / 2 * (self._pull(embeddings, features) * weights).mean()
         for parameter, start in self.pulled.values():
             loss = loss + self._stage.start_l2 / 2 * (parameter - start).square().sum()
         self.was_skipped = self.training and self._stage.skip_bad_batches > 0 and self._is_bad(loss)
         if self.was_skipped:  # a loss that hangs on nothing: no rank sends gradients, none waits for them
             loss = torch.zeros_like(loss, requires_grad=True)
         return loss, entropy
+
+    def _pull(self, embeddings: Tensor, features: KeyedJaggedTensor) -> Tensor:
+        """Return the squares of a row's embeddings, each times the rarity of its ids, summed: (B,)."""
+        assert self._rarity is not None
+        squares = [field.sum(1) for field in embeddings.square().split([*self._fields.values()], dim=1)]
+        return (torch.stack(squares, dim=1) * self._rarity(features, [*self._fields])).sum(1)
 
     def _is_bad(self, loss: Tensor) -> bool:
         """Return whether the loss is not finite on any rank."""
@@ -88,5 +117,5 @@ class TrainStep(nn.Module):
         """Return what is minimised, and (cross-entropy, logits, batch) for whoever watches the training."""
         found = self.model(batch.features, batch.dense)
         # indexed rather than unpacked: the pipeline traces this function with stand-ins for tensors
-        losses = self.loss(found.logits, found.embeddings, batch.labels, batch.rows, batch.weights)
+        losses = self.loss(found.logits, found.embeddings, batch.labels, batch.rows, batch.weights, batch.features)
         return losses[0], (losses[1].detach(), found.logits.detach(), batch)

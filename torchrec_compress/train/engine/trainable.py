@@ -35,6 +35,7 @@ from torchrec_compress.train.data.batch import Batch
 from torchrec_compress.train.engine.checkpoint import Checkpoints, Saved
 from torchrec_compress.train.engine.checkpoint_reader import read
 from torchrec_compress.train.engine.objective import Loss, TrainStep
+from torchrec_compress.train.engine.rarity import Rarity
 from torchrec_compress.train.models.click import ClickModel
 from torchrec_compress.train.ranks import Ranks, gather
 
@@ -53,6 +54,7 @@ class Trainable:
         parallel: how tables may be sharded.
         teacher: (train rows,) float32 logits to imitate, or None.
         pooling: the most ids per row by feature, for the planner; one where it is silent.
+        rarity: of ids, where there is an `adaptive_l2`.
 
     Attributes:
         module: wraps the model and its loss; takes a batch.
@@ -70,10 +72,11 @@ class Trainable:
         parallel: ParallelConfig,
         teacher: Tensor | None = None,
         pooling: Mapping[str, int] | None = None,
+        rarity: Rarity | None = None,
     ) -> None:
         config = stage.optim
         check_optim(config, "optim")
-        self.ranks = ranks
+        self.ranks, self._rarity = ranks, rarity
         is_meta = any(parameter.is_meta for parameter in model.parameters())
         before = {} if is_meta else {name: value.detach().clone() for name, value in model.state_dict().items()}
         weights = native_parameters(model)
@@ -88,7 +91,7 @@ class Trainable:
             parameter.requires_grad_(train[_part(name)])
         collections = [part for part in model.modules() if isinstance(part, CompressedParts)]
         self._undecayed = {name for part in collections for name in part.blueprint.undecayed()}
-        self._loss, self._moves_rows = Loss(stage, ranks, teacher), stage.train_tables
+        self._loss, self._moves_rows = Loss(stage, ranks, teacher, model.fields, rarity), stage.train_tables
         step = TrainStep(model, self._loss)
         shard = config.tables in _FUSED
         if not shard and ranks.world > 1 and has_managers(model):
@@ -159,10 +162,11 @@ class Trainable:
         return self._loss.was_skipped
 
     def optimizer_bytes(self) -> int:
-        """Return the bytes of one copy of the optimizers' state over all ranks; every rank calls it."""
+        """Return the bytes of one copy of the optimizers' state and of `rarity` over all ranks; every rank calls it."""
         sizes = {name: optimizer_bytes(each) for name, each in self.optimizer.optimizers}
         sharded = sizes.pop("fused", 0)
-        return sum(gather(sharded, self.ranks)) + sum(sizes.values())
+        rarity = 0 if self._rarity is None else self._rarity.num_bytes
+        return sum(gather(sharded, self.ranks)) + sum(sizes.values()) + rarity
 
     def state(self) -> dict[str, Any]:
         """Return the model's and the optimizers' state for a checkpoint; tensors are the live ones."""

@@ -106,6 +106,9 @@ class ClickModel(nn.Module, ABC):
         embeddings: any collection with one feature per table.
         num_dense: dense columns, C; 0 for none.
         config: of the model.
+
+    Attributes:
+        fields: width by feature, in the order of `Prediction.embeddings`.
     """
 
     def __init__(self, embeddings: EmbeddingBagCollectionInterface, num_dense: int, config: ModelConfig) -> None:
@@ -119,7 +122,7 @@ class ClickModel(nn.Module, ABC):
             )
         tables = embeddings.embedding_bag_configs()
         self.embeddings = embeddings
-        self._keys = [name for table in tables for name in table.feature_names]
+        self.fields = {name: table.embedding_dim for table in tables for name in table.feature_names}
         self._num_features = len(tables)
         self._width = sum(table.embedding_dim for table in tables)
         self._dim = tables[0].embedding_dim
@@ -145,7 +148,7 @@ class ClickModel(nn.Module, ABC):
 
     def forward(self, features: KeyedJaggedTensor, dense: Tensor | None = None) -> Prediction:
         """Return the logits and embeddings of a batch."""
-        looked_up = in_order(self.embeddings(features), self._keys)
+        looked_up = in_order(self.embeddings(features), [*self.fields])
         return Prediction(self.combine(self._drop(looked_up), dense).squeeze(1), looked_up)
 
 
