@@ -20,7 +20,10 @@ from tests.launch.cluster import free_ports, processes, until
 # how far a launched training may be from the one in a single process, per metric
 TOLERANCE = 1e-5
 SECONDS = 150
-_STAGE = {"epochs": 2, "batch_size": 128, "evals_per_epoch": 2, "patience": 0, "checkpoint_every": 5}
+_STAGE = {
+    **{"epochs": 2, "batch_size": 128, "evals_per_epoch": 2, "patience": 0, "checkpoint_every": 5},
+    "optim": {"adaptive_l2": 0.01},  # counts of all ranks
+}
 _DENSE: dict[str, Any] = {
     "tensorboard": False,
     "data": {"kind": "generator", "generator": {"num_rows": 16_000, "num_users": 600, "num_items": 400}},
