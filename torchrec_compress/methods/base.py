@@ -32,6 +32,7 @@ _LADDER: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 NUM_LEVELS = len(_LADDER)
 _POINTS_PER_CODEWORD = 256  # of a sample that is learned from
+NO_PROJECTION = "it has no projection"  # of a table that none can be folded of
 MARK_BYTES = 4  # the flag of a code table, which holds the mark of its integers
 METHODS: dict[str, type[MethodConfig]] = {}
 
@@ -192,6 +193,38 @@ class MethodConfig(ABC):
             if is_flat(data.curvature):
                 raise ValueError(f"{where}: curvature must have a trace above 0, got none; leave it out")
         check_sample(table, data)
+
+    def projected_width(self, table: BaseEmbeddingConfig) -> int | None:
+        """Return the numbers per row that a projection behind the pooling turns into embeddings; None without one.
+
+        Where there is one, the decoder holds it by the name "projection", (r, D) float32.
+        """
+        return None
+
+    def unprojected(self, table: BaseEmbeddingConfig, state: TableState) -> tuple[MethodConfig, TableState]:
+        """Return how the same rows are stored without their projection, in a table of `projected_width` numbers.
+
+        Args:
+            table: the user's config.
+            state: the stored tensors; what is returned holds the same ones.
+        """
+        return self, state
+
+    def why_unfolded(self, table: BaseEmbeddingConfig, in_float32: bool) -> str | None:
+        """Return why the projection cannot be multiplied into the rest of the decoder, or None where it can.
+
+        Args:
+            table: the user's config.
+            in_float32: whether rows of few bits may become float32 ones.
+        """
+        return NO_PROJECTION
+
+    def folded(self, table: BaseEmbeddingConfig, state: TableState) -> tuple[MethodConfig, TableState]:
+        """Return how the table is stored, and its tensors, once the projection is multiplied into the decoder.
+
+        Arguments as in `unprojected`; asked only where `why_unfolded` is None.
+        """
+        return self, state
 
     def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return the bytes of the decoder's tensors."""

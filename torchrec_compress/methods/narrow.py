@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.methods.base import (
+    NO_PROJECTION,
     BagDecoder,
     MethodConfig,
     TableData,
@@ -19,6 +20,7 @@ from torchrec_compress.methods.base import (
     init_like,
     register,
 )
+from torchrec_compress.methods.dense import DenseConfig
 from torchrec_compress.methods.learned import Learned
 from torchrec_compress.methods.start import SeededInit
 from torchrec_compress.methods.storage import NativePart, Parts, Remap, TrainedPart
@@ -143,6 +145,25 @@ class NarrowConfig(MethodConfig):
         if self.width == table.embedding_dim:
             return None
         return Projection(self.width, table.embedding_dim, device, self.rate)
+
+    def projected_width(self, table: BaseEmbeddingConfig) -> int | None:
+        """Return the numbers of a row, where they are fewer than the embedding's."""
+        return None if self.width == table.embedding_dim else self.width
+
+    def unprojected(self, table: BaseEmbeddingConfig, state: TableState) -> tuple[MethodConfig, TableState]:
+        """Return rows of the whole width of a narrower table: dense ones, or with few bits the same without a rate."""
+        if self.bits == 32:
+            return DenseConfig(), TableState(native={"": state.native["rows"]})
+        return replace(self, rate=1.0), TableState(trained=state.trained)
+
+    def why_unfolded(self, table: BaseEmbeddingConfig, in_float32: bool) -> str | None:
+        """Return that the decoder is nothing but the projection."""
+        if self.projected_width(table) is None:
+            return NO_PROJECTION
+        return (
+            f"its {self.width} numbers an id would become the {table.embedding_dim} of the whole table, which "
+            "decompress() makes; fold_into_linear() leaves them as they are"
+        )
 
     def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return the bytes of the projection."""

@@ -163,7 +163,7 @@ def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
     missing |= {("managed", table.name) for table in blueprint.managed()}
     missing |= {("trained", table.name) for table in blueprint.trained()}
     for key, value in state.items():
-        stored = _stored(key)
+        stored = stored_part(key)
         if stored is not None:
             missing.discard(stored)
             kind, name = stored
@@ -193,8 +193,16 @@ def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
     )
 
 
-def _stored(key: str) -> tuple[str, str] | None:
-    """Return the kind of a tensor and the name of its stored table, by its own name; None where it is of no table."""
+def stored_part(key: str) -> tuple[str, str] | None:
+    """Return the kind of a tensor and the name of its stored table, by its own name; None where it is of no table.
+
+    Args:
+        key: in the state dict of a compressed collection.
+
+    Example:
+        >>> stored_part("decoder.banks.user.codebooks"), stored_part("decoder.layout")
+        (('decoder', 'user'), None)
+    """
     path = key.split(".")
     if path[0] == "managed" and path[1] == "managers":
         return "managed", path[2]
