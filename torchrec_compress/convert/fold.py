@@ -13,6 +13,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.convert.compress import check_whole
 from torchrec_compress.methods import MethodConfig, TableState
+from torchrec_compress.methods.base import NO_PROJECTION
 from torchrec_compress.methods.width import narrowed
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from torchrec_compress.modules.footprint import stored_part
@@ -138,10 +139,10 @@ def fold_into_linear(
     where = "fold_into_linear"
     _check_source(where, collection)
     if not isinstance(collection, CompressedEmbeddingBagCollection):
-        raise ValueError(f"{where}: collection must be pooled, got {kind_of(collection, *_COMPRESSED)}")
+        raise ValueError(f"{where}: collection must be pooled, got {kind_of(collection)}")
     configs, methods = {table.name: table for table in collection.table_configs()}, collection.methods()
     widths = {name: methods[name].projected_width(table) for name, table in configs.items()}
-    names = _chosen(where, collection, tables, {name: "it has no projection" for name in widths if not widths[name]})
+    names = _chosen(where, collection, tables, {name: NO_PROJECTION for name in widths if not widths[name]})
     read = _read(collection, inputs, names)
     _check_linear(linear, read)
     states = {name: collection.table_state(name) for name in names}
