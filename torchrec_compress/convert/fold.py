@@ -304,11 +304,13 @@ def _state_of_others(
     collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection, changed: set[str]
 ) -> dict[str, Tensor]:
     """Return what a state dict says of the tables that are not changed."""
-    mine = {physical for name in changed for physical in collection.blueprint.native_names(name).values()}
+    plan = collection.blueprint
+    gone = {physical for name in changed for physical in plan.native_names(name).values()}
+    banks = {plan.banks[name] for name in plan.methods if name not in changed}  # a shared one is called as no table
     found = {}
     for key, value in collection.state_dict().items():
-        part = stored_part(key)
-        if part is not None and part[1] not in (mine if part[0] == "native" else changed):
+        kind, name = stored_part(key) or ("", "")
+        if kind and {"native": name not in gone, "decoder": name in banks}.get(kind, name not in changed):
             found[key] = value
     return found
 

@@ -16,7 +16,7 @@ from torchrec_compress.fit.checks import check_contexts, check_counts, check_see
 from torchrec_compress.fit.curvature import check_matrix, is_flat
 from torchrec_compress.fit.kmeans import train_size
 from torchrec_compress.fit.popularity import popularity_weights
-from torchrec_compress.methods.decoders import BagDecoder, TableDecoder
+from torchrec_compress.methods.decoders import BagDecoder, SharedDecoder, TableDecoder
 from torchrec_compress.methods.learned import Learned, RowReader, TableData, TableState, check_sample, with_sample
 from torchrec_compress.methods.storage import Parts
 from torchrec_compress.schema import settle_numbers
@@ -124,6 +124,10 @@ class MethodConfig(ABC):
 
     def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> TableDecoder | BagDecoder | None:
         """Return the table's decoder, a `BagDecoder` for bags, or None where one bag is the embedding already."""
+        return None
+
+    def shared_decoder(self, table: BaseEmbeddingConfig) -> SharedDecoder | None:
+        """Return the `BagDecoder` that the table shares with others of its collection, or None where it has its own."""
         return None
 
     @abstractmethod
@@ -268,10 +272,17 @@ def stored_together(methods: Iterable[tuple[MethodConfig, BaseEmbeddingConfig]])
     """Return all bytes that storing tables of one collection takes: what they share is counted once."""
     total, shared = 0, {}
     for method, table in methods:
-        mine = method.parts(table, seed=0).shared
-        total += method.stored_bytes(table) - sum(part.num_bytes for part in mine.values())
+        mine = shared_bytes(method, table)
+        total += method.stored_bytes(table) - sum(mine.values())
         shared |= mine
-    return total + sum(part.num_bytes for part in shared.values())
+    return total + sum(shared.values())
+
+
+def shared_bytes(method: MethodConfig, table: BaseEmbeddingConfig) -> dict[str, int]:
+    """Return the bytes of what a table may share with others of its collection, by name: native tables, its decoder."""
+    found = {name: part.num_bytes for name, part in method.parts(table, seed=0).shared.items()}
+    decoder = method.shared_decoder(table)
+    return found if decoder is None else {**found, decoder.name: method.decoder_bytes(table)}
 
 
 def init_like(table: BaseEmbeddingConfig, weight: Tensor) -> None:

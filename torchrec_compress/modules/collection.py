@@ -185,6 +185,7 @@ class CompressedParts(nn.Module):
         shared = sorted(
             part.name for part in self.blueprint.parts[name].native if part.shared and part.name in state.native
         )
+        shared += sorted(state.decoder) if self.blueprint.banks[name] != name else []
         if shared:
             raise ValueError(
                 f"table {name!r}: parts {shared} are shared with other tables, which a fit of one must not overwrite; "
@@ -238,8 +239,8 @@ class CompressedParts(nn.Module):
 
     def _stored(self, name: str) -> TableState:
         bank, decoder, managed, trained = self._code_banks().get(name), {}, {}, {}
-        if name in self.decoder.banks:
-            decoder = dict(self.decoder.banks[name].named_parameters()) | dict(self.decoder.banks[name].named_buffers())
+        if (owner := self.decoder.bank(name)) is not None:
+            decoder = dict(owner.named_parameters()) | dict(owner.named_buffers())
         if self.managed is not None and name in self.managed.managers:
             managed = dict(self.managed.managers[name].named_buffers())
         if self.trained is not None and name in self.trained.banks:
@@ -263,15 +264,16 @@ class CompressedParts(nn.Module):
         (table,) = [table for table in self.blueprint.tables if table.name == name]
         check_ids(ids, table.num_embeddings, f"table_rows: table {name!r}")
         parts, weights = self.blueprint.parts[name], dict(self._native_weights(name))
+        decoder = self.decoder.bank(name)
         if parts.dense:
             return weights[""][ids].float()
         if parts.bags:
             bags = [weights[part.name][part.remap(ids)].float() for part in parts.bags]
-            return decode_pooled(self.decoder.banks[name], bags).float() if name in self.decoder.banks else bags[0]
+            return bags[0] if decoder is None else decode_pooled(decoder, bags).float()
         if parts.trained is not None:
             assert self.trained is not None
             bag = self.trained.banks[name].served(ids)
-            return decode_pooled(self.decoder.banks[name], [bag]).float() if name in self.decoder.banks else bag
+            return bag if decoder is None else decode_pooled(decoder, [bag]).float()
         if parts.managed is not None:
             assert self.managed is not None
             return self.managed.served(name, ids)
@@ -283,7 +285,7 @@ class CompressedParts(nn.Module):
             self.code_tables.warn_of_start_codes(name)
             codes = lookup_codes(bank.codes, bank.is_set, ids, f"table {name!r}")  # type: ignore[arg-type]
         rows = [found_rows(TableRows(weights[part.name], part.remap(ids))) for part in parts.rows]
-        return self.decoder.banks[name](ids, None, None, codes, rows)
+        return decoder(ids, None, None, codes, rows)
 
     def footprint(self) -> Footprint:
         """Return the bytes of all tables, counted over the real tensors (on the meta device too).

@@ -26,7 +26,8 @@ class TableFootprint:
         dense_bytes: what the user's own table would take.
         code_bytes: code table (and the four-byte mark of its integers).
         decoder_bytes: codebooks and hot rows.
-        native_bytes: rows of native tables, and trained rows; of a table that several share, the share by dense bytes.
+        native_bytes: rows of native tables, and trained rows. Of what several tables share, here and in the decoder,
+            the share by dense bytes.
         managed_bytes: what the manager of a table keeps, as a sketch.
         training_bytes: of `managed_bytes`, those that no look-up of a trained model reads.
     """
@@ -167,7 +168,7 @@ def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
         if stored is not None:
             missing.discard(stored)
             kind, name = stored
-            mine = owners[name] if kind == "native" else {name: 1}
+            mine = owners[name] if kind == "native" else blueprint.shares.get(name, {name: 1})
             shape, dtype = shape_and_dtype(value)
             for owner, share in zip(mine, cut(math.prod(shape) * dtype.itemsize, mine.values()), strict=True):
                 sizes[kind, owner] += share
