@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         compress,
         compress_into,
         decompress,
+        fold_into_linear,
+        fold_projections,
         measure_curvature,
         predicted_rise,
     )
@@ -51,6 +53,8 @@ __all__ = [
     "compress_into",
     "decompress",
     "discard",
+    "fold_into_linear",
+    "fold_projections",
     "get_default_sharders",
     "measure_curvature",
     "methods",
@@ -59,9 +63,8 @@ __all__ = [
     "predicted_rise",
 ]
 _HOMES = {
-    **dict.fromkeys(
-        ("Curvature", "compress", "compress_into", "decompress", "measure_curvature", "predicted_rise"), "convert"
-    ),
+    **dict.fromkeys(("Curvature", "measure_curvature", "predicted_rise"), "convert"),
+    **dict.fromkeys(("compress", "compress_into", "decompress", "fold_into_linear", "fold_projections"), "convert"),
     "get_default_sharders": "sharding",
 }
 

@@ -275,6 +275,7 @@ def test_a_compression_is_methods_or_a_budget_or_nothing():
             {"compression": INT8, "start": "scratch", "retrain.epochs": 1},
             "^start: must be 'pretrained' for tables that are fit",
         ),
+        ({"compression": {"method": "narrow", "width": 4, "shared": "p"}}, "^start: must be 'scratch' for tables that"),
         (
             {"compression": {"method": "quantile", "num_codes": 2, "codebook_size": 9}, "start": "scratch"}
             | {"retrain.epochs": 1, "parallel.init": "shards"},

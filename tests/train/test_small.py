@@ -67,6 +67,17 @@ def test_small_alone_is_the_training_from_scratch(config, tmp_path):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_tables_that_share_a_projection_are_trained_and_coded(config, tmp_path):
+    shared = {"*": {**SMALL["*"], "shared": "all"}}
+    alone = _run(config, tmp_path, "alone", **{**ALONE, "pretrain_compression": shared})
+    scratch = _run(config, tmp_path, "scratch", start="scratch", compression=shared, retrain=STAGE)
+    assert alone["metrics"] == scratch["metrics"]
+    (key,) = (key for key in torch.load(tmp_path / "alone" / "model.pt", weights_only=True) if "projection" in key)
+    assert key.endswith("decoder.banks.all.projection")
+    coded = _run(config, tmp_path, "coded", **{**CODED, "pretrain_compression": shared})
+    assert coded["footprint"]["tables"]["user"]["method"] == "pq"
+
+
 def test_codes_are_those_of_the_trained_rows(config, data, tmp_path):
     config = override(config, {**ALONE, "compression": {"*": {"method": "int8"}}})
     _run(config, tmp_path, "a")

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.methods import DenseConfig, MethodConfig, dense_bytes
-from torchrec_compress.methods.base import stored_together
+from torchrec_compress.methods.base import shared_bytes, stored_together
 
 logger = logging.getLogger(__name__)
 
@@ -94,15 +94,13 @@ def _or_dense(table: BaseEmbeddingConfig, config: MethodConfig) -> MethodConfig:
 
 
 def _own_bytes(table: BaseEmbeddingConfig, config: MethodConfig) -> int:
-    """Return what a table adds beside native tables that it may share with others."""
-    return config.stored_bytes(table) - sum(part.num_bytes for part in config.parts(table, seed=0).shared.values())
+    """Return what a table adds beside what it may share with others."""
+    return config.stored_bytes(table) - sum(shared_bytes(config, table).values())
 
 
 def _leave_costly_shares(tables: Mapping[str, BaseEmbeddingConfig], chosen: dict[str, MethodConfig]) -> None:
-    """Make tables dense that take more bytes together, with the native table that they share, than they would dense."""
-    shared = {
-        name: method.parts(tables[name], seed=0).shared for name, method in chosen.items() if method.fits(tables[name])
-    }
+    """Make tables dense that take more bytes together, with what they share, than they would dense."""
+    shared = {name: shared_bytes(method, tables[name]) for name, method in chosen.items() if method.fits(tables[name])}
     for part in dict.fromkeys(part for mine in shared.values() for part in mine):
         names = [name for name, mine in shared.items() if part in mine and chosen[name].is_compressed]
         together = stored_together((chosen[name], tables[name]) for name in names)

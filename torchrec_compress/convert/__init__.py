@@ -2,6 +2,18 @@
 
 from torchrec_compress.convert.compress import compress, compress_into, decompress, row_reader
 from torchrec_compress.convert.curvature import measure_curvature
+from torchrec_compress.convert.fold import fold_into_linear, fold_projections, why_unfolded
 from torchrec_compress.fit.curvature import Curvature, predicted_rise
 
-__all__ = ["Curvature", "compress", "compress_into", "decompress", "measure_curvature", "predicted_rise", "row_reader"]
+__all__ = [
+    "Curvature",
+    "compress",
+    "compress_into",
+    "decompress",
+    "fold_into_linear",
+    "fold_projections",
+    "measure_curvature",
+    "predicted_rise",
+    "row_reader",
+    "why_unfolded",
+]

@@ -133,7 +133,7 @@ def _rows_of(source: Any) -> tuple[dict[str, Tensor | RowReader], torch.device]:
             )
         return rows, next(iter(rows.values())).device
     if isinstance(source, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
-        _check_whole("compress", source)
+        check_whole("compress", source)
         if source.code_tables is not None:
             source.code_tables.warn_of_start_codes()
         return {table.name: row_reader(source, table.name) for table in source.table_configs()}, source.device
@@ -205,7 +205,7 @@ def compress_into(
         raise ValueError(
             f"compress_into: seed must be the collection's own, {collection.seed}, got {seed}; leave it out"
         )
-    _check_whole("compress_into", collection)
+    check_whole("compress_into", collection)
     _check_trainable("compress_into", collection)
     tables = {table.name: table for table in collection.table_configs()}
     counts = {} if counts is None else counts
@@ -268,7 +268,7 @@ def _warn_of_ties(rows: Mapping[str, Tensor | RowReader]) -> None:
             )
 
 
-def _check_whole(where: str, collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection) -> None:
+def check_whole(where: str, collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection) -> None:
     """Raise ValueError where a collection holds no values, or not all of them."""
     check_unsharded(collection, where)
     empty = [name for name, value in [*collection.named_parameters(), *collection.named_buffers()] if value.is_meta]
@@ -342,7 +342,7 @@ def decompress(
     """
     if not isinstance(collection, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
         raise ValueError(f"decompress: collection must be a compressed one, got {kind_of(collection, *_COMPRESSED)}")
-    _check_whole("decompress", collection)
+    check_whole("decompress", collection)
     if collection.code_tables is not None:
         collection.code_tables.warn_of_start_codes()
     dense: EmbeddingBagCollection | EmbeddingCollection

@@ -16,7 +16,7 @@ from torchrec_compress.fit.checks import check_contexts, check_counts, check_see
 from torchrec_compress.fit.curvature import check_matrix, is_flat
 from torchrec_compress.fit.kmeans import train_size
 from torchrec_compress.fit.popularity import popularity_weights
-from torchrec_compress.methods.decoders import BagDecoder, TableDecoder
+from torchrec_compress.methods.decoders import BagDecoder, SharedDecoder, TableDecoder
 from torchrec_compress.methods.learned import Learned, RowReader, TableData, TableState, check_sample, with_sample
 from torchrec_compress.methods.storage import Parts
 from torchrec_compress.schema import settle_numbers
@@ -32,6 +32,7 @@ _LADDER: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 NUM_LEVELS = len(_LADDER)
 _POINTS_PER_CODEWORD = 256  # of a sample that is learned from
+NO_PROJECTION = "it has no projection"  # of a table that none can be folded of
 MARK_BYTES = 4  # the flag of a code table, which holds the mark of its integers
 METHODS: dict[str, type[MethodConfig]] = {}
 
@@ -129,6 +130,10 @@ class MethodConfig(ABC):
         """Return the table's decoder, a `BagDecoder` for bags, or None where one bag is the embedding already."""
         return None
 
+    def shared_decoder(self, table: BaseEmbeddingConfig) -> SharedDecoder | None:
+        """Return the `BagDecoder` that the table shares with others of its collection, or None where it has its own."""
+        return None
+
     @abstractmethod
     def learn(self, table: BaseEmbeddingConfig, data: TableData) -> Learned:
         """Learn what all rows share, from all rows or a sample of them. It begins with `check_fit`."""
@@ -197,6 +202,38 @@ class MethodConfig(ABC):
                 raise ValueError(f"{where}: curvature must have a trace above 0, got none; leave it out")
         check_sample(table, data)
 
+    def projected_width(self, table: BaseEmbeddingConfig) -> int | None:
+        """Return the numbers per row that a projection behind the pooling turns into embeddings; None without one.
+
+        Where there is one, the decoder holds it by the name "projection", (r, D) float32.
+        """
+        return None
+
+    def unprojected(self, table: BaseEmbeddingConfig, state: TableState) -> tuple[MethodConfig, TableState]:
+        """Return how the same rows are stored without their projection, in a table of `projected_width` numbers.
+
+        Args:
+            table: the user's config.
+            state: the stored tensors; what is returned holds the same ones.
+        """
+        return self, state
+
+    def why_unfolded(self, table: BaseEmbeddingConfig, in_float32: bool) -> str | None:
+        """Return why the projection cannot be multiplied into the rest of the decoder, or None where it can.
+
+        Args:
+            table: the user's config.
+            in_float32: whether rows of few bits may become float32 ones.
+        """
+        return NO_PROJECTION
+
+    def folded(self, table: BaseEmbeddingConfig, state: TableState) -> tuple[MethodConfig, TableState]:
+        """Return how the table is stored, and its tensors, once the projection is multiplied into the decoder.
+
+        Arguments as in `unprojected`; asked only where `why_unfolded` is None.
+        """
+        return self, state
+
     def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return the bytes of the decoder's tensors."""
         return 0
@@ -239,10 +276,17 @@ def stored_together(methods: Iterable[tuple[MethodConfig, BaseEmbeddingConfig]])
     """Return all bytes that storing tables of one collection takes: what they share is counted once."""
     total, shared = 0, {}
     for method, table in methods:
-        mine = method.parts(table, seed=0).shared
-        total += method.stored_bytes(table) - sum(part.num_bytes for part in mine.values())
+        mine = shared_bytes(method, table)
+        total += method.stored_bytes(table) - sum(mine.values())
         shared |= mine
-    return total + sum(part.num_bytes for part in shared.values())
+    return total + sum(shared.values())
+
+
+def shared_bytes(method: MethodConfig, table: BaseEmbeddingConfig) -> dict[str, int]:
+    """Return the bytes of what a table may share with others of its collection, by name: native tables, its decoder."""
+    found = {name: part.num_bytes for name, part in method.parts(table, seed=0).shared.items()}
+    decoder = method.shared_decoder(table)
+    return found if decoder is None else {**found, decoder.name: method.decoder_bytes(table)}
 
 
 def init_like(table: BaseEmbeddingConfig, weight: Tensor) -> None:

@@ -19,11 +19,14 @@ from torchrec_compress.fit.metric import Metric
 from torchrec_compress.fit.popularity import PopularityKind, popularity_weights
 from torchrec_compress.methods.base import (
     CODE_LENGTHS,
+    NO_PROJECTION,
     NUM_LEVELS,
     MethodConfig,
     TableData,
+    TableState,
+    dense_bytes,
 )
-from torchrec_compress.methods.codebook_decoder import CodebookDecoder
+from torchrec_compress.methods.codebook_decoder import CodebookDecoder, float_rows, fold_codewords
 from torchrec_compress.methods.coded_table import CodedTable, CodeFormat, stored_codes
 from torchrec_compress.methods.learned_codes import LearnedCodes, Sample, Seen
 from torchrec_compress.methods.low_bit_rows import check_low_bit_width, quantize_table_rows
@@ -254,6 +257,44 @@ class CodebookConfig(MethodConfig):
             or self.width is not None
             or (self.num_hot_rows > 0 and self.hot_dtype == "fp32")
         )
+
+    def projected_width(self, table: BaseEmbeddingConfig) -> int | None:
+        """Return the width, if there is one."""
+        return self.width
+
+    def unprojected(self, table: BaseEmbeddingConfig, state: TableState) -> tuple[MethodConfig, TableState]:
+        """Return the same codes, codebooks and hot rows as those of a table of `width` numbers."""
+        decoder = {name: tensor for name, tensor in state.decoder.items() if name != "projection"}
+        return replace(self, width=None), TableState(codes=state.codes, decoder=decoder)
+
+    def why_unfolded(self, table: BaseEmbeddingConfig, in_float32: bool) -> str | None:
+        """Return what would be rounded again, or that the codes would save nothing."""
+        if self.width is None:
+            return NO_PROJECTION
+        kept = {"codebooks": self.codebook_dtype, "hot rows": self.hot_dtype if self.num_hot_rows else "fp32"}
+        rounded = [name for name, dtype in kept.items() if dtype != "fp32"]
+        if rounded and not in_float32:
+            return (
+                f"its {' and '.join(rounded)} of few bits would be rounded once more; pass in_float32=True to make "
+                "float32 ones of them"
+            )
+        stored, dense = self._folded_form().stored_bytes(table), dense_bytes(table)
+        return None if stored < dense else f"it would take {stored} bytes, the dense table {dense}"
+
+    def folded(self, table: BaseEmbeddingConfig, state: TableState) -> tuple[MethodConfig, TableState]:
+        """Return codewords of D numbers that add up to rows, and hot rows of D numbers, both in float32."""
+        projection, decoder = state.decoder["projection"], {}
+        books = float_rows(state.decoder["codebooks"], self.codebook_dtype)
+        decoder["codebooks"] = fold_codewords(books, projection, 1 if self.sums_codewords else self.num_codes)
+        if self.num_hot_rows:
+            hot = float_rows(state.decoder["hot_rows"], self.hot_dtype)
+            decoder["hot_rows"] = fold_codewords(hot, projection, 1)
+        return self._folded_form(), TableState(codes=state.codes, decoder=decoder)
+
+    def _folded_form(self) -> CodebookConfig:
+        """Return what codes of a width are with each codeword projected: sums, also of what lay side by side."""
+        hot_dtype = "fp32" if self.num_hot_rows else self.hot_dtype
+        return replace(self, width=None, structure="residual", codebook_dtype="fp32", hot_dtype=hot_dtype)
 
     def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return the bytes of codebooks, hot rows and projection."""

@@ -142,3 +142,30 @@ class CodebookDecoder(TableDecoder):
             num_packed=self.num_packed,
         )
         return pooled if self.projection is None else pooled @ self.projection
+
+
+def float_rows(rows: Tensor, dtype: RowDtype) -> Tensor:
+    """Return codebooks or hot rows in float32: those of few bits, (n, bytes per row) uint8, decoded."""
+    return rows.detach() if dtype == "fp32" else dequantize_rows(rows, dtype)
+
+
+def fold_codewords(codebooks: Tensor, projection: Tensor, num_slices: int) -> Tensor:
+    """Return the codewords whose sums are those of `codebooks`, put side by side and projected.
+
+    Args:
+        codebooks: (M * K, r / num_slices) float32.
+        projection: (r, D) float32.
+        num_slices: of a row, M where codewords lie side by side, 1 where they add up.
+
+    Returns:
+        (M * K, D) float32, rounded once.
+
+    Example:
+        >>> fold_codewords(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 10.0], [5.0, 50.0]]), num_slices=2)
+        tensor([[  1.,  10.],
+                [ 10., 100.]])
+    """
+    width, embedding_dim = projection.shape
+    slices = projection.detach().double().view(num_slices, width // num_slices, embedding_dim)
+    books = codebooks.detach().double().view(num_slices, -1, width // num_slices)
+    return (books @ slices).view(-1, embedding_dim).float()

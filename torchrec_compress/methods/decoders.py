@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -62,6 +62,18 @@ class TableDecoder(Bank):
         Returns:
             (B, D) floating point.
         """
+
+
+class SharedDecoder(NamedTuple):
+    """A decoder that several tables of a collection have together.
+
+    Args:
+        name: of it, in a state dict in place of the table's.
+        terms: what these tables must agree in, by name.
+    """
+
+    name: str
+    terms: dict[str, object]
 
 
 class BagDecoder(Bank):

@@ -13,6 +13,7 @@ from torchrec_compress.methods.base import TableData, register
 from torchrec_compress.methods.codebook import CodebookConfig
 from torchrec_compress.methods.learned_codes import LearnedCodes, Sample, with_refit
 from torchrec_compress.methods.popularity import check_popularity, check_popularity_counts
+from torchrec_compress.methods.pq import PQConfig
 
 
 @register
@@ -54,6 +55,17 @@ class MECConfig(CodebookConfig):
     def weighs_by(self, data: TableData) -> PopularityKind:
         """Return the popularity asked for."""
         return self.popularity
+
+    def _folded_form(self) -> PQConfig:
+        """Return residual codes as method 'pq' stores them; MEC's lie side by side."""
+        return PQConfig(
+            num_codes=self.num_codes,
+            codebook_size=self.codebook_size,
+            structure="residual",
+            num_hot_rows=self.num_hot_rows,
+            hot_dtype="fp32" if self.num_hot_rows else self.hot_dtype,
+            popularity=self.popularity,
+        )
 
     @property
     def uses_curvature(self) -> bool:

@@ -11,14 +11,18 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.methods.base import (
+    NO_PROJECTION,
     BagDecoder,
     MethodConfig,
+    SharedDecoder,
     TableData,
     TableState,
     dense_bytes,
     init_like,
     register,
+    shared_bytes,
 )
+from torchrec_compress.methods.dense import DenseConfig
 from torchrec_compress.methods.learned import Learned
 from torchrec_compress.methods.start import SeededInit
 from torchrec_compress.methods.storage import NativePart, Parts, Remap, TrainedPart
@@ -60,10 +64,13 @@ class NarrowConfig(MethodConfig):
         state_bits: of a value of the optimizer's state beside rows of few bits, 32 or 8.
         rate: how far a step moves an embedding, by what it would move a row of full width; SGD's: the square of it.
             sqrt(r / D) is a P with orthonormal rows. Rows that are seen many times want less, see docs/small.md.
+        shared: name of a projection that all tables of a collection that give it have together: stored once, trained
+            by the sum of their gradients, from the start, since no fit of one table may change it. They agree in width,
+            embedding_dim and rate. None: the table's own.
 
     Example:
         >>> NarrowConfig(width=16, bits=8, state_bits=8).to_dict()
-        {'method': 'narrow', 'width': 16, 'bits': 8, 'optimizer': None, 'state_bits': 8, 'rate': 1.0}
+        {'method': 'narrow', 'width': 16, 'bits': 8, 'optimizer': None, 'state_bits': 8, 'rate': 1.0, 'shared': None}
     """
 
     method: ClassVar[str] = "narrow"
@@ -75,6 +82,7 @@ class NarrowConfig(MethodConfig):
     optimizer: TrainedOptimizer | None = None
     state_bits: Literal[32, 8] = 32
     rate: float = 1.0
+    shared: str | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that do nothing beside the others."""
@@ -103,10 +111,20 @@ class NarrowConfig(MethodConfig):
                 f"{table.embedding_dim}; leave the table dense"
             )
         check_width(table, self.width, most, f"bits={self.bits}")
-        if self.width == table.embedding_dim and self.rate != 1:
+        for name, given in (("rate", self.rate != 1), ("shared", self.shared is not None)):
+            if self.width == table.embedding_dim and given:
+                raise ValueError(
+                    f"table {table.name!r}: {name} must be left out with rows of the embedding's width, {self.width}, "
+                    f"which have no projection, got {getattr(self, name)}"
+                )
+
+    def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:
+        """Raise ValueError for a projection that is shared, too."""
+        super().check_fit(table, data)
+        if self.shared is not None:
             raise ValueError(
-                f"table {table.name!r}: rate must be left out with rows of the embedding's width, {self.width}, which "
-                f"have no projection, got {self.rate}"
+                f"table {table.name!r}: shared must be left out of a fit, which finds a projection for one table, got "
+                f"{self.shared!r}; train from the start, or fit each table with its own"
             )
 
     @property
@@ -123,7 +141,8 @@ class NarrowConfig(MethodConfig):
         """Return whether there are rows enough to make up for the projection; a width too large is an error instead."""
         if self.width > table.embedding_dim or self.width % LANES or self.width < LANES:
             return True
-        return self.stored_bytes(table) < dense_bytes(table) or self.width * self.bits == table.embedding_dim * 32
+        own = self.stored_bytes(table) - sum(shared_bytes(self, table).values())
+        return own < dense_bytes(table) or self.width * self.bits == table.embedding_dim * 32
 
     def rank(self, table: BaseEmbeddingConfig) -> int:
         """Return the width."""
@@ -132,7 +151,7 @@ class NarrowConfig(MethodConfig):
     def smaller(self, level: int) -> NarrowConfig | None:
         """Return the same at half the width, a quarter, and so on."""
         width = (self.width >> (level + 1)) // LANES * LANES
-        return replace(self, width=width) if width >= LANES else None
+        return replace(self, width=width, shared=None) if width >= LANES else None
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the narrow rows."""
@@ -147,6 +166,30 @@ class NarrowConfig(MethodConfig):
         if self.width == table.embedding_dim:
             return None
         return Projection(self.width, table.embedding_dim, device, self.rate)
+
+    def shared_decoder(self, table: BaseEmbeddingConfig) -> SharedDecoder | None:
+        """Return the projection by its name, where it is shared."""
+        terms = {"width": self.width, "embedding_dim": table.embedding_dim, "rate": self.rate}
+        return None if self.shared is None else SharedDecoder(self.shared, terms)
+
+    def projected_width(self, table: BaseEmbeddingConfig) -> int | None:
+        """Return the numbers of a row, where they are fewer than the embedding's."""
+        return None if self.width == table.embedding_dim else self.width
+
+    def unprojected(self, table: BaseEmbeddingConfig, state: TableState) -> tuple[MethodConfig, TableState]:
+        """Return rows of the whole width of a narrower table: dense ones, or with few bits the same without a rate."""
+        if self.bits == 32:
+            return DenseConfig(), TableState(native={"": state.native["rows"]})
+        return replace(self, rate=1.0, shared=None), TableState(trained=state.trained)
+
+    def why_unfolded(self, table: BaseEmbeddingConfig, in_float32: bool) -> str | None:
+        """Return that the decoder is nothing but the projection."""
+        if self.projected_width(table) is None:
+            return NO_PROJECTION
+        return (
+            f"its {self.width} numbers an id would become the {table.embedding_dim} of the whole table, which "
+            "decompress() makes; fold_into_linear() leaves them as they are"
+        )
 
     def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return the bytes of the projection."""

@@ -15,11 +15,11 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
 from torchrec_compress.compression import Compression, resolve
 from torchrec_compress.methods import MethodConfig, NativePart, Parts
-from torchrec_compress.methods.base import dense_bytes, init_like
+from torchrec_compress.methods.base import dense_bytes, init_like, shared_bytes
 from torchrec_compress.modules.code_bank import CodeTableConfig
 from torchrec_compress.modules.managed import ManagedTable
 from torchrec_compress.modules.remapped import RemappedFeature
-from torchrec_compress.modules.shared import check_shared, cut, seeded_init
+from torchrec_compress.modules.shared import check_shared, check_shared_decoders, cut, seeded_init
 from torchrec_compress.modules.trained_rows import TrainedTable
 from torchrec_compress.names import check_feature_names, check_table_names
 from torchrec_compress.ops import stable_salt
@@ -60,7 +60,8 @@ class Blueprint(Generic[TableConfig]):
 
     Attributes:
         by_table: the look-ups of every table.
-        shares: of every shared native table, its bytes cut among the tables that look it up, by what these take dense.
+        shares: of every shared native table and decoder, its bytes cut among its tables, by what these take dense.
+        banks: the name of every table's decoder: its own, or that of a shared one.
     """
 
     given: list[TableConfig]
@@ -71,6 +72,7 @@ class Blueprint(Generic[TableConfig]):
     seed: int
     by_table: dict[str, list[Lookup]] = field(init=False)
     shares: dict[str, dict[str, int]] = field(init=False)
+    banks: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         by_table: dict[str, list[Lookup]] = {table.name: [] for table in self.tables}
@@ -78,10 +80,17 @@ class Blueprint(Generic[TableConfig]):
             by_table[lookup.table.name].append(lookup)
         object.__setattr__(self, "by_table", by_table)
         owners: dict[str, dict[str, int]] = {}
+        totals: dict[str, int] = {}
+        banks = {table.name: table.name for table in self.tables}
         for table in self.tables:
-            for name in self.parts[table.name].shared:
+            mine = shared_bytes(self.methods[table.name], table)
+            totals |= mine
+            for name in mine:
                 owners.setdefault(name, {})[table.name] = dense_bytes(table)
-        totals = {name: part.num_bytes for parts in self.parts.values() for name, part in parts.shared.items()}
+            decoder = self.methods[table.name].shared_decoder(table)
+            if decoder is not None:
+                banks[table.name] = decoder.name
+        object.__setattr__(self, "banks", banks)
         shares = {name: dict(zip(mine, cut(totals[name], mine.values()), strict=True)) for name, mine in owners.items()}
         object.__setattr__(self, "shares", shares)
 
@@ -106,6 +115,7 @@ class Blueprint(Generic[TableConfig]):
             for feature, output in zip(table.feature_names, outputs, strict=True)
         ]
         check_shared(copies, parts)
+        check_shared_decoders(copies, methods, parts)
         _check_made_names(copies, parts, [lookup.key for lookup in lookups])
         return cls(given, copies, methods, parts, lookups, int(seed))
 
@@ -211,10 +221,10 @@ class Blueprint(Generic[TableConfig]):
         return parts.rows if bag_tables else parts.bags + parts.rows
 
     def stored_bytes(self, table: str) -> int:
-        """Return the bytes that a table is stored in; of shared native tables its share, so that all sum up."""
-        shared = self.parts[table].shared
-        alone = self.methods[table].stored_bytes(self.by_table[table][0].table)
-        return alone + sum(self.shares[name][table] - part.num_bytes for name, part in shared.items())
+        """Return the bytes that a table is stored in; of what is shared its share, so that all sum up."""
+        method, config = self.methods[table], self.by_table[table][0].table
+        shared = shared_bytes(method, config)
+        return method.stored_bytes(config) + sum(self.shares[name][table] - whole for name, whole in shared.items())
 
     def _physical(self, table: BaseEmbeddingConfig, part: NativePart) -> dict[str, Any]:
         return {

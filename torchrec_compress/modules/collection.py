@@ -23,7 +23,7 @@ from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.modules.remapped import RemappedEmbeddingCollection, found_rows
 from torchrec_compress.modules.replicated import strip_where_replicated
 from torchrec_compress.modules.trained import TrainedCollection
-from torchrec_compress.ops import NOT_SUMMED, TableRows, check_ids, lookup_codes
+from torchrec_compress.ops import NOT_SUMMED, TableRows, check_filled, check_ids, lookup_codes
 from torchrec_compress.seams import shape_and_dtype
 
 logger = logging.getLogger(__name__)
@@ -180,18 +180,12 @@ class CompressedParts(nn.Module):
         check_unsharded(self, "load_table")
         if name not in self.blueprint.methods:
             raise ValueError(f"load_table: must name one of {sorted(self.blueprint.methods)}, got {name!r}")
-        bank = self._code_banks().get(name)
-        targets = dict(self._native_weights(name))
-        if name in self.decoder.banks:
-            decoder = self.decoder.banks[name]
-            targets |= dict(decoder.named_parameters()) | dict(decoder.named_buffers())
-        if self.managed is not None and name in self.managed.managers:
-            targets |= dict(self.managed.managers[name].named_buffers())
-        if self.trained is not None and name in self.trained.banks:
-            targets["rows"] = self.trained.banks[name].rows
+        bank, mine = self._code_banks().get(name), self._stored(name)
+        targets = {**mine.native, **mine.decoder, **mine.managed, **mine.trained}
         shared = sorted(
             part.name for part in self.blueprint.parts[name].native if part.shared and part.name in state.native
         )
+        shared += sorted(state.decoder) if self.blueprint.banks[name] != name else []
         if shared:
             raise ValueError(
                 f"table {name!r}: parts {shared} are shared with other tables, which a fit of one must not overwrite; "
@@ -224,6 +218,36 @@ class CompressedParts(nn.Module):
         if bank is not None and bank.is_filled:
             bank.seal()
 
+    def table_state(self, name: str) -> TableState:
+        """Return the stored tensors of one table as `load_table` takes them: the collection's own, no copies.
+
+        Args:
+            name: of the user's table.
+
+        Raises:
+            ValueError: the collection is sharded, there is no such table, or something has changed its integers.
+            RuntimeError: its codes were never filled.
+        """
+        check_unsharded(self, "table_state")
+        if name not in self.blueprint.methods:
+            raise ValueError(f"table_state: must name one of {sorted(self.blueprint.methods)}, got {name!r}")
+        bank = self._code_banks().get(name)
+        if bank is not None:
+            check_filled(bank.is_set, f"table {name!r}")
+            bank.check()
+        return self._stored(name)
+
+    def _stored(self, name: str) -> TableState:
+        bank, decoder, managed, trained = self._code_banks().get(name), {}, {}, {}
+        if (owner := self.decoder.bank(name)) is not None:
+            decoder = dict(owner.named_parameters()) | dict(owner.named_buffers())
+        if self.managed is not None and name in self.managed.managers:
+            managed = dict(self.managed.managers[name].named_buffers())
+        if self.trained is not None and name in self.trained.banks:
+            trained = {"rows": self.trained.banks[name].rows}
+        codes = None if bank is None else bank.codes
+        return TableState(codes, decoder, dict(self._native_weights(name)), managed, trained)
+
     def table_rows(self, name: str, ids: Tensor) -> Tensor:
         """Return the rows that one table serves for ids, without a batch around them.
 
@@ -240,15 +264,16 @@ class CompressedParts(nn.Module):
         (table,) = [table for table in self.blueprint.tables if table.name == name]
         check_ids(ids, table.num_embeddings, f"table_rows: table {name!r}")
         parts, weights = self.blueprint.parts[name], dict(self._native_weights(name))
+        decoder = self.decoder.bank(name)
         if parts.dense:
             return weights[""][ids].float()
         if parts.bags:
             bags = [weights[part.name][part.remap(ids)].float() for part in parts.bags]
-            return decode_pooled(self.decoder.banks[name], bags).float() if name in self.decoder.banks else bags[0]
+            return bags[0] if decoder is None else decode_pooled(decoder, bags).float()
         if parts.trained is not None:
             assert self.trained is not None
             bag = self.trained.banks[name].served(ids)
-            return decode_pooled(self.decoder.banks[name], [bag]).float() if name in self.decoder.banks else bag
+            return bag if decoder is None else decode_pooled(decoder, [bag]).float()
         if parts.managed is not None:
             assert self.managed is not None
             return self.managed.served(name, ids)
@@ -260,7 +285,7 @@ class CompressedParts(nn.Module):
             self.code_tables.warn_of_start_codes(name)
             codes = lookup_codes(bank.codes, bank.is_set, ids, f"table {name!r}")  # type: ignore[arg-type]
         rows = [found_rows(TableRows(weights[part.name], part.remap(ids))) for part in parts.rows]
-        return self.decoder.banks[name](ids, None, None, codes, rows)
+        return decoder(ids, None, None, codes, rows)
 
     def footprint(self) -> Footprint:
         """Return the bytes of all tables, counted over the real tensors (on the meta device too).

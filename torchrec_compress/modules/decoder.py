@@ -68,7 +68,7 @@ class Decoder(nn.Module):
     """Decode the look-ups of all tables that have a decoder.
 
     Attributes:
-        banks: the table decoders by table name.
+        banks: the table decoders by table name, shared ones by their own, see `bank`.
         format_version: buffer, (1,) int64: version of the state dict's format.
         layout: buffer, (tables, 3) int64: fingerprints of what each table is stored as, see `LAYOUT`.
     """
@@ -78,21 +78,22 @@ class Decoder(nn.Module):
         self.blueprint, self._is_weighted = blueprint, is_weighted
         self.banks: Any = nn.ModuleDict()  # Any: a ModuleDict forgets the type of its values
         for table in blueprint.tables:
-            bank = blueprint.methods[table.name].decoder(table, device)
+            name = blueprint.banks[table.name]
+            bank = self.banks[name] if name in self.banks else blueprint.methods[table.name].decoder(table, device)
             if bank is not None:
-                self.banks[table.name] = bank
+                self.banks[name] = bank
             else:
                 _check_is_embedding(table, blueprint.parts[table.name])
-        self._format = StateFormat(blueprint, self.banks)
+        self._format = StateFormat(blueprint, {table.name: self.bank(table.name) for table in blueprint.tables})
         self.register_buffer("format_version", torch.full((1,), FORMAT_VERSION, device=device))
         self.register_buffer("layout", torch.tensor(self._format.layout, dtype=torch.int64, device=device))
-        mine = [lookup for lookup in blueprint.lookups if lookup.table.name in self.banks]
+        mine = [lookup for lookup in blueprint.lookups if self.bank(lookup.table.name) is not None]
         self._decoded = [lookup for lookup in mine if not blueprint.parts[lookup.table.name].are_bags]
         self._bagged = [
             lookup
             for lookup in blueprint.lookups
             for parts in (blueprint.parts[lookup.table.name],)
-            if parts.trained is not None or (parts.are_bags and lookup.table.name in self.banks)
+            if parts.trained is not None or (parts.are_bags and self.bank(lookup.table.name) is not None)
         ]
         self._bag_lookups: list[BagLookup] = []
         self._coded_keys: list[str] = []
@@ -122,6 +123,11 @@ class Decoder(nn.Module):
         if found is not None and number == len(tables):
             tables.append(name)
         return found
+
+    def bank(self, table: str) -> Any:
+        """Return the decoder of one of the user's tables, shared or its own, or None."""
+        name, has = self.blueprint.banks[table], self.banks.keys()
+        return self.banks[name] if name in has else None
 
     @property
     def lookups(self) -> list[Lookup]:
@@ -228,7 +234,8 @@ class Decoder(nn.Module):
             name = lookup.table.name
             source = bags if self.blueprint.parts[name].trained is None else trained
             mine = [source[key] for key in self.blueprint.bag_keys(lookup)]
-            found[lookup.key] = decode_pooled(self.banks[name], mine) if name in self.banks else mine[0]
+            bank = self.bank(name)
+            found[lookup.key] = mine[0] if bank is None else decode_pooled(bank, mine)
         return found
 
     def _coded(self, codes: dict[str, Codes] | None) -> tuple[list[Codes], list[Tensor], list[Tensor | None]]:

@@ -26,7 +26,8 @@ class TableFootprint:
         dense_bytes: what the user's own table would take.
         code_bytes: code table (and the four-byte mark of its integers).
         decoder_bytes: codebooks and hot rows.
-        native_bytes: rows of native tables, and trained rows; of a table that several share, the share by dense bytes.
+        native_bytes: rows of native tables, and trained rows. Of what several tables share, here and in the decoder,
+            the share by dense bytes.
         managed_bytes: what the manager of a table keeps, as a sketch.
         training_bytes: of `managed_bytes`, those that no look-up of a trained model reads.
     """
@@ -163,11 +164,11 @@ def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
     missing |= {("managed", table.name) for table in blueprint.managed()}
     missing |= {("trained", table.name) for table in blueprint.trained()}
     for key, value in state.items():
-        stored = _stored(key)
+        stored = stored_part(key)
         if stored is not None:
             missing.discard(stored)
             kind, name = stored
-            mine = owners[name] if kind == "native" else {name: 1}
+            mine = owners[name] if kind == "native" else blueprint.shares.get(name, {name: 1})
             shape, dtype = shape_and_dtype(value)
             for owner, share in zip(mine, cut(math.prod(shape) * dtype.itemsize, mine.values()), strict=True):
                 sizes[kind, owner] += share
@@ -193,8 +194,16 @@ def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
     )
 
 
-def _stored(key: str) -> tuple[str, str] | None:
-    """Return the kind of a tensor and the name of its stored table, by its own name; None where it is of no table."""
+def stored_part(key: str) -> tuple[str, str] | None:
+    """Return the kind of a tensor and the name of its stored table, by its own name; None where it is of no table.
+
+    Args:
+        key: in the state dict of a compressed collection.
+
+    Example:
+        >>> stored_part("decoder.banks.user.codebooks"), stored_part("decoder.layout")
+        (('decoder', 'user'), None)
+    """
     path = key.split(".")
     if path[0] == "managed" and path[1] == "managers":
         return "managed", path[2]

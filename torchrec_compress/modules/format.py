@@ -26,7 +26,7 @@ class StateFormat:
 
     Args:
         blueprint: of the collection.
-        banks: its table decoders by table name, an `nn.ModuleDict`.
+        banks: the decoder of every table, or None, by table name.
 
     Attributes:
         layout: for every table, in the user's order, a fingerprint of each `LAYOUT` field.
@@ -110,16 +110,18 @@ class StateFormat:
         """
         parts = self._blueprint.parts[table.name]
         native = parts.native
-        bank: TableDecoder | None = dict(self._banks.items()).get(table.name)
+        bank: TableDecoder | None = self._banks[table.name]
         tensors = [] if bank is None else [*bank.named_parameters(), *bank.named_buffers()]
         codes = None
         if code_part is not None:
             codes = (code_part.row_size, str(code_part.dtype), *([code_part.num_packed] * (code_part.num_packed > 0)))
         formats = [low_bit] if low_bit and bank is not None and bank.has_low_bit_rows else []
+        decoder = self._blueprint.methods[table.name].shared_decoder(table)
         method = (
             codes is None,
             [(p.name, p.remap.kind, *([p.shared] * (p.shared is not None))) for p in native],
             [name for name, _ in tensors],
+            *([] if decoder is None else [decoder.name]),
             *formats,
         )
         sizes = (

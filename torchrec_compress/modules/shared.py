@@ -1,4 +1,4 @@
-"""Native tables that several of the user's tables look up: what these agree in, how they start, whose the bytes are."""
+"""What several of the user's tables have together: what these agree in, how it starts, whose the bytes are."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
+from torchrec_compress.methods.base import MethodConfig
 from torchrec_compress.methods.start import SeededInit
 from torchrec_compress.methods.storage import NativePart, Parts
+from torchrec_compress.names import check_table_names
 from torchrec_compress.ops import stable_salt
 
 _AGREE = ("num_embeddings", "embedding_dim", "data_type", "init_fn", "decay")
@@ -56,6 +58,40 @@ def check_shared(tables: Sequence[BaseEmbeddingConfig], parts: Mapping[str, Part
                     f"{[theirs[name] for name in differ]} and {[mine[name] for name in differ]}; let them share under "
                     "two names, or make them agree"
                 )
+
+
+def check_shared_decoders(
+    tables: Sequence[BaseEmbeddingConfig], methods: Mapping[str, MethodConfig], parts: Mapping[str, Parts]
+) -> None:
+    """Check decoders that tables share.
+
+    Args:
+        tables: the user's configs.
+        methods, parts: by the user's table.
+
+    Raises:
+        ValueError: tables do not agree, or a name is unfit for a module, or that of something else.
+    """
+    first: dict[str, tuple[str, dict[str, object]]] = {}
+    for table in tables:
+        mine = methods[table.name].shared_decoder(table)
+        if mine is None:
+            continue
+        other, theirs = first.setdefault(mine.name, (table.name, mine.terms))
+        differ = [name for name in mine.terms if theirs.get(name) != mine.terms[name]]
+        if differ:
+            raise ValueError(
+                f"shared decoder {mine.name!r}: tables {other!r} and {table.name!r} must agree in {differ}, got "
+                f"{[theirs.get(name) for name in differ]} and {[mine.terms[name] for name in differ]}; let them share "
+                "under two names, or make them agree"
+            )
+    check_table_names(sorted(first), "compressed collection: shared decoder")
+    taken = {table.name for table in tables}
+    taken |= {name for stored in parts.values() for name in stored.shared}
+    if taken & set(first):
+        raise ValueError(
+            f"compressed collection: shared decoders must not be called as tables are, got {sorted(taken & set(first))}"
+        )
 
 
 def _says_how_it_starts(table: BaseEmbeddingConfig) -> bool:

@@ -128,7 +128,8 @@ class _Estimator(ShardEstimator):
                 shard.size = [shard.size[0], width]
         elif isinstance(part, Decoder):
             stand_in.name, _, tensor = option.name.partition(".")
-            lookups = self._decoder_lookups(part, stand_in.name, tensor, option.batch_size)
+            table = _table_of(part, stand_in.name)
+            lookups = self._decoder_lookups(part, table, tensor, option.batch_size)
             stand_in.input_lengths, stand_in.num_poolings = lookups.pooling_factors, lookups.num_poolings
         return stand_in
 
@@ -308,3 +309,8 @@ def _travelling_bytes(option: ShardingOption) -> int:
 
 def _config(decoder: Decoder, table: str) -> BaseEmbeddingConfig:
     return decoder.blueprint.by_table[table][0].table
+
+
+def _table_of(decoder: Decoder, bank: str) -> str:
+    """Return the table that a decoder is of, the first of several."""
+    return next(table for table, name in decoder.blueprint.banks.items() if name == bank)

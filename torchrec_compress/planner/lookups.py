@@ -113,8 +113,8 @@ def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size:
             tensors = [name.partition(".") for name in part.decoder.replicated_tensors()]
             charged = {table for table, _, tensor in tensors if tensor == "codebooks"}
             projected = {table for table, _, tensor in tensors if tensor == "projection"}
-            for name in part.decoder.banks:
-                if name not in charged or name in projected:
+            for name in part.methods():
+                if part.decoder.bank(name) is not None and (name not in charged or name in projected):
                     table = part.blueprint.by_table[name][0].table
                     lookups = Lookups.of(name, constraints, batch_size)
                     makes_rows = part.blueprint.methods[name].makes_rows and not part.blueprint.parts[name].are_bags

@@ -248,7 +248,8 @@ class DecoderSharder(BaseEmbeddingSharder[Decoder]):
                 f"{where}: a decoder is replicated, so that its entries must be data_parallel, got {wrong}"
             )
         strip_in_backward_optimizers(module)
-        trained = sorted({name.partition(".")[0] for name, _ in module.banks.named_parameters()})
+        banks = {name.partition(".")[0] for name, _ in module.banks.named_parameters()}
+        trained = sorted(table for table, bank in module.blueprint.banks.items() if bank in banks)
         if self._ignored and trained:
             logger.warning(
                 "tables %s: fused_params %s are for native tables; the dense optimizer trains codebooks and the like",

@@ -22,7 +22,13 @@ from torchrec_compress.names import check_feature_names, check_folder_names, che
 from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS
 from torchrec_compress.schema import nearest
 from torchrec_compress.train.byte_budget import Budget, budget_of
-from torchrec_compress.train.check_stored import check_row_optimizer, check_small_tables, check_trains, check_widths
+from torchrec_compress.train.check_stored import (
+    check_row_optimizer,
+    check_shared,
+    check_small_tables,
+    check_trains,
+    check_widths,
+)
 from torchrec_compress.train.config import (
     ModelConfig,
     OptimConfig,
@@ -176,6 +182,7 @@ def check_tables(config: RunConfig, wanted: Wanted, rows: Mapping[str, int]) -> 
             check_widths(wanted, tables)
         elif wanted is not None:
             chosen = resolve(tables, wanted)
+            check_shared(config, tables, chosen)
             if config.retrain.epochs > 0:
                 check_trains(config, "retrain", tables, chosen)
                 check_row_optimizer(config, "retrain", tables, chosen)

@@ -44,6 +44,16 @@ def check_trains(
     )
 
 
+def check_shared(config: RunConfig, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]) -> None:
+    """Raise ValueError where tables with one projection would be fitted: a fit is of one table."""
+    shared = sorted(table.name for table in tables if chosen[table.name].shared_decoder(table) is not None)
+    if shared and config.start != "scratch":
+        raise ValueError(
+            f"start: must be 'scratch' for tables that share a projection, which no fit of one may change, got "
+            f"{config.start!r} and {shared}; share it in pretrain_compression, or nowhere"
+        )
+
+
 def check_row_optimizer(
     config: RunConfig, where: str, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]
 ) -> None:
