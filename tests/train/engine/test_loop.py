@@ -110,20 +110,6 @@ def test_lookup_l2_and_start_l2_hold_parameters_back(config, data, tmp_path):
     assert small[1] < 0.9 * free[1]
 
 
-def test_adaptive_l2_holds_rare_rows_back_the_most(config, data, tmp_path):
-    counts = data.counts()["user"]
-    rare, often = (counts > 0) & (counts < 5), counts > 20
-    sizes, held = {}, {}
-    for name, optim in (("free", OptimConfig()), ("pulled", OptimConfig(adaptive_l2=1e-3))):
-        trained = _train(config, Task(data, dataclasses.replace(STAGE, optim=optim), 0, tmp_path / name, position=None))
-        weight = _after(trained, config, data)["embeddings.embedding_bags.user.weight"]
-        sizes[name] = [float(weight[some].square().mean()) for some in (rare, often)]
-        held[name] = trained.optimizer_bytes
-    kept = [after / before for before, after in zip(*sizes.values(), strict=True)]
-    assert kept[0] < 0.65 < 0.75 < kept[1], kept
-    assert held["pulled"] == held["free"] + sum(data.vocab)  # a byte an id
-
-
 def test_the_rate_falls_to_zero_with_the_schedule_on_fused_tables_too(config, data, ranks):
     trainable = _trainable(config, data, ranks)
     trainable.set_rate(0.5)

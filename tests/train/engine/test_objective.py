@@ -10,11 +10,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.methods import DenseConfig, PQConfig
 from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig
-from torchrec_compress.train.data.batch import EVERYTHING
 from torchrec_compress.train.engine.objective import Loss
 from torchrec_compress.train.engine.rarity import Rarity
 from torchrec_compress.train.engine.trainable import Trainable
-from torchrec_compress.train.full import full_model
 from torchrec_compress.train.models.click import make_model, make_tables
 
 LOGITS, LABELS = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, 0.0, 1.0])
@@ -57,32 +55,6 @@ def test_adaptive_l2_pulls_an_id_by_the_inverse_of_its_share(ranks):
     expected = 0.1 / 2 * (1 * (1 * 5 + 4 * 1) + 2 * (0 * 8 + 9 * 1)) / 3
     torch.testing.assert_close(minimised - entropy, torch.tensor(expected))
     assert rarity.num_bytes == 6
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 1000, 2**31 - 1])
-def test_a_byte_holds_any_count_to_a_twentieth(count):
-    rarity = Rarity({"a": torch.tensor([count])}, 10**6, torch.device("cpu"))
-    ids = KeyedJaggedTensor(["a"], torch.tensor([0]), lengths=torch.tensor([1]))
-    assert float(rarity(ids, ["a"])) == pytest.approx(1e6 / count, rel=0.045)
-
-
-def test_over_an_epoch_it_is_the_l2_of_whole_tables(config, data, ranks):
-    """A row's gradient, summed over the look-ups of an epoch, is that of `table_l2` in all steps, rare or not."""
-    counts, num_rows = data.counts(), data.num_rows("train")
-    model = full_model(config, data)
-    rarity = Rarity(counts, num_rows, torch.device("cpu"))
-    loss = Loss(StageConfig(optim=OptimConfig(adaptive_l2=0.3)), ranks, None, model.fields, rarity)
-    batches, size = data.batches("train", 320, 0, EVERYTHING), 320  # which divides the rows
-    for batch in batches.epoch(0):
-        found = model(batch.features, batch.dense)
-        rest = (found.logits, found.embeddings, batch.labels, batch.rows, batch.weights, batch.features)
-        minimised, entropy = loss(*rest)
-        (minimised - entropy).backward()
-    steps = num_rows / size
-    for name, table in model.embeddings.embedding_bags.items():
-        seen = counts[name] > 0
-        wanted = 0.3 * steps * table.weight.detach()[seen]
-        torch.testing.assert_close(table.weight.grad[seen], wanted, rtol=0.06, atol=1e-6)
 
 
 def test_start_l2_pulls_the_net_and_codebooks_and_no_native_table(config, data, ranks):
