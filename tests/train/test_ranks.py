@@ -85,7 +85,7 @@ def test_any_number_of_ranks_trains_the_same_model(config, tmp_path, two_ranks, 
         assert json.loads((tmp_path / name / "summary.json").read_text())["metrics"] == summaries[0]["metrics"]
         assert one["footprint"] == summaries[0]["footprint"]
         for summary in summaries:  # of all ranks, not of one; a column-wise shard has a state for its rows of its own
-            assert summary["optimizer_bytes"] == pytest.approx(one["optimizer_bytes"], rel=0.01)
+            assert summary["state_bytes"] == pytest.approx(one["state_bytes"], rel=0.01)
 
 
 @pytest.mark.slow

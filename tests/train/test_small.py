@@ -45,7 +45,7 @@ def test_the_whole_road(config, tmp_path):
     whole = _run(config, tmp_path, "whole")
     alone = _run(config, tmp_path, "alone", **ALONE)
     assert alone["footprint"]["total_bytes"] < whole["footprint"]["total_bytes"] / 2
-    assert alone["held_bytes"] == alone["footprint"]["total_bytes"] + alone["optimizer_bytes"] < whole["held_bytes"]
+    assert alone["held_bytes"] == alone["footprint"]["total_bytes"] + alone["state_bytes"] < whole["held_bytes"]
     coded = _run(config, tmp_path, "coded", **CODED)
     tables = coded["footprint"]["tables"]
     assert {name for name, table in tables.items() if table["method"] == "pq"} >= {"user", "item"}

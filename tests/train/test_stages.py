@@ -71,13 +71,13 @@ def test_what_training_held_is_the_most_of_its_stages(config, tmp_path):
     whole = _run(config, tmp_path, "full alone")
     tables = whole["footprint"]["dense_bytes"]
     held = whole["held_bytes"]
-    assert held == tables + whole["optimizer_bytes"] and whole["optimizer_bytes"] > tables / 8  # a value a row
+    assert held == tables + whole["state_bytes"] and whole["state_bytes"] == tables / 8  # a value a row, no net's
     pq = {"compression": {"*": {"method": "pq", "num_codes": 2, "codebook_size": 16}}}
     assert _run(config, tmp_path, "a", **pq)["held_bytes"] == held
     narrow = {"method": "narrow", "width": 4, "bits": 8, "optimizer": "adagrad", "state_bits": 8}
     small = {"start": "scratch", "retrain": vars(config.pretrain), "compression": {"*": narrow}}
     found = _run(config, tmp_path, "b", **{**small, "retrain.optim.tables": "adagrad"})
-    stored, state = found["footprint"]["total_bytes"], found["optimizer_bytes"]
+    stored, state = found["footprint"]["total_bytes"], found["state_bytes"]
     assert found["held_bytes"] == stored + state
     kept = found["footprint"]["tables"].values()
     narrow_bytes = sum(table["dense_bytes"] for table in kept if table["method"] == "narrow")
@@ -85,9 +85,8 @@ def test_what_training_held_is_the_most_of_its_stages(config, tmp_path):
     number = sum(table["method"] == "narrow" for table in kept)
     left = tables - narrow_bytes
     assert stored == rows * 5 + number * projection + left and number > 1  # numbers of 8 bits, and scales
-    net = whole["optimizer_bytes"] - 4 * tables // (4 * 8)  # by Adam; the full tables by row-wise Adagrad
-    # Adagrad in 8 bits with a count of steps, in 32 bits, and Adam
-    assert state == net + rows * 6 + number * 8 + left + number * (2 * projection + 4)
+    # Adagrad in 8 bits with a count of steps, in 32 bits, and Adam of projections
+    assert state == rows * 6 + number * 8 + left + number * (2 * projection + 4)
 
 
 def test_a_start_from_scratch_depends_on_the_seed_alone(config, tmp_path):
@@ -260,7 +259,7 @@ def test_compare_reports_resumes_and_survives_a_bad_variant(config, capfd):
     report = json.loads((output / "report.json").read_text())
     assert list(report["variants"]) == ["full", "pq"] and report["variants"]["pq"]["seeds"] == [0, 1]
     assert report["variants"]["pq"]["held_bytes"] == report["variants"]["full"]["held_bytes"] > 0
-    assert report["variants"]["full"]["optimizer_bytes"] > 0 and report["variants"]["pq"]["optimizer_bytes"] is None
+    assert report["variants"]["full"]["state_bytes"] > 0 and report["variants"]["pq"]["state_bytes"] is None
     assert len(list((output / "full").glob("*/summary.json"))) == 2  # one per seed, shared by the variants
     text = (output / "report.md").read_text()
     assert "| pq |" in text and " ± " in text and "Best possible" in text

@@ -70,8 +70,9 @@ def read_model(path: Path, model: ClickModel) -> None:
     model.load_state_dict(state["model"])
 
 
-def held_bytes(source: Path) -> int:
-    """Return the bytes of the tables of stage 1, as they were stored, and of all optimizer state while it trained."""
+def held_bytes(source: Path) -> int | None:
+    """Return the bytes of the tables of stage 1 and their optimizer state, or None where it was not told apart then."""
     told = read_json(source / "summary.json", keys=("training", "dense_bytes"))
     stored = told["footprint"]["total_bytes"] if "footprint" in told else told["dense_bytes"]
-    return stored + told["training"]["optimizer_bytes"]
+    state = told["training"].get("state_bytes")
+    return None if state is None else stored + state

@@ -183,7 +183,7 @@ def _run_full(config: RunConfig, data: ClickSource, source: Path, folder: Path, 
         "fitted": full["metrics"],
         "metrics": full["metrics"],
         "undefined": full["undefined"],
-        "optimizer_bytes": full["training"]["optimizer_bytes"],
+        "state_bytes": full["training"].get("state_bytes"),
         "held_bytes": held_bytes(source),
         "training": full["training"],
     }
@@ -224,11 +224,12 @@ def _run_compressed(
     if config.retrain.epochs > 0:
         trained = _retrain(config, task, model, source, ranks)
         summary["training"] = _training(trained)
-        summary["optimizer_bytes"] = trained.optimizer_bytes
+        summary["state_bytes"] = trained.state_bytes
         summary["metrics"], summary["undefined"] = score(trained.trainable.logits, data, config.data, ranks)
         path = trained.checkpoint
-    held = summary["footprint"]["total_bytes"] + summary.get("optimizer_bytes", 0)
-    summary["held_bytes"] = held if source is None else max(held, held_bytes(source))
+    held = summary["footprint"]["total_bytes"] + summary.get("state_bytes", 0)
+    before = 0 if source is None else held_bytes(source)
+    summary["held_bytes"] = None if before is None else max(held, before)
     if config.parallel.init == "host":
         on_first(lambda: _save_compressed(config, data, methods, path, folder), ranks)
     return summary
@@ -314,6 +315,6 @@ def _training(trained: Trained) -> dict[str, float]:
         "best_step": trained.best_step,
         "seconds": trained.seconds,
         "rows_per_second": trained.rows_per_second,
-        "optimizer_bytes": trained.optimizer_bytes,
+        "state_bytes": trained.state_bytes,
         "skipped_batches": trained.skipped,
     }

@@ -56,7 +56,7 @@ def test_adaptive_l2_holds_rare_rows_back_the_most(config, data, ranks, tmp_path
         read(trained.checkpoint, state)
         weight = state["model"]["embeddings.embedding_bags.user.weight"]
         sizes[name] = [float(weight[some].square().mean()) for some in (rare, often)]
-        held[name] = trained.optimizer_bytes
+        held[name] = trained.state_bytes
     kept = [after / before for before, after in zip(*sizes.values(), strict=True)]
     assert kept[0] < 0.65 < 0.75 < kept[1], kept
     assert held["pulled"] == held["free"] + sum(data.vocab)  # a byte an id

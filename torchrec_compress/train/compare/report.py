@@ -24,7 +24,7 @@ _NOTE = (
     "Mean ± sample standard deviation over the seeds. Bytes count everything stored: codes, codebooks, per-id scalars,",
     "hot rows and dense tables. `smaller`: the bytes of the variant `full` over them. `ratio`: the fp32 bytes of the",
     "variant's own tables over them, of all tables and of the compressed ones alone. `held in training`: the most that",
-    "tables and all optimizer state took in a stage, one copy of each; that of stage 1 where there was one.",
+    "tables and their optimizer state took in a stage, one copy of each; that of stage 1 where there was one.",
     "`calibrated logloss`: of logits with the scale and the bias that are best on validation.",
 )
 
@@ -74,7 +74,7 @@ def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     if all("predicted" in run for run in runs):
         result["predicted"] = statistics.fmean(sum(run["predicted"].values()) for run in runs)
         result["fitted_gap"] = _less([(run["fitted"]["test"], run["fitted_to"]["test"]) for run in runs])
-    result["optimizer_bytes"] = runs[0].get("optimizer_bytes")
+    result["state_bytes"] = runs[0].get("state_bytes")
     result["held_bytes"] = runs[0].get("held_bytes")
     result["usage"] = runs[0].get("usage", {})
     result["training"] = [run["training"] for run in runs if "training" in run]
@@ -149,7 +149,7 @@ def _markdown(report: dict[str, Any], pictures: list[str]) -> str:
         "ratio",
         "ratio, compressed",
         *columns.values(),
-        "optimizer bytes",
+        "optimizer state",
         "held in training",
         "seeds",
     ]
@@ -163,7 +163,7 @@ def _markdown(report: dict[str, Any], pictures: list[str]) -> str:
             f"{row['compressed_ratio']:.1f}x",
         ]
         cells += [_number(row["test"].get(key), len(row["seeds"])) for key in columns]
-        cells += ["-" if row[key] is None else f"{row[key]:,}" for key in ("optimizer_bytes", "held_bytes")]
+        cells += ["-" if row[key] is None else f"{row[key]:,}" for key in ("state_bytes", "held_bytes")]
         cells.append(str(len(row["seeds"])))
         lines.append("| " + " | ".join(cells) + " |")
     lines += _gap_lines(rows) + _predicted_lines(rows) + _training_lines(rows) + _usage_lines(rows)

@@ -112,7 +112,8 @@ class Trained:
         rows_per_second: of training over all ranks, validation left out.
         seconds: of training, over all interrupted runs.
         skipped: batches that were left out for a loss that was not finite.
-        optimizer_bytes: of all optimizer state, and of what `adaptive_l2` knows of ids, one copy over all ranks.
+        state_bytes: of the tables' optimizer state, codebooks' and projections' too, and of what `adaptive_l2` knows of
+            ids: one copy over all ranks.
     """
 
     trainable: Trainable
@@ -123,7 +124,7 @@ class Trained:
     rows_per_second: float
     seconds: float
     skipped: int
-    optimizer_bytes: int
+    state_bytes: int
 
 
 def train(model: ClickModel, task: Task, ranks: Ranks) -> Trained:
@@ -190,7 +191,7 @@ class _Stage:
         best = self._store.at(progress.best_step)
         self._trainable.load_model(best.path)
         rate = progress.step * self._stage.batch_size / max(progress.seconds, 1e-9)
-        size = self._trainable.optimizer_bytes()
+        size = self._trainable.state_bytes()
         return Trained(
             trainable=self._trainable,
             checkpoint=best.path,
@@ -200,7 +201,7 @@ class _Stage:
             rows_per_second=rate,
             seconds=progress.seconds,
             skipped=progress.skipped,
-            optimizer_bytes=size,
+            state_bytes=size,
         )
 
     def _train_until(self, stop: int, bar: tqdm, asked: threading.Event) -> None:

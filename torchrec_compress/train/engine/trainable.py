@@ -161,9 +161,9 @@ class Trainable:
         """Whether the last batch was left out for a loss that is not finite, on all ranks alike."""
         return self._loss.was_skipped
 
-    def optimizer_bytes(self) -> int:
-        """Return the bytes of one copy of the optimizers' state and of `rarity` over all ranks; every rank calls it."""
-        sizes = {name: optimizer_bytes(each) for name, each in self.optimizer.optimizers}
+    def state_bytes(self) -> int:
+        """Return the bytes of one copy of the tables' optimizer state and of `rarity`; every rank calls it."""
+        sizes = {name: optimizer_bytes(each) for name, each in self.optimizer.optimizers if name != "dense"}
         sharded = sizes.pop("fused", 0)
         rarity = 0 if self._rarity is None else self._rarity.num_bytes
         return sum(gather(sharded, self.ranks)) + sum(sizes.values()) + rarity
