@@ -17,6 +17,8 @@ from torchrec import (
     KeyedTensor,
     PoolingType,
 )
+from torchrec.distributed.mc_embedding import ManagedCollisionEmbeddingCollectionSharder
+from torchrec.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCollectionSharder
 from torchrec.modules.mc_embedding_modules import (
     ManagedCollisionEmbeddingBagCollection,
     ManagedCollisionEmbeddingCollection,
@@ -193,6 +195,29 @@ def test_managed_collisions_take_it(config, is_pooled):
         collection = wrap(made, ManagedCollisionCollection({"item": managed}, configs_of(stock)))
         out, _ = collection(features)
         assert values(out).shape == (2, DIM) and values(out).isfinite().all()
+
+
+@pooled
+def test_what_reads_the_tables_of_stock_collections_is_told_that_there_are_none(is_pooled):
+    stock, ours = pair(PQ, is_pooled)
+    name = "embedding_bags" if is_pooled else "embeddings"
+    assert hasattr(stock, name) and not hasattr(ours, name) and not hasattr(ours, "anything")
+    with pytest.raises(AttributeError, match=rf"has no {name}, its tables are compressed; rows are read by table_rows"):
+        getattr(ours, name)
+    wrap, sharder = ManagedCollisionEmbeddingCollection, ManagedCollisionEmbeddingCollectionSharder()
+    if is_pooled:
+        wrap, sharder = ManagedCollisionEmbeddingBagCollection, ManagedCollisionEmbeddingBagCollectionSharder()
+    managed = MCHManagedCollisionModule(
+        zch_size=NUM_ROWS,
+        device=torch.device("cpu"),
+        eviction_interval=1,
+        eviction_policy=DistanceLFU_EvictionPolicy(),
+    )
+    collection = wrap(ours, ManagedCollisionCollection({"item": managed}, configs_of(stock)))
+    with pytest.raises(
+        AttributeError, match="managed collisions do, cannot shard it: remap ids in a module of its own"
+    ):
+        sharder.shardable_parameters(collection)
 
 
 def test_mean_pooling_and_the_order_of_arguments():

@@ -29,6 +29,10 @@ from torchrec_compress.seams import shape_and_dtype
 logger = logging.getLogger(__name__)
 
 
+# where stock collections keep their tables
+_STOCK = ("embedding_bags", "embeddings")
+
+
 class CompressedParts(nn.Module):
     """Build, initialise, fill and measure the parts of a compressed collection; its heirs define the forward.
 
@@ -136,6 +140,16 @@ class CompressedParts(nn.Module):
     def seed(self) -> int:
         """The seed of start codes and hashes."""
         return self.blueprint.seed
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _STOCK:
+            kind = type(self).__name__
+            raise AttributeError(
+                f"{kind}: has no {name}, its tables are compressed; rows are read by table_rows(), all values by "
+                "state_dict(). What shards stock collections alone, as TorchRec's sharders of managed collisions do, "
+                "cannot shard it: remap ids in a module of its own, before the model"
+            )
+        return super().__getattr__(name)
 
     def table_configs(self) -> list[Any]:
         """Return the user's own configs, pooled or not; where one names no features, a copy that names them."""
