@@ -9,7 +9,6 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec_compress import CompressedEmbeddingBagCollection, compress, predicted_rise
 from torchrec_compress.compression import for_budget, measure_frontier
 from torchrec_compress.compression.budget import smallest_bytes
-from torchrec_compress.compression.candidates import Tried
 from torchrec_compress.fit.curvature import Curvature, Witnesses
 from torchrec_compress.fit.mec import MECFit
 from torchrec_compress.methods import MECConfig, NarrowConfig, PQConfig, QuantileCodesConfig
@@ -67,6 +66,14 @@ def test_codes_that_need_contexts_are_refused() -> None:
     given = {"user": torch.randn(60, 8)}, {"user": torch.ones(60)}
     with pytest.raises(ValueError, match="codes must be fitted to rows alone, got 'quantile', which needs contexts"):
         for_budget(*given, 2500, codes=QuantileCodesConfig(num_codes=1, codebook_size=16))
+
+
+def dense_of(rows: dict[str, torch.Tensor]) -> EmbeddingBagCollection:
+    dense = trained({name: len(mine) for name, mine in rows.items()})
+    with torch.no_grad():
+        for name, mine in rows.items():
+            dense.embedding_bags[name].weight.copy_(mine)  # type: ignore[operator]
+    return dense
 
 
 def curvature_of(name: str, rows: torch.Tensor, scale: float = 1.0, **changes) -> Curvature:
@@ -139,7 +146,7 @@ def test_a_table_that_is_never_looked_up_costs_nothing_and_gets_little(caplog) -
     counts["idle"] = torch.zeros(600)
     with caplog.at_level(logging.INFO):
         found = for_budget(rows, counts, 30_000, curvature={"felt": curvature["felt"]}, num_codes=(1, 2), codes=FEW)
-    assert found.shares["idle"].error == 0 and found["idle"].num_codes == 1
+    assert found.shares["idle"].error == 0 and found.shares["idle"].num_bytes == 4 * 16
     assert "table 'idle': never looked up" in caplog.text
 
 
@@ -206,13 +213,21 @@ def test_widths_are_tried_where_rows_have_more_numbers() -> None:
     assert compress(dense, chosen, counts=counts).footprint().total_bytes == chosen.num_bytes
 
 
-def test_the_smallest_bytes_are_those_of_narrow_codes() -> None:
-    table = EmbeddingBagConfig(name="user", num_embeddings=900, embedding_dim=32, feature_names=["user"])
-    tried = Tried(FEW, (1, 2))
-    least = smallest_bytes([table], tried, {"user": 8})
-    assert least < smallest_bytes([table], tried)
-    frontier = measure_frontier(narrow_table(), {"user": torch.ones(900)}, num_codes=(1, 2), codes=FEW)
-    assert frontier.candidates["user"][0].num_bytes == least
+def test_what_hardly_counts_is_one_row_for_all_ids() -> None:
+    rows, counts, curvature = felt_tables()
+    sizes = [EmbeddingBagConfig(name=name, num_embeddings=600, embedding_dim=16, feature_names=[name]) for name in rows]
+    frontier = measure_frontier(rows, counts, curvature=curvature, num_codes=(1, 2), codes=FEW)
+    least = frontier.choose(smallest_bytes(sizes))
+    assert [method.method for method in least.values()] == ["hash", "hash"] and least.num_bytes == 2 * 4 * 16
+    with pytest.raises(ValueError, match="budget"):
+        frontier.choose(smallest_bytes(sizes) - 1)
+    made = compress(dense_of(rows), least, counts=counts)
+    for name, share in least.shares.items():  # the error is no estimate
+        served = made.table_rows(name, torch.arange(600)).detach()
+        assert bool((served == served[0]).all())
+        assert share.error == pytest.approx(predicted_rise(rows[name], served, counts[name], curvature[name]), rel=1e-4)
+    more = frontier.choose(4_000)
+    assert more["felt"].method != "hash" and more["idle"].method == "hash"
 
 
 @pytest.mark.parametrize("given", [(0,), (True,), (8.0,), ("8",)])

@@ -57,7 +57,7 @@ def test_estimates_are_near_fits_of_their_own(power):
     found = measure(rows, counts)
     kinds = {(c.option.structure, c.option.num_codes) for c in found.values() if isinstance(c.option, PQConfig)}
     assert kinds == {("product", 1), ("product", 2), ("product", 4), ("residual", 2), ("residual", 4)}
-    assert {config.method for config in found} == {"dense", "int8", "int4", "pq"}
+    assert {config.method for config in found} == {"dense", "int8", "int4", "hash", "pq"}
     for config, each in found.items():
         heads = getattr(config, "num_hot_rows", 0)
         if heads in (0, 40, 400):

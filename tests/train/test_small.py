@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import shutil
 from pathlib import Path
 
@@ -133,22 +132,6 @@ def test_a_budget_of_small_tables_is_spent_on_codes_of_their_rows(config, data, 
     assert widths["user"] == {4} and widths["item"] <= {None, 4} and 4 in widths["item"]
     _run(config, tmp_path, "b", compression={**BUDGET, "widths": []})
     assert len(list(tmp_path.glob("full/*/frontiers/*/frontier.json"))) == 2  # other widths, another frontier
-
-
-def test_the_least_budget_is_that_of_codes_of_narrow_rows(config, data):
-    def check(num_bytes, **changes):
-        budget = {"budget_bytes": num_bytes, "num_codes": [1, 2], "codes": BUDGET["codes"]}
-        mine = override(config, {**ALONE, **changes, "compression": budget})
-        check_run(mine, check_config(mine), data)
-
-    with pytest.raises(ValueError, match=r"^compression: the budget must be at least [\d,]+ bytes") as least:
-        check(1)
-    needed = int(re.search(r"at least ([\d,]+)", str(least.value)).group(1).replace(",", ""))
-    check(needed)
-    with pytest.raises(ValueError, match="the budget must be at least"):
-        check(needed - 1)
-    with pytest.raises(ValueError, match="the budget must be at least"):
-        check(needed, pretrain_compression={})
 
 
 @pytest.mark.parametrize("init", ["host", "shards"])

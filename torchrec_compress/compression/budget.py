@@ -13,14 +13,14 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from tqdm import tqdm
 
-from torchrec_compress.compression.candidates import LENGTHS, USUAL, Tried, candidates_of
+from torchrec_compress.compression.candidates import LENGTHS, ONE_ROW, USUAL, Tried
 from torchrec_compress.compression.frontier import Choice, Frontier, check_budget
 from torchrec_compress.compression.knapsack import Candidate, undominated
 from torchrec_compress.compression.measuring import measure_candidates, sample_of
 from torchrec_compress.compression.rows import Compressed, Rows, rows_of
 from torchrec_compress.fit.checks import check_counts, check_seed
 from torchrec_compress.fit.curvature import Curvature, check_own
-from torchrec_compress.methods import CodebookConfig, DenseConfig, MethodConfig, as_codebook
+from torchrec_compress.methods import CodebookConfig, DenseConfig, as_codebook
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +78,10 @@ def measure_frontier(
 ) -> Frontier:
     """Measure what every table costs at every size.
 
-    Each table is tried dense, int8, int4, and as product and residual codes of several lengths, with hot heads of
-    several sizes in int4 and int8, unless a code is no smaller than int8 rows. Errors are estimates: of short fits on
-    16,384 rows, drawn by look-ups, of a larger table, and one or two fits for all heads (benchmarks/budget.md).
+    Each table is tried dense, int8, int4, as one row for all ids, and as product and residual codes of several
+    lengths, with hot heads of several sizes in int4 and int8, unless a code is no smaller than int8 rows. Errors are
+    estimates: of short fits on 16,384 rows, drawn by look-ups, of a larger table, and one or two fits for all heads
+    (benchmarks/budget.md).
     Codes of a table that was trained small, whose rows are read by ids, are codes of its narrow rows.
 
     Args:
@@ -127,18 +128,12 @@ def _measure(
         for name, mine in bar:
             bar.set_postfix_str(name)
             if curvature is not None and name not in known:
-                found[name] = _cost_nothing(mine, tried)
+                found[name] = [Candidate(ONE_ROW.stored_bytes(mine.table), 0.0, ONE_ROW)]  # its errors cost nothing
                 continue
             sample = sample_of(mine, counts[name].detach().cpu(), int(seed), known.get(name))
             found[name] = undominated(name, measure_candidates(sample, tried))
     sizes = {name: (mine.table.num_embeddings, mine.table.embedding_dim) for name, mine in rows.items()}
     return Frontier(sizes, found, "squared error" if curvature is None else "loss")
-
-
-def _cost_nothing(rows: Rows, tried: Tried) -> list[Candidate[MethodConfig]]:
-    """Return the smallest way to store a table that is never looked up, whose errors cost nothing."""
-    ways = [DenseConfig(), *candidates_of(rows.table, tried, rows.rank)]
-    return undominated(rows.table.name, [Candidate(method.stored_bytes(rows.table), 0.0, method) for method in ways])
 
 
 def _check_curvature(
@@ -196,42 +191,24 @@ def _tried(where: str, codes: CodebookConfig | None, num_codes: Sequence[int], w
     return Tried(codes or USUAL, num_codes, widths)
 
 
-def smallest_bytes(tables: Sequence[EmbeddingBagConfig], tried: Tried, ranks: Mapping[str, int] | None = None) -> int:
-    """Return the least bytes that `for_budget` can store tables in, from their sizes alone.
-
-    Args:
-        tables: the user's configs.
-        tried: codes.
-        ranks: directions that rows lie in, by name, of tables where these are fewer than the width.
+def smallest_bytes(tables: Sequence[EmbeddingBagConfig]) -> int:
+    """Return the least bytes that `for_budget` can store tables in, from their sizes alone: one row each.
 
     Example:
-        >>> day = EmbeddingBagConfig(name="day", num_embeddings=7, embedding_dim=4, feature_names=["day"])
-        >>> smallest_bytes([day], Tried(num_codes=[1]))
-        46
+        >>> smallest_bytes([EmbeddingBagConfig(name="day", num_embeddings=7, embedding_dim=4)])
+        16
     """
-    return sum(_smallest(table, tried, ranks or {}) for table in tables)
+    return sum(ONE_ROW.stored_bytes(table) for table in tables)
 
 
-def maybe_dense(
-    tables: Sequence[EmbeddingBagConfig], budget_bytes: int, tried: Tried, ranks: Mapping[str, int] | None = None
-) -> list[str]:
-    """Return the tables that `for_budget` could leave dense, from their sizes alone; arguments as `smallest_bytes`.
+def maybe_dense(tables: Sequence[EmbeddingBagConfig], budget_bytes: int) -> list[str]:
+    """Return the tables that `for_budget` could leave dense, from their sizes alone.
 
     Example:
         >>> day = EmbeddingBagConfig(name="day", num_embeddings=7, embedding_dim=4)
         >>> user = EmbeddingBagConfig(name="user", num_embeddings=1000, embedding_dim=4)
-        >>> maybe_dense([day, user], 8000, Tried(num_codes=[1]))
+        >>> maybe_dense([day, user], 8000)
         ['day']
     """
-    smallest = [_smallest(table, tried, ranks or {}) for table in tables]
-    left = budget_bytes - sum(smallest)
-    return [
-        table.name
-        for table, least in zip(tables, smallest, strict=True)
-        if DenseConfig().stored_bytes(table) - least <= left
-    ]
-
-
-def _smallest(table: EmbeddingBagConfig, tried: Tried, ranks: Mapping[str, int]) -> int:
-    ways = (DenseConfig(), *candidates_of(table, tried, ranks.get(table.name, table.embedding_dim)))
-    return min(config.stored_bytes(table) for config in ways)
+    left = budget_bytes - smallest_bytes(tables)
+    return [table.name for table in tables if DenseConfig().stored_bytes(table) - ONE_ROW.stored_bytes(table) <= left]

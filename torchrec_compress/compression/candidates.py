@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.methods import CodebookConfig, Int4Config, Int8Config, MethodConfig, PQConfig
+from torchrec_compress.methods import CodebookConfig, HashConfig, MethodConfig, PQConfig
 
 # a step that saves less than a twentieth is none
 _WORTH = 0.95
@@ -45,11 +45,14 @@ def step(table: BaseEmbeddingConfig, method: MethodConfig, level: int) -> Method
 
 USUAL = PQConfig(num_codes=1, popularity="count")
 LENGTHS = (1, 2, 3, 4, 6, 8, 16)
+ONE_ROW = HashConfig(num_buckets=1)  # the mean of all, for tables whose rows hardly count
 
 
 @dataclass(frozen=True)
 class Tried:
-    """The codes that a budget tries for a table, beside dense, int8 and int4 rows: a method's own and residual ones.
+    """The codes that a budget tries for a table, beside dense, int8 and int4 rows and one row for all ids.
+
+    They are a method's own, and residual ones.
 
     Attributes:
         codes: the method; its num_codes, tiers and width are replaced.
@@ -60,19 +63,6 @@ class Tried:
     codes: CodebookConfig = USUAL
     num_codes: Sequence[int] = LENGTHS
     widths: Sequence[int] = ()
-
-
-def candidates_of(table: BaseEmbeddingConfig, tried: Tried, rank: int) -> Iterator[MethodConfig]:
-    """Yield everything that a budget may try for a table, beside dense rows; arguments as for `families_of`.
-
-    Each can store the table.
-    """
-    for config in (Int8Config(), Int4Config()):
-        if can_store(config, table):
-            yield config
-    for family, lengths in families_of(table, tried, rank):
-        for length in lengths:
-            yield from heads_of(table, dataclasses.replace(family, num_codes=length))
 
 
 def families_of(table: BaseEmbeddingConfig, tried: Tried, rank: int) -> list[tuple[CodebookConfig, list[int]]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from torchrec_compress.compression.candidates import Tried, can_store, families_of, heads_of
+from torchrec_compress.compression.candidates import ONE_ROW, Tried, can_store, families_of, heads_of
 from torchrec_compress.compression.knapsack import Candidate
 from torchrec_compress.compression.rows import Rows
 from torchrec_compress.fit.curvature import Curvature
@@ -29,6 +29,7 @@ from torchrec_compress.methods import (
     TableData,
     dense_bytes,
 )
+from torchrec_compress.methods.buckets import BucketSums
 
 # A larger table is measured on a weighted sample of so many rows: 64 for each of 256 codewords.
 _MEASURED_ROWS = 16384
@@ -131,6 +132,8 @@ def measure_candidates(sample: Sample, tried: Tried) -> list[Candidate[MethodCon
         small = [m for m in lengths if replace(family, num_codes=m).stored_bytes(table) < limit]
         if small:
             found += [each for each in _measure_codes(sample, family, small) if each.num_bytes < limit]
+    if can_store(ONE_ROW, table):
+        found.append(Candidate(ONE_ROW.stored_bytes(table), _error_of_one_row(sample), ONE_ROW))
     return found
 
 
@@ -165,6 +168,16 @@ def _without_hottest(sample: Sample, family: CodebookConfig, lengths: Sequence[i
     lengths = [m for m in lengths if can_store(replace(config, num_codes=m), table)]
     served = config.serve_lengths(table, sample.data_of(config), lengths) if lengths else ()
     return {m: (config.num_hot_rows, sample.errors_before(rows)) for m, rows in served}
+
+
+def _error_of_one_row(sample: Sample) -> float:
+    """Return the error where all ids are served the mean row, as look-ups weigh it."""
+    rows, counts = sample.data.trained_rows(sample.table), sample.data.counts
+    assert counts is not None
+    seen = counts if sample.data.ids is None else counts[sample.data.ids]
+    sums = BucketSums(1, rows.shape[1])
+    sums.add(rows, torch.zeros(len(rows), dtype=torch.int64), seen.float().clamp(min=1e-3) * sample.shares)
+    return float(sample.errors_before(sums.means().expand_as(rows))[-1])
 
 
 @torch.no_grad()

@@ -177,7 +177,7 @@ def check_tables(config: RunConfig, wanted: Wanted, rows: Mapping[str, int]) -> 
         raise error if named else ValueError(f"pretrain_compression: {error}") from error
     try:
         if isinstance(wanted, Budget):
-            _check_budget(config, wanted, tables)
+            _check_budget(wanted, tables)
         elif isinstance(wanted, WidthTrial):
             check_widths(wanted, tables)
         elif wanted is not None:
@@ -242,7 +242,7 @@ def _stock(config: RunConfig, wanted: Wanted, stage: str, tables: list[Embedding
     if wanted is None:
         return [table.name for table in tables]
     if isinstance(wanted, Budget):
-        return maybe_dense(tables, wanted.num_bytes(_dense_bytes(tables)), tried_by(wanted), ranks_of(config, tables))
+        return maybe_dense(tables, wanted.num_bytes(_dense_bytes(tables)))
     if isinstance(wanted, WidthTrial):
         return [table.name for table in tables]  # which of them are small is not asked here
     chosen = resolve(tables, wanted)
@@ -312,13 +312,6 @@ def tried_by(budget: Budget) -> Tried:
     return Tried(found, budget.num_codes, budget.widths)
 
 
-def ranks_of(config: RunConfig, tables: list[EmbeddingBagConfig]) -> dict[str, int]:
-    """Return by table name how many directions rows of stage 1 lie in."""
-    small = pretrain_methods(config)
-    methods = {} if small is None else resolve(tables, small)
-    return {table.name: methods[table.name].rank(table) for table in tables if table.name in methods}
-
-
 def used_stages(config: RunConfig) -> dict[str, StageConfig]:
     """Return the stages that a run trains, by name.
 
@@ -377,9 +370,9 @@ def _check_width_trial(config: RunConfig) -> None:
         )
 
 
-def _check_budget(config: RunConfig, budget: Budget, tables: list[EmbeddingBagConfig]) -> None:
+def _check_budget(budget: Budget, tables: list[EmbeddingBagConfig]) -> None:
     wanted = budget.num_bytes(_dense_bytes(tables))
-    least = smallest_bytes(tables, tried_by(budget), ranks_of(config, tables))
+    least = smallest_bytes(tables)
     if wanted < least:
         raise ValueError(f"compression: the budget must be at least {least:,} bytes for these tables, got {wanted:,}")
 
