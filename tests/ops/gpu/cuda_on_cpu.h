@@ -5,6 +5,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -188,6 +189,14 @@ Value __shfl_up_sync(unsigned, Value value, unsigned step) {
 template <typename Value>
 Value __shfl_xor_sync(unsigned, Value value, int mask) {
   return emulator::exchange(value, emulator::current % 32 ^ unsigned(mask));
+}
+
+// Fibres take turns only where they wait, so a read and a write are one.
+template <typename Value>
+Value atomicMin(Value* address, Value value) {
+  const Value before = *address;
+  *address = std::min(before, value);
+  return before;
 }
 
 inline void __assertfail(const char* message, const char*, unsigned, const char*, size_t) {
