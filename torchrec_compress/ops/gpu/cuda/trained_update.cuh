@@ -8,6 +8,8 @@ enum Fault { GRADIENT, STATE, VALUES, NOTHING };
 constexpr int FAULT_SHIFT = 60;
 
 constexpr int PASSES = (WIDTH + LANES - 1) / LANES;
+// columns of a lane that are kept in registers; wider rows go through memory, and their program stays small
+constexpr int UNROLLED = PASSES > 16 ? 4 : PASSES;
 constexpr bool IS_ADAM = OPTIMIZER == ADAM || OPTIMIZER == PARTIAL_ROW_WISE_ADAM;
 // of one value of state a row, and of one a number, which with 8 bits follow two bytes of their largest
 constexpr int BYTES_OF_ROW = STATE_BITS / 8, BYTES_OF_NUMBERS = STATE_BITS == 8 ? WIDTH + 2 : 4 * WIDTH;
@@ -68,7 +70,7 @@ struct Row {
 
   __device__ static unsigned largest(const float* values) {
     unsigned found = 0;
-#pragma unroll
+#pragma unroll UNROLLED
     for (int q = 0; q < PASSES; ++q) found = bits_of(values[q]) > found ? bits_of(values[q]) : found;
     return largest_of_lanes(found);
   }
@@ -82,17 +84,17 @@ struct Row {
     for (int u = 0; u < N; ++u) {
       const float* grad = t.grads + t.bags[p + u] * t.grad_step;
       factors[u] = t.factors ? t.factors[p + u] : 1.0f;
-#pragma unroll
+#pragma unroll UNROLLED
       for (int q = 0; q < PASSES; ++q) found[u][q] = is_column(q) ? grad[column(q)] : 0.0f;
     }
 #pragma unroll
     for (int u = 0; u < N; ++u)
-#pragma unroll
+#pragma unroll UNROLLED
       for (int q = 0; q < PASSES; ++q) grads[q] += factors[u] * found[u][q];
   }
 
   __device__ void sum_grads(int64 p, int64 last) {
-#pragma unroll
+#pragma unroll UNROLLED
     for (int q = 0; q < PASSES; ++q) grads[q] = 0.0f;
     for (; p + AHEAD <= last; p += AHEAD) add_grads<AHEAD>(p);
     for (; p < last; ++p) add_grads<1>(p);
@@ -100,7 +102,7 @@ struct Row {
 
   __device__ float mean_of_squares() const {
     float sum = 0.0f;
-#pragma unroll
+#pragma unroll UNROLLED
     for (int q = 0; q < PASSES; ++q) sum += grads[q] * grads[q];
     return sum_of_lanes(sum) / float(WIDTH);
   }
@@ -139,7 +141,7 @@ struct Row {
   // `is_signed`: of either sign, the first moment.
   __device__ static void read_of_numbers(const unsigned char* state, float* values, bool is_signed) {
     const float largest = STATE_BITS == 8 ? read_largest(state) : 0.0f;
-#pragma unroll
+#pragma unroll UNROLLED
     for (int q = 0; q < PASSES; ++q) {
       values[q] = 0.0f;
       if (!is_column(q)) continue;
@@ -162,7 +164,7 @@ struct Row {
                                    bool is_signed, int least) const {
     const unsigned bits = largest(values), upper = (bits + 0xffffu) >> 16;
     const float scale = upper ? float_of(upper << 16) : 1.0f;
-#pragma unroll
+#pragma unroll UNROLLED
     for (int q = 0; q < PASSES; ++q) {
       if (!writes || !is_column(q)) continue;
       if (STATE_BITS == 32)
@@ -184,7 +186,7 @@ struct Row {
   __device__ float factor(float sum) const { return t.rate / (sqrtf(sum) + t.eps); }
 
   __device__ void step(const float* moved, float factor) {
-#pragma unroll
+#pragma unroll UNROLLED
     for (int q = 0; q < PASSES; ++q) values[q] -= factor * moved[q];
   }
 
@@ -196,7 +198,7 @@ struct Row {
 
   __device__ bool step_each(unsigned random) {
     read_of_numbers(state, sums, false);
-#pragma unroll
+#pragma unroll UNROLLED
     for (int q = 0; q < PASSES; ++q) {
       sums[q] += grads[q] * grads[q];
       values[q] -= factor(sums[q]) * grads[q];
@@ -208,7 +210,7 @@ struct Row {
     const unsigned char* second = state + BYTES_OF_NUMBERS;
     unsigned char* new_second = new_state + BYTES_OF_NUMBERS;
     read_of_numbers(state, moments, true);
-#pragma unroll
+#pragma unroll UNROLLED
     for (int q = 0; q < PASSES; ++q) moments[q] = t.beta1 * moments[q] + t.rest1 * grads[q];
     const bool holds = write_of_numbers(new_state, moments, random, 0, true, 0);
     // a second moment that was rounded to zero below a first one that was not would be a step without bounds
@@ -218,7 +220,7 @@ struct Row {
       return write_of_row<RowMoment>(new_second, sum, spread(random, WIDTH), 1) && holds;
     }
     read_of_numbers(second, sums, false);
-#pragma unroll
+#pragma unroll UNROLLED
     for (int q = 0; q < PASSES; ++q) {
       sums[q] = t.beta2 * sums[q] + t.rest2 * (grads[q] * grads[q]);
       values[q] -= factor(sums[q] * t.correction) * moments[q];
@@ -238,7 +240,7 @@ struct Row {
 
   __device__ void read_row(const unsigned char* row) {
     const float scale = scale_of(row);
-#pragma unroll
+#pragma unroll UNROLLED
     for (int q = 0; q < PASSES; ++q) values[q] = is_column(q) ? float(number(row, column(q))) * scale : 0.0f;
   }
 
@@ -255,7 +257,7 @@ struct Row {
     const int code = Scale::round_up(float_of(largest(values)) / float(LARGEST));
     const bool holds = code <= 255;
     const float inverse = 1.0f / Scale::decode(unsigned(code));
-#pragma unroll
+#pragma unroll UNROLLED
     for (int q = 0; q < PASSES; ++q) {
       const int mine = holds ? round(values[q], inverse, spread(random, column(q))) : 0;
       const int next = BITS == 4 ? __shfl_xor_sync(ALL, mine, 1) : 0;  // the other number of the byte
@@ -286,7 +288,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS * LANES) trained_bag_step(co
   row.sum_grads(is_row ? t.starts[number] : 0, is_row ? t.starts[number + 1] : 0);
   const unsigned largest = Row::largest(row.grads);
   const bool is_finite = largest < INFINITE, moves = largest > 0 && is_finite;
-#pragma unroll
+#pragma unroll UNROLLED
   for (int q = 0; q < PASSES; ++q) row.grads[q] = is_finite ? row.grads[q] : 0.0f;
   row.writes = is_row && moves;
   row.read_row(old_row);
