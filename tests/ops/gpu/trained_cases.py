@@ -9,6 +9,7 @@ import torch
 from tests.ops.trained import OPTIMIZERS, WHERE, Bags, bags_of, formats, has_compiler, name_of, step_of, table_of
 from torchrec_compress.ops import TrainedFormat, trained_bag, update_trained
 
+NAN, INF = float("nan"), float("inf")
 WIDTHS = (4, 8, 16, 20, 64, 128)
 EVERY = {name_of(form): form for width in WIDTHS for form in formats(width)}
 
@@ -21,6 +22,7 @@ def _rotated(first: int) -> list[str]:
 
 SOME, MORE = _rotated(0), _rotated(3)
 FORM, NIBBLES = TrainedFormat(20, 8, "adagrad", 8), TrainedFormat(64, 4, "adam", 8)
+FLOATS = TrainedFormat(16, 4, "adagrad", 32)  # whose states show the last bit of a gradient
 
 
 @dataclass(frozen=True)
@@ -34,23 +36,26 @@ class Case:
     mean: bool = False
     index: torch.dtype = torch.int64
     size: float = 0.1  # of rows and of steps
+    is_uneven: bool = False  # whether gradients fall from number to number of a row, by 2^-40 in all
     views: bool = False  # whether the tensors of a batch are parts of others
     first_id: int = 0
 
 
 BATCHES = {
     "sums": Case(),
-    "weights": Case(weighted=True),
+    "weights": Case(FLOATS, weighted=True),
     "means": Case(NIBBLES, mean=True),
-    "means of weights": Case(weighted=True, mean=True, index=torch.int32),
+    "means of weights": Case(FLOATS, weighted=True, mean=True, index=torch.int32),
     "one id a bag": Case(lengths=50, weighted=True),
     "no bag": Case(lengths=0),
     "no id": Case(lengths=(0, 0, 0)),
     "a row": Case(lengths=(3, 1), num_rows=1),
-    "a hot id": Case(NIBBLES, (0, 4000, 1, 5999), num_rows=1, mean=True),
-    "hot ids": Case(lengths=(11,) * 900, num_rows=7),
+    "a hot id": Case(FLOATS, (0, 4000, 1, 5999), num_rows=1, mean=True),
+    "hot ids": Case(FLOATS, lengths=(11,) * 900, num_rows=7),
     "rows that do not repeat": Case(NIBBLES, (9, 30, 0, 2), num_rows=5000),
     "small numbers": Case(size=1e-12, weighted=True),
+    "small moments": Case(TrainedFormat(128, 8, "partial_rowwise_adam", 8), size=1e-12),
+    "uneven moments": Case(NIBBLES, is_uneven=True),
     "large numbers": Case(NIBBLES, size=10.0),
     "views": Case(views=True, weighted=True, mean=True),
     "a shard": Case(first_id=2**40, lengths=17),
@@ -78,7 +83,8 @@ def _run(case: Case, bags: Bags, table: tuple, number: int, backend: str, device
         rows, state, ids, offsets, case.form, weights=weights, is_mean=case.mean, step=step, where=WHERE,
         backend=backend,
     )  # fmt: skip
-    found.backward(grads)
+    # rows of gradients lie apart, as in columns of a concatenation
+    found.backward(grads if case.views else torch.cat([grads, grads * NAN], 1)[:, : case.form.width])
     results = [rows, state, found.detach(), None if weights is None else weights.grad]
     return [None if each is None else each.cpu() for each in results]
 
@@ -91,7 +97,8 @@ def check(case: Case, device: str = "cpu") -> None:
     for number in range(3):
         bags = bags_of(lengths, case.num_rows, case.form.width, case.weighted)
         offsets = None if bags.offsets is None else bags.offsets.to(case.index)
-        bags = bags._replace(ids=bags.ids.to(case.index), offsets=offsets, grads=bags.grads * case.size)
+        fall = torch.logspace(0, -40 if case.is_uneven else 0, case.form.width, base=2.0)
+        bags = bags._replace(ids=bags.ids.to(case.index), offsets=offsets, grads=bags.grads * case.size * fall)
         found = _run(case, bags, table, number, "cuda", device)
         expected = _run(case, bags, table, number, "torch", "cpu")
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
@@ -105,7 +112,6 @@ def check(case: Case, device: str = "cpu") -> None:
         table = expected[:2]
 
 
-NAN, INF = float("nan"), float("inf")
 LOUD = TrainedFormat(8, 8, "rowwise_adagrad", 8)
 # the gradients of the ids at fault, beside others of ones, and what is said of which
 REFUSALS = {

@@ -290,12 +290,12 @@ extern "C" __global__ void __launch_bounds__(GROUPS * LANES) trained_bag_step(co
   const bool is_finite = largest < INFINITE, moves = largest > 0 && is_finite;
 #pragma unroll UNROLLED
   for (int q = 0; q < PASSES; ++q) row.grads[q] = is_finite ? row.grads[q] : 0.0f;
-  row.writes = is_row && moves;
+  row.writes = moves;  // threads without an id have no gradients
   row.read_row(old_row);
   const uint64 random = draw(draw(draw(0, t.seed), t.step), uint64(t.first_id + id));
   const bool holds_state = row.step_state(unsigned(random >> 32)), holds_row = row.round_row(unsigned(random));
   const Fault fault = !is_finite ? GRADIENT : !moves ? NOTHING : !holds_state ? STATE : !holds_row ? VALUES : NOTHING;
-  if (is_row && fault != NOTHING && lane() == 0) atomicMin(t.fault, uint64(fault) << FAULT_SHIFT | uint64(number));
+  if (fault != NOTHING && lane() == 0) atomicMin(t.fault, uint64(fault) << FAULT_SHIFT | uint64(number));
   if (!is_row || moves) return;
   // rounded anew, it would move all the same
   copy_lanes(t.new_rows + number * ROW_BYTES, old_row, ROW_BYTES);
