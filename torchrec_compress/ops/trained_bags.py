@@ -61,9 +61,8 @@ def trained_bag(
         (B, r) float32; an empty bag is zeros.
 
     Raises:
-        ValueError: types, devices, shapes or layout do not fit; an id is out of range, a weight is not finite, or
-            offsets decrease or do not run from 0 to L (CPU; on a GPU a device-side assertion). In the backward: as
-            `update_trained`.
+        ValueError: types, devices, shapes or layout do not fit; an id is out of range, a weight not finite, or offsets
+            decrease or do not run from 0 to L (on a GPU assertions there). In the backward: as `update_trained`.
         RuntimeError: `backend` cannot be had.
 
     Example:

@@ -63,7 +63,9 @@ def test_trained_rows_have_cuda_kernels_and_no_others(gpu, monkeypatch, caplog):
     dispatch._cuda_reason.cache_clear()
     assert [dispatch.cuda_serves(), dispatch.cuda_serves()] == [False, False]
     (warning,) = caplog.messages
-    assert warning.startswith("trained_bag runs on plain PyTorch, which is slower: triton has no kernels for it; cuda: NV")
+    assert warning.startswith(
+        "trained_bag runs on plain PyTorch, which is slower: triton has no kernels for it; cuda: NV"
+    )
 
 
 @pytest.mark.parametrize("backend", [None, "cuda"])

@@ -1,4 +1,4 @@
-"""The CUDA kernels of trained rows without a GPU: run on the CPU by an emulator, and compiled by NVRTC for real ones."""
+"""The CUDA kernels of trained rows without a GPU: run on the CPU by an emulator, and compiled by NVRTC for GPUs."""
 
 import pytest
 import torch

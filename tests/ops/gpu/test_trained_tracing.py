@@ -64,7 +64,7 @@ def test_shapes_on_a_gpu(on_gpu):
 
 
 def test_an_update_is_one_operator_that_writes_rows_and_state(on_gpu):
-    mode, module, (ids, offsets, weights, grads) = on_gpu
+    mode, module, (ids, offsets, _, grads) = on_gpu
 
     def update(rows, state, ids, offsets, grads):
         update_trained(rows, state, ids, offsets, grads, FORM, step=step_of(), where=WHERE)

@@ -122,8 +122,16 @@ REFUSALS = {
     "a state in floats": (TrainedFormat(64, 8, "adam", 32), {4: 1e20}, "state of id 1004 must be at most what 32 bits"),
     "a state a row": (LOUD, {4: 1e5}, "optimizer state of id 1004 must be at most what 8 bits hold"),
     "a moment": (NIBBLES, {9: 1e20}, "optimizer state of id 1009 must be at most what 8 bits hold"),
-    "values": (TrainedFormat(4, 8, "sgd", 32), {9: 1e20, 2: -1e20}, "values of id 1002 must be .* at most 15240 at step"),
-    "values of 4 bits": (TrainedFormat(20, 4, "sgd", 8), {11: 1e9}, "values of id 1011 must be .* at most 840 at step 3"),
+    "values": (
+        TrainedFormat(4, 8, "sgd", 32),
+        {9: 1e20, 2: -1e20},
+        "values of id 1002 must be .* at most 15240 at step",
+    ),
+    "values of 4 bits": (
+        TrainedFormat(20, 4, "sgd", 8),
+        {11: 1e9},
+        "values of id 1011 must be .* at most 840 at step 3",
+    ),
 }
 
 
@@ -171,7 +179,9 @@ def check_bags_without_ids_reach_no_row(device: str = "cpu") -> None:
         rows, state, ids.to(device), offsets.to(device), grads.to(device), NIBBLES, weights=weights.to(device),
         step=step_of(), where=WHERE, backend="cuda",
     )  # fmt: skip
-    changed = [(now != then).any(1).nonzero().flatten().tolist() for now, then in zip((rows, state), before, strict=True)]
+    changed = [
+        (now != then).any(1).nonzero().flatten().tolist() for now, then in zip((rows, state), before, strict=True)
+    ]
     assert changed == [[4, 9], [4, 9]]
 
 

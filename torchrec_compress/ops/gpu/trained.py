@@ -167,8 +167,8 @@ def trained_bag_gpu_update(
     if ids.shape[0] == 0:
         return
     form = TrainedFormat(width, bits, _OPTIMIZERS[optimizer], state_bits)  # type: ignore[arg-type]
-    rate, eps, beta1, beta2 = rates
-    step = TrainedStep(rate, eps, *numbers, beta1, beta2)
+    (rate, eps, beta1, beta2), (seed, number, first_id) = rates, numbers
+    step = TrainedStep(rate, eps, seed, number, first_id, beta1, beta2)
     # kernels read whole floats, which a state that is cut out of other bytes may lack
     is_aligned = state_bits == 8 or state.data_ptr() % 4 == 0
     update = trained_kernels.update if is_aligned else trained_reference.update

@@ -83,7 +83,10 @@ class BagsStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("rows", "ids", "offsets", "weights", "grads", "out")),
-        *((name, ctypes.c_longlong) for name in ("row_step", "num_rows", "num_ids", "num_bags", "grad_step", "is_mean")),
+        *(
+            (name, ctypes.c_longlong)
+            for name in ("row_step", "num_rows", "num_ids", "num_bags", "grad_step", "is_mean")
+        ),
     ]
 
 
