@@ -140,14 +140,25 @@ def test_ids_without_a_bag_are_an_error_before_anything_runs(monkeypatch):
 @needs_compiler
 def test_operators_are_registered_as_torch_expects(emulate):
     emulate()
-    rows, state = table_of(30, FORM)
+    rows, _ = table_of(30, FORM)
     bags = bags_of([4, 0, 7], 30, 20, weighted=True)
     operators = torch.ops.torchrec_compress
-    tables, sums = (20, 8, True, WHERE), (2, 8, True, [0.1, 1e-8, 0.9, 0.999], [7, 3, 0], WHERE)
-    opcheck = torch.library.opcheck
+    tables, opcheck = (20, 8, True, WHERE), torch.library.opcheck
     opcheck(operators.trained_bag_gpu.default, (rows, *bags[:3], *tables))
     opcheck(operators.trained_bag_gpu_weight_gradients.default, (bags.grads, rows, *bags[:2], *tables))
-    opcheck(operators.trained_bag_gpu_update.default, (rows, state, *bags, 20, 8, *sums))
+
+
+@needs_compiler
+def test_torch_counts_the_writes_that_are_made(emulate):
+    emulate()
+    rows, state = table_of(30, FORM)
+    ids, before = torch.tensor([3, 3]), [rows._version, state._version]
+    options = {"step": step_of(), "where": WHERE, "backend": "cuda"}
+    with pytest.raises(ValueError, match="must be finite"):
+        update_trained(rows, state, ids, None, torch.full((2, 20), float("nan")), FORM, **options)
+    assert [rows._version, state._version] == before
+    update_trained(rows, state, ids, None, torch.ones(2, 20), FORM, **options)
+    assert [rows._version, state._version] == [count + 1 for count in before]
 
 
 @needs_compiler

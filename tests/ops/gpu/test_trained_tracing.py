@@ -3,16 +3,14 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.ops.gpu.emulator import Emulator
 from tests.ops.gpu.trained_cases import FORM
 from tests.ops.trained import WHERE, bags_of, needs_compiler, step_of, table_of
-from torchrec_compress.ops import trained_bag, trained_bags, update_trained
+from torchrec_compress.ops import trained_bag, trained_bags
 from torchrec_compress.ops.gpu import trained_kernels
 
 OPERATOR = torch.ops.torchrec_compress.trained_bag_gpu.default
-UPDATE = torch.ops.torchrec_compress.trained_bag_gpu_update.default
 
 
 @pytest.fixture(autouse=True)
@@ -60,20 +58,6 @@ def test_shapes_on_a_gpu(on_gpu):
         given = grads, module.rows, ids, offsets, 20, 8, False, WHERE
         of_weights = torch.ops.torchrec_compress.trained_bag_gpu_weight_gradients(*given)
         assert (of_weights.shape, of_weights.device) == ((11,), torch.device("cuda", 0))
-        update_trained(module.rows, module.state, ids, offsets, grads, FORM, step=step_of(), where=WHERE)
-
-
-def test_an_update_is_one_operator_that_writes_rows_and_state(on_gpu):
-    mode, module, (ids, offsets, _, grads) = on_gpu
-
-    def update(rows, state, ids, offsets, grads):
-        update_trained(rows, state, ids, offsets, grads, FORM, step=step_of(), where=WHERE)
-        return rows
-
-    with mode:
-        graph = make_fx(update, tracing_mode="fake")(module.rows, module.state, ids, offsets, grads).graph
-    assert [node.target for node in graph.nodes if node.op == "call_function"] == [UPDATE]
-    assert [argument.alias_info is not None for argument in UPDATE._schema.arguments[:3]] == [True, True, False]
 
 
 def test_exports_for_a_gpu_with_any_number_of_ids_and_bags(on_gpu):
@@ -94,4 +78,22 @@ def test_a_look_up_that_serves_compiles_into_one_graph(dynamic, emulate):
         ids, offsets, weights, _ = bags_of(lengths, 30, 20, weighted=True)
         with torch.no_grad():
             assert torch.equal(compiled(ids, offsets, weights), module(ids, offsets, weights))
+    torch._dynamo.reset()
+
+
+@needs_compiler
+def test_a_step_of_training_compiles_with_its_update_aside(emulate):
+    bags = bags_of([4, 0, 7], 30, 20)
+
+    def loss(rows: torch.Tensor, state: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return trained_bag(rows, state, ids, offsets, FORM, step=step_of(), where=WHERE).square().sum()
+
+    table = table_of(30, FORM)
+    found = []
+    for run in (loss, torch.compile(loss, backend="aot_eager")):
+        rows, state = (part.clone() for part in table)
+        run(rows, state, *bags[:2]).backward()
+        found.append((rows, state))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert not torch.equal(found[0][0], table[0])
     torch._dynamo.reset()

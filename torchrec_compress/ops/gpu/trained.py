@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import get_args
-
 import torch
 from torch import Tensor
 
 from torchrec_compress.ops import trained_reference
 from torchrec_compress.ops.gpu import trained_kernels
-from torchrec_compress.ops.trained import TrainedFormat, TrainedOptimizer, TrainedStep
+from torchrec_compress.ops.trained import TrainedFormat, TrainedStep
 
-_OPTIMIZERS = get_args(TrainedOptimizer)
 _BATCH = "Tensor ids, Tensor? offsets"
 
 
@@ -41,6 +37,8 @@ def cuda_weight_gradients(
     return trained_bag_gpu_weight_gradients(grads, rows, ids, offsets, format.width, format.bits, is_mean, where)
 
 
+# no operator: torch would count a write before it is made, and one that is refused makes none
+@torch.compiler.disable
 def cuda_update(
     rows: Tensor,
     state: Tensor,
@@ -53,12 +51,19 @@ def cuda_update(
     step: TrainedStep,
     where: str,
 ) -> None:
-    """Update rows and state in place."""
-    trained_bag_gpu_update(
-        rows, state, ids, offsets, weights, grads, format.width, format.bits, _OPTIMIZERS.index(format.optimizer),
-        format.state_bits, is_mean, [step.learning_rate, step.eps, step.beta1, step.beta2],
-        [step.seed, step.step, step.first_id], where,
-    )  # fmt: skip
+    """Update rows and state in place.
+
+    Raises:
+        ValueError: as `cuda_look_up`; or a gradient is not finite, or a row or a state larger than the format holds,
+            and nothing is written.
+    """
+    _num_bags(ids, offsets, where)
+    if ids.shape[0] == 0:
+        return
+    # kernels read whole floats, which a state that is cut out of other bytes may lack
+    is_aligned = format.state_bits == 8 or state.data_ptr() % 4 == 0
+    update = trained_kernels.update if is_aligned else trained_reference.update
+    update(rows, state, ids, offsets, weights, grads, format, is_mean, step, where)
 
 
 def _num_bags(ids: Tensor, offsets: Tensor | None, where: str) -> int:
@@ -131,50 +136,6 @@ def trained_bag_gpu_weight_gradients(
     return out
 
 
-@torch.library.custom_op(
-    "torchrec_compress::trained_bag_gpu_update",
-    mutates_args=("rows", "state"),
-    schema=f"(Tensor(a!) rows, Tensor(b!) state, {_BATCH}, Tensor? weights, Tensor grads, int width, int bits, "
-    "int optimizer, int state_bits, bool is_mean, float[] rates, int[] numbers, str where) -> ()",
-)
-def trained_bag_gpu_update(
-    rows: Tensor,
-    state: Tensor,
-    ids: Tensor,
-    offsets: Tensor | None,
-    weights: Tensor | None,
-    grads: Tensor,
-    width: int,
-    bits: int,
-    optimizer: int,
-    state_bits: int,
-    is_mean: bool,
-    rates: Sequence[float],
-    numbers: Sequence[int],
-    where: str,
-) -> None:
-    """Update rows and state in place; called by `cuda_update`.
-
-    Args:
-        state: (N, bytes per state) uint8.
-        grads: (B, width) float32 of the bags.
-        optimizer: its place among those that there are.
-        state_bits: of a state.
-        rates: learning rate, eps, beta1 and beta2.
-        numbers: seed, step and first id; everything else is as in the look-up.
-    """
-    _num_bags(ids, offsets, where)
-    if ids.shape[0] == 0:
-        return
-    form = TrainedFormat(width, bits, _OPTIMIZERS[optimizer], state_bits)  # type: ignore[arg-type]
-    (rate, eps, beta1, beta2), (seed, number, first_id) = rates, numbers
-    step = TrainedStep(rate, eps, seed, number, first_id, beta1, beta2)
-    # kernels read whole floats, which a state that is cut out of other bytes may lack
-    is_aligned = state_bits == 8 or state.data_ptr() % 4 == 0
-    update = trained_kernels.update if is_aligned else trained_reference.update
-    update(rows, state, ids, offsets, weights, grads, form, is_mean, step, where)
-
-
 @trained_bag_gpu.register_fake
 def _(
     rows: Tensor,
@@ -202,23 +163,3 @@ def _(
     where: str,
 ) -> Tensor:
     return grads.new_empty(ids.shape[0])
-
-
-@trained_bag_gpu_update.register_fake
-def _(
-    rows: Tensor,
-    state: Tensor,
-    ids: Tensor,
-    offsets: Tensor | None,
-    weights: Tensor | None,
-    grads: Tensor,
-    width: int,
-    bits: int,
-    optimizer: int,
-    state_bits: int,
-    is_mean: bool,
-    rates: Sequence[float],
-    numbers: Sequence[int],
-    where: str,
-) -> None:
-    return None

@@ -235,6 +235,7 @@ def update(
     launcher.launch(program, "trained_bag_step", grid, _THREADS, 0, [struct])
     _refuse(int(fault), groups.ids, format, step, where)
     launcher.launch(program, "trained_bag_write", grid, _THREADS, 0, [struct])
+    torch.autograd.graph.increment_version([table for table in (rows, state) if not table.is_inference()])
 
 
 def _refuse(fault: int, ids: Tensor, format: TrainedFormat, step: TrainedStep, where: str) -> None:
