@@ -272,8 +272,25 @@ struct Row {
   }
 };
 
+#if STATE_BITS == 32
+using StateWord = unsigned;
+#else
+using StateWord = unsigned char;
+#endif
+
+template <typename Word>
 __device__ inline void copy_lanes(unsigned char* to, const unsigned char* from, int bytes) {
-  for (int i = lane(); i < bytes; i += LANES) to[i] = from[i];
+#pragma unroll 4
+  for (int i = lane(); i < bytes / int(sizeof(Word)); i += LANES)
+    reinterpret_cast<Word*>(to)[i] = reinterpret_cast<const Word*>(from)[i];
+}
+
+__device__ inline void copy_row(unsigned char* to, const unsigned char* from) {
+  copy_lanes<unsigned char>(to, from, ROW_BYTES);
+}
+
+__device__ inline void copy_state(unsigned char* to, const unsigned char* from) {
+  copy_lanes<StateWord>(to, from, STATE_BYTES);
 }
 
 // Writes what rows and states become beside the table, and the fault. Grid: (blocks of GROUPS distinct ids),
@@ -298,8 +315,8 @@ extern "C" __global__ void __launch_bounds__(GROUPS * LANES) trained_bag_step(co
   if (fault != NOTHING && lane() == 0) atomicMin(t.fault, uint64(fault) << FAULT_SHIFT | uint64(number));
   if (!is_row || moves) return;
   // rounded anew, it would move all the same
-  copy_lanes(t.new_rows + number * ROW_BYTES, old_row, ROW_BYTES);
-  copy_lanes(t.new_state + number * STATE_BYTES, row.state, STATE_BYTES);
+  copy_row(row.new_row, old_row);
+  copy_state(row.new_state, row.state);
 }
 
 // Writes them into the table. Grid: as above.
@@ -307,6 +324,6 @@ extern "C" __global__ void __launch_bounds__(GROUPS * LANES) trained_bag_write(c
   const int64 number = group();
   if (number >= t.num_distinct) return;
   const int64 id = t.ids[number];
-  copy_lanes(t.rows + id * ROW_BYTES, t.new_rows + number * ROW_BYTES, ROW_BYTES);
-  copy_lanes(t.state + id * STATE_BYTES, t.new_state + number * STATE_BYTES, STATE_BYTES);
+  copy_row(t.rows + id * ROW_BYTES, t.new_rows + number * ROW_BYTES);
+  copy_state(t.state + id * STATE_BYTES, t.new_state + number * STATE_BYTES);
 }
