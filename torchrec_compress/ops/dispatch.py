@@ -103,9 +103,10 @@ def _fbgemm_reason() -> str:
 
 
 @functools.cache
-def _warn(serving: str, reason: str, remedy: str) -> None:
+def _warn(serving: str, reason: str, remedy: str, what: str = "codebook_bag") -> None:
     _log.warning(
-        "codebook_bag runs on %s, which is slower: %s. %s, or set %s=%s to choose this and silence the warning.",
+        "%s runs on %s, which is slower: %s. %s, or set %s=%s to choose this and silence the warning.",
+        what,
         _NAMES[serving],
         reason,
         remedy,
@@ -255,6 +256,28 @@ def gpu_tier(backend: str | None = None) -> str:
     return serves
 
 
+@torch.compiler.assume_constant_result
+def cuda_serves(backend: str | None = None) -> bool:
+    """Return whether the CUDA kernels serve trained rows on a GPU; Triton has none for them, so PyTorch does else.
+
+    Args:
+        backend: see `requested_backend`.
+
+    Raises:
+        ValueError: the backend is unknown.
+        RuntimeError: it asks for a tier that cannot be had.
+
+    Example:
+        >>> cuda_serves("torch")
+        False
+    """
+    serving = gpu_tier(backend)
+    if serving == "triton":
+        reason = _gpu_passed_over(backend)["cuda"]
+        _warn("torch", f"triton has no kernels for it; cuda: {reason}", "Install cuda-bindings", "trained_bag")
+    return serving == "cuda"
+
+
 def tiers(device: str = "cpu", backend: str | None = None) -> list[Tier]:
     """Return every implementation, fastest first, with the reason each other one is passed over.
 
@@ -271,8 +294,8 @@ def tiers(device: str = "cpu", backend: str | None = None) -> list[Tier]:
 
 def _gpu_tiers(backend: str | None) -> list[Tier]:
     details = {
-        "cuda": "CUDA kernels, compiled by NVRTC when first used; unmeasured",
-        "triton": "Triton kernels; unmeasured",
+        "cuda": "CUDA kernels of codes and of trained rows, compiled by NVRTC when first used; unmeasured",
+        "triton": "Triton kernels of codes, beside plain PyTorch for trained rows; unmeasured",
         "torch": "plain PyTorch",
     }
     reasons = _gpu_passed_over(backend) if torch.cuda.is_available() else dict.fromkeys(details, _NO_GPU)

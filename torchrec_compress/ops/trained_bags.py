@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 from torchrec_compress.ops import trained_reference
 from torchrec_compress.ops.checks import check_index, check_one_device, check_weight_count
 from torchrec_compress.ops.cpp.trained import cpp_look_up, cpp_update, cpp_weight_gradients
-from torchrec_compress.ops.dispatch import cpp_serves
+from torchrec_compress.ops.dispatch import cpp_serves, cuda_serves
+from torchrec_compress.ops.gpu.trained import cuda_look_up, cuda_update, cuda_weight_gradients
 from torchrec_compress.ops.ids import check_ids
 from torchrec_compress.ops.pooling import as_factors, check_offsets, check_weights
 from torchrec_compress.ops.trained import TrainedFormat, TrainedStep, check_rows
@@ -54,14 +55,14 @@ def trained_bag(
         step: what the update needs to know, or a function that returns a context manager of it, entered in the
             backward around the update; None, or one of None: no update.
         where: names the table in errors.
-        backend: see `requested_backend`; "fbgemm" and "torch" are the PyTorch reference.
+        backend: see `requested_backend`; "fbgemm", "triton" and "torch" are the PyTorch reference.
 
     Returns:
         (B, r) float32; an empty bag is zeros.
 
     Raises:
-        ValueError: types, devices, shapes or layout do not fit; an id is out of range, a weight is not finite, or
-            offsets decrease or do not run from 0 to L (CPU). In the backward: as `update_trained`.
+        ValueError: types, devices, shapes or layout do not fit; an id is out of range, a weight not finite, or offsets
+            decrease or do not run from 0 to L (on a GPU assertions there). In the backward: as `update_trained`.
         RuntimeError: `backend` cannot be had.
 
     Example:
@@ -79,7 +80,7 @@ def trained_bag(
     if step is not None:
         _check_written(rows, state, where)
         _check_step(step, where)
-    given = _Given(rows, state, ids, offsets, format, is_mean, step, where, _use_cpp(rows, backend))
+    given = _Given(rows, state, ids, offsets, format, is_mean, step, where, _serving(rows, backend))
     if torch.is_grad_enabled() and (step is not None or (factors is not None and factors.requires_grad)):
         return _TrainedBag.apply(rows.new_empty(0, dtype=torch.float32).requires_grad_(), factors, given)
     return _look_up(given, factors)
@@ -129,7 +130,7 @@ def update_trained(
     _check_written(rows, state, where)
     _check_step(step, where)
     factors = None if weights is None else as_factors(weights, torch.float32, where)
-    given = _Given(rows, state, ids, offsets, format, is_mean, step, where, _use_cpp(rows, backend))
+    given = _Given(rows, state, ids, offsets, format, is_mean, step, where, _serving(rows, backend))
     with torch.no_grad():
         _update(given, factors, grads, step)
 
@@ -145,30 +146,34 @@ class _Given(NamedTuple):
     is_mean: bool
     step: Step | None
     where: str
-    use_cpp: bool
+    serving: str  # "cpp", "cuda" or "torch"
 
 
-def _use_cpp(rows: Tensor, backend: str | None) -> bool:
-    return rows.is_cpu and cpp_serves(backend)
+def _serving(rows: Tensor, backend: str | None) -> str:
+    if rows.is_cpu and cpp_serves(backend):
+        return "cpp"
+    return "cuda" if rows.is_cuda and cuda_serves(backend) else "torch"
 
 
 def _look_up(given: _Given, factors: Tensor | None) -> Tensor:
-    rows, _, ids, offsets, format, is_mean, _, where, use_cpp = given
-    if use_cpp:
-        return cpp_look_up(rows, ids, offsets, factors, format, is_mean, where)
+    rows, _, ids, offsets, format, is_mean, _, where, serving = given
+    if serving != "torch":
+        look_up = cpp_look_up if serving == "cpp" else cuda_look_up
+        return look_up(rows, ids, offsets, factors, format, is_mean, where)
     _check_values(given, factors)
     return trained_reference.look_up(rows, ids, offsets, factors, format, is_mean)
 
 
 def _weight_gradients(given: _Given, grads: Tensor) -> Tensor:
-    rows, _, ids, offsets, format, is_mean, _, where, use_cpp = given
-    if use_cpp:
-        return cpp_weight_gradients(rows, ids, offsets, grads, format, is_mean, where)
+    rows, _, ids, offsets, format, is_mean, _, where, serving = given
+    if serving != "torch":
+        gradients = cpp_weight_gradients if serving == "cpp" else cuda_weight_gradients
+        return gradients(rows, ids, offsets, grads, format, is_mean, where)
     return trained_reference.weight_gradients(rows, ids, offsets, grads, format, is_mean)
 
 
 def _update(given: _Given, factors: Tensor | None, grads: Tensor, step: TrainedStep) -> None:
-    rows, state, ids, offsets, format, is_mean, _, where, use_cpp = given
+    rows, state, ids, offsets, format, is_mean, _, where, serving = given
     num_bags = ids.shape[0] if offsets is None else offsets.shape[0] - 1
     if grads.dtype != torch.float32 or tuple(grads.shape) != (num_bags, format.width):
         raise ValueError(
@@ -176,9 +181,9 @@ def _update(given: _Given, factors: Tensor | None, grads: Tensor, step: TrainedS
             f"{list(grads.shape)}"
         )
     check_one_device(where, {"rows": rows, "grads": grads})
-    if not use_cpp:
+    if serving == "torch":
         _check_values(given, factors)
-    update = cpp_update if use_cpp else trained_reference.update
+    update = {"cpp": cpp_update, "cuda": cuda_update, "torch": trained_reference.update}[serving]
     update(rows, state, ids, offsets, factors, grads, format, is_mean, step, where)
 
 

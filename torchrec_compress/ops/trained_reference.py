@@ -1,6 +1,6 @@
 """The plain meaning of `trained_bag` and `update_trained` in PyTorch: what kernels are tested against.
 
-It runs on any device; without the C++ kernels, and on a GPU, it serves.
+It runs on any device, and serves where there are no kernels: neither C++ ones on a CPU nor CUDA ones on a GPU.
 """
 
 from __future__ import annotations
@@ -77,31 +77,40 @@ def update(
         return
     distinct, gradients = _summed(ids, offsets, weights, grads, is_mean)
     _refuse(
-        bits_of(gradients).amax(1) >= _INFINITY,
-        distinct + step.first_id,
-        lambda row: (
-            f"{where}: the gradient of id {row} must be finite at step {step.step}, got NaN or infinity; "
-            "nothing has been updated"
-        ),
+        bits_of(gradients).amax(1) >= _INFINITY, distinct + step.first_id, lambda row: wrong_gradient(where, row, step)
     )
     moves = bits_of(gradients).amax(1) > 0  # others, rounded anew, would move all the same
     distinct, gradients = distinct[moves], gradients[moves]
     random = _Random.of(distinct + step.first_id, step)
     updated = _UPDATES[format.optimizer](state.index_select(0, distinct), gradients, format, step, random)
-    _refuse(
-        updated.is_wrong,
-        distinct + step.first_id,
-        lambda row: (
-            f"{where}: the optimizer state of id {row} must be at most what {format.state_bits} bits hold at "
-            f"step {step.step}, got more; nothing has been updated"
-        ),
-    )
+    _refuse(updated.is_wrong, distinct + step.first_id, lambda row: wrong_state(where, row, format, step))
     values = decode_trained(rows.index_select(0, distinct), format) - updated.change
     dither = ((random.numbers(format.width) >> 16) * 2 + 1).float() * 2.0**-17
     new_rows, is_wrong = round_rows(values, dither, format)
-    _refuse(is_wrong, distinct + step.first_id, lambda row: too_large(where, row, format, f" at step {step.step}"))
+    _refuse(is_wrong, distinct + step.first_id, lambda row: wrong_values(where, row, format, step))
     rows.index_copy_(0, distinct, new_rows)
     state.index_copy_(0, distinct, updated.state)
+
+
+def wrong_gradient(where: str, row: int, step: TrainedStep) -> str:
+    """Return what is said of an id whose gradient is not finite."""
+    return (
+        f"{where}: the gradient of id {row} must be finite at step {step.step}, got NaN or infinity; "
+        "nothing has been updated"
+    )
+
+
+def wrong_state(where: str, row: int, format: TrainedFormat, step: TrainedStep) -> str:
+    """Return what is said of an id whose optimizer state its bits do not hold."""
+    return (
+        f"{where}: the optimizer state of id {row} must be at most what {format.state_bits} bits hold at "
+        f"step {step.step}, got more; nothing has been updated"
+    )
+
+
+def wrong_values(where: str, row: int, format: TrainedFormat, step: TrainedStep) -> str:
+    """Return what is said of an id whose values its bits do not hold."""
+    return too_large(where, row, format, f" at step {step.step}")
 
 
 def _refuse(is_wrong: Tensor, ids: Tensor, message: Callable[[int], str]) -> None:
@@ -122,21 +131,37 @@ def _bags(offsets: Tensor | None, ids: Tensor) -> Tensor:
     return torch.repeat_interleave(numbers, (offsets[1:] - offsets[:-1]).long(), output_size=ids.shape[0])
 
 
+class Groups(NamedTuple):
+    """A batch by its distinct ids, ascending; equal ones are in the order of the batch."""
+
+    ids: Tensor  # (U,) int64
+    counts: Tensor  # (U,) int64
+    bags: Tensor  # (L,) int64
+    factors: Tensor | None  # (L,) float32 of the bags' gradients
+
+    @classmethod
+    def of(cls, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, is_mean: bool) -> Groups:
+        """Group a batch; arguments as in `trained_bag`."""
+        sorted_ids, order = torch.sort(ids.long(), stable=True)
+        distinct, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
+        bags = order if offsets is None else _bags(offsets, ids)[order]
+        factors = None if weights is None else weights[order]
+        if is_mean and offsets is not None:
+            shares = _shares(offsets)[bags]
+            factors = shares if factors is None else factors * shares
+        return cls(distinct, counts, bags, factors)
+
+
 def _summed(
     ids: Tensor, offsets: Tensor | None, weights: Tensor | None, grads: Tensor, is_mean: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the distinct ids, (U,) int64 ascending, and their gradients summed in the order of the batch, (U, r)."""
-    sorted_ids, order = torch.sort(ids.long(), stable=True)
-    distinct, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
-    bags = _bags(offsets, ids)[order]
-    factors = None if weights is None else weights[order]
-    if is_mean and offsets is not None:
-        shares = _shares(offsets)[bags]
-        factors = shares if factors is None else factors * shares
-    found = grads.index_select(0, bags)
-    found = found if factors is None else found * factors.unsqueeze(1)
+    groups = Groups.of(ids, offsets, weights, is_mean)
+    found = grads.index_select(0, groups.bags)
+    found = found if groups.factors is None else found * groups.factors.unsqueeze(1)
     # one addition after another within a segment, on a GPU too
-    return distinct, torch.segment_reduce(found, "sum", lengths=counts, axis=0, initial=0.0, unsafe=True)
+    sums = torch.segment_reduce(found, "sum", lengths=groups.counts, axis=0, initial=0.0, unsafe=True)
+    return groups.ids, sums
 
 
 class _Random(NamedTuple):

@@ -5,6 +5,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -64,13 +65,16 @@ inline void enter() {
   fibres[current].state = DONE;
 }
 
-// Lets a group go on once all of it that is still running waits for the same thing.
+// Lets a group go on once all of it that is still running waits for the same thing. A lane that has ended while its warp
+// waits is an error, though not on every GPU.
 inline bool release(unsigned begin, unsigned end, State state) {
-  bool any = false;
+  bool any = false, all = true;
   for (unsigned i = begin; i < end; ++i) {
     if (fibres[i].state != state && fibres[i].state != DONE) return false;
     any = any || fibres[i].state == state;
+    all = all && fibres[i].state == state;
   }
+  if (any && !all && state == WAITS_FOR_WARP) failure = "threads of a warp wait for one that has ended";
   for (unsigned i = begin; any && i < end; ++i)
     if (fibres[i].state == state) fibres[i].state = READY;
   return any;
@@ -188,6 +192,14 @@ Value __shfl_up_sync(unsigned, Value value, unsigned step) {
 template <typename Value>
 Value __shfl_xor_sync(unsigned, Value value, int mask) {
   return emulator::exchange(value, emulator::current % 32 ^ unsigned(mask));
+}
+
+// Fibres take turns only where they wait, so a read and a write are one.
+template <typename Value>
+Value atomicMin(Value* address, Value value) {
+  const Value before = *address;
+  *address = std::min(before, value);
+  return before;
 }
 
 inline void __assertfail(const char* message, const char*, unsigned, const char*, size_t) {

@@ -38,7 +38,7 @@ class Emulator:
 
 @functools.cache
 def _library(folder: Path, source: str) -> ctypes.CDLL:
-    kernels = re.findall(r'extern "C" __global__ void[^;{]*?(codebook_bag_\w+)\(', _selected(source))
+    kernels = re.findall(r'extern "C" __global__ void[^;{]*?((?:codebook|trained)_bag_\w+)\(', _selected(source))
     runners = "".join(
         f'extern "C" const char* run_{name}(const unsigned* grid, unsigned threads, unsigned shared, bool reverse, '
         f"void** arguments) {{ return emulator::launch({name}, grid, threads, shared, reverse, arguments); }}\n"
@@ -51,6 +51,7 @@ def _library(folder: Path, source: str) -> ctypes.CDLL:
         *build.find_compiler(),
         "-std=c++17",
         "-O1",
+        "-ffp-contract=off",  # as --fmad=false of the programs whose bits count
         "-w",
         "-fPIC",
         "-shared",

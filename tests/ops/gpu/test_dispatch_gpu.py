@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torchrec_compress.ops import dispatch, tiers
+from torchrec_compress.ops import dispatch, tiers, trained_bags
 from torchrec_compress.ops.gpu import program
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -53,6 +54,30 @@ def test_without_nvrtc_triton_serves(gpu, monkeypatch):
     monkeypatch.setattr(program, "compile_program", refuse)
     assert dispatch.gpu_tier() == "triton"
     assert reasons()["cuda"] == "NVRTC does not load: no such library"
+
+
+def test_trained_rows_have_cuda_kernels_and_no_others(gpu, monkeypatch, caplog):
+    assert dispatch.cuda_serves() and not dispatch.cuda_serves("torch")
+    assert not caplog.messages
+    monkeypatch.setattr(program, "compile_program", refuse)
+    dispatch._cuda_reason.cache_clear()
+    assert [dispatch.cuda_serves(), dispatch.cuda_serves()] == [False, False]
+    (warning,) = caplog.messages
+    assert warning.startswith(
+        "trained_bag runs on plain PyTorch, which is slower: triton has no kernels for it; cuda: NV"
+    )
+
+
+@pytest.mark.parametrize("backend", [None, "cuda"])
+def test_trained_rows_ask_for_the_kernels_of_their_device(backend, gpu, monkeypatch):
+    asked = []
+    monkeypatch.setattr(trained_bags, "cpp_serves", lambda backend: asked.append(("cpp", backend)) or True)
+    monkeypatch.setattr(trained_bags, "cuda_serves", lambda backend: asked.append(("cuda", backend)) or True)
+    with FakeTensorMode():
+        assert trained_bags._serving(torch.empty(1, 9, device="cuda"), backend) == "cuda"
+        assert trained_bags._serving(torch.empty(1, 9), backend) == "cpp"
+        assert trained_bags._serving(torch.empty(1, 9, device="meta"), backend) == "torch"
+    assert asked == [("cuda", backend), ("cpp", backend)]
 
 
 def test_triton_does_not_serve_where_bits_must_repeat(gpu, monkeypatch, caplog):

@@ -127,6 +127,6 @@ def test_what_the_driver_refuses_is_an_error_that_names_the_kernel(run):
         "try:\n    start(Driver(0), grid=(0, 1, 1))\nexcept RuntimeError as error:\n    print(error, flush=True)"
     )
     assert lines[-1] == (
-        "codebook_bag: the CUDA driver must answer CUDA_SUCCESS to codebook_bag_sum_hot_rows, got "
+        "GPU kernels: the CUDA driver must answer CUDA_SUCCESS to codebook_bag_sum_hot_rows, got "
         "<CUresult.CUDA_ERROR_INVALID_VALUE: 1>"
     )

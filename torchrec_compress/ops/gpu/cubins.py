@@ -87,4 +87,4 @@ def _write(path: Path, content: bytes) -> None:
 
 @functools.cache
 def _warn(reason: str) -> None:
-    _log.warning("codebook_bag: CUDA kernels are compiled in every process, because %s.", reason)
+    _log.warning("GPU kernels: CUDA programs are compiled in every process, because %s.", reason)

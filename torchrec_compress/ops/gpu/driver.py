@@ -104,7 +104,7 @@ def _checked(answer: tuple[Any, ...], what: str) -> Any:
     """Return what a call of the driver returns, or raise RuntimeError with its status."""
     status, *rest = answer
     if int(status) != 0:
-        raise RuntimeError(f"codebook_bag: the CUDA driver must answer CUDA_SUCCESS to {what}, got {status!r}")
+        raise RuntimeError(f"GPU kernels: the CUDA driver must answer CUDA_SUCCESS to {what}, got {status!r}")
     return rest[0] if rest else None
 
 

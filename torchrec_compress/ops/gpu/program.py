@@ -6,7 +6,7 @@ import functools
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,11 +16,28 @@ _FOLDER = Path(__file__).parent / "cuda"
 _CODE_TYPES = {torch.uint8: "unsigned char", torch.int16: "unsigned short", torch.int32: "unsigned int"}
 _INDEX_TYPES = {torch.int32: "int", torch.int64: "long long"}
 _WORD_TYPES = {torch.float32: "float", torch.bfloat16: "Bfloat", torch.float16: "Half"}
-_FILES = {"FORWARD": "pool", "BACKWARD_WEIGHTS": "pool", "BACKWARD": "gradient", "HOT_ROWS": "gradient"}
+_FILES = {
+    "FORWARD": ("common", "pool"),
+    "BACKWARD_WEIGHTS": ("common", "pool"),
+    "BACKWARD": ("common", "gradient"),
+    "HOT_ROWS": ("common", "gradient"),
+    "TRAINED_LOOK_UP": ("trained", "trained_look_up"),
+    "TRAINED_UPDATE": ("trained", "trained_update"),
+}
+# the bits of trained rows are those of a CPU, where products are rounded before they are added
+_EXACT = ("--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 
 
 class CannotCompile(Exception):
     """Why there is no CUDA program: no NVRTC, or one that refused the source."""
+
+
+class Tables(Protocol):
+    """What tables a program is for: hashable, and told to it by constants."""
+
+    def defines(self) -> dict[str, str | int]:
+        """Return the constants, by name."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +108,8 @@ class Program:
     """One program: what it does, for which tables, and the sizes chosen for it.
 
     Args:
-        purpose: "FORWARD", "BACKWARD", "BACKWARD_WEIGHTS" or "HOT_ROWS".
+        purpose: "FORWARD", "BACKWARD", "BACKWARD_WEIGHTS" or "HOT_ROWS" of codes; "TRAINED_LOOK_UP" or
+            "TRAINED_UPDATE" of trained rows.
         signature: of the tables.
         sizes: further constants, by name.
 
@@ -102,15 +120,24 @@ class Program:
     """
 
     purpose: str
-    signature: Signature
+    signature: Tables
     sizes: tuple[tuple[str, str | int], ...]
 
     def source(self) -> str:
         """Return the whole text."""
         defines = {**self.signature.defines(), **dict(self.sizes)}
         lines = [f"#define {self.purpose}", *(f"#define {name} {value}" for name, value in defines.items())]
-        texts = [(_FOLDER / f"{name}.cuh").read_text() for name in ("common", _FILES[self.purpose])]
+        texts = [(_FOLDER / f"{name}.cuh").read_text() for name in ("base", *_FILES[self.purpose])]
         return "\n".join([*lines, *texts])
+
+    def options(self, architecture: str) -> list[bytes]:
+        """Return what the compiler is told.
+
+        Args:
+            architecture: for example "sm_90".
+        """
+        exact = _EXACT if self.purpose.startswith("TRAINED") else ()
+        return [option.encode() for option in (f"--gpu-architecture={architecture}", "--std=c++17", *exact)]
 
 
 def missing() -> str:
@@ -152,7 +179,7 @@ def compile_program(program: Program, capability: tuple[int, int]) -> bytes:
         version = _call(nvrtc.nvrtcVersion)
     except RuntimeError as error:  # the package is there without the library
         raise CannotCompile(f"NVRTC does not load: {error}") from error
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode(), b"--std=c++17"]
+    options = program.options(f"sm_{capability[0]}{capability[1]}")
     return cached(program.source(), options, version, lambda: _compile(program, options))
 
 
@@ -160,7 +187,7 @@ def _compile(program: Program, options: list[bytes]) -> bytes:
     """Return a program's machine code."""
     from cuda.bindings import nvrtc  # pyright: ignore
 
-    handle = _call(nvrtc.nvrtcCreateProgram, program.source().encode(), b"codebook_bag.cu", 0, [], [])
+    handle = _call(nvrtc.nvrtcCreateProgram, program.source().encode(), b"torchrec_compress.cu", 0, [], [])
     try:
         (status,) = nvrtc.nvrtcCompileProgram(handle, len(options), options)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:

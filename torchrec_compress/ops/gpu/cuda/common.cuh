@@ -1,10 +1,7 @@
-// What the kernels of `codebook_bag` for NVIDIA GPUs share. No header is included: NVRTC compiles this text behind a
-// prelude of #defines (ops/gpu/program.py), followed by pool.cuh or gradient.cuh; the tests compile it for a CPU.
+// What the kernels of `codebook_bag` for NVIDIA GPUs share; behind base.cuh, and followed by pool.cuh or gradient.cuh.
 //
 // Letters: B bags, L ids, N rows of codes, M codes per row, K codewords per codebook, WIDTH columns per codeword,
 // D columns of the output (M * WIDTH, or WIDTH for residual codes), H hot rows.
-
-typedef long long int64;
 
 // ---- element types
 
@@ -14,11 +11,6 @@ struct Bfloat {
 
 struct Half {
   unsigned short bits;
-};
-
-union Bits {
-  float value;
-  unsigned int bits;
 };
 
 __device__ inline float to_float(float value) { return value; }
@@ -98,13 +90,6 @@ struct Lookups {
 };
 
 // ---- reading inputs
-
-__device__ inline int64 smaller(int64 a, int64 b) { return a < b ? a : b; }
-
-// A failed check ends the launch, as a failed assertion in torch's own kernels does.
-__device__ inline void check(bool holds, const char* message) {
-  if (!holds) __assertfail(message, "codebook_bag", 0, "codebook_bag", 1);
-}
 
 __device__ inline int64 bag_start(const Lookup& t, int64 bag) {
   return HAS_OFFSETS ? int64(t.offsets[bag]) : t.first_id + bag;

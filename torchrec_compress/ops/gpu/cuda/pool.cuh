@@ -16,7 +16,6 @@
 constexpr int COLUMNS = BLOCK_COLUMNS, ROW = STAGED_ROW;
 constexpr int CODE_BYTES = M * sizeof(Code);
 constexpr int PASSES = (COLUMNS + 32 * VECTOR - 1) / (32 * VECTOR);
-constexpr unsigned ALL = 0xffffffffu;
 
 // VECTOR neighbouring words, moved by one instruction.
 struct alignas(VECTOR * sizeof(Word)) Words {
