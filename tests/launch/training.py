@@ -20,21 +20,18 @@ from tests.launch.cluster import free_ports, processes, until
 # how far a launched training may be from the one in a single process, per metric
 TOLERANCE = 1e-5
 SECONDS = 150
-_STAGE = {
-    **{"epochs": 2, "batch_size": 128, "evals_per_epoch": 2, "patience": 0, "checkpoint_every": 5},
-    "optim": {"adaptive_l2": 0.01},  # counts of all ranks
-}
+_STAGE = {"epochs": 2, "batch_size": 128, "evals_per_epoch": 2, "patience": 0, "checkpoint_every": 5}
 _DENSE: dict[str, Any] = {
     "tensorboard": False,
     "data": {"kind": "generator", "generator": {"num_rows": 16_000, "num_users": 600, "num_items": 400}},
     "model": {"name": "deepfm", "embedding_dim": 8, "hidden": [16]},
-    "pretrain": _STAGE,
+    "pretrain": {**_STAGE, "optim": {"adaptive_l2": 0.01}},  # from counts of all ranks
 }
 _MEC = {"*": {"method": "mec", "num_codes": 2, "num_hot_rows": 20, "fit_options": {"num_steps": 20}}}
 CONFIGS = {
     "dense": _DENSE,
     "absent": {**_DENSE, "data": {"kind": "parquet", "path": "absent.parquet"}},
-    "mec": {**_DENSE, "compression": _MEC, "retrain": {**_STAGE, "epochs": 1}},
+    "mec": {**_DENSE, "pretrain": _STAGE, "compression": _MEC, "retrain": {**_STAGE, "epochs": 1}},
 }
 
 
