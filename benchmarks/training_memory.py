@@ -119,7 +119,7 @@ def main() -> None:
         "",
         f"`python benchmarks/training_memory.py`: two tables of {options.rows:,} rows, D = {DIM}, batch {BATCH:,}, one",
         f"rank and thread; torch {torch.__version__}, {platform.machine()}. Planned: what the plan holds of tables,",
-        "state of optimizers and gradients; measured: the peak of the process less that of one of 1,000 rows ",
+        "state of optimizers and gradients; measured: the peak of the process less that of one of 1,000 rows",
         f"(the least of {REPEATS} runs each).",
         "",
         "| variant | planned, MiB | measured, MiB | measured / planned | less than full, planned | measured |",
