@@ -46,7 +46,7 @@ def test_error_within_one_percent_of_sklearn(weighted: bool, width: int, num_clu
 def test_error_within_one_percent_of_faiss() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        faiss = pytest.importorskip("faiss")
+        faiss = pytest.importorskip("faiss", reason="only `make bench` installs faiss")
     points = clouds(20000, 8, 300)
     theirs = faiss.Kmeans(8, 256, niter=25, seed=1)
     theirs.train(points.numpy())

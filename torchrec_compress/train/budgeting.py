@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 _TRIED_AT = 0.02
 # The least of a prediction that is believed: an error that does good on a sample of validation is not free elsewhere.
 _LEAST = 0.05
+# What is tried beside codes; a frontier that was kept without one of them is measured anew.
+_OTHERS = ["dense", "int8", "int4", "one row"]
 # The share of all predicted errors from which one is measured.
 _SEEN = 0.001
 
@@ -95,8 +97,8 @@ def _frontier(budget: Budget, known: Known) -> Frontier:
     """
     config, source, curvature, tables = known.config, known.source, known.curvature, known.tables
     best = best_checkpoint(source)
-    settings: dict[str, Any] = {"codes": budget.codes, "num_codes": budget.num_codes, "seed": config.seed}
-    settings |= {"widths": budget.widths} if budget.widths else {}  # as it was before there were any
+    settings: dict[str, Any] = {"codes": budget.codes, "num_codes": budget.num_codes, "widths": budget.widths}
+    settings |= {"seed": config.seed, "others": _OTHERS}
     settings |= {"curvature": _digest(curvature) if curvature else None, "curvature_rows": config.curvature_rows}
     model = read_json(source / "summary.json", keys=("identity",))["identity"]
     told = {**settings, "model": model, "checkpoint": best.name}

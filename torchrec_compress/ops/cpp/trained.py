@@ -7,6 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from torchrec_compress.ops import trained_shapes
 from torchrec_compress.ops.trained import TrainedFormat, TrainedOptimizer, TrainedStep
 
 # how an optimizer is told to a kernel; see csrc/trained.h
@@ -76,36 +77,9 @@ def cpp_update(
 def register() -> None:
     """Register the shapes of the operators, once the library is loaded."""
     space = "torchrec_compress::"
-    torch.library.register_fake(space + "trained_bag", _fake)
-    torch.library.register_fake(space + "trained_bag_weight_gradients", _fake_weight_gradients)
+    torch.library.register_fake(space + "trained_bag", trained_shapes.bags)
+    torch.library.register_fake(space + "trained_bag_weight_gradients", trained_shapes.weight_gradients)
     torch.library.register_fake(space + "trained_bag_update", _fake_update)
-
-
-def _fake(
-    rows: Tensor,
-    ids: Tensor,
-    offsets: Tensor | None,
-    weights: Tensor | None,
-    width: int,
-    bits: int,
-    is_mean: bool,
-    where: str,
-) -> Tensor:
-    num_bags = ids.shape[0] if offsets is None else offsets.shape[0] - 1
-    return rows.new_empty((num_bags, width), dtype=torch.float32)
-
-
-def _fake_weight_gradients(
-    grads: Tensor,
-    rows: Tensor,
-    ids: Tensor,
-    offsets: Tensor | None,
-    width: int,
-    bits: int,
-    is_mean: bool,
-    where: str,
-) -> Tensor:
-    return grads.new_empty(ids.shape[0])
 
 
 def _fake_update(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchrec_compress.ops import trained_reference
+from torchrec_compress.ops import trained_reference, trained_shapes
 from torchrec_compress.ops.gpu import trained_kernels
 from torchrec_compress.ops.trained import TrainedFormat, TrainedStep
 
@@ -136,30 +136,5 @@ def trained_bag_gpu_weight_gradients(
     return out
 
 
-@trained_bag_gpu.register_fake
-def _(
-    rows: Tensor,
-    ids: Tensor,
-    offsets: Tensor | None,
-    weights: Tensor | None,
-    width: int,
-    bits: int,
-    is_mean: bool,
-    where: str,
-) -> Tensor:
-    num_bags = ids.shape[0] if offsets is None else offsets.shape[0] - 1
-    return rows.new_empty(num_bags, width, dtype=torch.float32)
-
-
-@trained_bag_gpu_weight_gradients.register_fake
-def _(
-    grads: Tensor,
-    rows: Tensor,
-    ids: Tensor,
-    offsets: Tensor | None,
-    width: int,
-    bits: int,
-    is_mean: bool,
-    where: str,
-) -> Tensor:
-    return grads.new_empty(ids.shape[0])
+trained_bag_gpu.register_fake(trained_shapes.bags)
+trained_bag_gpu_weight_gradients.register_fake(trained_shapes.weight_gradients)
