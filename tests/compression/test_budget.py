@@ -9,6 +9,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec_compress import CompressedEmbeddingBagCollection, compress, predicted_rise
 from torchrec_compress.compression import for_budget, measure_frontier
 from torchrec_compress.compression.budget import smallest_bytes
+from torchrec_compress.compression.candidates import Tried, families_of
 from torchrec_compress.fit.curvature import Curvature, Witnesses
 from torchrec_compress.fit.mec import MECFit
 from torchrec_compress.methods import MECConfig, NarrowConfig, PQConfig, QuantileCodesConfig
@@ -185,9 +186,10 @@ def narrow_table(num_rows: int = 900, rank: int = 8, width: int = 32) -> Compres
 
 def test_codes_of_a_table_that_was_trained_small_are_codes_of_its_narrow_rows() -> None:
     small, counts = narrow_table(), {"user": 1 + 3000 // torch.arange(1, 901)}
-    frontier = measure_frontier(small, counts, num_codes=(1, 2, 4), codes=FEW)
+    frontier = measure_frontier(small, counts, num_codes=(1, 2, 4), codes=FEW, widths=(16, 4))
     coded = [each.option for each in frontier.candidates["user"] if isinstance(each.option, PQConfig)]
-    assert coded and {method.width for method in coded} == {8}
+    # more numbers than rows have buy nothing; fewer may
+    assert coded and {method.width for method in coded} == {8, 4}
     chosen = frontier.choose(12_000)
     made = compress(small, chosen, counts=counts)
     assert made.footprint().total_bytes == chosen.num_bytes <= 12_000
@@ -195,6 +197,14 @@ def test_codes_of_a_table_that_was_trained_small_are_codes_of_its_narrow_rows() 
     rows = {"user": small.table_rows("user", torch.arange(900)).detach()}
     wide = measure_frontier(rows, counts, num_codes=(1, 2, 4), codes=FEW).choose(12_000)
     assert chosen.error < 0.7 * wide.error
+
+
+def test_no_codes_have_more_numbers_than_rows_have_directions() -> None:
+    """They would be dominated in the end; their fits are what is saved."""
+    table = EmbeddingBagConfig(name="user", num_embeddings=900, embedding_dim=32, feature_names=["user"])
+    tried = Tried(FEW, (2,), (4, 8, 16, 64))
+    assert [family.width for family, _ in families_of(table, tried, 8)] == [8, 8, 4, 4]
+    assert [family.width for family, _ in families_of(table, tried, 32)] == [None, None, 16, 16, 8, 8, 4, 4]
 
 
 def test_widths_are_tried_where_rows_have_more_numbers() -> None:
