@@ -1,10 +1,14 @@
 """Settings that have nothing to act on are said."""
 
+from pathlib import Path
+
 import pytest
 
+from torchrec_compress.train.command_line import read
 from torchrec_compress.train.config import ModelConfig, OptimConfig, RunConfig, StageConfig
 from torchrec_compress.train.idle import idle_settings
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 HASH = {"*": {"method": "hash", "num_buckets": 9}}
 PQ = {"u": {"method": "pq", "num_codes": 2}, **HASH}
 ON = StageConfig(epochs=1, optim=OptimConfig(codebook_lr=0.5), train_codebooks=False)
@@ -81,6 +85,23 @@ ALL = OptimConfig(tables="adagrad", table_lr=0.9, lookup_l2=0.1, dense_lr=0.9, d
             ],
         ),
         (RunConfig(compression={"method": "narrow", "width": 8}, retrain=TRAINED), []),
+        (RunConfig(pretrain=TRAINED, pretrain_compression={"method": "narrow", "width": 8}), []),
+        (
+            RunConfig(
+                model=ModelConfig(embedding_dim=64),
+                pretrain=TRAINED,
+                pretrain_compression={"method": "narrow", "width": 64, "bits": 8},
+            ),
+            ["pretrain.optim.codebook_lr: changes nothing without a table that has codebooks or a projection"],
+        ),
+        (
+            RunConfig(
+                model=ModelConfig(embedding_dim=128),
+                compression={"method": "narrow", "width": 64, "bits": 8},
+                retrain=TRAINED,
+            ),
+            [],
+        ),
         (RunConfig(compression={"budget_ratio": 9}, retrain=TRAINED), []),
         (
             RunConfig(compression={"budget_ratio": 9}, context={"user": "item"}),
@@ -95,3 +116,8 @@ ALL = OptimConfig(tables="adagrad", table_lr=0.9, lookup_l2=0.1, dense_lr=0.9, d
 )
 def test_a_setting_without_effect_is_said(config, lines):
     assert idle_settings(config) == lines
+
+
+@pytest.mark.parametrize("name", ["criteo_1tb_dcnv2", "criteo_1tb_dcnv2_mec", "criteo_1tb_dcnv2_memcom"])
+def test_no_shipped_training_has_such(name):
+    assert idle_settings(read(RunConfig(), [f"{CONFIGS}/{name}.yaml"], "train")) == []

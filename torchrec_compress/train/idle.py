@@ -11,10 +11,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec_compress.methods import MethodConfig
 from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.check import compression_of
-from torchrec_compress.train.config import RunConfig, StageConfig, needs_pretrained
+from torchrec_compress.train.config import ModelConfig, RunConfig, StageConfig, needs_pretrained
 from torchrec_compress.train.width_trial import WidthTrial
-
-_ANY = EmbeddingBagConfig(name="any", num_embeddings=10**6, embedding_dim=64)
 
 
 def idle_settings(config: RunConfig) -> list[str]:
@@ -37,12 +35,15 @@ def _lines(config: RunConfig) -> Iterator[str]:
     if not config.compression or not config.retrain.epochs:
         reason = "retrain.epochs = 0" if config.compression else "no compression, which has no stage retrain"
         yield from (f"retrain.{key}: changes nothing with {reason}" for key in retrain)
-    methods = _methods(config)
+    methods = _methods(config.compression)
+    without = "without a table that has codebooks or a projection"
     if needs_pretrained(config):
-        yield from _stage_lines("pretrain", config.pretrain, False, "in the full model, which has no codebooks")
+        small = _methods(config.pretrain_compression)
+        why = without if small else "in the full model, which has no codebooks"
+        yield from _stage_lines("pretrain", config.pretrain, _has_decoders(small, config.model), why)
     if config.compression and config.retrain.epochs:
-        has_decoders = not methods or any(method.trains_decoder(_ANY) for method in methods)
-        without = "without a table that has codebooks or a projection"
+        # a budget or a trial may choose what has them
+        has_decoders = not methods or _has_decoders(methods, config.model)
         yield from _stage_lines("retrain", config.retrain, has_decoders, without)
     if config.model.cross_rank is not None and not config.model.num_cross_layers:
         yield "model.cross_rank: changes nothing with model.num_cross_layers = 0"
@@ -69,9 +70,16 @@ def _stage_lines(name: str, stage: StageConfig, has_decoders: bool, without: str
     yield from (f"{name}.{key}: changes nothing {reason}" for key, reason in reasons.items() if key in changed)
 
 
-def _methods(config: RunConfig) -> list[MethodConfig]:
-    """Return the methods that a run names; none for a budget or a trial, which chooses."""
-    wanted = compression_of(config.compression)
+def _has_decoders(methods: list[MethodConfig], model: ModelConfig) -> bool:
+    """Return whether some method trains a decoder; of the widest table, as narrow rows of its width have none."""
+    width = max([model.embedding_dim, *model.widths.values()])
+    table = EmbeddingBagConfig(name="any", num_embeddings=10**6, embedding_dim=width)
+    return any(method.trains_decoder(table) for method in methods)
+
+
+def _methods(compression: Mapping[str, Any]) -> list[MethodConfig]:
+    """Return the methods that are named; none for a budget or a trial, which chooses."""
+    wanted = compression_of(compression)
     if wanted is None or isinstance(wanted, Budget | WidthTrial):
         return []
     return list(wanted.values()) if isinstance(wanted, Mapping) else [wanted]
