@@ -38,9 +38,9 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from torchrec_compress import CompressedEmbeddingBagCollection
-from torchrec_compress.methods import PQConfig
-from torchrec_compress.sharding import CodeTableCollectionSharder, DecoderSharder
+from torchrec_compress import CompressedEmbeddingBagCollection, native_parameters
+from torchrec_compress.methods import MethodConfig, NarrowConfig, PQConfig
+from torchrec_compress.sharding import CodeTableCollectionSharder, DecoderSharder, TrainedBagsSharder
 
 NUM_TABLES, NUM_ROWS, WIDTH, NUM_DENSE = 26, 20_000, 128, 13
 HEAD = (
@@ -58,11 +58,11 @@ class RowWiseBags(EmbeddingBagCollectionSharder):
 
 @dataclass
 class Variant:
-    """A way to shard the tables; `codes` per row, or None for TorchRec's own tables."""
+    """A way to shard the tables, by a method or, without one, TorchRec's own."""
 
     name: str
     kind: str
-    codes: int | None = None
+    method: MethodConfig | None = None
     deduplicate: bool = True
 
     def build(self, batch_size: int, pooling_factor: int) -> tuple[DistributedModelParallel, CombinedOptimizer]:
@@ -72,15 +72,15 @@ class Variant:
             EmbeddingBagConfig(name=name, num_embeddings=NUM_ROWS, embedding_dim=WIDTH, feature_names=[name])
             for name in names
         ]
-        if self.codes is None:
+        if self.method is None:
             collection: nn.Module = EmbeddingBagCollection(tables=tables)
             sharders: list[Any] = [RowWiseBags()]
         else:
-            collection = CompressedEmbeddingBagCollection(tables, compression=PQConfig(num_codes=self.codes))
-            sharders = [CodeTableCollectionSharder(self.deduplicate), DecoderSharder()]
+            collection = CompressedEmbeddingBagCollection(tables, compression=self.method)
+            sharders = [CodeTableCollectionSharder(self.deduplicate), TrainedBagsSharder(), DecoderSharder()]
         dlrm = DLRM(collection, NUM_DENSE, [64, WIDTH], [64, 1])  # type: ignore[arg-type]
         model = DLRMTrain(dlrm)
-        apply_optimizer_in_backward(torch.optim.SGD, collection.parameters(), {"lr": 0.01})
+        apply_optimizer_in_backward(torch.optim.SGD, native_parameters(model), {"lr": 0.01})
         wish = ParameterConstraints(sharding_types=[self.kind], pooling_factors=[float(pooling_factor)])
         planner = EmbeddingShardingPlanner(
             topology=Topology(world_size=dist.get_world_size(), compute_device="cpu"),
@@ -97,10 +97,12 @@ class Variant:
 VARIANTS = [
     Variant("EBC row-wise", "row_wise"),
     Variant("EBC table-wise", "table_wise"),
-    Variant("8 codes row-wise", "row_wise", 8),
-    Variant("8 codes row-wise, ids repeated", "row_wise", 8, deduplicate=False),
-    Variant("8 codes replicated", "data_parallel", 8),
-    Variant("16 codes row-wise", "row_wise", 16),
+    Variant("8 codes row-wise", "row_wise", PQConfig(num_codes=8)),
+    Variant("8 codes row-wise, ids repeated", "row_wise", PQConfig(num_codes=8), deduplicate=False),
+    Variant("8 codes replicated", "data_parallel", PQConfig(num_codes=8)),
+    Variant("16 codes row-wise", "row_wise", PQConfig(num_codes=16)),
+    Variant("16 int8 numbers row-wise", "row_wise", NarrowConfig(width=16, bits=8)),
+    Variant("16 int8 numbers table-wise", "table_wise", NarrowConfig(width=16, bits=8)),
 ]
 
 

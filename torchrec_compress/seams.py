@@ -36,6 +36,7 @@ __all__ = [
     "KJTList",
     "KJTListSplitsAwaitable",
     "RowTable",
+    "SequenceShardingContext",
     "backward_optimizer",
     "backward_settings",
     "copy_backward_optimizer",

@@ -9,7 +9,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from tests.methods.throwaway import LowRankConfig, QuotientRemainderConfig
 from tests.planner.plans import BATCH, DIM, RANKS, model, options, topology
 from torchrec_compress import native_parameters
-from torchrec_compress.methods import HashConfig, PQConfig
+from torchrec_compress.methods import HashConfig, NarrowConfig, PQConfig
 from torchrec_compress.planner import EmbeddingShardingPlanner, translate_constraints
 from torchrec_compress.planner.lookups import decode_bytes
 
@@ -48,6 +48,22 @@ def test_bags_travel_pooled_and_narrow_and_a_matrix_is_charged_as_codebooks_are(
     rows = model({"t": LOW_RANK}, pooled=False)
     assert decode_bytes(rows, wish, BATCH) == {"t": 4 * BATCH * POOLING * DIM}
     assert decode_bytes(model({"t": METHODS["hashed"]}), wish, BATCH) == {}
+
+
+@pytest.mark.parametrize(
+    ("how", "pooling", "rows_back"),
+    # of what a rank asked, or is asked, for: a row a bag; row-wise at most one of each rank, and of each id
+    [("table_wise", POOLING, RANKS), ("row_wise", POOLING, RANKS), ("row_wise", 3, 3)],
+)
+def test_trained_rows_travel_pooled_but_for_short_bags(how, pooling, rows_back):
+    wish = {"t": ParameterConstraints(pooling_factors=[float(pooling)])}
+    narrow = {"t": NarrowConfig(width=16, bits=8)}
+    found = options(model(narrow), wish)["trained.t", how, "fused"]
+    ranks = RANKS if how == "table_wise" else 1  # whose ids a shard is asked for
+    rows, ids = 17 * ROWS * ranks // RANKS, 8 * BATCH * pooling * ranks
+    assert bytes_of(found) == rows + ids + 4 * 16 * BATCH * rows_back
+    unpooled = options(model(narrow, pooled=False), wish)["trained.t", how, "fused"]
+    assert bytes_of(unpooled) == rows + ids + 4 * 16 * BATCH * pooling * ranks
 
 
 @pytest.mark.parametrize("pooled", [True, False])

@@ -20,6 +20,7 @@ from torchrec_compress.methods import DenseConfig, NarrowConfig, PQConfig
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.seams import copy_to_host
 from torchrec_compress.sharding import get_default_sharders
+from torchrec_compress.sharding.trained import ShardedTrainedCollection
 
 STEPS, BAGS = 4, 4
 ADAGRAD = {"lr": 0.1, "eps": 1e-8}
@@ -149,6 +150,7 @@ def train_unsharded(world: int, kind: str, form: str) -> tuple[list[list[torch.T
         ("rank 1 empty", "means"),
         ("int32", "rows"),
         ("empty", "bags"),
+        ("uneven", "means"),
         ("plain", "adam bags"),
     ],
 )
@@ -171,6 +173,28 @@ def test_values_and_updates_are_those_of_the_unsharded_tables(two_ranks, how, ki
     for name in ("item", "user", "word"):
         key = f"embeddings.trained.banks.{name}.rows"
         assert kind == "empty" or float((expected[key] != start[key]).float().mean()) > 0.05, name
+
+
+def rows_sent_back(how: str, form: str) -> tuple[int, list[torch.Tensor]]:
+    """Return how many rows this rank sends back of a batch, and the ids of the bags of this rank's tables."""
+    sharded = sharded_model(how, form)
+    (trained,) = (module for module in sharded.modules() if isinstance(module, ShardedTrainedCollection))
+    features = draw("plain", 0, dist.get_rank(), form == "weighted bags")
+    context = trained.create_context()
+    sent = trained.compute(context, trained.input_dist(context, features).wait().wait())
+    jagged = features.to_dict()
+    bags = [bag for table in trained._configs.values() for key in table.features for bag in jagged[key].to_dense()]
+    return sum(len(rows) for rows in sent), bags
+
+
+@pytest.mark.parametrize(("how", "num_parts"), [("row_wise", 2), ("table_wise", 1)])
+def test_owners_send_one_row_back_of_a_bag_and_one_of_each_id_where_weights_want_gradients(two_ranks, how, num_parts):
+    found = two_ranks.run(rows_sent_back, how, "bags")
+    bags = [bag for _, mine in found for bag in mine if len(bag)]
+    sent = sum(rows for rows, _ in found)
+    assert len(bags) <= sent <= sum(min(num_parts, len(bag)) for bag in bags) < sum(map(len, bags))
+    found = two_ranks.run(rows_sent_back, how, "weighted bags")
+    assert sum(rows for rows, _ in found) == sum(len(bag) for _, mine in found for bag in mine)
 
 
 def optimizer_state(sharded: DistributedModelParallel) -> dict[str, Any]:

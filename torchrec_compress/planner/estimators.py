@@ -24,6 +24,7 @@ from torchrec.distributed.planner.types import (
     ShardingOption,
     Topology,
 )
+from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, EmbeddingBagConfig
 
 from torchrec_compress.modules.code_tables import CodeTableCollection
@@ -123,7 +124,8 @@ class _Estimator(ShardEstimator):
                 plan_as(stand_in, is_pooled=False)
         elif isinstance(part, TrainedCollection):  # its rows travel as floats
             width = part.table(option.name).part.width
-            plan_as(stand_in, torch.empty(option.tensor.shape[0], width, device="meta"), is_pooled=False)
+            rows = torch.empty(option.tensor.shape[0], width, device="meta")
+            plan_as(stand_in, rows, is_pooled=self._adds_up(part, option))
             for shard in stand_in.shards:
                 shard.size = [shard.size[0], width]
         elif isinstance(part, Decoder):
@@ -132,6 +134,19 @@ class _Estimator(ShardEstimator):
             lookups = self._decoder_lookups(part, table, tensor, option.batch_size)
             stand_in.input_lengths, stand_in.num_poolings = lookups.pooling_factors, lookups.num_poolings
         return stand_in
+
+    def _adds_up(self, part: TrainedCollection, option: ShardingOption) -> bool:
+        """Return whether TorchRec's estimate of pooled tables is that of trained rows.
+
+        Row-wise it has every rank send a part of each bag; owners of trained rows send only parts that have ids, so that
+        bags of fewer ids than ranks are as many rows as ids.
+        """
+        if not part.pooled or part.is_weighted:
+            return False
+        if option.sharding_type == ShardingType.TABLE_WISE.value:
+            return True
+        lookups = Lookups.of(option.name, self._constraints, option.batch_size)
+        return lookups.num_ids >= self._topology.world_size * lookups.num_bags
 
     def _decoder_lookups(self, decoder: Decoder, table: str, tensor: str, batch_size: int) -> Lookups:
         """Return the look-ups of one tensor of a table's decoder, in its own rows: codewords."""

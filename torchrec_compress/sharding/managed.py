@@ -95,7 +95,7 @@ class ShardedManagedCollection(ShardedRowCollection[ManagedTable], ManagedOwner)
         for native in self.native.values():
             native._initialize_torch_state(skip_registering=skip_registering)
 
-    def asked(self, table: ManagedTable, ids: Tensor) -> Tensor:
+    def asked(self, ctx: RowContext, table: ManagedTable, ids: Tensor) -> Tensor:
         """Return the places of ids."""
         self.check_integers(table.name)
         return table.part.blocks.places(ids)

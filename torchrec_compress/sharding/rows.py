@@ -1,7 +1,7 @@
 """Rows of ours behind TorchRec's exchange of sequences: ids travel to the owner of their row, and rows come back.
 
 Only flat lists of ids travel, not bags; so uneven batches, weights and variable batch sizes never get into it. How a
-rank looks its rows up, and what is made of them where the batch is, is the part's own.
+rank looks its rows up, whether it sums those of a bag, and what is made of them where the batch is, is the part's own.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torchrec_compress.seams import (
     KJTList,
     KJTListSplitsAwaitable,
     RowTable,
+    SequenceShardingContext,
     row_exchange,
     sequence_context,
     shape_and_dtype,
@@ -37,6 +38,7 @@ from torchrec_compress.seams import (
     sharded_tensor,
 )
 from torchrec_compress.sharding.agree import run_together
+from torchrec_compress.sharding.bag_parts import BagParts, num_parts, places_of_arrival
 
 SHARDING_TYPES = (ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value)
 Table = TypeVar("Table", bound=LookedUpTable)
@@ -59,18 +61,28 @@ class RowContext(EmbeddingCollectionContext):
     Attributes:
         features: the batch.
         jagged: its features.
+        parts: of bags, by the tables whose owners sum them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.features: KeyedJaggedTensor | None = None
         self.jagged: dict[str, JaggedTensor] = {}
+        self.parts: dict[str, BagParts] = {}
 
     def record_stream(self, stream: Any) -> None:
         """Keep the tensors alive until the stream is done with them."""
         super().record_stream(stream)
         if self.features is not None:
             self.features.record_stream(stream)
+        for parts in self.parts.values():
+            for tensor in parts:
+                tensor.record_stream(stream)
+
+    def num_rows(self, table: LookedUpTable) -> int:
+        """Return how many rows come back of a table."""
+        parts = self.parts.get(table.name)
+        return sum(self.num_ids(table)) if parts is None else len(parts.owners)
 
     def num_ids(self, table: LookedUpTable) -> list[int]:
         """Return how many ids of each of its features a table is asked for."""
@@ -84,7 +96,7 @@ class RowsAwaitable(LazyAwaitable[dict[str, Tensor]], Generic[Table]):
         rows: by exchange.
         tables: of each exchange.
         context: of the batch.
-        outputs: makes look-ups by key of (L, width) rows of every table.
+        outputs: makes look-ups by key of the rows of every table.
     """
 
     def __init__(
@@ -100,7 +112,7 @@ class RowsAwaitable(LazyAwaitable[dict[str, Tensor]], Generic[Table]):
     def _wait_impl(self) -> dict[str, Tensor]:
         found: list[tuple[Table, Tensor]] = []
         for awaitable, tables in zip(self._rows, self._tables, strict=True):
-            counts = [sum(self._context.num_ids(table)) for table in tables]
+            counts = [self._context.num_rows(table) for table in tables]
             found += zip(tables, awaitable.wait().split(counts), strict=True)
         return self._outputs(self._context, found)
 
@@ -157,7 +169,7 @@ class ShardedRowCollection(
         self._id_dtype = torch.int32 if few else torch.int64
 
     @abstractmethod
-    def asked(self, table: Table, ids: Tensor) -> Tensor:
+    def asked(self, ctx: RowContext, table: Table, ids: Tensor) -> Tensor:
         """Return what travels for the ids of a table, (L,) integer: the rows of the exchange's table.
 
         Raises:
@@ -166,11 +178,14 @@ class ShardedRowCollection(
 
     @abstractmethod
     def rows_here(self, table: Table, asked: Tensor) -> Tensor:
-        """Return the rows that this rank is asked for, (L, width), counted from its first; none where it has none."""
+        """Return the rows that this rank is asked for, (L, width), counted from its first; none where it has none.
+
+        Where `asked` made parts of bags, it is a row a part.
+        """
 
     @abstractmethod
     def outputs(self, ctx: RowContext, found: list[tuple[Table, Tensor]]) -> dict[str, Tensor]:
-        """Return the look-ups of a batch by key, from (L, width) rows of every table, feature by feature."""
+        """Return the look-ups of a batch by key, from (L, width) rows of every table, feature by feature, or of parts."""
 
     @abstractmethod
     def shared_state(self) -> Iterator[tuple[str, Tensor, int, ParameterSharding]]:
@@ -196,7 +211,10 @@ class ShardedRowCollection(
             names = [table.name for table in tables]
             flat = KeyedJaggedTensor(names, torch.cat(ids), lengths=lengths, stride=1, length_per_key=counts)
             awaitables.append(exchange(flat))
-            ctx.sharding_contexts.append(sequence_context(flat, exchange))  # which knows the order from the call
+            back = sequence_context(flat, exchange)  # which knows the order from the call
+            if ctx.parts and back.unbucketize_permute_tensor is not None:
+                back.unbucketize_permute_tensor = places_of_arrival(_owners(ctx, tables))
+            ctx.sharding_contexts.append(back)
         return KJTListSplitsAwaitable(awaitables, ctx)
 
     def _asked_by(self, ctx: RowContext, features: KeyedJaggedTensor) -> list[list[Tensor]]:
@@ -204,7 +222,7 @@ class ShardedRowCollection(
         ctx.features, ctx.jagged = features, split_features(features)
         check_ranges(ctx.jagged, self._also_checked)
         found = {
-            name: self.asked(table, torch.cat(table.ids(ctx.jagged))).to(self._id_dtype)
+            name: self.asked(ctx, table, torch.cat(table.ids(ctx.jagged))).to(self._id_dtype)
             for name, table in self._configs.items()
         }
         return [[found[table.name] for table in tables] for tables in self._tables]
@@ -215,7 +233,7 @@ class ShardedRowCollection(
         for asked, sent, tables, width in zip(
             dist_input, ctx.sharding_contexts, self._tables, self._widths, strict=True
         ):
-            sent.lengths_after_input_dist = asked.lengths().view(-1, max(asked.stride(), 1))
+            self._note_rows(ctx, sent, tables, asked)
             here = [table.name for table in tables if self._holds(table.name)]
             parts = dict(zip(here, asked.values().split(asked.length_per_key()), strict=True))
             none = torch.empty(0, dtype=self._id_dtype, device=self._device)
@@ -224,6 +242,17 @@ class ShardedRowCollection(
             nothing = torch.empty(0, width, device=self._device, requires_grad=torch.is_grad_enabled())
             found.append(torch.cat([nothing, *rows]))
         return found
+
+    def _note_rows(
+        self, ctx: RowContext, sent: SequenceShardingContext, tables: list[Table], asked: KeyedJaggedTensor
+    ) -> None:
+        """Note how many rows each rank is sent back of every table here, and, where they are parts, sends back."""
+        lengths = asked.lengths().view(-1, max(asked.stride(), 1))
+        if ctx.parts:
+            lengths = num_parts(asked.values(), lengths.flatten()).view_as(lengths)
+            sent.output_splits = lengths.sum(0).tolist()
+            sent.input_splits = _owners(ctx, tables).bincount(minlength=self._env.world_size).tolist()
+        sent.lengths_after_input_dist = lengths
 
     def _holds(self, name: str) -> bool:
         return self._env.rank in (self._plan[name].ranks or [])
@@ -240,6 +269,11 @@ class ShardedRowCollection(
     def unsharded_module_type(self) -> type[nn.Module]:
         """The module that this one replaces."""
         return self._kind
+
+
+def _owners(ctx: RowContext, tables: Sequence[LookedUpTable]) -> Tensor:
+    """Return the ranks that hold the parts of bags of the tables of one exchange, (parts,) int64."""
+    return torch.cat([ctx.parts[table.name].owners for table in tables])
 
 
 def _share_state(module: ShardedRowCollection, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -1,19 +1,21 @@
 """Sharded trained rows: ids travel to the owner of their row, rows come back, and gradients go to the owner.
 
-The owner sums the gradients of an id up and takes one step. Rows travel one per look-up, `width` floats each, and are
-pooled where the batch is. Gradients that are not finite are found in the backward of the owner, where no rank can tell
+The owner sums the gradients of an id up and takes one step. Bags are summed where their rows lie: of each bag `width`
+floats travel back from every rank that holds rows of it, and are added up where the batch is. With weights, whose
+gradients want the rows, and unpooled, it is one row per look-up. Gradients that are not finite are found in the backward of the owner, where no rank can tell
 the others; so it writes nothing, and all ranks raise with the next batch, when they agree on its ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec.distributed.types import ParameterSharding, QuantizedCommCodecs, ShardingEnv
+from torchrec.distributed.types import ParameterSharding, QuantizedCommCodecs, ShardingEnv, ShardingType
 from torchrec.distributed.utils import append_prefix
 from torchrec.optim.fused import FusedOptimizer, FusedOptimizerModule
 
@@ -23,6 +25,7 @@ from torchrec_compress.modules.trained_rows import TrainedRows, TrainedTable
 from torchrec_compress.ops import pool_rows
 from torchrec_compress.seams import RowTable, rescaled, shard_bounds, sharded_tensor
 from torchrec_compress.sharding.agree import hears_of_errors
+from torchrec_compress.sharding.bag_parts import BagParts, opened
 from torchrec_compress.sharding.rows import RowContext, ShardedRowCollection
 
 
@@ -86,14 +89,13 @@ class ShardedTrainedCollection(ShardedRowCollection[TrainedTable], FusedOptimize
     ) -> None:
         super().__init__(module, plan, env, device)
         self._pooled, self._is_weighted = module.pooled, module.is_weighted
+        self._sums_here = module.pooled and not module.is_weighted
         self.banks: Any = nn.ModuleDict()
         asked = []
         for name, table in self._configs.items():
             self.banks[name] = self._shard_of(module, table)
             self.banks[name].train_by(optimizers[name])
-            width = table.part.width
-            whole = torch.empty(table.num_embeddings, width, device="meta")
-            asked.append(RowTable(name, table.num_embeddings, width, whole, plan[name]))
+            asked.append(self._exchanged(table))
         self._open_exchanges(asked, codecs)
         self._trains = {name: module.banks[name].handle.requires_grad for name in self._configs}
         self._lookups: list[nn.Module] = []  # TorchRec's walks over the kernels stop at this name
@@ -101,13 +103,27 @@ class ShardedTrainedCollection(ShardedRowCollection[TrainedTable], FusedOptimize
 
     def _shard_of(self, module: TrainedCollection, table: TrainedTable) -> TrainedRows:
         first, last = shard_bounds(table.name, table.num_embeddings, self._plan[table.name], self._env)
-        shard, whole = TrainedRows(table, first, last - first, self._device), module.banks[table.name]
+        parts = replace(table, is_mean=False)  # of bags, which are sums; means are made where the batch is
+        shard, whole = TrainedRows(parts, first, last - first, self._device), module.banks[table.name]
         shard.defers_faults = hears_of_errors(self._env, self._device)
         if not whole.rows.is_meta:
             whole.check_intact()
             shard.rows.copy_(whole.rows[first:last])
             shard.note()
         return shard
+
+    def _exchanged(self, table: TrainedTable) -> RowTable:
+        """Return the table as the exchange sees it: with marked ids it has two rows for each of its own."""
+        width, sharding, num_rows = table.part.width, self._plan[table.name], table.num_embeddings
+        if self._sums_here:
+            if sharding.sharding_type == ShardingType.ROW_WISE.value:
+                num_rows = self._block(table) * self._env.world_size  # so that its blocks are twice those of the table
+            num_rows, sharding = 2 * num_rows, rescaled(sharding, 1, 2, width)
+        return RowTable(table.name, num_rows, width, torch.empty(num_rows, width, device="meta"), sharding)
+
+    def _block(self, table: TrainedTable) -> int:
+        """Return the rows of a rank, row-wise."""
+        return -(-table.num_embeddings // self._env.world_size)
 
     def _show_optimizer(self, optimizers: Mapping[str, RowOptimizer]) -> FusedRowOptimizer:
         rows = {f"banks.{name}.rows": self.banks[name] for name in self._configs}
@@ -130,21 +146,36 @@ class ShardedTrainedCollection(ShardedRowCollection[TrainedTable], FusedOptimize
         """What trains the rows of this rank."""
         return self._optim
 
-    def asked(self, table: TrainedTable, ids: Tensor) -> Tensor:
-        """Return the ids as they are, or raise what was wrong with the gradients of the last batch."""
+    def asked(self, ctx: RowContext, table: TrainedTable, ids: Tensor) -> Tensor:
+        """Return the ids, marked where owners sum them, or raise what was wrong with the gradients of the last batch."""
         self.banks[table.name].raise_fault()
         self.banks[table.name].check_intact()
-        return ids
+        if not self._sums_here:
+            return ids
+        offsets = self._batch_of(ctx, table).offsets
+        assert offsets is not None
+        if self._plan[table.name].sharding_type == ShardingType.ROW_WISE.value:
+            parts = BagParts.of(ids, offsets, ids.long() // self._block(table), self._env.world_size)
+        else:
+            (owner,) = self._plan[table.name].ranks or []
+            parts = BagParts.of(ids, offsets, torch.zeros_like(ids, dtype=torch.int64), 1)
+            parts = parts._replace(owners=torch.full_like(parts.owners, owner))
+        ctx.parts[table.name] = parts
+        return parts.asked
+
+    def _batch_of(self, ctx: RowContext, table: TrainedTable) -> Bags:
+        return Bags.of([ctx.jagged[name] for name in table.features], self._pooled, self._is_weighted)
 
     def rows_here(self, table: TrainedTable, asked: Tensor) -> Tensor:
-        """Return rows of this rank; one that has none counts the step as others.
+        """Return rows of this rank, or of the parts of bags; one that has none counts the step as others.
 
         Steps number the dither, which must not depend on who holds what.
         """
         rows = self.banks[table.name]
         trains = self.training and torch.is_grad_enabled() and self._trains[table.name]
         look_up = rows.look_up_to_train if trains else rows.look_up
-        return look_up(asked, None, None, table.where)
+        ids, offsets = opened(asked) if self._sums_here else (asked, None)
+        return look_up(ids, offsets, None, table.where)
 
     def outputs(self, ctx: RowContext, found: list[tuple[TrainedTable, Tensor]]) -> dict[str, Tensor]:
         """Return bags, (B, width) float32, or rows, (L, width), by look-up key."""
@@ -159,11 +190,11 @@ class ShardedTrainedCollection(ShardedRowCollection[TrainedTable], FusedOptimize
         return in_batch_order(bags, keys, names, ctx.features)
 
     def _bags(self, ctx: RowContext, table: TrainedTable, rows: Tensor) -> dict[str, Tensor]:
-        """Return the bags of one table's look-ups by key, from (L, width) rows of all its features."""
-        batch = Bags.of([ctx.jagged[name] for name in table.features], self._pooled, self._is_weighted)
+        """Return the bags of one table's look-ups by key, from (L, width) rows of all its features or their parts."""
+        batch, parts = self._batch_of(ctx, table), ctx.parts.get(table.name)
         bags = rows
         if batch.offsets is not None:
-            bags = pool_rows(rows, batch.offsets, batch.weights)
+            bags = pool_rows(rows, batch.offsets if parts is None else parts.offsets, batch.weights)
             if table.is_mean:
                 bags = bags / batch.offsets.diff().clamp(min=1).unsqueeze(1)
         return dict(zip(table.keys, bags.split(batch.counts), strict=True))
