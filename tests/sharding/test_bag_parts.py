@@ -1,5 +1,7 @@
 """Parts of bags add up to the bags, over any number of ranks, and are as few as can be."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,8 +21,7 @@ def tables(draw, num_ranks: int) -> tuple[Tensor, Tensor]:
 
 
 def pool(rows: Tensor, offsets: Tensor) -> Tensor:
-    bounds = offsets.tolist()
-    return torch.stack([rows[first:last].sum(0) for first, last in zip(bounds, bounds[1:], strict=False)] or [rows[:0]])
+    return torch.stack([rows[first:last].sum(0) for first, last in pairwise(offsets.tolist())] or [rows[:0]])
 
 
 @given(st.data(), st.integers(1, 4), st.integers(1, 3))

@@ -138,8 +138,8 @@ class _Estimator(ShardEstimator):
     def _adds_up(self, part: TrainedCollection, option: ShardingOption) -> bool:
         """Return whether TorchRec's estimate of pooled tables is that of trained rows.
 
-        Row-wise it has every rank send a part of each bag; owners of trained rows send only parts that have ids, so that
-        bags of fewer ids than ranks are as many rows as ids.
+        Row-wise it has every rank send a part of each bag; owners of trained rows send only parts that have ids, so
+        that bags of fewer ids than ranks are as many rows as ids.
         """
         if not part.pooled or part.is_weighted:
             return False

@@ -53,7 +53,7 @@ class BagParts(NamedTuple):
 
 
 def opened(asked: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the ids of marked ones and the offsets of their parts: (L,) integer -> (L,) of the same, (parts + 1,) int64.
+    """Return the ids of marked ones, (L,) integer as they are, and the offsets of their parts, (parts + 1,) int64.
 
     Example:
         >>> ids, offsets = opened(torch.tensor([3, 4, 15]))

@@ -2,8 +2,9 @@
 
 The owner sums the gradients of an id up and takes one step. Bags are summed where their rows lie: of each bag `width`
 floats travel back from every rank that holds rows of it, and are added up where the batch is. With weights, whose
-gradients want the rows, and unpooled, it is one row per look-up. Gradients that are not finite are found in the backward of the owner, where no rank can tell
-the others; so it writes nothing, and all ranks raise with the next batch, when they agree on its ids.
+gradients want the rows, and unpooled, it is one row per look-up. Gradients that are not finite are found in the
+backward of the owner, where no rank can tell the others; so it writes nothing, and all ranks raise with the next batch,
+when they agree on its ids.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ class ShardedTrainedCollection(ShardedRowCollection[TrainedTable], FusedOptimize
         return self._optim
 
     def asked(self, ctx: RowContext, table: TrainedTable, ids: Tensor) -> Tensor:
-        """Return the ids, marked where owners sum them, or raise what was wrong with the gradients of the last batch."""
+        """Return the ids, marked where owners sum them, or raise what was wrong with the last batch's gradients."""
         self.banks[table.name].raise_fault()
         self.banks[table.name].check_intact()
         if not self._sums_here:
