@@ -5,6 +5,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.cluster import KMeans as SklearnKMeans
 
 from torchrec_compress.fit.codes import weighted_error
@@ -215,3 +217,17 @@ def test_wide_k_in_rounds() -> None:
 def test_bad_input(points: torch.Tensor, num_clusters: int, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kmeans(points, num_clusters, **options)
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.0, 1e-3, 1.0, 5.0]), min_size=2, max_size=30).filter(any),
+    st.data(),
+)
+def test_a_sample_is_the_largest_priorities_and_of_equal_ones_the_first(weights, data):
+    weights = torch.tensor(weights)
+    size = data.draw(st.integers(1, len(weights) - 1))
+    uniform = 1 - torch.rand(len(weights), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    order = torch.sort(weights.double() / uniform, descending=True, stable=True)
+    index, new = sample_points(weights, size, torch.Generator().manual_seed(3))
+    assert torch.equal(index, order.indices[:size].sort().values)
+    assert torch.equal(new, weights[index].clamp(min=float(order.values[size])))

@@ -78,12 +78,13 @@ def sample_points(weights: Tensor, num_points: int, generator: torch.Generator) 
     """
     uniform = 1 - torch.rand(len(weights), dtype=torch.float64, generator=generator)  # in (0, 1]
     priority = weights.to("cpu", torch.float64) / uniform
-    # A stable sort, not topk: among equal priorities (weight 0) topk may keep any.
-    order = torch.sort(priority, descending=True, stable=True).indices
-    index = order[:num_points].sort().values
-    threshold = float(priority[order[num_points]])
-    index = index.to(weights.device)
-    return index, weights[index].clamp(min=threshold)
+    threshold = priority.kthvalue(len(priority) - num_points).values  # the largest one left out
+    kept = priority > threshold
+    # of equal priorities (weight 0) the first ones
+    equal = (priority == threshold).nonzero().flatten()
+    kept[equal[: num_points - int(kept.sum())]] = True
+    index = kept.nonzero().flatten().to(weights.device)
+    return index, weights[index].clamp(min=float(threshold))
 
 
 def train_size(num_clusters: int, max_points_per_centroid: int) -> int:
@@ -214,6 +215,7 @@ def start_centroids(points: Tensor, weights: Tensor, num_clusters: int, generato
         index, weights = sample_points(weights, num_seed, generator)
         points = points[index]
     chosen = _draw(weights, 1, generator)
+    norms = points.square().sum(dim=1)
     distance = (points - points[chosen]).square().sum(dim=1)
     num_trials = 2 + int(math.log(num_clusters))
     while len(chosen) < num_clusters:
@@ -224,7 +226,7 @@ def start_centroids(points: Tensor, weights: Tensor, num_clusters: int, generato
         ).any():  # every weighted point is a centroid already: serve the others, then repeat points
             potential = distance if (distance > 0).any() else torch.ones_like(distance)
         candidates = _draw(potential, size * num_trials, generator)
-        new, distance = _best(points, weights, distance, candidates, size)
+        new, distance = _best(points, norms, weights, distance, candidates, size)
         chosen = torch.cat([chosen, new])
     return points[chosen]
 
@@ -239,22 +241,23 @@ def _draw(probabilities: Tensor, num_draws: int, generator: torch.Generator) -> 
     return torch.tensor(list(dict.fromkeys(index.clamp(max=last).tolist())), device=probabilities.device)
 
 
-def _best(points: Tensor, weights: Tensor, distance: Tensor, candidates: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _best(
+    points: Tensor, norms: Tensor, weights: Tensor, distance: Tensor, candidates: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
     """Keep the `size` candidates [C] that lower the weighted error most, each taken alone; and the new distances."""
     block = max(1, BLOCK_FLOATS // len(points))
     if len(candidates) > block:
-        left = torch.cat([weights @ _distances(points, some, distance) for some in candidates.split(block)])
+        left = torch.cat([weights @ _distances(points, norms, some, distance) for some in candidates.split(block)])
         new = candidates[torch.sort(left, stable=True).indices[:size]]
         return new, torch.minimum(distance, nearest_with_distance(points, points[new])[1])
-    squares = _distances(points, candidates, distance)
+    squares = _distances(points, norms, candidates, distance)
     best = torch.sort(weights @ squares, stable=True).indices[:size]
     return candidates[best], squares[:, best].amin(dim=1)
 
 
-def _distances(points: Tensor, candidates: Tensor, distance: Tensor) -> Tensor:
+def _distances(points: Tensor, norms: Tensor, candidates: Tensor, distance: Tensor) -> Tensor:
     """Return the squared distances [N, C] to each candidate, or the present `distance` where that is smaller."""
     some = points[candidates]
-    norms = points.square().sum(dim=1)
     squares = torch.addmm(norms[:, None] + norms[candidates], points, some.T, alpha=-2).clamp_(min=0)
     squares[candidates, torch.arange(len(candidates), device=points.device)] = 0  # to itself: exactly
     return torch.minimum(squares, distance[:, None], out=squares)
