@@ -1,5 +1,7 @@
-"""What this machine is slow at is said."""
+"""What this machine is slow at is said, and freed memory is given back."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -28,3 +30,30 @@ def test_nothing_is_measured_for_runs_without_it(monkeypatch):
 def test_a_cost_is_how_much_longer_bfloat16_takes(monkeypatch):
     monkeypatch.setattr(torch, "mm", lambda left, _: time.sleep(0.02 if left.dtype == torch.bfloat16 else 0.002))
     assert 3 < machine._bfloat16_cost() < 20
+
+
+FRAGMENTS = """
+import torch
+from torchrec_compress.train.machine import give_back, prepare
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+prepare(1)
+before = resident()
+blocks = [torch.ones(1 << 18) for _ in range(400)]  # a MiB each
+kept = blocks[::20]
+del blocks
+free = resident() - before
+give_back()
+print(free, resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_freed_memory_between_what_lives_on_is_given_back():
+    done = subprocess.run([sys.executable, "-c", FRAGMENTS], check=True, capture_output=True, text=True)
+    held, left = map(int, done.stdout.split()[-2:])
+    assert held > 300 << 20  # what `prepare` is for
+    assert left < 60 << 20

@@ -20,7 +20,7 @@ def prepare(num_threads: int) -> None:
     """Set the threads, keep freed memory, and silence what users can do nothing about.
 
     glibc hands every buffer over 32 MB back to the system and faults its pages in again at the next step, which costs
-    as much as the arithmetic on it; with higher thresholds it keeps them.
+    as much as the arithmetic on it; with higher thresholds it keeps them, until `give_back` is called.
 
     Args:
         num_threads: of torch and FBGEMM. FBGEMM's CPU kernels lose by more than one where other processes compete.
@@ -39,6 +39,18 @@ def prepare(num_threads: int) -> None:
     logging.getLogger().addFilter(lambda record: not str(record.msg).startswith("Sharding spec not found"))
     # stages fit every table that they compress, so a note about start codes would mislead
     logging.getLogger("torchrec_compress.modules").setLevel(logging.ERROR)
+
+
+def give_back() -> None:
+    """Give the pages of freed memory back to the system, where `prepare` had them kept.
+
+    What is freed between buffers that live on is kept in pieces, too small for the next evaluation or the next run's
+    rows; a process that trained several models of Globo.com news held 10 GB, 8 of them free. Call it where a phase ends:
+    the next one faults its pages in again once.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def slow_settings(configs: Iterable[RunConfig]) -> list[str]:

@@ -19,7 +19,7 @@ from torchrec_compress.train.config import DataConfig, ParallelConfig, RunConfig
 from torchrec_compress.train.data.inputs import identify
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.journal import write_atomically
-from torchrec_compress.train.machine import prepare
+from torchrec_compress.train.machine import give_back, prepare
 from torchrec_compress.train.ranks import Ranks, start
 from torchrec_compress.train.sealed import to_json, write_text
 
@@ -61,6 +61,8 @@ class Worker:
             path = where / f"error-{os.getpid()}.json"
             write_atomically(path, to_json(path, {"job": name, "traceback": traceback.format_exc()}))
             return name, "", f"failed: {type(error).__name__}: {error}"
+        finally:
+            give_back()
 
     def join(self, config: ParallelConfig) -> Ranks:
         """Return this process as a job wants it, whose process group serves its device."""

@@ -28,6 +28,7 @@ from torchrec_compress.train.engine.rarity import Rarity
 from torchrec_compress.train.engine.trainable import Trainable
 from torchrec_compress.train.evaluate.scoring import total_counts, validate
 from torchrec_compress.train.journal import Journal
+from torchrec_compress.train.machine import give_back
 from torchrec_compress.train.models.click import ClickModel
 from torchrec_compress.train.ranks import Ranks
 
@@ -290,7 +291,9 @@ class _Stage:
     def _validate(self) -> None:
         """Score the validation split and decide whether it is the best, and whether to go on."""
         progress, stage = self._progress, self._stage
+        give_back()
         found = validate(self._trainable.logits, self._data, self._ranks)
+        give_back()
         self._write("valid", {**found, **self._mean_loss(), "scale": progress.scale})
         value = found["logloss"] if stage.monitor == "logloss" else -found["auc"]
         if value < progress.best:
