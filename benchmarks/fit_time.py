@@ -1,4 +1,4 @@
-"""Time of learning codes for a table of 1M rows x 64, beside faiss's product quantiser.
+"""Time of learning codes for a table of 1M rows x 64, beside faiss's quantisers.
 
 Run: python benchmarks/fit_time.py        (needs faiss-cpu: pip install 'torchrec-compress[benchmark]')
 
@@ -54,6 +54,13 @@ def table(num_rows: int, width: int) -> tuple[Tensor, Tensor]:
 def faiss_product(rows: Tensor, weights: Tensor) -> Tensor:
     """Fit faiss's product quantiser (M=8, K=256, its defaults), without weights: it takes none."""
     quantiser = faiss.ProductQuantizer(rows.shape[1], 8, 8)
+    quantiser.train(rows.numpy())
+    return torch.from_numpy(quantiser.decode(quantiser.compute_codes(rows.numpy())))
+
+
+def faiss_residual(rows: Tensor, weights: Tensor) -> Tensor:
+    """Fit faiss's residual quantiser (M=4, K=256, its defaults: five best partial codes are kept), without weights."""
+    quantiser = faiss.ResidualQuantizer(rows.shape[1], 4, 8)
     quantiser.train(rows.numpy())
     return torch.from_numpy(quantiser.decode(quantiser.compute_codes(rows.numpy())))
 
@@ -126,6 +133,7 @@ def main() -> None:
     once = [
         Result("product M=8 K=256, counts", lambda x, w: fit_product(x, 8, 256, weights=w).reconstruct(), 8),
         Result("residual M=4 K=256", lambda x, w: fit_residual(x, 4, 256).reconstruct(), 4),
+        Result("faiss ResidualQuantizer M=4 K=256", faiss_residual, 4),
         Result("residual M=4 K=256, counts", lambda x, w: fit_residual(x, 4, 256, weights=w).reconstruct(), 4),
         Result("product M=4 K=256", lambda x, w: fit_product(x, 4, 256).reconstruct(), 4),
         Result("MEC M=8 K=256, counts", lambda x, w: fit_mec(x, 8, 256, weights=w).reconstruct(), 8),
