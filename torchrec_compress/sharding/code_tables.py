@@ -6,7 +6,7 @@ codes is then a part of their decoding, as without sharding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ from torchrec_compress.ops import (
 from torchrec_compress.seams import KJTList, RowTable, shard_bounds
 from torchrec_compress.sharding.agree import Recount, run_together
 from torchrec_compress.sharding.code_exchange import CodeContext, CodesAwaitable, row_words
-from torchrec_compress.sharding.exchange import ShardedExchange
+from torchrec_compress.sharding.exchange import Checked, ShardedExchange
 
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
 
@@ -147,6 +147,10 @@ class ShardedCodeTableCollection(ShardedExchange[CodeTableConfig, dict[str, Code
         self._is_fresh = False
         return super().input_dist(ctx, features)
 
+    def agreed(self, check: Callable[[], Checked]) -> Checked:
+        """Return what a check returns, or raise on all ranks; it may ask for the sums over all ranks (`Recount`)."""
+        return run_together(check, self._env, self._device, self._sum_up)
+
     def asked_by(self, ctx: CodeContext, features: KeyedJaggedTensor) -> Mapping[str, Tensor]:
         """Return the ids that are asked of every table that is spread over ranks."""
         jagged = split_features(features)
@@ -187,7 +191,7 @@ class ShardedCodeTableCollection(ShardedExchange[CodeTableConfig, dict[str, Code
     def _find(self, bank: CodeShard) -> _Found:
         return _Found(bank.checksum(), total_of(bank.low_bit_rows()), flag_of(bank.is_set))
 
-    def sum_up(self) -> None:
+    def _sum_up(self) -> None:
         """Sum the checksums of all spread tables over the ranks, and note the marks that are missing."""
         spread = [name for name in self._configs if not self._is_whole(name)]
         parts = [self.banks[name].checksum() for name in spread]
@@ -244,7 +248,7 @@ class ShardedCodeTableCollection(ShardedExchange[CodeTableConfig, dict[str, Code
         """Raise, on all ranks, where something else than a fit, a checkpoint or a manager has changed the integers."""
         self._is_fresh = False
         config = self._configs[table]
-        run_together(lambda: self._check_intact(config), self._env, self._device, self.sum_up)
+        self.agreed(lambda: self._check_intact(config))
 
     def take_changed(self, table: str) -> None:
         """Take the integers of a table as they are, on all ranks: their manager has changed them."""
@@ -255,7 +259,7 @@ class ShardedCodeTableCollection(ShardedExchange[CodeTableConfig, dict[str, Code
             bank.is_set.fill_(mark_of(total_of([bank.codes, *bank.low_bit_rows()])))
         else:
             bank.is_set.fill_(NOT_SUMMED)
-            self.sum_up()
+            self._sum_up()
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         """Yield the names of the buffers that differ over the ranks, which no wrapper may synchronise."""

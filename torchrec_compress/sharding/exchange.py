@@ -7,7 +7,7 @@ and variable batch sizes never get into it.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -36,6 +36,7 @@ from torchrec_compress.sharding.agree import run_together
 Table = TypeVar("Table", bound=LookedUpTable | CodeTableConfig)
 Context = TypeVar("Context", bound=EmbeddingCollectionContext)
 Found = TypeVar("Found")
+Checked = TypeVar("Checked")
 
 
 class ShardedExchange(ShardedEmbeddingModule[KJTList, list[Tensor], Found, Context], Generic[Table, Found, Context]):
@@ -90,12 +91,11 @@ class ShardedExchange(ShardedEmbeddingModule[KJTList, list[Tensor], Found, Conte
 
         Raises:
             ValueError: ids or tables are not as they must be.
-            Recount: `sum_up` is to be called first, on all ranks.
         """
 
-    def sum_up(self) -> None:
-        """Sum up over all ranks what `asked_by` lacks."""
-        raise NotImplementedError
+    def agreed(self, check: Callable[[], Checked]) -> Checked:
+        """Return what a check of this rank's batch returns, or raise on all ranks; see `run_together`."""
+        return run_together(check, self._env, self._device)
 
     @abstractmethod
     def rows_here(self, table: Table, asked: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class ShardedExchange(ShardedEmbeddingModule[KJTList, list[Tensor], Found, Conte
         if self._has_uninitialized_input_dist:
             self._input_dists = [exchange.create_input_dist() for exchange in self._exchanges]
             self._has_uninitialized_input_dist = False
-        asked = run_together(lambda: self.asked_by(ctx, features), self._env, self._device, self.sum_up)
+        asked = self.agreed(lambda: self.asked_by(ctx, features))
         awaitables = []
         for exchange, tables in zip(self._input_dists, self._tables, strict=True):
             flat = self._flat(tables, asked)

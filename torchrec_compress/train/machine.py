@@ -45,8 +45,8 @@ def give_back() -> None:
     """Give the pages of freed memory back to the system, where `prepare` had them kept.
 
     What is freed between buffers that live on is kept in pieces, too small for the next evaluation or the next run's
-    rows; a process that trained several models of Globo.com news held 10 GB, 8 of them free. Call it where a phase ends:
-    the next one faults its pages in again once.
+    rows; a process that trained several models of Globo.com news held 10 GB, 8 of them free. Call it where a phase
+    ends: the next one faults its pages in again once.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
