@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchrec_compress.sharding.bag_parts import BagParts, num_parts, opened, places_of_arrival
+from torchrec_compress.sharding.bag_parts import marked, num_parts, opened, places_of_arrival
 
 BLOCK = 4  # rows of a rank
 
@@ -29,21 +29,21 @@ def test_parts_of_every_rank_add_up_to_the_bags(data, num_ranks, num_tables):
     """Two tables and more share one exchange: rows arrive rank by rank, and of a rank table by table."""
     made = [data.draw(tables(num_ranks)) for _ in range(num_tables)]
     weight = torch.arange(BLOCK * num_ranks * 2, dtype=torch.float64).view(-1, 2)
-    asked = [BagParts.of(ids, offsets, ids // BLOCK, num_ranks) for ids, offsets in made]
+    asked = [marked(ids, offsets, ids // BLOCK, num_ranks) for ids, offsets in made]
     arrived = []
     for rank in range(num_ranks):
-        for (ids, _), parts in zip(made, asked, strict=True):
-            marked = parts.asked[ids // BLOCK == rank] - 2 * BLOCK * rank  # as the exchange sends them
-            mine, offsets = opened(marked)
-            assert num_parts(marked, torch.tensor([len(marked)])).item() == len(offsets) - 1
-            assert offsets[0] == 0 or not len(marked)
+        for (ids, _), (sent, _) in zip(made, asked, strict=True):
+            received = sent[ids // BLOCK == rank] - 2 * BLOCK * rank  # as the exchange sends them
+            mine, offsets = opened(received)
+            assert num_parts(received, torch.tensor([len(received)])).item() == len(offsets) - 1
+            assert offsets[0] == 0 or not len(received)
             if len(mine):
                 arrived.append(pool(weight[BLOCK * rank :][mine], offsets))
-    owners = torch.cat([parts.owners for parts in asked])
+    owners = torch.cat([parts.owners for _, parts in asked])
     rows = torch.cat([weight[:0], *arrived])
     assert len(rows) == len(owners)
     rows = rows[places_of_arrival(owners)]
-    for (ids, offsets), parts in zip(made, asked, strict=True):
+    for (ids, offsets), (_, parts) in zip(made, asked, strict=True):
         mine, rows = rows[: len(parts.owners)], rows[len(parts.owners) :]
         assert torch.equal(pool(mine, parts.offsets), pool(weight[ids], offsets))
         bags = torch.repeat_interleave(offsets.diff())
@@ -51,6 +51,6 @@ def test_parts_of_every_rank_add_up_to_the_bags(data, num_ranks, num_tables):
 
 
 def test_parts_are_counted_piece_by_piece():
-    marked = torch.tensor([1, 0, 3, 5, 2, 4], dtype=torch.int32)
-    assert num_parts(marked, torch.tensor([0, 3, 0, 1, 2])).tolist() == [0, 2, 0, 1, 0]
-    assert num_parts(marked[:0], torch.tensor([0, 0])).tolist() == [0, 0]
+    sent = torch.tensor([1, 0, 3, 5, 2, 4], dtype=torch.int32)
+    assert num_parts(sent, torch.tensor([0, 3, 0, 1, 2])).tolist() == [0, 2, 0, 1, 0]
+    assert num_parts(sent[:0], torch.tensor([0, 0])).tolist() == [0, 0]

@@ -13,43 +13,41 @@ from torch import Tensor
 
 
 class BagParts(NamedTuple):
-    """What a batch asks of one table, in parts of bags: the ids of a bag that one rank holds, in the order of the bag.
+    """The parts of one table's bags: of a bag, the ids that one rank holds, in the order of the bag.
 
     Args:
-        asked: (L,) int64 as they travel, see `marked`; ids of a bag need not lie side by side.
-        offsets: (bags + 1,) int64 of the parts: those of bag b are [offsets[b], offsets[b + 1]).
+        offsets: (bags + 1,) int64: the parts of bag b are [offsets[b], offsets[b + 1]).
         owners: (parts,) int64 ranks that hold them.
     """
 
-    asked: Tensor
     offsets: Tensor
     owners: Tensor
 
-    @classmethod
-    def of(cls, ids: Tensor, offsets: Tensor, owners: Tensor, num_ranks: int) -> BagParts:
-        """Return them.
 
-        Args:
-            ids: (L,) integer.
-            offsets: (bags + 1,) integer, of the ids.
-            owners: (L,) int64 in [0, num_ranks), of the ids.
-            num_ranks: over which the table is spread.
+def marked(ids: Tensor, offsets: Tensor, owners: Tensor, num_ranks: int) -> tuple[Tensor, BagParts]:
+    """Return ids as they travel, (L,) int64, and the parts of their bags; the ids of a part need not lie side by side.
 
-        Example:
-            >>> ids, ranks = torch.tensor([1, 7, 2, 9]), torch.tensor([0, 1, 0, 1])
-            >>> parts = BagParts.of(ids, torch.tensor([0, 3, 4]), ranks, num_ranks=2)
-            >>> parts.asked.tolist(), parts.offsets.tolist(), parts.owners.tolist()
-            ([3, 15, 4, 19], [0, 2, 3], [0, 1, 1])
-        """
-        lengths, places = offsets.diff().long(), torch.arange(len(ids), device=ids.device)
-        bags = torch.repeat_interleave(lengths, output_size=len(ids))
-        # where a bag first meets each rank
-        firsts = places.new_full((len(lengths) * num_ranks,), len(ids))
-        keys = bags * num_ranks + owners
-        begins = firsts.scatter_reduce(0, keys, places, "amin").index_select(0, keys) == places
-        counts = torch.zeros_like(lengths).index_add_(0, bags, begins.long())
-        bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return cls(ids.long() * 2 + begins, bounds, owners[begins])
+    Args:
+        ids: (L,) integer.
+        offsets: (bags + 1,) integer, of the ids.
+        owners: (L,) int64 in [0, num_ranks), of the ids.
+        num_ranks: over which the table is spread.
+
+    Example:
+        >>> ids, ranks = torch.tensor([1, 7, 2, 9]), torch.tensor([0, 1, 0, 1])
+        >>> asked, parts = marked(ids, torch.tensor([0, 3, 4]), ranks, num_ranks=2)
+        >>> asked.tolist(), parts.offsets.tolist(), parts.owners.tolist()
+        ([3, 15, 4, 19], [0, 2, 3], [0, 1, 1])
+    """
+    lengths, places = offsets.diff().long(), torch.arange(len(ids), device=ids.device)
+    bags = torch.repeat_interleave(lengths, output_size=len(ids))
+    # where a bag first meets each rank
+    firsts = places.new_full((len(lengths) * num_ranks,), len(ids))
+    keys = bags * num_ranks + owners
+    begins = firsts.scatter_reduce(0, keys, places, "amin").index_select(0, keys) == places
+    counts = torch.zeros_like(lengths).index_add_(0, bags, begins.long())
+    bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return ids.long() * 2 + begins, BagParts(bounds, owners[begins])
 
 
 def opened(asked: Tensor) -> tuple[Tensor, Tensor]:

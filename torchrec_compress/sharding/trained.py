@@ -26,7 +26,7 @@ from torchrec_compress.modules.trained_rows import TrainedRows, TrainedTable
 from torchrec_compress.ops import pool_rows
 from torchrec_compress.seams import RowTable, rescaled, shard_bounds, sharded_tensor
 from torchrec_compress.sharding.agree import hears_of_errors
-from torchrec_compress.sharding.bag_parts import BagParts, opened
+from torchrec_compress.sharding.bag_parts import marked, opened
 from torchrec_compress.sharding.rows import RowContext, ShardedRowCollection
 
 
@@ -156,13 +156,14 @@ class ShardedTrainedCollection(ShardedRowCollection[TrainedTable], FusedOptimize
         offsets = self._batch_of(ctx, table).offsets
         assert offsets is not None
         if self._plan[table.name].sharding_type == ShardingType.ROW_WISE.value:
-            parts = BagParts.of(ids, offsets, ids.long() // self._block(table), self._env.world_size)
+            owners = ids.long() // self._block(table)
+            asked, parts = marked(ids, offsets, owners, self._env.world_size)
         else:
             (owner,) = self._plan[table.name].ranks or []
-            parts = BagParts.of(ids, offsets, torch.zeros_like(ids, dtype=torch.int64), 1)
+            asked, parts = marked(ids, offsets, torch.zeros_like(ids, dtype=torch.int64), 1)
             parts = parts._replace(owners=torch.full_like(parts.owners, owner))
         ctx.parts[table.name] = parts
-        return parts.asked
+        return asked
 
     def _batch_of(self, ctx: RowContext, table: TrainedTable) -> Bags:
         return Bags.of([ctx.jagged[name] for name in table.features], self._pooled, self._is_weighted)
