@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torchrec import EmbeddingBagConfig
 from torchrec.distributed.planner import ParameterConstraints
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from tests.methods.throwaway import LowRankConfig, QuotientRemainderConfig
-from tests.planner.plans import BATCH, DIM, RANKS, model, options, topology
-from torchrec_compress import native_parameters
+from tests.planner.plans import BATCH, DIM, META, RANKS, model, options, topology
+from torchrec_compress import CompressedEmbeddingBagCollection, native_parameters
 from torchrec_compress.methods import HashConfig, NarrowConfig, PQConfig
 from torchrec_compress.planner import EmbeddingShardingPlanner, translate_constraints
 from torchrec_compress.planner.lookups import decode_bytes
@@ -64,6 +65,26 @@ def test_trained_rows_travel_pooled_but_for_short_bags(how, pooling, rows_back):
     assert bytes_of(found) == rows + ids + 4 * 16 * BATCH * rows_back
     unpooled = options(model(narrow, pooled=False), wish)["trained.t", how, "fused"]
     assert bytes_of(unpooled) == rows + ids + 4 * 16 * BATCH * pooling * ranks
+
+
+def test_trained_rows_of_weighted_bags_travel_one_a_look_up():
+    """Gradients of weights want the rows."""
+    table = EmbeddingBagConfig(name="t", num_embeddings=ROWS, embedding_dim=DIM, feature_names=["t"])
+    narrow, wish = {"t": NarrowConfig(width=16, bits=8)}, {"t": ParameterConstraints(pooling_factors=[float(POOLING)])}
+    sent = [
+        options(of, wish)["trained.t", "table_wise", "fused"].shards[0].perf.fwd_comms
+        for of in (
+            torch.nn.ModuleDict(
+                {
+                    "sparse": CompressedEmbeddingBagCollection(
+                        [table], is_weighted=is_weighted, device=META, compression=narrow
+                    )
+                }
+            )
+            for is_weighted in (False, True)
+        )
+    ]
+    assert sent[1] == pytest.approx(POOLING * sent[0])
 
 
 @pytest.mark.parametrize("pooled", [True, False])

@@ -119,7 +119,7 @@ class ShardedTrainedCollection(ShardedRowCollection[TrainedTable], FusedOptimize
         if self._sums_here:
             if sharding.sharding_type == ShardingType.ROW_WISE.value:
                 num_rows = self._block(table) * self._env.world_size  # so that its blocks are twice those of the table
-            num_rows, sharding = 2 * num_rows, rescaled(sharding, 1, 2, width)
+            num_rows *= 2
         return RowTable(table.name, num_rows, width, torch.empty(num_rows, width, device="meta"), sharding)
 
     def _block(self, table: TrainedTable) -> int:
