@@ -64,20 +64,20 @@ def test_the_suite_passes_on_four_ranks(four_ranks, config):
 
 def with_a_wrong_way_back() -> None:
     """Break the exchange: codes come back in the order of their owners, not of the ids."""
-    from torchrec_compress.sharding import code_tables
+    from torchrec_compress.sharding import exchange
 
-    right = code_tables.sequence_context
+    right = exchange.sequence_context
 
     def wrong(features, dist):
         context = right(features, dist)
         context.unbucketize_permute_tensor = None
         return context
 
-    code_tables.sequence_context = wrong
+    exchange.sequence_context = wrong
     try:
         run_case(METHODS["mec"], "row_wise", "plain")
     finally:
-        code_tables.sequence_context = right
+        exchange.sequence_context = right
 
 
 def test_the_suite_can_fail(two_ranks):
