@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--pooling-factors", type=int, nargs="+", default=[1, 10, 50])
     parser.add_argument("--batch-size", type=int, default=512, help="per rank")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=8)
     given = parser.parse_args()
     found = []
     for world in given.worlds:
