@@ -45,6 +45,7 @@ CASES: dict[str, list[MethodConfig]] = {
     "mec": [
         MECConfig(num_codes=4, codebook_size=16, fit_options=MECFit(num_steps=5, batch_size=64)),
         MECConfig(num_codes=2, codebook_size=32, num_hot_rows=20, popularity="log2", fit_options=MECFit(num_steps=2)),
+        MECConfig(num_codes=2, codebook_size=16, num_coded=50, fit_options=MECFit(num_steps=2)),
     ],
     "memcom": [
         MEmComConfig(num_buckets=40),
@@ -68,6 +69,8 @@ CASES: dict[str, list[MethodConfig]] = {
         PQConfig(num_codes=2, codebook_size=17, structure="residual", width=8, num_hot_rows=20),
         PQConfig(num_codes=4, codebook_size=16, codebook_dtype="int8"),
         PQConfig(num_codes=2, codebook_size=32, structure="residual", width=8, num_hot_rows=20, codebook_dtype="int8"),
+        PQConfig(num_codes=4, codebook_size=16, num_coded=150, popularity="count"),
+        PQConfig(num_codes=2, codebook_size=32, structure="residual", width=8, num_hot_rows=20, num_coded=40),
     ],
     "quantile": [
         QuantileCodesConfig(num_codes=4, codebook_size=16),

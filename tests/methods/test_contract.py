@@ -159,7 +159,8 @@ def test_unfitted_collections_agree_under_one_seed(config):
 @pytest.mark.parametrize("is_fitted", [False, True])
 def test_codes_are_in_range(config, is_fitted):
     codes = (fitted(config) if is_fitted else fresh(config)).code_tables.banks["item"].codes
-    assert codes.shape == (NUM_ROWS, config.parts(table(), 0).codes.row_size)
+    part = config.parts(table(), 0).codes
+    assert codes.shape == (part.num_rows(NUM_ROWS), part.row_size)
     if isinstance(config, CodebookConfig) and config.num_packed:
         codes = unpack_codes(codes, config.num_packed)
     assert int(codes.min()) >= 0

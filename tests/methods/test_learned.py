@@ -47,8 +47,8 @@ def in_blocks(config: MethodConfig, data: TableData, blocks: list[Tensor]) -> Ta
     for ids in blocks:
         block = found.encode(ids, rows()[ids])
         if block is not None:
-            codes = block.new_zeros(NUM_ROWS, block.shape[1]) if codes is None else codes
-            codes[ids] = block
+            codes = block.new_zeros(found.num_rows, block.shape[1]) if codes is None else codes
+            codes[found.row_numbers(ids)] = block
     return replace(found.finish(), codes=codes)
 
 

@@ -17,6 +17,8 @@ _WORTH = 0.95
 # Hot heads that are tried, as shares of a table's rows, and the longest residual code: longer ones take minutes to fit.
 _HOT_SHARES = (0.003, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.25)
 _MAX_RESIDUAL_CODES = 8
+# Shares of a table's rows that have codes of their own, where not all of them do.
+_CODED_SHARES = (0.03, 0.06, 0.12, 0.25, 0.4, 0.55, 0.7, 0.85)
 
 
 def step(table: BaseEmbeddingConfig, method: MethodConfig, level: int) -> MethodConfig | None:
@@ -102,6 +104,16 @@ def heads_of(table: BaseEmbeddingConfig, config: CodebookConfig) -> Iterator[Cod
             found = dataclasses.replace(config, num_hot_rows=num_hot, hot_dtype=dtype)
             if can_store(found, table):
                 yield found
+
+
+def partly_coded(table: BaseEmbeddingConfig, config: CodebookConfig) -> Iterator[CodebookConfig]:
+    """Yield a method of codes for all ids, and for several shares of them that save bytes, the rest one row."""
+    yield config
+    whole = config.stored_bytes(table)
+    for share in _CODED_SHARES:
+        found = dataclasses.replace(config, num_coded=round(table.num_embeddings * share))
+        if can_store(found, table) and found.stored_bytes(table) < _WORTH * whole:
+            yield found
 
 
 def can_store(config: MethodConfig, table: BaseEmbeddingConfig) -> bool:

@@ -2,7 +2,8 @@
 
 Codes of a table are fitted once without hot rows, and once more without its hottest rows where those have much of the
 look-ups: the error of a tail is then the lesser of both, whatever the size of its head, and that of a head is the one
-of its rows in few bits. Residual codes of all lengths come from one fit.
+of its rows in few bits. Residual codes of all lengths come from one fit. Where rare ids share a row, their error is
+that of their mean, and that of the others the one of codes that were fitted to all.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from torchrec_compress.compression.candidates import ONE_ROW, Tried, can_store, families_of, heads_of
+from torchrec_compress.compression.candidates import ONE_ROW, Tried, can_store, families_of, heads_of, partly_coded
 from torchrec_compress.compression.knapsack import Candidate
 from torchrec_compress.compression.rows import Rows
 from torchrec_compress.fit.curvature import Curvature
@@ -84,6 +85,20 @@ class Sample:
         """Return how many of the sample are among so many hottest rows of the table."""
         return int(torch.searchsorted(self.ranks, num_hot_rows))
 
+    def error_of_mean(self, place: int) -> float:
+        """Return the error where all rows but the `place` hottest are served their mean, as look-ups weigh it."""
+        rare = self.order[place:]
+        if not len(rare):
+            return 0.0
+        rows, counts = self.data.trained_rows(self.table), self.data.counts
+        assert counts is not None
+        seen = counts if self.data.ids is None else counts[self.data.ids]
+        sums = BucketSums(1, rows.shape[1])
+        weights = seen[rare].float().clamp(min=1e-3) * self.shares[rare]
+        sums.add(rows[rare], torch.zeros(len(rare), dtype=torch.int64), weights)
+        errors = self.errors_before(sums.means().expand_as(rows))
+        return float(errors[-1] - errors[place])
+
 
 def sample_of(rows: Rows, counts: Tensor, seed: int, curvature: Curvature | None) -> Sample:
     """Return a sample of a table that stands for all of it, weighted by look-ups, or all rows where they are few.
@@ -133,28 +148,32 @@ def measure_candidates(sample: Sample, tried: Tried) -> list[Candidate[MethodCon
         if small:
             found += [each for each in _measure_codes(sample, family, small) if each.num_bytes < limit]
     if can_store(ONE_ROW, table):
-        found.append(Candidate(ONE_ROW.stored_bytes(table), _error_of_one_row(sample), ONE_ROW))
+        found.append(Candidate(ONE_ROW.stored_bytes(table), sample.error_of_mean(0), ONE_ROW))
     return found
 
 
 def _measure_codes(sample: Sample, family: CodebookConfig, lengths: Sequence[int]) -> Iterator[Candidate[MethodConfig]]:
-    """Yield codes of all lengths with all heads."""
+    """Yield codes of all lengths with all heads, for all ids and for shares of them."""
     table = sample.table
     data, hot = sample.data_of(family), {}
     plain = {m: sample.errors_before(rows) for m, rows in family.serve_lengths(table, data, lengths)}
     tails = _without_hottest(sample, family, lengths)
+    rest: dict[int, float] = {}  # by number of coded rows in the sample
     for length, errors in plain.items():
         for config in heads_of(table, replace(family, num_codes=length)):
-            place = sample.hot_rows(config.num_hot_rows)
-            tail, head = float(errors[-1] - errors[place]), 0.0
+            place, head, others = sample.hot_rows(config.num_hot_rows), 0.0, None
             if config.num_hot_rows:
                 if config.hot_dtype not in hot:
                     hot[config.hot_dtype] = sample.errors_before(config.serve_hot(table, data))
                 head = float(hot[config.hot_dtype][place])
                 if length in tails and config.num_hot_rows >= tails[length][0]:
-                    other = tails[length][1]
-                    tail = min(tail, float(other[-1] - other[place]))
-            yield Candidate(config.stored_bytes(table), head + max(0.0, tail), config)
+                    others = tails[length][1]
+            for partly in partly_coded(table, config):
+                last = len(errors) - 1 if partly.num_coded is None else sample.hot_rows(partly.num_coded)
+                if last not in rest:
+                    rest[last] = sample.error_of_mean(last)
+                tail = min(float(each[last] - each[place]) for each in (errors, others) if each is not None)
+                yield Candidate(partly.stored_bytes(table), head + max(0.0, tail) + rest[last], partly)
 
 
 def _without_hottest(sample: Sample, family: CodebookConfig, lengths: Sequence[int]) -> dict[int, tuple[int, Tensor]]:
@@ -168,16 +187,6 @@ def _without_hottest(sample: Sample, family: CodebookConfig, lengths: Sequence[i
     lengths = [m for m in lengths if can_store(replace(config, num_codes=m), table)]
     served = config.serve_lengths(table, sample.data_of(config), lengths) if lengths else ()
     return {m: (config.num_hot_rows, sample.errors_before(rows)) for m, rows in served}
-
-
-def _error_of_one_row(sample: Sample) -> float:
-    """Return the error where all ids are served the mean row, as look-ups weigh it."""
-    rows, counts = sample.data.trained_rows(sample.table), sample.data.counts
-    assert counts is not None
-    seen = counts if sample.data.ids is None else counts[sample.data.ids]
-    sums = BucketSums(1, rows.shape[1])
-    sums.add(rows, torch.zeros(len(rows), dtype=torch.int64), seen.float().clamp(min=1e-3) * sample.shares)
-    return float(sample.errors_before(sums.means().expand_as(rows))[-1])
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torchrec_compress.methods.width import narrowed
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from torchrec_compress.modules.footprint import stored_part
 from torchrec_compress.names import kind_of
+from torchrec_compress.ops import coded_rows
 
 logger = logging.getLogger(__name__)
 
@@ -322,4 +323,6 @@ def _as_rows(table: BaseEmbeddingConfig, method: MethodConfig, state: TableState
     assert bank is not None
     bank.load_state_dict(state.decoder)
     ids = torch.arange(table.num_embeddings, device=state.codes.device)
-    return TableState(native={"": bank(ids, None, None, state.codes, [])})
+    index = state.decoder.get("coded_ids")
+    codes = state.codes[ids if index is None else coded_rows(index, ids)]
+    return TableState(native={"": bank(ids, None, None, codes, [])})

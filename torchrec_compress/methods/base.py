@@ -251,7 +251,8 @@ class MethodConfig(ABC):
         parts = self.parts(table, seed=0)
         total = self.decoder_bytes(table)
         if parts.codes is not None:
-            total += table.num_embeddings * parts.codes.row_size * parts.codes.dtype.itemsize + MARK_BYTES
+            rows = parts.codes.num_rows(table.num_embeddings)
+            total += rows * parts.codes.row_size * parts.codes.dtype.itemsize + MARK_BYTES
         total += parts.native_bytes
         total += 0 if parts.trained is None else table.num_embeddings * parts.trained.format().row_bytes
         total += 0 if parts.managed is None else parts.managed.state_bytes

@@ -29,11 +29,13 @@ from torchrec_compress.methods.base import (
 from torchrec_compress.methods.codebook_decoder import CodebookDecoder, float_rows, fold_codewords
 from torchrec_compress.methods.coded_table import CodedTable, CodeFormat, stored_codes
 from torchrec_compress.methods.learned_codes import LearnedCodes, Sample, Seen
-from torchrec_compress.methods.low_bit_rows import check_low_bit_width, quantize_table_rows
+from torchrec_compress.methods.low_bit_rows import check_codebook_dtype, check_low_bit_width, quantize_table_rows
+from torchrec_compress.methods.shared_row import by_lookups, check_num_coded, learn_shared_row
 from torchrec_compress.methods.storage import CodePart, Parts
 from torchrec_compress.methods.width import LANES, check_width, learn_directions, narrowed
 from torchrec_compress.ops import (
     code_dtype,
+    coded_ids_bytes,
     dequantize_rows,
     hash_codes,
     is_packed,
@@ -55,7 +57,8 @@ class CodebookConfig(MethodConfig):
     Bytes: N M (one byte per code up to K = 256, two up to 32,768; up to K = 16 two codes share a byte, N ceil(M / 2))
     + 4 K D (product) or 4 M K D (residual), and with tiers the hot rows. With a width r, codewords and hot rows
     are those of rows of r numbers (r for D above), and the projection takes 4 r D. Codebooks in int8 take a quarter,
-    and 4 bytes a codeword: K (D + 4 M) or M K (D + 4).
+    and 4 bytes a codeword: K (D + 4 M) or M K (D + 4). Where only C ids have codes of their own, C + 1 rows of codes
+    and 1.25 bits an id take the place of N rows.
 
     Args:
         num_codes: codes per row, M.
@@ -70,6 +73,8 @@ class CodebookConfig(MethodConfig):
         width: numbers that codewords add up to (or make side by side), r; one projection, (r, D), follows the pooling
             and is trained with the codebooks. A multiple of 4 below D, with "product" of num_codes too. None: D, and no
             projection. Rows of rank r, as those of a narrow table, lose nothing by it.
+        num_coded: ids with codes of their own, those that were looked up most often; all others are served one row, the
+            mean of theirs. None: every id has codes. Needs counts to fit, and a method that is fitted to rows.
     """
 
     new_ids: ClassVar[str] = "its hashed start codes until the next fit"
@@ -81,6 +86,7 @@ class CodebookConfig(MethodConfig):
     hot_dtype: RowDtype = "int8"
     codebook_dtype: Literal["fp32", "int8"] = "fp32"
     width: int | None = None
+    num_coded: int | None = None
 
     def check(self, table: BaseEmbeddingConfig) -> None:
         """Raise ValueError when codes, codebooks or hot rows do not fit the table."""
@@ -111,26 +117,14 @@ class CodebookConfig(MethodConfig):
             raise ValueError(f"{where}: hot_dtype must be 'fp32', 'int8' or 'int4', got {self.hot_dtype!r}")
         if self.num_hot_rows:
             check_low_bit_width(self.coded(table), self.hot_dtype)
-        self._check_codebook_dtype(where, self.codeword_width(table))
+        unfitted = "" if self.needs == "rows" else self.method
+        if self.num_coded is not None:
+            check_num_coded(table, self.num_coded, max(self.codebook_size - 1, self.num_hot_rows), unfitted)
+        check_codebook_dtype(where, self.codebook_dtype, self.codeword_width(table), unfitted)
         if self.first_size < 1:
             raise ValueError(
                 f"{where}: num_hot_rows = {self.num_hot_rows} must leave the first codebook a codeword, but needs "
                 f"{self.codebook_size - self.first_size} escape codes of {self.codebook_size}; use more codes per row"
-            )
-
-    def _check_codebook_dtype(self, where: str, width: int) -> None:
-        """Raise ValueError where codewords of so many numbers cannot be stored as asked."""
-        dtype = self.codebook_dtype
-        if dtype not in ("fp32", "int8"):
-            raise ValueError(f"{where}: codebook_dtype must be 'fp32' or 'int8', got {dtype!r}")
-        if dtype == "int8" and self.needs != "rows":
-            raise ValueError(
-                f"{where}: codebook_dtype must be 'fp32' with {self.method!r}, which trains its codebooks, got 'int8'"
-            )
-        if dtype == "int8" and width % 2:
-            raise ValueError(
-                f"{where}: codewords must have an even number of values in int8, got {width} with num_codes = "
-                f"{self.num_codes}; choose fewer codes, or codebook_dtype='fp32'"
             )
 
     def codeword_width(self, table: BaseEmbeddingConfig) -> int:
@@ -234,7 +228,9 @@ class CodebookConfig(MethodConfig):
         if self.num_packed:
             width, dtype = packed_width(self.num_packed), torch.uint8
         unfitted = "" if self.needs == "nothing" else "codes that are hashes of the ids"
-        return Parts(codes=CodePart(width, dtype, start, self.num_packed, unfitted))
+        if self.num_coded is not None:
+            unfitted = "one row for all ids"
+        return Parts(codes=CodePart(width, dtype, start, self.num_packed, unfitted, num_coded=self.num_coded))
 
     def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> CodebookDecoder:
         """Return codebooks, hot rows and projection."""
@@ -247,6 +243,7 @@ class CodebookConfig(MethodConfig):
             hot_dtype=self.hot_dtype,
             codebook_dtype=self.codebook_dtype,
             width=self.width,
+            num_coded=self.num_coded,
             device=device,
         )
 
@@ -289,6 +286,8 @@ class CodebookConfig(MethodConfig):
         if self.num_hot_rows:
             hot = float_rows(state.decoder["hot_rows"], self.hot_dtype)
             decoder["hot_rows"] = fold_codewords(hot, projection, 1)
+        if self.num_coded is not None:
+            decoder["coded_ids"] = state.decoder["coded_ids"]
         return self._folded_form(), TableState(codes=state.codes, decoder=decoder)
 
     def _folded_form(self) -> CodebookConfig:
@@ -301,7 +300,8 @@ class CodebookConfig(MethodConfig):
         codeword = quantized_row_bytes(self.codeword_width(table), self.codebook_dtype)
         projection = 0 if self.width is None else 4 * self.width * table.embedding_dim
         hot_row = quantized_row_bytes(self.coded(table).embedding_dim, self.hot_dtype)
-        return self.num_codes * self.codebook_size * codeword + projection + self.num_hot_rows * hot_row
+        index = 0 if self.num_coded is None else coded_ids_bytes(table.num_embeddings)
+        return self.num_codes * self.codebook_size * codeword + projection + self.num_hot_rows * hot_row + index
 
     def learn(self, table: BaseEmbeddingConfig, data: TableData) -> CodedTable:
         """Learn codes and codebooks for the tail and set the hot head apart."""
@@ -312,7 +312,8 @@ class CodebookConfig(MethodConfig):
             learned = self.learn_codes(self.coded(table), data, None)
             return CodedTable(self._format(table), table, learned, weights, hot, False, None)
         learned = self.learn_codes(self.coded(table), data, seen.sample)
-        return CodedTable(self._format(table), table, learned, weights, hot, True, seen.directions, seen.metric)
+        form, (_, directions, metric, shared) = self._format(table), seen
+        return CodedTable(form, table, learned, weights, hot, True, directions, metric, shared)
 
     def _format(self, table: BaseEmbeddingConfig) -> CodeFormat:
         """Return how what is learned is stored."""
@@ -321,7 +322,10 @@ class CodebookConfig(MethodConfig):
 
     def _see(self, table: BaseEmbeddingConfig, data: TableData) -> Seen:
         """Return the rows as the learning of codes sees them: narrowed where there is a width, whitened in a metric."""
-        rows, directions, metric = data.trained_rows(table), None, None
+        rows, directions, metric, shared = data.trained_rows(table), None, None, None
+        if self.num_coded is not None:
+            shared = learn_shared_row(table, data, self.num_coded)
+            rows = shared.in_place(data.row_ids(table), rows)
         if self.width is not None:
             directions = learn_directions(table, data, self.width)
             rows = directions.narrow(rows)
@@ -334,7 +338,7 @@ class CodebookConfig(MethodConfig):
                 metric = Metric.of(felt, 1 if self.sums_codewords else self.num_codes)
                 rows = metric.whiten(rows)
         weights = data.row_weights(self.learning_weights(table, data))
-        return Seen(Sample(data.row_ids(table), rows, weights), directions, metric)
+        return Seen(Sample(data.row_ids(table), rows, weights), directions, metric, shared)
 
     def learning_weights(self, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
         """Return what each id weighs, (N,) float32: hot ones, of which no codeword is learned, nothing."""
@@ -342,13 +346,14 @@ class CodebookConfig(MethodConfig):
         return weights.index_fill(0, self.hot_ids(table, data), 0.0)
 
     def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:
-        """Raise ValueError where hot rows come without counts, too."""
+        """Raise ValueError where hot rows, or ids that are chosen to have codes, come without counts, too."""
         super().check_fit(table, data)
-        if self.num_hot_rows and data.counts is None:
-            raise ValueError(
-                f"table {table.name!r}: num_hot_rows = {self.num_hot_rows} must come with counts, got none; pass "
-                "counts={table: look-ups per id} to compress()"
-            )
+        for name, chosen in (("num_hot_rows", self.num_hot_rows), ("num_coded", self.num_coded)):
+            if chosen and data.counts is None:
+                raise ValueError(
+                    f"table {table.name!r}: {name} = {chosen} must come with counts, got none; pass "
+                    "counts={table: look-ups per id} to compress()"
+                )
 
     @property
     def needs_rows(self) -> bool:
@@ -372,8 +377,7 @@ class CodebookConfig(MethodConfig):
             return torch.empty(0, dtype=torch.int64)
         self.check_fit(table, data)
         assert data.counts is not None
-        # stable, so that equal counts are broken by id on every machine
-        return torch.argsort(data.counts, descending=True, stable=True)[: self.num_hot_rows]
+        return by_lookups(data.counts)[: self.num_hot_rows]
 
 
 def as_codebook(method: object) -> CodebookConfig | None:

@@ -15,6 +15,7 @@ from torchrec_compress.ops import (
     BagLookup,
     Rows,
     codebook_bag,
+    coded_ids_shape,
     dequantize_rows,
     is_packed,
     quantize_rows,
@@ -34,7 +35,8 @@ class CodebookDecoder(TableDecoder):
 
     Args:
         table: the user's config.
-        num_codes, codebook_size, structure, num_hot_rows, hot_dtype, codebook_dtype, width: as in `CodebookConfig`.
+        num_codes, codebook_size, structure, num_hot_rows, hot_dtype, codebook_dtype, width, num_coded: as in
+            `CodebookConfig`.
         device: of parameters and buffers.
 
     Attributes:
@@ -42,6 +44,8 @@ class CodebookDecoder(TableDecoder):
             buffer; r is the width, or D.
         hot_rows: (H, r) float32 parameter, or (H, bytes per row) uint8 buffer; None without tiers.
         projection: (r, D) float32 parameter; None without a width.
+        coded_ids: (N / 128, 20) uint8 buffer, which ids have codes of their own (`ops.index_coded_ids`); absent where
+            all have.
         structure: whether rows are codewords side by side or their sum.
         num_packed: codes per row where two share a byte, or 0 where every integer is a code.
     """
@@ -57,6 +61,7 @@ class CodebookDecoder(TableDecoder):
         hot_dtype: RowDtype,
         codebook_dtype: Literal["fp32", "int8"],
         width: int | None,
+        num_coded: int | None,
         device: torch.device | None,
     ) -> None:
         super().__init__()
@@ -86,6 +91,9 @@ class CodebookDecoder(TableDecoder):
         else:
             self.hot_rows = None
         self.projection: Tensor | None = None if width is None else floats(width, table.embedding_dim)
+        if num_coded is not None:
+            index = torch.zeros(coded_ids_shape(table.num_embeddings), dtype=torch.uint8, device=device)
+            self.register_buffer("coded_ids", index)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -108,6 +116,8 @@ class CodebookDecoder(TableDecoder):
                 init_like(self._table, self.hot_rows)
             elif self.hot_rows is not None:
                 self.hot_rows.zero_()
+            if (index := self._buffers.get("coded_ids")) is not None:
+                index.zero_()  # all ids share a row until a fit
             if self.projection is not None:
                 nn.init.orthogonal_(self.projection, projection_length(*self.projection.shape))
 

@@ -13,8 +13,9 @@ from torchrec_compress.methods.base import TableState
 from torchrec_compress.methods.learned import Learned
 from torchrec_compress.methods.learned_codes import LearnedCodes
 from torchrec_compress.methods.low_bit_rows import quantize_table_rows, warn_of_rough_rows
+from torchrec_compress.methods.shared_row import SharedRow
 from torchrec_compress.methods.width import Directions
-from torchrec_compress.ops import code_dtype, hot_row_codes, is_packed, pack_codes
+from torchrec_compress.ops import code_dtype, coded_rows, hot_row_codes, is_packed, pack_codes
 from torchrec_compress.ops.lowbit import RowDtype
 
 
@@ -45,6 +46,7 @@ class CodedTable(Learned):
         needs_rows: whether blocks have rows.
         directions: that coded rows keep, or None: they are coded whole.
         metric: codes were learned from rows that it has whitened; None: from rows as they are.
+        shared: the row of ids without codes of their own; None: all have.
     """
 
     def __init__(
@@ -57,16 +59,30 @@ class CodedTable(Learned):
         needs_rows: bool,
         directions: Directions | None,
         metric: Metric | None = None,
+        shared: SharedRow | None = None,
     ) -> None:
         super().__init__(table)
+        self._shared, self._index = shared, None if shared is None else shared.index()
         self.needs_rows, self._directions = needs_rows, directions
         self._form, self._learned, self._weights, self._hot = form, learned, weights, hot
         self._metric = metric
         self._sorted_hot, self._hot_numbers = hot.sort()
         self._hot_rows = torch.empty(len(hot), form.row_width)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the code table."""
+        return super().num_rows if self._shared is None else int(self._shared.is_coded.sum()) + 1
+
+    def row_numbers(self, ids: Tensor) -> Tensor:
+        """Return which rows of the code table ids have."""
+        return ids if self._index is None else coded_rows(self._index, ids)
+
     def _encode(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         encoder, _, refit = self._learned
+        if self._shared is not None:
+            assert rows is not None
+            rows = self._shared.in_place(ids, rows)
         if self._directions is not None:
             assert rows is not None
             rows = self._directions.narrow(rows)
@@ -98,6 +114,8 @@ class CodedTable(Learned):
                 warn_of_rough_rows(self._table, rough, len(self._hot), dtype)
         if self._directions is not None:
             decoder["projection"] = self._directions.projection
+        if self._index is not None:
+            decoder["coded_ids"] = self._index
         return TableState(decoder=decoder)
 
     def _stored_codebooks(self, books: Tensor) -> Tensor:

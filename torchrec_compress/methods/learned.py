@@ -167,7 +167,7 @@ class TableState:
     """The stored tensors of one fitted table.
 
     Args:
-        codes: (N, row_size) integer, or None.
+        codes: (rows, row_size) integer, or None.
         decoder: parameters and buffers of the decoder by name.
         native: weights of native parts by part name ("" is the dense table).
         managed: buffers of the manager by name.
@@ -200,6 +200,15 @@ class Learned(ABC):
         self._table = table
         self._is_encoded = torch.zeros(table.num_embeddings, dtype=torch.bool)
         self._is_finished = False
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the code table."""
+        return self._table.num_embeddings
+
+    def row_numbers(self, ids: Tensor) -> Tensor:
+        """Return which rows of the code table ids have, (L,) int64 -> (L,) int64; several may share one."""
+        return ids
 
     def encode(self, ids: Tensor, rows: Tensor | None) -> Tensor | None:
         """Return the rows of the code table that ids have, or None where there is no code table.
@@ -266,8 +275,8 @@ class Learned(ABC):
             given = rows[first : first + BLOCK_ROWS] if isinstance(rows, Tensor) else rows and rows(ids)
             block = self.encode(ids, given)
             if block is not None:
-                codes = block.new_empty(num_rows, block.shape[1]) if codes is None else codes
-                codes[first : first + BLOCK_ROWS] = block
+                codes = block.new_empty(self.num_rows, block.shape[1]) if codes is None else codes
+                codes[self.row_numbers(ids)] = block
         return dataclasses.replace(self.finish(), codes=codes)
 
 

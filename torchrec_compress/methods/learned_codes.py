@@ -11,6 +11,7 @@ from torchrec_compress.fit.codes import CodeKind, Encoder
 from torchrec_compress.fit.kmeans import sample_points, train_size
 from torchrec_compress.fit.metric import Metric
 from torchrec_compress.fit.refit import RefitSums, refit_codebooks
+from torchrec_compress.methods.shared_row import SharedRow
 from torchrec_compress.methods.width import Directions
 
 _MAX_POINTS_PER_CODEWORD = 256
@@ -37,11 +38,13 @@ class Seen(NamedTuple):
         sample: rows narrowed to the width, then whitened.
         directions: that narrow rows keep, or None: they are coded whole.
         metric: that they are whitened in, or None: they are coded as they are.
+        shared: the row that stands for those of ids without codes of their own, or None: all have.
     """
 
     sample: Sample
     directions: Directions | None
     metric: Metric | None
+    shared: SharedRow | None
 
     def restore(self, rows: Tensor) -> Tensor:
         """Return rows of the user's table, (S, D), for such as the sample has."""

@@ -76,3 +76,25 @@ def warn_of_rough_rows(
             _LEVELS[dtype] ** 2 * 2.0**-24,
             dtype,
         )
+
+
+def check_codebook_dtype(where: str, dtype: str, width: int, unfitted: str) -> None:
+    """Raise ValueError where codewords of so many numbers cannot be stored as asked.
+
+    Args:
+        where: names the table.
+        dtype: of codebooks.
+        width: numbers of a codeword.
+        unfitted: the method where it is not fitted to rows, else "".
+    """
+    if dtype not in ("fp32", "int8"):
+        raise ValueError(f"{where}: codebook_dtype must be 'fp32' or 'int8', got {dtype!r}")
+    if dtype == "int8" and unfitted:
+        raise ValueError(
+            f"{where}: codebook_dtype must be 'fp32' with {unfitted!r}, which trains its codebooks, got 'int8'"
+        )
+    if dtype == "int8" and width % 2:
+        raise ValueError(
+            f"{where}: codewords must have an even number of values in int8, got {width}; choose fewer codes, or "
+            "codebook_dtype='fp32'"
+        )

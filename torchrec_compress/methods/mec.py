@@ -64,6 +64,7 @@ class MECConfig(CodebookConfig):
             structure="residual",
             num_hot_rows=self.num_hot_rows,
             hot_dtype="fp32" if self.num_hot_rows else self.hot_dtype,
+            num_coded=self.num_coded,
             popularity=self.popularity,
         )
 

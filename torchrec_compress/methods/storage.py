@@ -43,7 +43,7 @@ class Remap:
 
 @dataclass(frozen=True)
 class CodePart:
-    """A code table: integers [num_embeddings, row_size], not trained by gradient.
+    """A code table: integers [rows, row_size], not trained by gradient.
 
     Args:
         row_size: integers per row.
@@ -53,6 +53,8 @@ class CodePart:
         unfitted: what start codes serve until a fit replaces them, said once when they are looked up; "" where they
             need no fit.
         manager: what changes the codes while the table trains, or None.
+        num_coded: ids that have a row of their own, of which the decoder's `coded_ids` says; all others share the first
+            row. None: every id has one.
     """
 
     row_size: int
@@ -61,6 +63,11 @@ class CodePart:
     num_packed: int = 0
     unfitted: str = ""
     manager: CodeManager | None = None
+    num_coded: int | None = None
+
+    def num_rows(self, num_ids: int) -> int:
+        """Return the rows of the code table of so many ids."""
+        return num_ids if self.num_coded is None else self.num_coded + 1
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from torchrec_compress.methods.storage import CodePart
-from torchrec_compress.ops import NOT_FILLED, can_check, check_intact, flag_of, keep_integers, mark_of, total_of
+from torchrec_compress.ops import (
+    NOT_FILLED,
+    can_check,
+    check_intact,
+    coded_rows,
+    flag_of,
+    keep_integers,
+    mark_of,
+    total_of,
+)
 
 
 @dataclass(frozen=True)
@@ -19,17 +28,22 @@ class CodeTableConfig:
 
     Args:
         name: of the user's table.
-        num_embeddings: rows, N.
+        num_ids: ids that look it up are in [0, num_ids).
         part: width, dtype and start codes.
         feature_names: features that look it up.
         output_names: the key of each feature's codes in the output.
     """
 
     name: str
-    num_embeddings: int
+    num_ids: int
     part: CodePart
     feature_names: tuple[str, ...]
     output_names: tuple[str, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the table."""
+        return self.part.num_rows(self.num_ids)
 
 
 class CodeRows(nn.Module):
@@ -67,6 +81,14 @@ class CodeRows(nn.Module):
         buffers = [buffer for decoder in self.decoders for buffer in decoder._buffers.values()]
         return [buffer for buffer in buffers if buffer is not None and not buffer.dtype.is_floating_point]
 
+    def row_numbers(self, ids: Tensor) -> Tensor:
+        """Return the rows that ids have: (L,) integer -> (L,) integer; of the whole table, sharded too."""
+        for decoder in self.decoders:
+            index = decoder._buffers.get("coded_ids")
+            if index is not None:
+                return coded_rows(index, ids)
+        return ids
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeRows:
         return super()._apply(keep_integers(fn, f"table {self._name!r}"), recurse)  # type: ignore[return-value]
 
@@ -82,21 +104,21 @@ class CodeBank(CodeRows):
 
     def __init__(self, config: CodeTableConfig, device: torch.device | None) -> None:
         part = config.part
-        shape = (config.num_embeddings, part.row_size)
+        shape = (config.num_rows, part.row_size)
         codes = torch.zeros(shape, dtype=part.dtype, device=device)
         super().__init__(config.name, codes, torch.zeros(1, dtype=torch.int32, device=device))
-        self._config = config
+        self.config = config
         self.awaits_reset = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Fill the table with its start codes, where the method has any."""
-        start = self._config.part.start
+        start = self.config.part.start
         codes, is_set = self._buffers["codes"], self._buffers["is_set"]  # past the attributes that fx records
         assert codes is not None and is_set is not None
         if start is None or codes.is_meta:
             return
-        codes.copy_(start(torch.arange(self._config.num_embeddings, device=codes.device)))
+        codes.copy_(start(torch.arange(self.config.num_rows, device=codes.device)))
         self.awaits_reset = False
         self.seal()
         self.start_flag = flag_of(is_set)

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_compress.modules.code_bank import CodeBank, CodeTableConfig
-from torchrec_compress.modules.features import IdRange
+from torchrec_compress.modules.features import IdRange, split_features
 from torchrec_compress.modules.replicated import SHARDERS, warn_of_missing_sharders
-from torchrec_compress.ops import check_intact
+from torchrec_compress.ops import check_ids, check_intact, lookup_codes
 
 logger = logging.getLogger(__name__)
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("intact_table")
+torch.fx.wrap("own_codes")
 
 
 class CodeTable(NamedTuple):
@@ -38,6 +39,18 @@ def intact_table(
     """
     check_intact([codes, *low_bit_rows], is_set, table, is_sampled)
     return CodeTable(codes, is_set)
+
+
+def own_codes(features: KeyedJaggedTensor, table: CodeTable, bank: CodeBank, feature: str) -> Tensor:
+    """Return the codes of a feature's ids, (L, row_size), where not each id has a row of its own.
+
+    Raises:
+        ValueError: an id is out of range.
+        RuntimeError: the code table was never filled.
+    """
+    where = f"table {bank.config.name!r}, feature {feature!r}"
+    ids = check_ids(split_features(features)[feature].values(), bank.config.num_ids, where)
+    return lookup_codes(table.codes, table.is_set, bank.row_numbers(ids), where)
 
 
 class HeldCodes(NamedTuple):
@@ -126,19 +139,23 @@ class CodeTableCollection(nn.Module):
         """Take the integers of a table as they are: their manager has changed them."""
         self.banks[table].take_changed()
 
-    def forward(self, features: KeyedJaggedTensor) -> dict[str, CodeTable]:
-        """Return the code table of every feature by output name; (L, row_size) codes of its ids, once sharded.
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, CodeTable | Tensor]:
+        """Return the code table of every feature by output name.
+
+        Once sharded, and where ids share a row, (L, row_size) codes of its ids.
 
         Raises:
-            ValueError: something other than a fit or a checkpoint has changed codes or low-bit rows.
+            ValueError: something other than a fit or a checkpoint has changed codes or low-bit rows; an id that may
+                share a row is out of range.
         """
         if not torch.compiler.is_compiling():  # one table in turn, as looking at values takes longer than the rest
             self._turn = (self._turn + 1) % len(self._configs)
-        found = {}
+        found: dict[str, CodeTable | Tensor] = {}
         for number, (config, bank) in enumerate(zip(self._configs, self.banks.values(), strict=True)):
             rows, is_sampled = bank.low_bit_rows(), number == self._turn
             table = intact_table(features, bank.codes, bank.is_set, rows, config.name, is_sampled)
-            found |= dict.fromkeys(config.output_names, table)
+            for name, feature in zip(config.output_names, config.feature_names, strict=True):
+                found[name] = table if config.part.num_coded is None else own_codes(features, table, bank, feature)
         return found
 
 

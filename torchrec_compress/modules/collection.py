@@ -297,7 +297,7 @@ class CompressedParts(nn.Module):
             bank = self.code_tables.banks[name]
             bank.check()
             self.code_tables.warn_of_start_codes(name)
-            codes = lookup_codes(bank.codes, bank.is_set, ids, f"table {name!r}")  # type: ignore[arg-type]
+            codes = lookup_codes(bank.codes, bank.is_set, bank.row_numbers(ids), f"table {name!r}")  # type: ignore[arg-type]
         rows = [found_rows(TableRows(weights[part.name], part.remap(ids))) for part in parts.rows]
         return decoder(ids, None, None, codes, rows)
 

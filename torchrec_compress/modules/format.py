@@ -115,6 +115,7 @@ class StateFormat:
         codes = None
         if code_part is not None:
             codes = (code_part.row_size, str(code_part.dtype), *([code_part.num_packed] * (code_part.num_packed > 0)))
+            codes += () if code_part.num_coded is None else ("coded", code_part.num_coded)
         formats = [low_bit] if low_bit and bank is not None and bank.has_low_bit_rows else []
         decoder = self._blueprint.methods[table.name].shared_decoder(table)
         method = (

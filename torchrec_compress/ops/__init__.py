@@ -11,6 +11,7 @@ from torchrec_compress.ops.codebooks import (
     packed_width,
     unpack_codes,
 )
+from torchrec_compress.ops.coded_ids import coded_ids_bytes, coded_ids_shape, coded_rows, index_coded_ids
 from torchrec_compress.ops.dispatch import requested_backend, tiers
 from torchrec_compress.ops.ids import (
     check_filled,
@@ -82,6 +83,9 @@ __all__ = [
     "code_gather",
     "codebook_bag",
     "codebook_bags",
+    "coded_ids_bytes",
+    "coded_ids_shape",
+    "coded_rows",
     "decode_trained",
     "dequantize_rows",
     "encode_trained",
@@ -89,6 +93,7 @@ __all__ = [
     "hash_codes",
     "hash_ids",
     "hot_row_codes",
+    "index_coded_ids",
     "is_packed",
     "keep_integers",
     "known",

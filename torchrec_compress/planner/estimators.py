@@ -206,7 +206,7 @@ class CompressedPerfEstimator(_Estimator):
             perf.bwd_compute = perf.bwd_comms = perf.prefetch_compute = 0.0
         if isinstance(part, CodeTableCollection):
             if part not in self._short_ids:
-                self._short_ids[part] = all(config.num_embeddings < _INT32_ROWS for config in part.configs())
+                self._short_ids[part] = all(config.num_rows < _INT32_ROWS for config in part.configs())
             perf.input_dist_comms /= 2 if self._short_ids[part] else 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 from torchrec.distributed.types import Awaitable, LazyAwaitable
 
 from torchrec_compress.modules.code_bank import CodeTableConfig
-from torchrec_compress.modules.code_tables import CodeTable
 from torchrec_compress.modules.codes import Codes
 from torchrec_compress.seams import EmbeddingCollectionContext
 
@@ -41,6 +40,8 @@ class CodeContext(EmbeddingCollectionContext):
         inverse: by table, (ids before de-duplication,) int64 positions among the distinct ids; absent if not done.
         num_ids: by table, ids of each of its features.
         num_changes: of codes by managers, when they were looked up.
+        gathered: by output name, codes of the ids, (L, row_size), of tables that this rank holds whole, where ids share
+            rows.
     """
 
     def __init__(self) -> None:
@@ -48,12 +49,13 @@ class CodeContext(EmbeddingCollectionContext):
         self.inverse: dict[str, Tensor] = {}
         self.num_ids: dict[str, list[int]] = {}
         self.num_changes = 0
+        self.gathered: dict[str, Tensor] = {}
 
     def record_stream(self, stream: Any) -> None:
         """Keep the tensors alive until the stream is done with them."""
         super().record_stream(stream)
-        for positions in self.inverse.values():
-            positions.record_stream(stream)
+        for tensor in [*self.inverse.values(), *self.gathered.values()]:
+            tensor.record_stream(stream)
 
 
 class CodesAwaitable(LazyAwaitable[dict[str, Codes]]):
@@ -64,7 +66,7 @@ class CodesAwaitable(LazyAwaitable[dict[str, Codes]]):
         rows: list[Awaitable[Tensor]],
         tables: list[list[CodeTableConfig]],
         context: CodeContext,
-        whole: dict[str, CodeTable],
+        whole: Mapping[str, Codes],
         num_changes: Callable[[], int],
     ) -> None:
         super().__init__()

@@ -31,6 +31,7 @@ from torchrec_compress.ops import (
     code_gather,
     flag_of,
     known,
+    lookup_codes,
     mark_of,
     total_of,
 )
@@ -105,11 +106,11 @@ class ShardedCodeTableCollection(ShardedExchange[CodeTableConfig, dict[str, Code
             if self._is_whole(config.name):
                 self._whole.append(config)
             else:
-                spread.append(RowTable(config.name, config.num_embeddings, row_words(config), bank.codes, sharding))
+                spread.append(RowTable(config.name, config.num_rows, row_words(config), bank.codes, sharding))
         self._open_exchanges(spread)
 
     def _shard_of(self, config: CodeTableConfig, bank: CodeBank) -> CodeShard:
-        first, last = shard_bounds(config.name, config.num_embeddings, self._plan[config.name], self._env)
+        first, last = shard_bounds(config.name, config.num_rows, self._plan[config.name], self._env)
         if bank.codes.is_meta:
             shape = (last - first, config.part.row_size)
             local = torch.zeros(shape, dtype=config.part.dtype, device=self._device)
@@ -156,7 +157,11 @@ class ShardedCodeTableCollection(ShardedExchange[CodeTableConfig, dict[str, Code
         jagged = split_features(features)
         check_ranges(jagged, self._also_checked)
         for config in self._whole:
-            self._check(config, jagged)
+            parts = self._check(config, jagged)
+            if config.part.num_coded is not None:
+                bank = self.banks[config.name]
+                for name, ids in zip(config.output_names, parts, strict=True):
+                    ctx.gathered[name] = lookup_codes(bank.codes, bank.is_set, bank.row_numbers(ids), config.name)
         return {config.name: self._ids_of(ctx, config, jagged) for tables in self._tables for config in tables}
 
     def _check(self, config: CodeTableConfig, jagged: dict[str, Any]) -> list[Tensor]:
@@ -168,7 +173,7 @@ class ShardedCodeTableCollection(ShardedExchange[CodeTableConfig, dict[str, Code
             )
         self._check_intact(config)
         return [
-            check_ids(jagged[feature].values(), config.num_embeddings, f"table {config.name!r}, feature {feature!r}")
+            check_ids(jagged[feature].values(), config.num_ids, f"table {config.name!r}, feature {feature!r}")
             for feature in config.feature_names
         ]
 
@@ -207,13 +212,18 @@ class ShardedCodeTableCollection(ShardedExchange[CodeTableConfig, dict[str, Code
             self._summed[name] = _Summed(self._find(bank), mark)
 
     def _ids_of(self, ctx: CodeContext, config: CodeTableConfig, jagged: dict[str, Any]) -> Tensor:
-        """Return the ids that are asked of one table's owners, and note in the context how to undo it."""
+        """Return the rows that are asked of one table's owners, and note in the context how to undo it."""
         parts = self._check(config, jagged)
         ctx.num_ids[config.name] = [len(part) for part in parts]
-        ids = torch.cat(parts)
+        ids = self._rows_of(config, torch.cat(parts))
         if self._deduplicate:
             ids, ctx.inverse[config.name] = torch.unique(ids, return_inverse=True)
         return ids.to(self._id_dtype)
+
+    def _rows_of(self, config: CodeTableConfig, ids: Tensor) -> Tensor:
+        """Return the rows of a table that ids have, or raise ValueError where it has no such rows."""
+        rows = self.banks[config.name].row_numbers(ids)
+        return rows if rows is ids else check_ids(rows, config.num_rows, f"table {config.name!r}, rows of its ids")
 
     @torch.no_grad()
     def compute(self, ctx: CodeContext, dist_input: KJTList) -> list[Tensor]:  # type: ignore[override]
@@ -236,8 +246,8 @@ class ShardedCodeTableCollection(ShardedExchange[CodeTableConfig, dict[str, Code
         """Send the codes back to the ranks that asked: by output name, (L, row_size) integer or a whole table."""
         rows = self._sent_back(ctx, output)
         banks = [(config.output_names, self.banks[config.name]) for config in self._whole]
-        whole = {name: CodeTable(bank.codes, bank.is_set) for names, bank in banks for name in names}
-        return CodesAwaitable(rows, self._tables, ctx, whole, lambda: self._num_changes)
+        whole: dict[str, Codes] = {name: CodeTable(bank.codes, bank.is_set) for names, bank in banks for name in names}
+        return CodesAwaitable(rows, self._tables, ctx, {**whole, **ctx.gathered}, lambda: self._num_changes)
 
     def held(self, table: str) -> HeldCodes:
         """Return the codes of a table that are to change."""
@@ -270,4 +280,4 @@ class ShardedCodeTableCollection(ShardedExchange[CodeTableConfig, dict[str, Code
         """Yield the state-dict name, this rank's part, the rows of the whole and the sharding of spread tables."""
         for name, config in self._configs.items():
             if self._plan[name].sharding_type != _DATA_PARALLEL:
-                yield f"banks.{name}.codes", self.banks[name].codes, config.num_embeddings, self._plan[name]
+                yield f"banks.{name}.codes", self.banks[name].codes, config.num_rows, self._plan[name]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchrec_compress import CompressedEmbeddingBagCollection
+from torchrec_compress.modules.code_bank import CodeBank
 from torchrec_compress.ops import unpack_codes
 
 
@@ -25,13 +26,16 @@ def code_usage(collection: CompressedEmbeddingBagCollection, counts: dict[str, T
         if not method.codewords:
             continue
         assert collection.code_tables is not None
-        codes: Tensor = collection.code_tables.banks[name].codes  # type: ignore[assignment]
+        bank: CodeBank = collection.code_tables.banks[name]
+        codes, seen = bank.codes, counts[name].double()
         if method.num_packed:
             codes = unpack_codes(codes, method.num_packed)
+        by_row = torch.zeros(len(codes), dtype=torch.float64)
+        by_row.index_add_(0, bank.row_numbers(torch.arange(len(seen))), seen)
         rows = torch.ones(len(codes), dtype=torch.float64)
         usage[name] = {
             "by_rows": _perplexity(codes, rows, method.codewords),
-            "by_lookups": _perplexity(codes, counts[name].double(), method.codewords),
+            "by_lookups": _perplexity(codes, by_row, method.codewords),
             "codebook_size": float(method.codewords),
         }
     return usage
