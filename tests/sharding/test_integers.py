@@ -14,14 +14,15 @@ from torchrec_compress import CompressedEmbeddingBagCollection, compress
 from torchrec_compress.methods import Int8Config, PQConfig, RandomCodesConfig
 
 TIERS = PQConfig(num_codes=2, codebook_size=32, num_hot_rows=70, popularity="count")  # of tests.cases
+SOME = PQConfig(num_codes=4, codebook_size=16, num_coded=150, popularity="count")  # of tests.cases
 FLAG, CODES = "embeddings.code_tables.banks.item.is_set", "embeddings.code_tables.banks.item.codes"
 FEATURES = batch([[number] for number in range(0, NUM_ROWS, 7)])
 KINDS = ["row_wise", "table_wise", "data_parallel"]
 
 
-def model_of(seed: int = 0) -> Model:
-    made = CompressedEmbeddingBagCollection([table()], compression=TIERS, seed=seed)
-    made.load_state_dict(fitted(TIERS).state_dict())
+def model_of(seed: int = 0, config: PQConfig = TIERS) -> Model:
+    made = CompressedEmbeddingBagCollection([table()], compression=config, seed=seed)
+    made.load_state_dict(fitted(config).state_dict())
     return Model(made)
 
 
@@ -33,9 +34,9 @@ def error(sharded) -> str:
     return ""
 
 
-def damage(how: str) -> list[str]:
-    """Return the errors after one rank's codes, then hot rows, were changed, and after each was put right."""
-    sharded = shard(model_of(), how)
+def damage(how: str, config: PQConfig, integers: str) -> list[str]:
+    """Return the errors after one rank's codes, then other integers, were changed, and after each was put right."""
+    sharded = shard(model_of(config=config), how)
     collection = sharded.module.embeddings
     wanted, found = sharded(FEATURES).detach(), []
     owner = (
@@ -43,7 +44,7 @@ def damage(how: str) -> list[str]:
         if how != "table_wise"
         else next(rank for rank in range(2) if collection.code_tables._plan["item"].ranks == [rank])
     )
-    for tensor in (collection.code_tables.banks["item"].codes, collection.decoder.banks["item"].hot_rows):
+    for tensor in (collection.code_tables.banks["item"].codes, getattr(collection.decoder.banks["item"], integers)):
         kept = tensor.clone()
         if dist.get_rank() == owner:
             tensor.copy_(tensor * 0.9)
@@ -55,8 +56,9 @@ def damage(how: str) -> list[str]:
 
 
 @pytest.mark.parametrize("how", KINDS)
-def test_a_change_on_one_rank_is_an_error_on_all(two_ranks, how):
-    for found in two_ranks.run(damage, how):
+@pytest.mark.parametrize(("config", "integers"), [(TIERS, "hot_rows"), (SOME, "coded_ids")], ids=["tiers", "some"])
+def test_a_change_on_one_rank_is_an_error_on_all(two_ranks, how, config, integers):
+    for found in two_ranks.run(damage, how, config, integers):
         assert all("table 'item': codes and low-bit rows must be those" in message for message in found[::2])
         assert found[1::2] == ["", ""]
 
