@@ -15,6 +15,14 @@ def counted(is_coded: torch.Tensor) -> torch.Tensor:
     return torch.where(is_coded, is_coded.long().cumsum(0), 0)
 
 
+@pytest.fixture(params=["auto", "torch"], autouse=True, scope="module")
+def backend(request):
+    """Run all with the C++ kernel and without."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHREC_COMPRESS_BACKEND", request.param)
+        yield request.param
+
+
 @given(st.lists(st.booleans(), min_size=1, max_size=700))
 def test_rows_are_counted(flags):
     is_coded = torch.tensor(flags)
@@ -42,7 +50,12 @@ def test_a_bit_and_a_quarter_an_id():
     assert coded_ids_bytes(1_280_000) * 8 == 1.25 * 1_280_000
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrong", [-1, 128, 2**40])
+def test_ids_beyond_the_index_are_refused(wrong):
+    with pytest.raises((ValueError, IndexError, RuntimeError)):
+        coded_rows(index_coded_ids(torch.ones(100, dtype=torch.bool)), torch.tensor([3, wrong]))
+
+
 def test_it_compiles():
     is_coded = torch.rand(1000, generator=torch.Generator().manual_seed(1)) < 0.3
     compiled = torch.compile(coded_rows, backend="aot_eager", fullgraph=True, dynamic=True)

@@ -11,6 +11,10 @@ import math
 import torch
 from torch import Tensor
 
+from torchrec_compress.ops.checks import INDICES
+from torchrec_compress.ops.cpp.coded_ids import cpp_coded_rows
+from torchrec_compress.ops.dispatch import cpp_serves
+
 _BLOCK, _WORDS, _BITS = 128, 4, 32  # ids of a block, in words of so many bits; a fifth word counts
 _WORD_BYTES = 4
 
@@ -75,10 +79,15 @@ def coded_rows(index: Tensor, ids: Tensor) -> Tensor:
     Returns:
         (L,) int64.
 
+    Raises:
+        ValueError: an id is beyond the index (C++); index or ids are of another type.
+
     Example:
         >>> coded_rows(index_coded_ids(torch.tensor([True, False, True])), torch.tensor([0, 1, 2]))
         tensor([1, 0, 2])
     """
+    if index.device.type == "cpu" and ids.dtype in INDICES and cpp_serves():
+        return cpp_coded_rows(index, ids)
     block = torch.div(ids, _BLOCK, rounding_mode="floor")
     place = (ids - block * _BLOCK).long()
     found = index.index_select(0, block).view(torch.int32).long()

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from torchrec_compress.ops.cache import CannotBuild, cache_folder, distrust, make_private
-from torchrec_compress.ops.cpp import nearest, operators, trained
+from torchrec_compress.ops.cpp import coded_ids, nearest, operators, trained
 
 SOURCES = Path(__file__).parent / "csrc"
 # The stable ABI of torch 2.11, the oldest torch that is supported: one library serves it and every later torch.
@@ -238,4 +238,5 @@ def load() -> str:
     operators.register()
     trained.register()
     nearest.register()
+    coded_ids.register()
     return name().decode()
