@@ -272,3 +272,24 @@ def test_progress_bar_is_shown_only_when_asked(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == ""
     fit_mec(rows, 2, 4, options=options, progress=True)
     assert "MEC" in capsys.readouterr().err
+
+
+def test_usage_counts_all_rows_and_moves_the_first() -> None:
+    model, rows = model_and_batch()
+    terms, grads = [], []
+    for few in (7, 40):
+        leaf = rows.clone().requires_grad_()
+        found, _ = mec_terms(model, leaf, torch.ones(40), MECFit(usage_rows=few), torch.Generator().manual_seed(0))
+        terms.append(float(found["usage"].detach()))
+        (grad,) = torch.autograd.grad(found["usage"], leaf)
+        grads.append(grad.abs().sum(dim=1) > 0)
+    assert terms[0] == pytest.approx(terms[1])
+    assert grads[0][:7].any() and not grads[0][7:].any() and grads[1][7:].any()
+
+
+def test_usage_of_first_rows_that_weigh_nothing_takes_all() -> None:
+    model, rows = model_and_batch()
+    weights = torch.cat([torch.zeros(7), torch.ones(33)])
+    found, _ = mec_terms(model, rows, weights, MECFit(usage_rows=7), torch.Generator().manual_seed(0))
+    found["usage"].backward()
+    assert bool(model.codebooks.grad.isfinite().all()) and bool(model.codebooks.grad.any())
