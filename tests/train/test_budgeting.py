@@ -7,8 +7,11 @@ import json
 import pytest
 import torch
 
+from torchrec_compress.compression.measuring import share_of_signal
+from torchrec_compress.compression.rows import rows_of
 from torchrec_compress.methods import PQConfig
-from torchrec_compress.train import asked, budgeting, stages
+from torchrec_compress.train import asked, budgeting, rises, stages
+from torchrec_compress.train.byte_budget import budget_of
 from torchrec_compress.train.config import override
 from torchrec_compress.train.fitting import FullTables
 from torchrec_compress.train.full import best_checkpoint, trained_model
@@ -29,25 +32,32 @@ def test_a_measured_rise_is_that_of_a_run_in_which_one_table_alone_is_compressed
     summary = stages.run(config, tmp_path / "run", tmp_path / "full", ranks, None)
     source, curvature = _asked(config, tmp_path, ranks, data)
     full = json.loads((source / "summary.json").read_text())["metrics"]["valid"]["logloss"]
-    known = budgeting.Known(config, data, source, data.counts(), curvature)
-    found = budgeting.measured_rises({"user": ONE, "item": ONE}, known)
-    assert found["user"] == pytest.approx(summary["fitted"]["valid"]["logloss"] - full, abs=1e-6)
-    assert found["user"] != found["item"]
-    alone = budgeting.measured_rises({"item": ONE}, known)
-    assert alone["item"] == pytest.approx(found["item"], abs=1e-12)  # the other table was put back
+    known = rises.Known(config, data, source, data.counts(), curvature)
+    found = rises.measured_rises({"user": ONE, "item": ONE}, known)
+    assert found["user"].measured == pytest.approx(summary["fitted"]["valid"]["logloss"] - full, abs=1e-6)
+    assert found["user"].measured != found["item"].measured
+    alone = rises.measured_rises({"item": ONE}, known)
+    assert alone["item"].measured == pytest.approx(found["item"].measured, abs=1e-12)  # the other table was put back
+    predicted = json.loads((tmp_path / "run" / "predicted.json").read_text())
+    assert found["user"].predicted == pytest.approx(predicted["user"], rel=1e-6)
+    assert 0 < found["user"].spread < 0.1
     before = trained_model(config, data, source).state_dict()
     after = trained_model(config, data, source).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def rise(measured: float, predicted: float = 0.1) -> rises.Rise:
+    return rises.Rise(measured, 0.0, predicted)
+
+
 def test_a_budget_weighs_predictions_by_what_was_measured(config, data, ranks, tmp_path, monkeypatch):
     """A table whose errors are found to cost next to nothing gets fewer bytes than where they cost much."""
     sizes = {}
-    for name, rise in (("dear", {"user": 1.0, "item": 1e-9}), ("cheap", {"user": 1e-9, "item": 1.0})):
+    for name, found in (("dear", {"user": 1.0, "item": 1e-9}), ("cheap", {"user": 1e-9, "item": 1.0})):
         monkeypatch.setattr(
             budgeting,
             "measured_rises",
-            lambda chosen, _, rise=rise: {key: rise.get(key, 0.1) for key in chosen},
+            lambda chosen, _, found=found: {key: rise(found.get(key, 0.1)) for key in chosen},
         )
         mine = override(config, {"compression": BUDGET})
         stages.run(mine, tmp_path / name / "run", tmp_path / name / "full", ranks, None)
@@ -57,24 +67,51 @@ def test_a_budget_weighs_predictions_by_what_was_measured(config, data, ranks, t
     assert sizes["cheap"]["item"] > sizes["dear"]["item"]
 
 
-def test_the_least_of_a_prediction_is_believed_and_all_of_it_is_told(
-    config, data, ranks, tmp_path, monkeypatch, caplog
-):
+def test_what_is_felt_is_measured_where_codes_can_be_and_told(config, data, ranks, tmp_path, monkeypatch, caplog):
     source, curvature = _asked(config, tmp_path, ranks, data)
-    measured = budgeting.measure_frontier(
-        dict(FullTables(best_checkpoint(source), make_tables(config.model, data))),
-        data.counts(),
-        curvature=curvature,
-        num_codes=(1, 2),
-        codes=ONE,
-    )
-    monkeypatch.setattr(budgeting, "measured_rises", lambda chosen, _: dict.fromkeys(chosen, -0.1))
-    monkeypatch.setattr(budgeting, "_TRIED_AT", 0.2)
-    known = budgeting.Known(config, data, source, data.counts(), curvature)
-    tried = measured.choose(0.2 * known.dense_bytes)
-    seen = {name for name, share in tried.shares.items() if share.error > 0.001 * tried.error}
-    assert {name for name, share in tried.shares.items() if share.error > 0} > seen  # some are too small to measure
+    known = rises.Known(config, data, source, data.counts(), curvature)
+    asked = {}
+
+    def codes(chosen, _):
+        asked.update(chosen)
+        return {name: rise(-0.1, 0.0001 if name == "item" else 0.1) for name in chosen}
+
+    monkeypatch.setattr(budgeting, "measured_rises", codes)
+    rows = rows_of("test", dict(FullTables(best_checkpoint(source), make_tables(config.model, data))))
+    budget = budget_of(BUDGET)
     with caplog.at_level("INFO"):
-        found = budgeting._factors(measured, known)
-    assert set(found) == seen and set(found.values()) == {0.05}
-    assert "the loss on validation rises by -0.10000, predicted " in caplog.text
+        found = budgeting._felt(rows, budget, known)
+    small = {name for name, mine in rows.items() if mine.table.num_embeddings < ONE.codebook_size}
+    assert small and set(asked) == set(rows) - small
+    assert set(found) == set(asked) - {"item"}  # whose errors are too small to measure
+    assert {each.factor for each in found.values()} == {0.05}  # the least of a prediction that is believed
+    assert "as 1 codes the loss on validation rises by -0.10000, predicted 0.10000" in caplog.text
+
+
+def test_sharing_is_predicted_as_the_curvature_does(config, data, ranks, tmp_path):
+    source, curvature = _asked(config, tmp_path, ranks, data)
+    known = rises.Known(config, data, source, data.counts(), curvature)
+    for name, sharing in rises.shared_rises(["user", "item"], known).items():
+        counts = known.counts[name]
+        assert float(sharing.costs.sum()) == pytest.approx(sharing.rise.predicted, rel=1e-4)
+        assert 0.15 * counts.sum() < float(sharing.counts.sum()) <= 0.25 * counts.sum() + int(counts.max())
+        assert float(sharing.counts.max()) <= float(counts[counts > 0].double().quantile(0.95))
+
+
+@pytest.mark.parametrize("noise", [0.5, 7.0, 60.0])
+def test_noise_is_found_from_what_was_measured(noise):
+    counts = torch.arange(1, 90, dtype=torch.float64)
+    costs = counts.sqrt() / 1e5
+    measured = 1.7 * float(costs @ share_of_signal(counts, noise))
+    sharing = rises.Sharing(rises.Rise(measured, 0.0, float(costs.sum())), costs, counts)
+    assert rises.noise_of(sharing, 1.7) == pytest.approx(noise, rel=1e-6)
+
+
+def test_noise_is_bounded_and_chance_spares_no_id():
+    counts, costs = torch.arange(1, 90, dtype=torch.float64), torch.full((89,), 1e-5, dtype=torch.float64)
+    whole = float(costs.sum())
+    assert rises.noise_of(rises.Sharing(rises.Rise(-1.0, 0.1, whole), costs, counts), 1.0) == pytest.approx(89, rel=0.1)
+    assert rises.noise_of(rises.Sharing(rises.Rise(2 * whole, 0.0, whole), costs, counts), 1.0) == 0.0
+    sure, unsure = (rises.Rise(whole / 2, spread, whole) for spread in (0.0, whole / 4))
+    found = [rises.noise_of(rises.Sharing(each, costs, counts), 1.0) for each in (sure, unsure)]
+    assert found[1] < found[0]

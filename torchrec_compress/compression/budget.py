@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ def for_budget(
     num_codes: Sequence[int] = LENGTHS,
     widths: Sequence[int] = (),
     codes: CodebookConfig | None = None,
+    noise: Mapping[str, float] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Choice:
@@ -44,7 +46,7 @@ def for_budget(
     several budgets, `measure_frontier` once and `choose` from it.
 
     Args:
-        tables, counts, curvature, num_codes, widths, codes, seed, progress: as for `measure_frontier`.
+        tables, counts, curvature, num_codes, widths, codes, noise, seed, progress: as for `measure_frontier`.
         budget_bytes: for all tables, everything counted (codes, codebooks, hot rows, dense tables).
 
     Returns:
@@ -62,7 +64,7 @@ def for_budget(
     """
     check_budget("for_budget", budget_bytes)
     tried = _tried("for_budget", codes, num_codes, widths)
-    return _measure("for_budget", tables, counts, curvature, tried, seed, progress).choose(budget_bytes)
+    return _measure("for_budget", tables, counts, curvature, tried, noise or {}, seed, progress).choose(budget_bytes)
 
 
 def measure_frontier(
@@ -73,6 +75,7 @@ def measure_frontier(
     num_codes: Sequence[int] = LENGTHS,
     widths: Sequence[int] = (),
     codes: CodebookConfig | None = None,
+    noise: Mapping[str, float] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Frontier:
@@ -92,6 +95,8 @@ def measure_frontier(
         widths: numbers of a codeword to try beside those of the rows, see `CodebookConfig`: each costs fits of its own.
         codes: the method of codes that is tried beside residual ones, default `PQConfig(popularity="count")`; its
             num_codes, tiers and width are replaced.
+        noise: by table name, look-ups in training at which a row is half noise, 0 for those left out: so a row that few
+            clicks taught loses less where its id shares one (`measuring.share_of_signal`). The trainer measures it.
         seed: of the fits.
         progress: whether to show a progress bar.
 
@@ -106,7 +111,7 @@ def measure_frontier(
         True
     """
     tried = _tried("measure_frontier", codes, num_codes, widths)
-    return _measure("measure_frontier", tables, counts, curvature, tried, seed, progress)
+    return _measure("measure_frontier", tables, counts, curvature, tried, noise or {}, seed, progress)
 
 
 def _measure(
@@ -115,6 +120,7 @@ def _measure(
     counts: Mapping[str, Tensor],
     curvature: Mapping[str, Curvature] | None,
     tried: Tried,
+    noise: Mapping[str, float],
     seed: int,
     progress: bool,
 ) -> Frontier:
@@ -122,6 +128,7 @@ def _measure(
     rows, found = rows_of(where, tables), {}
     _check_counts(where, rows, counts)
     check_seed(where, seed)
+    _check_noise(where, rows, noise)
     known = {} if curvature is None else _check_curvature(where, rows, counts, curvature)
     bar = tqdm(rows.items(), desc="measuring candidates", unit="table", disable=not progress, leave=False)
     with bar, torch.inference_mode(False):  # some methods train in their fits
@@ -130,7 +137,7 @@ def _measure(
             if curvature is not None and name not in known:
                 found[name] = [Candidate(ONE_ROW.stored_bytes(mine.table), 0.0, ONE_ROW)]  # its errors cost nothing
                 continue
-            sample = sample_of(mine, counts[name].detach().cpu(), int(seed), known.get(name))
+            sample = sample_of(mine, counts[name].detach().cpu(), int(seed), known.get(name), float(noise.get(name, 0)))
             found[name] = undominated(name, measure_candidates(sample, tried))
     sizes = {name: (mine.table.num_embeddings, mine.table.embedding_dim) for name, mine in rows.items()}
     return Frontier(sizes, found, "squared error" if curvature is None else "loss")
@@ -175,6 +182,15 @@ def _check_counts(where: str, tables: Mapping[str, Rows], counts: Any) -> None:
         raise ValueError(f"{where}: tables and counts must name the same tables, got only one of the two for {missing}")
     for name, rows in tables.items():
         check_counts(f"{where}: table {name!r}", counts[name], rows.table.num_embeddings)
+
+
+def _check_noise(where: str, tables: Mapping[str, Rows], noise: Any) -> None:
+    """Raise ValueError unless look-ups are numbers of tables, finite and not negative."""
+    if not isinstance(noise, Mapping) or not set(noise) <= set(tables):
+        raise ValueError(f"{where}: noise must be look-ups by name of tables {sorted(tables)}, got {noise!r:.200}")
+    for name, lookups in noise.items():
+        if isinstance(lookups, bool) or not isinstance(lookups, Real) or not 0 <= float(lookups) < math.inf:
+            raise ValueError(f"{where}: table {name!r}: noise must be finite look-ups >= 0, got {lookups!r}")
 
 
 def _tried(where: str, codes: CodebookConfig | None, num_codes: Sequence[int], widths: Sequence[int]) -> Tried:

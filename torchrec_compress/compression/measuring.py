@@ -51,6 +51,7 @@ class Sample:
         ranks: (S,) int64 ascending, in that order: 0 for the hottest id of the table.
         costs: (S,) float64, in that order, of a squared error, or of d^T F d.
         matrix: (D, D) float64, F, or None.
+        noise: look-ups at which a row is half noise.
     """
 
     table: EmbeddingBagConfig
@@ -61,6 +62,7 @@ class Sample:
     ranks: Tensor
     costs: Tensor
     matrix: Tensor | None
+    noise: float
 
     def data_of(self, method: MethodConfig) -> TableData:
         """Return the data of a fit of a method, which weighs rows in its own way."""
@@ -86,7 +88,10 @@ class Sample:
         return int(torch.searchsorted(self.ranks, num_hot_rows))
 
     def error_of_mean(self, place: int) -> float:
-        """Return the error where all rows but the `place` hottest are served their mean, as look-ups weigh it."""
+        """Return the error where all rows but the `place` hottest are served their mean, as look-ups weigh it.
+
+        It takes their noise away as well, see `share_of_signal`.
+        """
         rare = self.order[place:]
         if not len(rare):
             return 0.0
@@ -96,11 +101,31 @@ class Sample:
         sums = BucketSums(1, rows.shape[1])
         weights = seen[rare].float().clamp(min=1e-3) * self.shares[rare]
         sums.add(rows[rare], torch.zeros(len(rare), dtype=torch.int64), weights)
-        errors = self.errors_before(sums.means().expand_as(rows))
-        return float(errors[-1] - errors[place])
+        errors = self.errors_before(sums.means().expand_as(rows)).diff()[place:]
+        return float(errors @ share_of_signal(seen[rare].double(), self.noise))
 
 
-def sample_of(rows: Rows, counts: Tensor, seed: int, curvature: Curvature | None) -> Sample:
+def share_of_signal(counts: Tensor, noise: float) -> Tensor:
+    """Return what share of its error a row costs that is served the mean of its like, (N,) float64.
+
+    A row that was learned from n look-ups is its true value and noise of a variance that falls as 1 / n. Where the two
+    are alike at n0 look-ups, the mean, which knows nothing of that noise, is by (n - n0) / (n + n0) of the squared
+    error worse than the row, and below n0 look-ups no worse (James-Stein; docs/curvature.md).
+
+    Args:
+        counts: (N,) float64, n.
+        noise: n0; 0: rows are true.
+
+    Example:
+        >>> share_of_signal(torch.tensor([5.0, 10.0, 30.0, 90.0], dtype=torch.float64), noise=10.0).tolist()
+        [0.0, 0.0, 0.5, 0.8]
+    """
+    if not noise:
+        return torch.ones_like(counts)
+    return ((counts - noise) / (counts + noise)).clamp(min=0)
+
+
+def sample_of(rows: Rows, counts: Tensor, seed: int, curvature: Curvature | None, noise: float = 0.0) -> Sample:
     """Return a sample of a table that stands for all of it, weighted by look-ups, or all rows where they are few.
 
     Args:
@@ -108,6 +133,7 @@ def sample_of(rows: Rows, counts: Tensor, seed: int, curvature: Curvature | None
         counts: (N,) look-ups per id.
         seed: of the sample and of fits.
         curvature: of the loss, or None: errors are squared errors.
+        noise: look-ups at which a row is half noise.
     """
     size = rows.table.num_embeddings
     drawn, ids, shares = popularity_weights(counts, "count", size), None, torch.ones(size)
@@ -125,7 +151,7 @@ def sample_of(rows: Rows, counts: Tensor, seed: int, curvature: Curvature | None
     if curvature is not None:
         known = counts[mine].double()  # ids that were never looked up cost nothing
         costs = known * (0.5 * curvature.lookups / curvature.examples / max(1.0, float(counts.double().sum())))
-    return Sample(rows.table, rows.rank, data, shares, order, ranks, (costs * shares)[order], matrix)
+    return Sample(rows.table, rows.rank, data, shares, order, ranks, (costs * shares)[order], matrix, noise)
 
 
 def measure_candidates(sample: Sample, tried: Tried) -> list[Candidate[MethodConfig]]:

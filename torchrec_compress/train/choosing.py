@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchrec_compress.compression import Compression, parse, resolve
 from torchrec_compress.convert import Curvature
-from torchrec_compress.train.budgeting import Known, choose
+from torchrec_compress.train.budgeting import choose
 from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.check import Wanted
 from torchrec_compress.train.config import RunConfig
@@ -19,6 +19,7 @@ from torchrec_compress.train.evaluate.scoring import total_counts
 from torchrec_compress.train.full import untrained
 from torchrec_compress.train.models.click import make_tables
 from torchrec_compress.train.ranks import Ranks, on_first
+from torchrec_compress.train.rises import Known
 from torchrec_compress.train.sealed import is_done, read_json, write_json
 from torchrec_compress.train.trials import Trials
 from torchrec_compress.train.width_trial import WidthTrial
