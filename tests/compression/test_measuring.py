@@ -13,7 +13,8 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec_compress import compress
 from torchrec_compress.compression import measuring
 from torchrec_compress.compression.candidates import Tried
-from torchrec_compress.compression.measuring import measure_candidates, sample_of
+from torchrec_compress.compression.knapsack import undominated
+from torchrec_compress.compression.measuring import measure_candidates, sample_of, share_of_signal
 from torchrec_compress.compression.rows import rows_of
 from torchrec_compress.fit.mec import MECFit
 from torchrec_compress.fit.popularity import popularity_weights
@@ -129,3 +130,31 @@ def test_a_sample_weighs_as_much_as_the_table_whatever_the_popularity(monkeypatc
         assert weights is not None and len(weights) == 3000
         whole = method.learning_weights(table(rows), sample.data)
         assert float(weights.double().sum()) == pytest.approx(float(whole.double().sum()), rel=0.1)
+
+
+@pytest.mark.parametrize("noise", [0.0, 40.0])
+@pytest.mark.parametrize("most", [16384, 700])
+def test_shared_rows_cost_what_is_signal_in_them(noise, most, monkeypatch):
+    monkeypatch.setattr(measuring, "_MEASURED_ROWS", most)
+    rows, counts = clustered(2000, 0.9)
+    sample = sample_of(rows_of("measure", {"t": rows})["t"], counts, 0, None, noise)
+    order = torch.argsort(counts, descending=True, stable=True)
+    for own in (0, 50, 600):
+        rare = order[own:]
+        mean = counts[rare].double() @ rows[rare].double() / counts[rare].sum()
+        gaps = (rows[rare] - mean).square().sum(dim=1)
+        expected = float((gaps * counts[rare] * share_of_signal(counts[rare].double(), noise)).sum())
+        found = sample.error_of_mean(sample.hot_rows(own))
+        assert found == pytest.approx(expected, rel=1e-4 if most > 2000 else 0.2)
+
+
+def test_noise_makes_it_cheap_to_share_rows():
+    rows, counts = clustered(4000, 0.9)
+
+    def coded(noise: float) -> list[int]:
+        sample = sample_of(rows_of("measure", {"t": rows})["t"], counts, 0, None, noise)
+        found = undominated("t", measure_candidates(sample, Tried(FEW, (1, 2))))
+        options = [each.option for each in found if isinstance(each.option, PQConfig)]
+        return [option.num_coded or len(rows) for option in options]
+
+    assert sum(coded(60.0)) / len(coded(60.0)) < 0.8 * sum(coded(0.0)) / len(coded(0.0))

@@ -40,6 +40,7 @@ MORE = [
         PQConfig(num_codes=3, codebook_size=16, structure="residual", width=8, num_hot_rows=9, hot_dtype="int4"),
     ),
     ("mec", MECConfig(num_codes=2, codebook_size=16, width=8, num_hot_rows=9, fit_options=MECFit(num_steps=2))),
+    ("mec-some", MECConfig(num_codes=2, codebook_size=16, width=8, num_coded=60, fit_options=MECFit(num_steps=2))),
 ]
 CODED = [(name, config) for name, config in [*PROJECTED, *MORE] if config.codewords]
 ROWS = [("rate", NarrowConfig(width=8, rate=0.3)), ("bits-rate", NarrowConfig(width=8, bits=8, rate=0.3))]
@@ -236,6 +237,17 @@ def test_tables_without_a_projection_stay_as_they_are():
     assert got.methods() == {"a": DenseConfig(), "b": HashConfig(num_buckets=40)}
     assert torch.equal(layer.weight[:, 16:], linear.weight[:, 32:])
     assert_near(layer(got(of_both()).values()), linear(source(of_both()).values()), scale=5)
+
+
+def test_codes_of_few_rows_become_the_rows_that_ids_have():
+    """Of rows of few numbers, codes would save nothing: the dense rows that replace them are found by id."""
+    config = PQConfig(num_codes=4, codebook_size=200, structure="residual", width=4, num_coded=220)
+    source = fitted(config)
+    collection, _ = fold_into_linear(source, nn.Linear(DIM, 3), inputs=["item"])
+    assert collection.methods()["item"].method == "dense"
+    ids = torch.arange(NUM_ROWS)
+    projection = source.table_state("item").decoder["projection"]
+    assert_near(collection.table_rows("item", ids) @ projection, source.table_rows("item", ids), scale=5)
 
 
 def test_means_fold_as_sums_do():

@@ -128,6 +128,15 @@ def test_what_is_compressed_again_is_read_by_ids():
     assert float((again.table_rows("item", torch.arange(NUM_ROWS)) - dense).detach().abs().max()) < 2.0
 
 
+def test_the_mean_is_that_of_rare_rows_as_look_ups_weigh_them():
+    _, rare = ids_by_lookups()
+    weights = popularity_weights(counts(), "count", NUM_ROWS)[rare]
+    shared = learn_shared_row(table(), TableData(rows(), counts(), contexts()), CODED)
+    expected = torch.stack([(weights * column).sum() / weights.sum() for column in rows()[rare].T])
+    torch.testing.assert_close(shared.row, expected, rtol=1e-4, atol=1e-5)
+    assert sorted((~shared.is_coded).nonzero().flatten().tolist()) == sorted(rare.tolist())
+
+
 def test_ids_that_the_sample_lacks_share_the_mean_of_all():
     own, _ = ids_by_lookups()
     data = TableData(rows()[own], counts(), contexts(), ids=own, weights=torch.ones(CODED))

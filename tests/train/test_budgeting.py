@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
 
+from torchrec_compress.compression import measure_frontier
 from torchrec_compress.compression.measuring import share_of_signal
 from torchrec_compress.compression.rows import rows_of
 from torchrec_compress.methods import PQConfig
@@ -115,3 +117,38 @@ def test_noise_is_bounded_and_chance_spares_no_id():
     sure, unsure = (rises.Rise(whole / 2, spread, whole) for spread in (0.0, whole / 4))
     found = [rises.noise_of(rises.Sharing(each, costs, counts), 1.0) for each in (sure, unsure)]
     assert found[1] < found[0]
+
+
+def test_budgets_are_measured_with_the_noise_that_was_found(config, data, ranks, tmp_path, monkeypatch):
+    asked = []
+
+    def measure(*arguments, **options):
+        asked.append(options["noise"])
+        return measure_frontier(*arguments, **options)
+
+    monkeypatch.setattr(budgeting, "measure_frontier", measure)
+    monkeypatch.setattr(budgeting, "_felt", lambda rows, *_: dict.fromkeys(rows, budgeting._Felt(1.0, 7.0)))
+    stages.run(override(config, {"compression": BUDGET}), tmp_path / "run", tmp_path / "full", ranks, None)
+    (noise,) = asked
+    assert "user" in noise and set(noise.values()) == {7.0}
+
+
+@pytest.mark.parametrize("pooling", list(PoolingType)[:2])
+def test_one_table_of_bags_is_served_otherwise(pooling):
+    tables = [
+        EmbeddingBagConfig(name=name, num_embeddings=9, embedding_dim=4, feature_names=features, pooling=pooling)
+        for name, features in (("a", ["x", "y"]), ("b", ["z"]))
+    ]
+    trained = EmbeddingBagCollection(tables)
+    other = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
+    wanted = EmbeddingBagCollection(tables)
+    wanted.load_state_dict(trained.state_dict())
+    with torch.no_grad():
+        wanted.embedding_bags["a"].weight.copy_(other)
+    rows = trained.embedding_bags["a"].weight
+    altered = rises._Altered(trained, tables[0], lambda ids: rows[ids], lambda ids: other[ids])
+    lengths = torch.tensor([2, 0, 1, 3, 1, 2])
+    batch = KeyedJaggedTensor.from_lengths_sync(["x", "y", "z"], torch.tensor([3, 3, 8, 0, 1, 2, 5, 6, 7]), lengths)
+    found, expected = altered(batch), wanted(batch)
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found.values(), expected.values())
