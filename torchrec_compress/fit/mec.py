@@ -183,21 +183,24 @@ def _usage_term(
     The value counts the real choices; the gradient goes through softmax(-dist^2 / t). With soft shares in the value
     too, the entropy is raised most cheaply by making every assignment vague, and the real usage gets worse (measured).
     """
-    total = slices.new_zeros(())
     share, counts = weights / weights.sum(), weights > 0
     few = slice(0, options.usage_rows) if (weights[: options.usage_rows] > 0).any() else slice(None)
     shown = weights[few] / weights[few].sum()
-    for m, size in enumerate(model.sizes):
-        book = model.codebooks[m, :size]
-        # ||s||^2 is the same for all codewords of a row: softmax does not see it.
-        scores = torch.addmm(-book.square().sum(dim=1), slices[few, m], book.T, alpha=2)
-        gaps = (slices[:, m] - positive[:, m]).square().sum(dim=1).detach()
-        scale = options.usage_temperature * gaps[counts].mean().clamp(min=1e-12)
-        soft = shown @ torch.softmax(scores / scale, dim=1)
-        usage = soft + (torch.bincount(codes[:, m], share, minlength=size) - soft).detach()
-        entropy = -(usage * (usage + USAGE_FLOOR).log()).sum()
-        total = total + (entropy - math.log(size)).square()
-    return total
+    books, sizes = model.codebooks, torch.tensor(model.sizes, device=slices.device)
+    num_books, size = books.shape[:2]
+    # ||s||^2 is the same for all codewords of a row: softmax does not see it.
+    norms = books.square().sum(dim=2).unsqueeze(1)
+    scores = torch.baddbmm(-norms, slices[few].transpose(0, 1), books.transpose(1, 2), alpha=2)
+    gaps = (slices - positive).square().sum(dim=2).detach()
+    scale = options.usage_temperature * gaps[counts].mean(dim=0).clamp(min=1e-12)
+    beyond = torch.arange(size, device=slices.device) >= sizes.unsqueeze(1)  # escapes: never chosen
+    scores = (scores / scale.view(-1, 1, 1)).masked_fill(beyond.unsqueeze(1), -math.inf)
+    soft = torch.einsum("b,mbk->mk", shown, torch.softmax(scores, dim=2))
+    numbers = codes + size * torch.arange(num_books, device=slices.device)
+    real = torch.bincount(numbers.flatten(), share.repeat_interleave(num_books), minlength=num_books * size)
+    usage = soft + (real.view(num_books, size) - soft).detach()
+    entropy = -(usage * (usage + USAGE_FLOOR).log()).sum(dim=1)
+    return (entropy - sizes.log()).square().sum()
 
 
 def restart_dead(
