@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
 
-from torchrec_compress.compression import measure_frontier
+from torchrec_compress.compression import Frontier, measure_frontier
+from torchrec_compress.compression.knapsack import Candidate
 from torchrec_compress.compression.measuring import share_of_signal
 from torchrec_compress.compression.rows import rows_of
-from torchrec_compress.methods import PQConfig
+from torchrec_compress.methods import HashConfig, PQConfig
 from torchrec_compress.train import asked, budgeting, rises, stages
 from torchrec_compress.train.byte_budget import budget_of
 from torchrec_compress.train.config import override
@@ -152,3 +154,39 @@ def test_one_table_of_bags_is_served_otherwise(pooling):
     found, expected = altered(batch), wanted(batch)
     assert found.keys() == expected.keys()
     torch.testing.assert_close(found.values(), expected.values())
+
+
+def _ways(*ways: tuple[int, float]) -> list[Candidate]:
+    return [Candidate(size, error, HashConfig(num_buckets=size)) for size, error in ways]
+
+
+@pytest.mark.parametrize(("helps", "kept"), [(True, {"a": 20, "b": 10}), (False, {"a": 10, "b": 20})])
+def test_a_choice_is_put_right_where_it_is_measured_to_cost_more(monkeypatch, caplog, helps, kept):
+    """Predicted, b's bytes are worth more; measured, a's are, and so they get them unless that is worse in truth."""
+    frontier = Frontier(
+        {"a": (99, 4), "b": (99, 4)},
+        {"a": _ways((10, 0.010), (20, 0.002)), "b": _ways((10, 0.012), (20, 0.003))},
+        "loss",
+    )
+    costs = {("a", 10): 0.040, ("a", 20): 0.008 if helps else 0.090, ("b", 10): 0.009, ("b", 20): 0.003}
+    asked = []
+
+    def measure(chosen, _):
+        asked.append(dict(chosen))
+        return {name: rise(costs[name, method.num_buckets]) for name, method in chosen.items()}
+
+    monkeypatch.setattr(budgeting, "measured_rises", measure)
+    known = SimpleNamespace(curvature={"a": 1})
+    with caplog.at_level("INFO"):
+        found = budgeting._checked(frontier, 30, known)
+    assert {name: method.num_buckets for name, method in found.items()} == kept
+    assert len(asked) == 2 and "two choices" in caplog.text
+    asked.clear()
+    assert dict(budgeting._checked(frontier, 30, SimpleNamespace(curvature={}))) == dict(frontier.choose(30))
+    assert not asked  # squared errors are no losses
+
+
+def test_a_choice_that_costs_nothing_is_not_measured(monkeypatch):
+    frontier = Frontier({"a": (99, 4)}, {"a": _ways((10, 0.0004))}, "loss")
+    monkeypatch.setattr(budgeting, "measured_rises", lambda *_: pytest.fail("measured"))
+    assert budgeting._checked(frontier, 30, SimpleNamespace(curvature={"a": 1})).num_bytes == 10
