@@ -47,7 +47,7 @@ test-asan: env  ## the C++ kernels' tests with the address and undefined-behavio
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so.6) ASAN_OPTIONS=detect_leaks=0 \
 	$(PY) -m pytest -s -p no:cacheprovider tests/ops/cpp/test_kernels.py tests/ops/test_codebook_bags.py \
 	  tests/ops/test_hot_rows.py tests/ops/test_layouts.py tests/ops/test_checks.py \
-	  tests/ops/test_trained.py tests/ops/test_trained_adam.py tests/ops/test_trained_bags.py tests/ops/test_trained_refusals.py tests/ops/test_nearest.py \
+	  tests/ops/test_trained.py tests/ops/test_trained_adam.py tests/ops/test_trained_bags.py tests/ops/test_trained_refusals.py tests/ops/test_nearest.py tests/ops/test_coded_ids.py \
 	  -k 'not compile and not exports and not graphs'
 
 check-arm: env  ## the C++ kernels compiled for aarch64, the base kernels run in emulation
