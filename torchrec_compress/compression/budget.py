@@ -64,7 +64,9 @@ def for_budget(
     """
     check_budget("for_budget", budget_bytes)
     tried = _tried("for_budget", codes, num_codes, widths)
-    return _measure("for_budget", tables, counts, curvature, tried, noise or {}, seed, progress).choose(budget_bytes)
+    return _measure(
+        "for_budget", tables, counts, curvature, tried, {} if noise is None else noise, seed, progress
+    ).choose(budget_bytes)
 
 
 def measure_frontier(
@@ -102,7 +104,7 @@ def measure_frontier(
 
     Raises:
         ValueError: counts lack a table or are not finite, rows are not finite; a table with look-ups has no curvature,
-            or that of another table or model.
+            or that of another table or model; noise is no look-ups of these tables.
 
     Example:
         >>> rows, counts = {"user": torch.randn(4000, 16)}, {"user": torch.arange(4000)}
@@ -111,7 +113,9 @@ def measure_frontier(
         True
     """
     tried = _tried("measure_frontier", codes, num_codes, widths)
-    return _measure("measure_frontier", tables, counts, curvature, tried, noise or {}, seed, progress)
+    return _measure(
+        "measure_frontier", tables, counts, curvature, tried, {} if noise is None else noise, seed, progress
+    )
 
 
 def _measure(
