@@ -17,10 +17,12 @@ if TYPE_CHECKING:
         compress,
         compress_into,
         decompress,
+        dequantize_codebooks,
         fold_into_linear,
         fold_projections,
         measure_curvature,
         predicted_rise,
+        quantize_codebooks,
     )
     from torchrec_compress.modules import (
         CompressedEmbeddingBagCollection,
@@ -52,6 +54,7 @@ __all__ = [
     "compress",
     "compress_into",
     "decompress",
+    "dequantize_codebooks",
     "discard",
     "fold_into_linear",
     "fold_projections",
@@ -61,10 +64,12 @@ __all__ = [
     "native_parameters",
     "optimizer_bytes",
     "predicted_rise",
+    "quantize_codebooks",
 ]
 _HOMES = {
     **dict.fromkeys(("Curvature", "measure_curvature", "predicted_rise"), "convert"),
     **dict.fromkeys(("compress", "compress_into", "decompress", "fold_into_linear", "fold_projections"), "convert"),
+    **dict.fromkeys(("dequantize_codebooks", "quantize_codebooks"), "convert"),
     "get_default_sharders": "sharding",
 }
 

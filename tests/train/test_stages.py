@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from torchrec_compress.compression import parse
 from torchrec_compress.train import asked, budgeting, check, choosing, sealed, stages
 from torchrec_compress.train.check import check_variants
 from torchrec_compress.train.compare.report import collect, write_report
 from torchrec_compress.train.compare.runs import compare
 from torchrec_compress.train.config import ParallelConfig, RunConfig, override
+from torchrec_compress.train.data.open import open_data
 from torchrec_compress.train.engine import loop
 from torchrec_compress.train.engine.checkpoint_reader import read
+from torchrec_compress.train.evaluate.scoring import score
+from torchrec_compress.train.full import untrained
 from torchrec_compress.train.ranks import Ranks, start
 from torchrec_compress.train.sealed import write_json
 
@@ -122,6 +126,41 @@ def test_codes_stay_frozen_while_codebooks_train(config, tmp_path):
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert any("codebooks" in name for name in moved)
     assert not any("codes" in name.split(".") or not name.startswith("embeddings.") for name in moved)
+
+
+LOW_BIT = {"*": {**PQ["*"], "codebook_dtype": "int8", "num_hot_rows": 5, "hot_dtype": "int8"}}
+
+
+def test_codebooks_and_hot_rows_of_few_bits_train_in_float32_and_are_stored_rounded(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "held_bytes", lambda source: 0)  # of stage 1, which holds more
+    rates = {"retrain": vars(config.pretrain), "retrain.train_dense": False, "retrain.optim.codebook_lr": 0.01}
+    summary = _run(config, tmp_path, "a", compression=LOW_BIT, **rates)
+    before = torch.load(tmp_path / "a" / "fitted.pt", weights_only=True)
+    after = torch.load(tmp_path / "a" / "model.pt", weights_only=True)
+    assert before.keys() == after.keys()
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert {name.rpartition(".")[2] for name in moved} == {"codebooks", "hot_rows", "is_set", "weight"}
+    assert all(after[name].dtype == before[name].dtype for name in moved)
+    assert summary["metrics"]["valid"]["logloss"] < summary["fitted"]["valid"]["logloss"]
+    data, ranks = open_data(config.data), start(config.parallel)
+    model = untrained(config, parse(LOW_BIT), data)
+    model.load_state_dict(after)
+    model.eval()
+    found, _ = score(lambda batch: model(batch.features, batch.dense).logits, data, config.data, ranks)
+    assert found == summary["metrics"]  # of what is stored
+    num_tables = sum(name.endswith("hot_rows") for name in moved)
+    in_few_bits, in_floats = 32 * (4 + 4) + 5 * (8 + 4), 4 * (32 * 4 + 5 * 8)
+    small = summary["footprint"]["total_bytes"]
+    assert summary["held_bytes"] == small + num_tables * (in_floats - in_few_bits) + summary["state_bytes"]
+
+
+def test_frozen_codebooks_of_few_bits_stay(config, tmp_path):
+    rates = {"retrain": vars(config.pretrain), "retrain.train_codebooks": False}
+    _run(config, tmp_path, "a", compression=LOW_BIT, **rates)
+    before = torch.load(tmp_path / "a" / "fitted.pt", weights_only=True)
+    after = torch.load(tmp_path / "a" / "model.pt", weights_only=True)
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert moved and not any(name.endswith(("codebooks", "hot_rows")) for name in moved)
 
 
 def test_a_byte_budget_is_kept_and_chosen_once(config, tmp_path):

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.convert.compress import check_whole
-from torchrec_compress.methods import MethodConfig, TableState
+from torchrec_compress.convert.rebuild import Compressed, Stored, check_compressed, check_source, rebuilt
 from torchrec_compress.methods.base import NO_PROJECTION
 from torchrec_compress.methods.width import narrowed
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
-from torchrec_compress.modules.footprint import stored_part
 from torchrec_compress.names import kind_of
-from torchrec_compress.ops import coded_rows
 
 logger = logging.getLogger(__name__)
-
-_COMPRESSED = (CompressedEmbeddingBagCollection, CompressedEmbeddingCollection)
-_Compressed = TypeVar("_Compressed", CompressedEmbeddingBagCollection, CompressedEmbeddingCollection)
 
 
 def why_unfolded(
@@ -42,7 +34,7 @@ def why_unfolded(
         >>> why_unfolded(CompressedEmbeddingBagCollection([table], compression=Int8Config()))
         {'user': 'it has no projection'}
     """
-    _check_compressed("why_unfolded", collection)
+    check_compressed("why_unfolded", collection)
     reasons = {
         table.name: collection.methods()[table.name].why_unfolded(table, in_float32)
         for table in collection.table_configs()
@@ -52,8 +44,8 @@ def why_unfolded(
 
 @torch.no_grad()
 def fold_projections(
-    collection: _Compressed, tables: Collection[str] | None = None, *, in_float32: bool = False
-) -> _Compressed:
+    collection: Compressed, tables: Collection[str] | None = None, *, in_float32: bool = False
+) -> Compressed:
     """Multiply the projections of codes of a `width` into their codebooks and float hot rows.
 
     Codes stay bit for bit. Codewords become D numbers that add up to a row, also where they lay side by side, so a
@@ -83,7 +75,7 @@ def fold_projections(
         (True, 'residual')
     """
     where = "fold_projections"
-    _check_source(where, collection)
+    check_source(where, collection)
     reasons = why_unfolded(collection, in_float32=in_float32)
     names = _chosen(where, collection, tables, reasons)
     if tables is None:
@@ -94,8 +86,8 @@ def fold_projections(
     for table in collection.table_configs():
         if table.name in names:
             state = collection.table_state(table.name)
-            changed[table.name] = _Stored(table, *collection.methods()[table.name].folded(table, state))
-    return _rebuilt(collection, changed)
+            changed[table.name] = Stored(table, *collection.methods()[table.name].folded(table, state))
+    return rebuilt(collection, changed)
 
 
 @torch.no_grad()
@@ -138,7 +130,7 @@ def fold_into_linear(
         (8, 21)
     """
     where = "fold_into_linear"
-    _check_source(where, collection)
+    check_source(where, collection)
     if not isinstance(collection, CompressedEmbeddingBagCollection):
         raise ValueError(f"{where}: collection must be pooled, got {kind_of(collection)}")
     configs, methods = {table.name: table for table in collection.table_configs()}, collection.methods()
@@ -151,36 +143,8 @@ def fold_into_linear(
     changed = {}
     for name in names:
         method, state = methods[name].unprojected(configs[name], states[name])
-        changed[name] = _Stored(narrowed(configs[name], widths[name] or 0), method, state)
-    return _rebuilt(collection, changed), layer
-
-
-class _Stored(NamedTuple):
-    """A table that is stored otherwise than before: its config, its method and its tensors."""
-
-    table: BaseEmbeddingConfig
-    method: MethodConfig
-    state: TableState
-
-
-def _check_compressed(where: str, collection: object) -> None:
-    """Raise ValueError for anything but a compressed collection."""
-    if not isinstance(collection, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
-        raise ValueError(f"{where}: collection must be a compressed one, got {kind_of(collection, *_COMPRESSED)}")
-
-
-def _check_source(where: str, collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection) -> None:
-    """Raise ValueError for a collection without values, sharded, or whose small tensors are not in float32."""
-    _check_compressed(where, collection)
-    check_whole(where, collection)
-    for name, tensor in collection.decoder.named_parameters():
-        if tensor.dtype != torch.float32:
-            raise ValueError(
-                f"{where}: collection must be in float32, got {name!r} in {tensor.dtype}; call float() first, and cast "
-                "the result"
-            )
-    if collection.code_tables is not None:
-        collection.code_tables.warn_of_start_codes()
+        changed[name] = Stored(narrowed(configs[name], widths[name] or 0), method, state)
+    return rebuilt(collection, changed), layer
 
 
 def _chosen(
@@ -273,56 +237,3 @@ def _folded_layer(linear: nn.Linear, read: list[_Read], projections: dict[str, T
         if has_bias:
             layer.bias.copy_(linear.bias)
     return layer.train(linear.training)
-
-
-def _rebuilt(
-    collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection, changed: dict[str, _Stored]
-) -> Any:
-    """Return a collection of the same kind, a copy but for some tables that are stored otherwise."""
-    configs: list[Any] = [
-        changed[table.name].table if table.name in changed else copy.copy(table) for table in collection.table_configs()
-    ]
-    methods = {**collection.methods(), **{name: stored.method for name, stored in changed.items()}}
-    device, seed = collection.device, collection.seed
-    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode can never be trained
-        if isinstance(collection, CompressedEmbeddingCollection):
-            kept = collection.need_indices()
-            made = CompressedEmbeddingCollection(configs, device, kept, methods, seed, will_fit=True)
-        else:
-            kept = collection.is_weighted()
-            made = CompressedEmbeddingBagCollection(configs, device, kept, methods, seed, will_fit=True)
-        others = _state_of_others(collection, set(changed))
-        missing, unexpected = made.load_state_dict(others, strict=False)
-        assert not unexpected and not {stored_part(name) for name in missing} & {stored_part(name) for name in others}
-        for name, (table, method, state) in changed.items():
-            # so few rows that codes of r numbers save nothing beside the rows themselves, which are stored then
-            is_dense = made.methods()[name] != method
-            made.load_table(name, _as_rows(table, method, state) if is_dense else state)
-    return made.train(collection.training)
-
-
-def _state_of_others(
-    collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection, changed: set[str]
-) -> dict[str, Tensor]:
-    """Return what a state dict says of the tables that are not changed."""
-    plan = collection.blueprint
-    gone = {physical for name in changed for physical in plan.native_names(name).values()}
-    banks = {plan.banks[name] for name in plan.methods if name not in changed}  # a shared one is called as no table
-    found = {}
-    for key, value in collection.state_dict().items():
-        kind, name = stored_part(key) or ("", "")
-        if kind and {"native": name not in gone, "decoder": name in banks}.get(kind, name not in changed):
-            found[key] = value
-    return found
-
-
-def _as_rows(table: BaseEmbeddingConfig, method: MethodConfig, state: TableState) -> TableState:
-    """Return the rows that codes stand for, as a dense table's."""
-    assert state.codes is not None
-    bank = method.decoder(table, state.codes.device)
-    assert bank is not None
-    bank.load_state_dict(state.decoder)
-    ids = torch.arange(table.num_embeddings, device=state.codes.device)
-    index = state.decoder.get("coded_ids")
-    codes = state.codes[ids if index is None else coded_rows(index, ids)]
-    return TableState(native={"": bank(ids, None, None, codes, [])})

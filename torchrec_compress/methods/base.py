@@ -234,6 +234,18 @@ class MethodConfig(ABC):
         """
         return self, state
 
+    def dequantized(self) -> MethodConfig:
+        """Return how the table is stored while what its decoder holds in few bits trains: in float32, codes as ever."""
+        return self
+
+    def stored_as(self, table: BaseEmbeddingConfig, state: TableState, other: MethodConfig) -> TableState:
+        """Return the tensors as another method stores them, of the same `dequantized`.
+
+        Raises:
+            ValueError: rows have no scale in few bits.
+        """
+        return state
+
     def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return the bytes of the decoder's tensors."""
         return 0

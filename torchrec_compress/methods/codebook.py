@@ -27,7 +27,7 @@ from torchrec_compress.methods.base import (
     dense_bytes,
 )
 from torchrec_compress.methods.codebook_decoder import CodebookDecoder, float_rows, fold_codewords
-from torchrec_compress.methods.coded_table import CodedTable, CodeFormat, stored_codes
+from torchrec_compress.methods.coded_table import CodedTable, CodeFormat, stored_codes, stored_otherwise
 from torchrec_compress.methods.learned_codes import LearnedCodes, Sample, Seen
 from torchrec_compress.methods.low_bit_rows import check_codebook_dtype, check_low_bit_width, quantize_table_rows
 from torchrec_compress.methods.shared_row import by_lookups, check_num_coded, learn_shared_row
@@ -289,6 +289,16 @@ class CodebookConfig(MethodConfig):
         if self.num_coded is not None:
             decoder["coded_ids"] = state.decoder["coded_ids"]
         return self._folded_form(), TableState(codes=state.codes, decoder=decoder)
+
+    def dequantized(self) -> CodebookConfig:
+        """Return the same with codebooks and hot rows in float32."""
+        return replace(self, codebook_dtype="fp32", hot_dtype="fp32" if self.num_hot_rows else self.hot_dtype)
+
+    def stored_as(self, table: BaseEmbeddingConfig, state: TableState, other: MethodConfig) -> TableState:
+        """Return codebooks and hot rows in the dtypes of the other; codes are the same tensor."""
+        assert isinstance(other, CodebookConfig)
+        decoder = stored_otherwise(table, state.decoder, self._format(table), other._format(table))
+        return TableState(codes=state.codes, decoder=decoder)
 
     def _folded_form(self) -> CodebookConfig:
         """Return what codes of a width are with each codeword projected: sums, also of what lay side by side."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.fit.metric import Metric
 from torchrec_compress.methods.base import TableState
+from torchrec_compress.methods.codebook_decoder import float_rows
 from torchrec_compress.methods.learned import Learned
 from torchrec_compress.methods.learned_codes import LearnedCodes
 from torchrec_compress.methods.low_bit_rows import quantize_table_rows, warn_of_rough_rows
@@ -17,6 +19,8 @@ from torchrec_compress.methods.shared_row import SharedRow
 from torchrec_compress.methods.width import Directions
 from torchrec_compress.ops import code_dtype, coded_rows, hot_row_codes, is_packed, pack_codes
 from torchrec_compress.ops.lowbit import RowDtype
+
+CodebookDtype: TypeAlias = Literal["fp32", "int8"]
 
 
 class CodeFormat(NamedTuple):
@@ -26,7 +30,7 @@ class CodeFormat(NamedTuple):
     codebook_size: int
     row_width: int
     hot_dtype: RowDtype
-    codebook_dtype: Literal["fp32", "int8"]
+    codebook_dtype: CodebookDtype
 
 
 def stored_codes(codes: Tensor, codebook_size: int) -> Tensor:
@@ -106,22 +110,55 @@ class CodedTable(Learned):
         _, codebooks, refit = self._learned
         books = codebooks if refit is None else refit.codebooks()
         books = books if self._metric is None else self._metric.restore_codebooks(books)
-        decoder = {"codebooks": self._stored_codebooks(books)}
+        decoder = {"codebooks": _stored_codewords(self._table, books, self._form.codebook_dtype)}
         if len(self._hot):
-            decoder["hot_rows"], dtype = self._hot_rows, self._form.hot_dtype
-            if dtype != "fp32":
-                decoder["hot_rows"], rough = quantize_table_rows(self._table, self._hot_rows, dtype, self._hot)
-                warn_of_rough_rows(self._table, rough, len(self._hot), dtype)
+            decoder["hot_rows"] = _stored_hot_rows(self._table, self._hot_rows, self._form.hot_dtype, self._hot)
         if self._directions is not None:
             decoder["projection"] = self._directions.projection
         if self._index is not None:
             decoder["coded_ids"] = self._index
         return TableState(decoder=decoder)
 
-    def _stored_codebooks(self, books: Tensor) -> Tensor:
-        """Return codebooks as the decoder holds them."""
-        if self._form.codebook_dtype == "fp32":
-            return books
-        found, rough = quantize_table_rows(self._table, books, "int8", torch.arange(len(books)), "codeword")
-        warn_of_rough_rows(self._table, rough, len(books), "int8", "codewords")
-        return found
+
+def stored_otherwise(
+    table: BaseEmbeddingConfig, decoder: Mapping[str, Tensor], old: CodeFormat, new: CodeFormat
+) -> dict[str, Tensor]:
+    """Return what a decoder holds with codebooks and hot rows in other dtypes, and the rest of it as it is.
+
+    Args:
+        table: the user's config.
+        decoder: what it holds by name.
+        old: how that is stored.
+        new: how it shall be stored; of equal sizes.
+
+    Raises:
+        ValueError: codewords or hot rows have no float16 scale.
+    """
+    found = dict(decoder)
+    if old.codebook_dtype != new.codebook_dtype:
+        books = float_rows(decoder["codebooks"], old.codebook_dtype)
+        found["codebooks"] = _stored_codewords(table, books, new.codebook_dtype)
+    if "hot_rows" in decoder and old.hot_dtype != new.hot_dtype:
+        rows = float_rows(decoder["hot_rows"], old.hot_dtype)
+        found["hot_rows"] = _stored_hot_rows(table, rows, new.hot_dtype, torch.arange(len(rows)), "hot row")
+    return found
+
+
+def _stored_codewords(table: BaseEmbeddingConfig, books: Tensor, dtype: CodebookDtype) -> Tensor:
+    """Return codebooks in float32 as a decoder holds them."""
+    return _stored(table, books, dtype, torch.arange(len(books)), "codeword", "codewords")
+
+
+def _stored_hot_rows(
+    table: BaseEmbeddingConfig, rows: Tensor, dtype: RowDtype, ids: Tensor, what: str = "id"
+) -> Tensor:
+    """Return hot rows in float32 as a decoder holds them; `ids` name them in errors, by what they are."""
+    return _stored(table, rows, dtype, ids, what, "rows")
+
+
+def _stored(table: BaseEmbeddingConfig, rows: Tensor, dtype: RowDtype, ids: Tensor, one: str, many: str) -> Tensor:
+    if dtype == "fp32":
+        return rows
+    found, rough = quantize_table_rows(table, rows, dtype, ids, one)
+    warn_of_rough_rows(table, rough, len(rows), dtype, many)
+    return found

@@ -35,7 +35,7 @@ def check_trains(
         return
     parts = [(chosen[table.name], chosen[table.name].parts(table, config.seed)) for table in tables]
     has_tables = any(stored.dense or stored.native or stored.trained for _, stored in parts)
-    has_decoders = any(chosen[table.name].trains_decoder(table) for table in tables)
+    has_decoders = any(chosen[table.name].dequantized().trains_decoder(table) for table in tables)
     if (stage.train_tables and has_tables) or (stage.train_codebooks and has_decoders):
         return
     raise ValueError(

@@ -202,7 +202,8 @@ class StageConfig:
         monitor: what validation compares.
         train_dense: whether the dense net is trained.
         train_tables: whether native tables are trained.
-        train_codebooks: whether codebooks and other decoder parameters are trained.
+        train_codebooks: whether codebooks and other decoder parameters are trained; after a fit those in few bits too,
+            codebooks and hot rows: in float32, and rounded at the end.
         distill_weight: weight of the cross-entropy against the full model's probabilities; the label has the rest.
         start_l2: pulls parameters (not native tables) to where the stage started, as `start_l2 / 2 * squared distance`.
         checkpoint_every: steps between checkpoints besides those at validations; 0 for none.

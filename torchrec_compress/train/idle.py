@@ -74,7 +74,7 @@ def _has_decoders(methods: list[MethodConfig], model: ModelConfig) -> bool:
     """Return whether some method trains a decoder; of the widest table, as narrow rows of its width have none."""
     width = max([model.embedding_dim, *model.widths.values()])
     table = EmbeddingBagConfig(name="any", num_embeddings=10**6, embedding_dim=width)
-    return any(method.trains_decoder(table) for method in methods)
+    return any(method.dequantized().trains_decoder(table) for method in methods)
 
 
 def _methods(compression: Mapping[str, Any]) -> list[MethodConfig]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.compression import Compression
-from torchrec_compress.convert import Curvature
+from torchrec_compress.convert import Curvature, dequantize_codebooks, dequantized_methods, quantize_codebooks
+from torchrec_compress.methods import MethodConfig
 from torchrec_compress.train.asked import curvature_of, teacher_logits
 from torchrec_compress.train.check import Wanted, check_config, check_run
 from torchrec_compress.train.choosing import settle
 from torchrec_compress.train.config import DataConfig, RunConfig, fingerprint, lasting, needs_pretrained
+from torchrec_compress.train.data.batch import Batch
 from torchrec_compress.train.data.inputs import identify
 from torchrec_compress.train.data.memory import ClickData
 from torchrec_compress.train.data.open import open_data
@@ -29,7 +32,7 @@ from torchrec_compress.train.evaluate.usage import code_usage
 from torchrec_compress.train.fitting import PREDICTED, fit
 from torchrec_compress.train.full import full_model, held_bytes, read_model, trained_model, untrained
 from torchrec_compress.train.identity import check_unchanged, identity_of, record
-from torchrec_compress.train.models.click import ClickModel, make_model, make_tables
+from torchrec_compress.train.models.click import ClickModel, make_tables
 from torchrec_compress.train.ranks import Ranks, agree, on_first
 from torchrec_compress.train.sealed import (
     is_done,
@@ -212,40 +215,83 @@ def _run_compressed(
     if config.parallel.init == "host":
         summary["usage"] = code_usage(collection, counts)
     if source is not None:
-        model.eval()
-        found = score(lambda batch: model(batch.features, batch.dense).logits, data, config.data, ranks)
-        summary["fitted"], summary["undefined"] = found
+        summary["fitted"], summary["undefined"] = score(_logits_of(model), data, config.data, ranks)
         summary["metrics"] = summary["fitted"]
         if curvature:
             summary["predicted"] = on_first(lambda: read_json(folder / PREDICTED), ranks)
             summary["fitted_to"] = on_first(lambda: read_json(source / "summary.json", keys=("metrics",)), ranks)[
                 "metrics"
             ]
+    held = summary["footprint"]["total_bytes"]
     if config.retrain.epochs > 0:
-        trained = _retrain(config, task, model, source, ranks)
-        summary["training"] = _training(trained)
-        summary["state_bytes"] = trained.state_bytes
-        summary["metrics"], summary["undefined"] = score(trained.trainable.logits, data, config.data, ranks)
-        path = trained.checkpoint
-    held = summary["footprint"]["total_bytes"] + summary.get("state_bytes", 0)
+        path, held = _train_on(config, task, model, source, folder, summary, ranks)
+    stored = partial(_stored, config, data, methods, path, folder)
     before = 0 if source is None else held_bytes(source)
     summary["held_bytes"] = None if before is None else max(held, before)
     if config.parallel.init == "host":
-        on_first(lambda: _save_compressed(config, data, methods, path, folder), ranks)
+        on_first(
+            lambda: save_tensors(folder / "model.pt", dict(_stored(config, data, methods, path, folder).state_dict())),
+            ranks,
+        )
     return summary
 
 
-def _save_compressed(
-    config: RunConfig, data: ClickSource, methods: Mapping[str, Any], trained: Path | None, folder: Path
-) -> None:
-    """Write `model.pt`, the whole compressed model: as fitted, or as trained after that."""
-    tables = make_tables(config.model, data)
-    collection = CompressedEmbeddingBagCollection(tables, compression=dict(methods), seed=config.seed)
-    model = make_model(collection, data.num_dense, config.model)
+def _train_on(
+    config: RunConfig,
+    task: Task,
+    model: ClickModel,
+    source: Path | None,
+    folder: Path,
+    summary: dict[str, Any],
+    ranks: Ranks,
+) -> tuple[Path, int]:
+    """Train the compressed model on and score it as it is stored; return its checkpoint, and the bytes it held."""
+    collection, teacher = model.embeddings, None
+    assert isinstance(collection, CompressedEmbeddingBagCollection)
+    methods, in_floats = collection.methods(), _trains_in_floats(config, collection)
+    if in_floats:
+        collection = model.embeddings = dequantize_codebooks(collection)
+    held = collection.footprint().total_bytes
+    if config.retrain.distill_weight:
+        assert source is not None
+        teacher = teacher_logits(config, task.data, source, ranks)
+    # it is wrapped in place
+    trained = train(model, dataclasses.replace(task, keep_start=source is not None, teacher=teacher), ranks)
+    logits = trained.trainable.logits
+    if in_floats:  # what is stored is rounded
+        logits = _logits_of(_stored(config, task.data, methods, trained.checkpoint, folder))
+    summary["training"], summary["state_bytes"] = _training(trained), trained.state_bytes
+    summary["metrics"], summary["undefined"] = score(logits, task.data, config.data, ranks)
+    return trained.checkpoint, held + trained.state_bytes
+
+
+def _logits_of(model: ClickModel) -> Callable[[Batch], Tensor]:
+    """Return what scores a batch by a model in this process's memory."""
+    model.eval()
+    return lambda batch: model(batch.features, batch.dense).logits
+
+
+def _trains_in_floats(config: RunConfig, collection: CompressedEmbeddingBagCollection) -> bool:
+    """Return whether codebooks or hot rows that are stored in few bits train on, in float32."""
+    return config.retrain.train_codebooks and needs_pretrained(config) and bool(dequantized_methods(collection))
+
+
+def _stored(
+    config: RunConfig, data: ClickSource, methods: Mapping[str, MethodConfig], trained: Path | None, folder: Path
+) -> ClickModel:
+    """Return the whole compressed model in this process's memory: as fitted, or as trained after that."""
+    model = untrained(config, dict(methods), data)
     _fill(model, folder / "fitted.pt")
+    collection = model.embeddings
+    assert isinstance(collection, CompressedEmbeddingBagCollection)
     if trained is not None:
+        in_floats = _trains_in_floats(config, collection)
+        if in_floats:
+            collection = model.embeddings = dequantize_codebooks(collection)
         read_model(trained, model)
-    save_tensors(folder / "model.pt", dict(model.state_dict()))
+        if in_floats:
+            model.embeddings = quantize_codebooks(collection, methods)
+    return model
 
 
 def _compressed(
@@ -266,15 +312,6 @@ def _compressed(
     on_first(lambda: fit(config, data, source, kept, model, counts, curvature), ranks)
     _fill(model, kept)
     return model
-
-
-def _retrain(config: RunConfig, task: Task, model: ClickModel, source: Path | None, ranks: Ranks) -> Trained:
-    """Train the compressed model on; it is wrapped in place."""
-    teacher = None
-    if config.retrain.distill_weight:
-        assert source is not None
-        teacher = teacher_logits(config, task.data, source, ranks)
-    return train(model, dataclasses.replace(task, keep_start=source is not None, teacher=teacher), ranks)
 
 
 def _fill(model: ClickModel, path: Path) -> None:
