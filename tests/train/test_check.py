@@ -55,6 +55,10 @@ PARQUET = {"data.kind": "parquet", "data.path": "x"}
             "retrain.distill_weight: must be 0 with start = 'scratch'",
         ),
         (
+            {"pretrain": {"patience": 2, "optim": {"decay": "plateau", "decay_patience": 2}}},
+            r"pretrain\.optim\.decay_patience: must be below pretrain\.patience = 2",
+        ),
+        (
             {"pretrain.optim.table_l2": 0.1},
             "pretrain.optim.table_l2: must be 0 with pretrain.optim.tables = 'rowwise_adagrad'",
         ),

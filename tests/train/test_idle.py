@@ -68,6 +68,11 @@ ALL = OptimConfig(tables="adagrad", table_lr=0.9, lookup_l2=0.1, dense_lr=0.9, d
             RunConfig(start="scratch", compression=HASH, pretrain=StageConfig(optim=OptimConfig(table_lr=0.9))),
             ["pretrain.optim.table_lr: changes nothing with start = 'scratch', which has no stage pretrain"],
         ),
+        (RunConfig(pretrain=StageConfig(optim=OptimConfig(decay="plateau", decay_patience=1))), []),
+        (
+            RunConfig(pretrain=StageConfig(optim=OptimConfig(decay_patience=1))),
+            ["pretrain.optim.decay_patience: changes nothing with pretrain.optim.decay = 'linear'"],
+        ),
         (RunConfig(start="scratch", pretrain=StageConfig(patience=7)), []),
         (
             RunConfig(compression=PQ, retrain=StageConfig(epochs=0, distill_weight=0.5)),

@@ -351,6 +351,11 @@ def check_optim(config: OptimConfig, where: str) -> None:
 
 def _check_stage(name: str, stage: StageConfig, is_small: bool) -> None:
     check_optim(stage.optim, f"{name}.optim")
+    if stage.optim.decay == "plateau" and 0 < stage.patience <= stage.optim.decay_patience:
+        raise ValueError(
+            f"{name}.optim.decay_patience: must be below {name}.patience = {stage.patience}, which ends the training "
+            f"before rates ever fall, got {stage.optim.decay_patience}"
+        )
     if not (stage.train_dense or stage.train_tables or stage.train_codebooks):
         raise ValueError(f"{name}: must train something, got train_dense, train_tables and train_codebooks all false")
     if name == "pretrain" and not is_small and not (stage.train_dense or stage.train_tables):

@@ -176,6 +176,8 @@ class OptimConfig:
         dense_l2: l2 of the dense net.
         codebook_lr: learning rate of codebooks and other decoder parameters.
         decay: "linear" falls to 2 % of the rates at the last step; "plateau" divides by 10 when validation stalls.
+        decay_patience: validations without a better one that "plateau" lets pass each time; a validation of rows of few
+            bits, which are noisy at the first rate, may be worse by chance.
     """
 
     tables: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
@@ -188,6 +190,7 @@ class OptimConfig:
     dense_l2: NonNegative = 0.0
     codebook_lr: NonNegative = 1e-3
     decay: Literal["none", "linear", "plateau"] = "linear"
+    decay_patience: Natural = 0
 
 
 @dataclass(frozen=True)
@@ -353,7 +356,7 @@ def override(config: Config, changes: Mapping[str, Any], where: str = "") -> Con
 
 
 # keys that earlier versions did not have, which stand for nothing where they are left out
-_LATER = ("input_dropout", "pretrain_compression", "curvature_rows", "adaptive_l2")
+_LATER = ("input_dropout", "pretrain_compression", "curvature_rows", "adaptive_l2", "decay_patience")
 # how a training is watched and kept, which may change when it resumes
 _FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_bad_batches", "num_workers")
 

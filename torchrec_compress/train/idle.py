@@ -63,6 +63,8 @@ def _stage_lines(name: str, stage: StageConfig, has_decoders: bool, without: str
         reasons |= dict.fromkeys(keys, f"with {name}.train_tables = false")
     if not stage.train_dense:
         reasons |= dict.fromkeys(("optim.dense_lr", "optim.dense_l2"), f"with {name}.train_dense = false")
+    if stage.optim.decay != "plateau":
+        reasons["optim.decay_patience"] = f"with {name}.optim.decay = {stage.optim.decay!r}"
     if not has_decoders:
         reasons |= dict.fromkeys(("optim.codebook_lr", "train_codebooks"), without)
     elif not stage.train_codebooks:

@@ -168,7 +168,7 @@ def _watched(config, data, folder, monkeypatch, found: list[tuple[float, float]]
     """Train with a validation after every step that finds these (logloss, auc) one after the other."""
     values = iter(found)
     monkeypatch.setattr(loop, "validate", lambda *_: dict(zip(("logloss", "auc"), next(values), strict=True)))
-    optim = OptimConfig(decay=change.pop("decay", "none"))
+    optim = OptimConfig(decay=change.pop("decay", "none"), decay_patience=change.pop("decay_patience", 0))
     stage = dataclasses.replace(STAGE, epochs=len(found) / 13, evals_per_epoch=13, optim=optim, **change)
     trained = _train(config, Task(data, stage, 0, folder, position=None))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -202,6 +202,15 @@ def test_rates_fall_tenfold_after_every_validation_that_is_no_better(config, dat
     _, lines = _watched(config, data, tmp_path, monkeypatch, FOUND, decay="plateau")
     assert factors == pytest.approx([1, 1, 1, 0.1, 0.01, 0.001, 0.001])
     assert [line["scale"] for line in lines] == factors
+
+
+@pytest.mark.parametrize(
+    ("patience", "expected"), [(1, [1, 1, 1, 1, 0.1, 0.1, 0.1]), (2, [1, 1, 1, 1, 1, 0.1, 0.1]), (9, [1] * 7)]
+)
+def test_rates_fall_when_patience_is_spent(config, data, tmp_path, monkeypatch, patience, expected):
+    found = [(value, 0.5) for value in (0.5, 0.4, 0.6, 0.6, 0.6, 0.3, 0.6)]
+    _, lines = _watched(config, data, tmp_path, monkeypatch, found, decay="plateau", decay_patience=patience)
+    assert [line["scale"] for line in lines] == pytest.approx(expected)
 
 
 def test_rates_fall_linearly_to_a_fiftieth(config, data, tmp_path, monkeypatch):

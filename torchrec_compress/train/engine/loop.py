@@ -300,7 +300,7 @@ class _Stage:
             progress.best, progress.best_step, progress.bad_evals = value, progress.step, 0
             return
         progress.bad_evals += 1
-        if stage.optim.decay == "plateau":
+        if stage.optim.decay == "plateau" and progress.bad_evals % (1 + stage.optim.decay_patience) == 0:
             progress.scale *= 0.1
         progress.stopped = stage.patience > 0 and progress.bad_evals >= stage.patience
 
