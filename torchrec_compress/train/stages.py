@@ -225,14 +225,11 @@ def _run_compressed(
     held = summary["footprint"]["total_bytes"]
     if config.retrain.epochs > 0:
         path, held = _train_on(config, task, model, source, folder, summary, ranks)
-    stored = partial(_stored, config, data, methods, path, folder)
     before = 0 if source is None else held_bytes(source)
     summary["held_bytes"] = None if before is None else max(held, before)
     if config.parallel.init == "host":
-        on_first(
-            lambda: save_tensors(folder / "model.pt", dict(_stored(config, data, methods, path, folder).state_dict())),
-            ranks,
-        )
+        stored = partial(_stored, config, data, methods, path, folder)
+        on_first(lambda: save_tensors(folder / "model.pt", dict(stored().state_dict())), ranks)
     return summary
 
 
