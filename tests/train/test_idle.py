@@ -11,6 +11,8 @@ from torchrec_compress.train.idle import idle_settings
 CONFIGS = Path(__file__).parents[2] / "configs"
 HASH = {"*": {"method": "hash", "num_buckets": 9}}
 PQ = {"u": {"method": "pq", "num_codes": 2}, **HASH}
+LOW_BIT = {"*": {"method": "pq", "num_codes": 2, "codebook_dtype": "int8"}}
+BUDGET = {"budget_ratio": 9}
 ON = StageConfig(epochs=1, optim=OptimConfig(codebook_lr=0.5), train_codebooks=False)
 TRAINED = StageConfig(epochs=1, optim=OptimConfig(codebook_lr=0.5))
 ALL = OptimConfig(tables="adagrad", table_lr=0.9, lookup_l2=0.1, dense_lr=0.9, dense_l2=0.1)
@@ -67,6 +69,29 @@ ALL = OptimConfig(tables="adagrad", table_lr=0.9, lookup_l2=0.1, dense_lr=0.9, d
         (
             RunConfig(start="scratch", compression=HASH, pretrain=StageConfig(optim=OptimConfig(table_lr=0.9))),
             ["pretrain.optim.table_lr: changes nothing with start = 'scratch', which has no stage pretrain"],
+        ),
+        (
+            RunConfig(
+                compression=LOW_BIT, retrain=StageConfig(epochs=1, dequantize=True, optim=OptimConfig(codebook_lr=1))
+            ),
+            [],
+        ),
+        (RunConfig(compression=BUDGET, retrain=StageConfig(epochs=1, dequantize=True)), []),
+        (
+            RunConfig(compression=PQ, retrain=StageConfig(epochs=1, dequantize=True)),
+            ["retrain.dequantize: changes nothing without a table whose codebooks or hot rows are stored in few bits"],
+        ),
+        (
+            RunConfig(compression=LOW_BIT, retrain=StageConfig(epochs=1, dequantize=True, train_codebooks=False)),
+            ["retrain.dequantize: changes nothing with retrain.train_codebooks = false"],
+        ),
+        (
+            RunConfig(start="scratch", compression=HASH, retrain=StageConfig(epochs=1, dequantize=True)),
+            ["retrain.dequantize: changes nothing with start = 'scratch', which fits nothing"],
+        ),
+        (
+            RunConfig(pretrain=StageConfig(dequantize=True)),
+            ["pretrain.dequantize: changes nothing in stage 1, where nothing was fitted yet"],
         ),
         (RunConfig(pretrain=StageConfig(optim=OptimConfig(decay="plateau", decay_patience=1))), []),
         (

@@ -42,7 +42,8 @@ STAGE = {"epochs": 2.0, "batch_size": 250, "evals_per_epoch": 2, "checkpoint_eve
 
 def _config(config: RunConfig, method: str, **changes) -> RunConfig:
     start_at = {} if method == "mec" else {"start": "scratch"} if METHODS[method] else {}
-    stages = {"pretrain": STAGE, "retrain": {**STAGE, "distill_weight": 0.3 if method == "mec" else 0.0}}
+    later = {"distill_weight": 0.3, "dequantize": True} if method == "mec" else {}
+    stages = {"pretrain": STAGE, "retrain": {**STAGE, **later}}
     return override(config, {"compression": METHODS[method], **stages, **start_at, **changes})
 
 

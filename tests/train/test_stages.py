@@ -134,6 +134,7 @@ LOW_BIT = {"*": {**PQ["*"], "codebook_dtype": "int8", "num_hot_rows": 5, "hot_dt
 def test_codebooks_and_hot_rows_of_few_bits_train_in_float32_and_are_stored_rounded(config, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "held_bytes", lambda source: 0)  # of stage 1, which holds more
     rates = {"retrain": vars(config.pretrain), "retrain.train_dense": False, "retrain.optim.codebook_lr": 0.01}
+    rates["retrain.dequantize"] = True
     summary = _run(config, tmp_path, "a", compression=LOW_BIT, **rates)
     before = torch.load(tmp_path / "a" / "fitted.pt", weights_only=True)
     after = torch.load(tmp_path / "a" / "model.pt", weights_only=True)
@@ -154,8 +155,9 @@ def test_codebooks_and_hot_rows_of_few_bits_train_in_float32_and_are_stored_roun
     assert summary["held_bytes"] == small + num_tables * (in_floats - in_few_bits) + summary["state_bytes"]
 
 
-def test_frozen_codebooks_of_few_bits_stay(config, tmp_path):
-    rates = {"retrain": vars(config.pretrain), "retrain.train_codebooks": False}
+@pytest.mark.parametrize("change", [{}, {"retrain.dequantize": True, "retrain.train_codebooks": False}])
+def test_frozen_codebooks_of_few_bits_stay(config, tmp_path, change):
+    rates = {"retrain": vars(config.pretrain), **change}
     _run(config, tmp_path, "a", compression=LOW_BIT, **rates)
     before = torch.load(tmp_path / "a" / "fitted.pt", weights_only=True)
     after = torch.load(tmp_path / "a" / "model.pt", weights_only=True)

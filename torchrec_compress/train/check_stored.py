@@ -35,7 +35,9 @@ def check_trains(
         return
     parts = [(chosen[table.name], chosen[table.name].parts(table, config.seed)) for table in tables]
     has_tables = any(stored.dense or stored.native or stored.trained for _, stored in parts)
-    has_decoders = any(chosen[table.name].dequantized().trains_decoder(table) for table in tables)
+    methods = [(chosen[table.name], table) for table in tables]
+    trained = [(method.dequantized() if stage.dequantize else method, table) for method, table in methods]
+    has_decoders = any(method.trains_decoder(table) for method, table in trained)
     if (stage.train_tables and has_tables) or (stage.train_codebooks and has_decoders):
         return
     raise ValueError(

@@ -205,8 +205,9 @@ class StageConfig:
         monitor: what validation compares.
         train_dense: whether the dense net is trained.
         train_tables: whether native tables are trained.
-        train_codebooks: whether codebooks and other decoder parameters are trained; after a fit those in few bits too,
-            codebooks and hot rows: in float32, and rounded at the end.
+        train_codebooks: whether codebooks and other decoder parameters are trained.
+        dequantize: whether codebooks and hot rows that a fit has stored in few bits are trained too: in float32, which
+            training then holds, and rounded at the end; else they are frozen.
         distill_weight: weight of the cross-entropy against the full model's probabilities; the label has the rest.
         start_l2: pulls parameters (not native tables) to where the stage started, as `start_l2 / 2 * squared distance`.
         checkpoint_every: steps between checkpoints besides those at validations; 0 for none.
@@ -225,6 +226,7 @@ class StageConfig:
     train_dense: bool = True
     train_tables: bool = True
     train_codebooks: bool = True
+    dequantize: bool = False
     distill_weight: Annotated[float, Range(0, 1)] = 0.0
     start_l2: NonNegative = 0.0
     checkpoint_every: Natural = 0
@@ -356,7 +358,7 @@ def override(config: Config, changes: Mapping[str, Any], where: str = "") -> Con
 
 
 # keys that earlier versions did not have, which stand for nothing where they are left out
-_LATER = ("input_dropout", "pretrain_compression", "curvature_rows", "adaptive_l2", "decay_patience")
+_LATER = ("input_dropout", "pretrain_compression", "curvature_rows", "adaptive_l2", "decay_patience", "dequantize")
 # how a training is watched and kept, which may change when it resumes
 _FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_bad_batches", "num_workers")
 

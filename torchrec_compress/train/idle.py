@@ -41,9 +41,14 @@ def _lines(config: RunConfig) -> Iterator[str]:
         small = _methods(config.pretrain_compression)
         why = without if small else "in the full model, which has no codebooks"
         yield from _stage_lines("pretrain", config.pretrain, _has_decoders(small, config.model), why)
+        if config.pretrain.dequantize:
+            yield "pretrain.dequantize: changes nothing in stage 1, where nothing was fitted yet"
     if config.compression and config.retrain.epochs:
         # a budget or a trial may choose what has them
-        has_decoders = not methods or _has_decoders(methods, config.model)
+        trained = [method.dequantized() for method in methods] if config.retrain.dequantize else methods
+        if config.retrain.dequantize and (why := _why_not_dequantized(config, not methods or trained != methods)):
+            yield f"retrain.dequantize: changes nothing {why}"
+        has_decoders = not methods or _has_decoders(trained, config.model)
         yield from _stage_lines("retrain", config.retrain, has_decoders, without)
     if config.model.cross_rank is not None and not config.model.num_cross_layers:
         yield "model.cross_rank: changes nothing with model.num_cross_layers = 0"
@@ -72,11 +77,20 @@ def _stage_lines(name: str, stage: StageConfig, has_decoders: bool, without: str
     yield from (f"{name}.{key}: changes nothing {reason}" for key, reason in reasons.items() if key in changed)
 
 
+def _why_not_dequantized(config: RunConfig, is_low_bit: bool) -> str:
+    """Return why stage 3 has nothing in few bits to train, or "" where it has."""
+    if not needs_pretrained(config):
+        return "with start = 'scratch', which fits nothing"
+    if not config.retrain.train_codebooks:
+        return "with retrain.train_codebooks = false"
+    return "" if is_low_bit else "without a table whose codebooks or hot rows are stored in few bits"
+
+
 def _has_decoders(methods: list[MethodConfig], model: ModelConfig) -> bool:
     """Return whether some method trains a decoder; of the widest table, as narrow rows of its width have none."""
     width = max([model.embedding_dim, *model.widths.values()])
     table = EmbeddingBagConfig(name="any", num_embeddings=10**6, embedding_dim=width)
-    return any(method.dequantized().trains_decoder(table) for method in methods)
+    return any(method.trains_decoder(table) for method in methods)
 
 
 def _methods(compression: Mapping[str, Any]) -> list[MethodConfig]:

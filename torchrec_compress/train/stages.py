@@ -270,7 +270,9 @@ def _logits_of(model: ClickModel) -> Callable[[Batch], Tensor]:
 
 def _trains_in_floats(config: RunConfig, collection: CompressedEmbeddingBagCollection) -> bool:
     """Return whether codebooks or hot rows that are stored in few bits train on, in float32."""
-    return config.retrain.train_codebooks and needs_pretrained(config) and bool(dequantized_methods(collection))
+    stage = config.retrain
+    wanted = stage.dequantize and stage.train_codebooks and needs_pretrained(config)
+    return wanted and bool(dequantized_methods(collection))
 
 
 def _stored(
