@@ -54,7 +54,7 @@ class MECFit:
         0.001
     """
 
-    num_steps: int = 1000
+    num_steps: int = 500
     batch_size: int = 2048
     learning_rate: float = 1e-3
     kmeans_start: bool = True
