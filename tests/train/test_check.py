@@ -395,6 +395,16 @@ def test_a_stage_trains_something_of_these_methods(method, part):
         check_tables(fine, compression_of(fine.compression), {"user": 400, "item": 300})
 
 
+def test_codebooks_of_few_bits_are_something_to_train_where_they_are_dequantized(data):
+    method = {"method": "pq", "num_codes": 2, "codebook_size": 16, "codebook_dtype": "int8"}
+    only = {"retrain.train_dense": False, "retrain.train_tables": False, "retrain.epochs": 1.0}
+    config = override(RunConfig(), {"compression": {"*": method}, **only})
+    with pytest.raises(ValueError, match=r"^retrain: must train something, got train_dense false"):
+        check_run(config, check_config(config), data)
+    config = override(config, {"retrain.dequantize": True})
+    check_run(config, check_config(config), data)
+
+
 def test_threads_are_bounded():
     """FBGEMM's kernels end the process when they cannot start as many as they are told."""
     with pytest.raises(ValueError, match=r"num_threads: must be in \[1, 1024\], got 100000"):
