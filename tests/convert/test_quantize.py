@@ -15,7 +15,7 @@ from torchrec import (
 
 from tests.cases import CONFIGS, IDS, NUM_ROWS, at_rest, batch, contexts, counts, table
 from tests.tolerances import assert_near
-from torchrec_compress import compress, dequantize_codebooks, quantize_codebooks
+from torchrec_compress import CompressedEmbeddingBagCollection, compress, dequantize_codebooks, quantize_codebooks
 from torchrec_compress.fit.mec import MECFit
 from torchrec_compress.methods import DenseConfig, Int8Config, MECConfig, PQConfig
 from torchrec_compress.ops import quantize_rows
@@ -141,7 +141,51 @@ def test_other_methods_are_refused():
             quantize_codebooks(trained, {"a": wrong})
     with pytest.raises(ValueError, match="must be a compressed one"):
         dequantize_codebooks(EmbeddingBagCollection([table()]))
+    for wrong in (None, 5, CASES["both"], ["a"]):
+        with pytest.raises(ValueError, match="methods must be a mapping by table name"):
+            quantize_codebooks(trained, wrong)
+    with pytest.raises(ValueError, match="hot_dtype must be 'fp32', 'int8' or 'int4', got 'int3'"):
+        quantize_codebooks(trained, {"a": replace(CASES["both"], hot_dtype="int3")})
+
+
+@pytest.mark.parametrize(("part", "what"), [("codebooks", "codeword 3"), ("hot_rows", "hot row 3")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_rows_without_a_scale_are_refused_by_name(part, what, value):
+    served = made(CASES["both"])
+    trained = dequantize_codebooks(served)
     with torch.no_grad():
-        trained.decoder.banks["a"].codebooks[3] = 1e30
-    with pytest.raises(ValueError, match="codeword 3"):
+        dict(trained.decoder.banks["a"].named_parameters())[part][3, 1] = value
+    with pytest.raises(ValueError, match=f"table 'a': int8 rows must .* row of {what}"):
         quantize_codebooks(trained, served.methods())
+
+
+def test_collections_that_cannot_be_stored_otherwise_are_refused():
+    served = made(CASES["both"])
+    meta = CompressedEmbeddingBagCollection([table()], torch.device("meta"), compression=CASES["int8-codebooks"])
+    dense = made(DenseConfig())
+    dense.dense.to(torch.bfloat16)
+    for change in (dequantize_codebooks, lambda given: quantize_codebooks(given, {})):
+        with pytest.raises(ValueError, match=r"collection must hold values, got .* on the meta device"):
+            change(meta)
+        with pytest.raises(ValueError, match=r"collection must be in float32, got 'dense\..*' in torch\.bfloat16"):
+            change(dense)
+    assert served.methods()["a"] == CASES["both"]
+
+
+def test_it_leaves_the_callers_world_alone():
+    """Nothing is drawn from the global generator, no config is shared, and what was frozen stays so."""
+    served = made(replace(CASES["both"], width=8))
+    served.requires_grad_(False)
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        trained = dequantize_codebooks(served)
+        again = quantize_codebooks(trained, served.methods())
+    assert torch.equal(before, torch.get_rng_state())
+    for made_anew in (trained, again):
+        for mine, theirs in zip(made_anew.embedding_bag_configs(), served.embedding_bag_configs(), strict=True):
+            assert mine == theirs and mine is not theirs and mine.feature_names is not theirs.feature_names
+    assert {name for name, each in trained.named_parameters() if each.requires_grad} == {
+        "decoder.banks.a.codebooks",
+        "decoder.banks.a.hot_rows",
+    }
+    assert not any(each.requires_grad for each in again.parameters())

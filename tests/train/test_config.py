@@ -20,7 +20,7 @@ from torchrec_compress.dry_run.config import PlanConfig
 from torchrec_compress.schema import leaves
 from torchrec_compress.train.byte_budget import Budget, budget_of
 from torchrec_compress.train.command_line import dump, load_yaml, origin, read, yaml_line
-from torchrec_compress.train.config import ParallelConfig, RunConfig, of_pattern, override
+from torchrec_compress.train.config import ParallelConfig, RunConfig, StageConfig, lasting, of_pattern, override
 
 MARKER = "module_that_tells_of_its_import"
 # free-form data, of which other code makes something later
@@ -384,3 +384,11 @@ def test_a_table_s_own_name_comes_before_patterns():
     ).sharding_types
     assert of_pattern(kinds, "a") == ["row_wise"] and of_pattern(kinds, "[x]") == ["column_wise"]
     assert of_pattern(kinds, "x") == ["column_wise"] and of_pattern(kinds, "b") == ["table_wise"]
+
+
+def test_what_was_trained_before_a_key_was_there_goes_on():
+    """Keys that came later are left out of an identity while they change nothing."""
+    stage = lasting(StageConfig())
+    assert "dequantize" not in stage and not {"decay_patience", "adaptive_l2"} & set(stage["optim"])
+    changed = lasting(override(StageConfig(), {"dequantize": True, "optim.decay_patience": 1}))
+    assert changed["dequantize"] is True and changed["optim"]["decay_patience"] == 1

@@ -133,6 +133,7 @@ LOW_BIT = {"*": {**PQ["*"], "codebook_dtype": "int8", "num_hot_rows": 5, "hot_dt
 
 def test_codebooks_and_hot_rows_of_few_bits_train_in_float32_and_are_stored_rounded(config, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "held_bytes", lambda source: 0)  # of stage 1, which holds more
+    config = override(config, {"model.dropout": 0.5})
     rates = {"retrain": vars(config.pretrain), "retrain.train_dense": False, "retrain.optim.codebook_lr": 0.01}
     rates["retrain.dequantize"] = True
     summary = _run(config, tmp_path, "a", compression=LOW_BIT, **rates)
@@ -156,13 +157,15 @@ def test_codebooks_and_hot_rows_of_few_bits_train_in_float32_and_are_stored_roun
 
 
 @pytest.mark.parametrize("change", [{}, {"retrain.dequantize": True, "retrain.train_codebooks": False}])
-def test_frozen_codebooks_of_few_bits_stay(config, tmp_path, change):
+def test_frozen_codebooks_of_few_bits_stay(config, tmp_path, change, monkeypatch):
+    monkeypatch.setattr(stages, "held_bytes", lambda source: 0)
     rates = {"retrain": vars(config.pretrain), **change}
-    _run(config, tmp_path, "a", compression=LOW_BIT, **rates)
+    summary = _run(config, tmp_path, "a", compression=LOW_BIT, **rates)
     before = torch.load(tmp_path / "a" / "fitted.pt", weights_only=True)
     after = torch.load(tmp_path / "a" / "model.pt", weights_only=True)
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert moved and not any(name.endswith(("codebooks", "hot_rows")) for name in moved)
+    assert summary["held_bytes"] == summary["footprint"]["total_bytes"] + summary["state_bytes"]
 
 
 def test_a_byte_budget_is_kept_and_chosen_once(config, tmp_path):

@@ -3,7 +3,7 @@
 from torchrec_compress.convert.compress import compress, compress_into, decompress, row_reader
 from torchrec_compress.convert.curvature import measure_curvature
 from torchrec_compress.convert.fold import fold_into_linear, fold_projections, why_unfolded
-from torchrec_compress.convert.quantize import dequantize_codebooks, dequantized_methods, quantize_codebooks
+from torchrec_compress.convert.quantize import dequantize_codebooks, dequantized, quantize_codebooks
 from torchrec_compress.fit.curvature import Curvature, predicted_rise
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "compress_into",
     "decompress",
     "dequantize_codebooks",
-    "dequantized_methods",
+    "dequantized",
     "fold_into_linear",
     "fold_projections",
     "measure_curvature",

@@ -6,33 +6,27 @@ import logging
 from collections.abc import Mapping
 
 import torch
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.convert.rebuild import Compressed, Stored, check_compressed, check_source, rebuilt
+from torchrec_compress.convert.rebuild import Compressed, Stored, check_source, rebuilt
 from torchrec_compress.methods import MethodConfig, dense_bytes
-from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 
 logger = logging.getLogger(__name__)
 
 
-def dequantized_methods(
-    collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection,
-) -> dict[str, MethodConfig]:
-    """Return the methods of the tables that `dequantize_codebooks` stores otherwise, by name."""
-    check_compressed("dequantized_methods", collection)
-    methods, found = collection.methods(), {}
-    for table in collection.table_configs():
-        method = methods[table.name].dequantized()
-        if method != methods[table.name] and method.stored_bytes(table) < dense_bytes(table):
-            found[table.name] = method
-    return found
+def dequantized(method: MethodConfig, table: BaseEmbeddingConfig) -> MethodConfig:
+    """Return how `dequantize_codebooks` stores a table: as before, where float32 would take as much as dense."""
+    other = method.dequantized()
+    return method if other == method or other.stored_bytes(table) >= dense_bytes(table) else other
 
 
 @torch.no_grad()
 def dequantize_codebooks(collection: Compressed) -> Compressed:
     """Make codebooks and hot rows of few bits float32 parameters, so that they train.
 
-    Codes stay bit for bit, and so does what is served. A table that would take more bytes than dense stays as it is,
-    which is logged. `quantize_codebooks` undoes it.
+    Codes stay bit for bit, and so does what is served. A table that would take as many bytes as dense stays as it is,
+    which is logged. `quantize_codebooks` undoes it, up to a rounding: rows that vary little beside their mean may move
+    by a fraction of a step.
 
     Args:
         collection: unsharded; untouched, and nothing of it is shared with the result.
@@ -57,11 +51,12 @@ def dequantize_codebooks(collection: Compressed) -> Compressed:
         True
     """
     check_source("dequantize_codebooks", collection)
-    chosen = dequantized_methods(collection)
-    left = [name for name, mine in collection.methods().items() if mine.dequantized() != mine and name not in chosen]
+    methods, tables = collection.methods(), collection.table_configs()
+    chosen = {table.name: dequantized(methods[table.name], table) for table in tables}
+    left = [name for name, method in chosen.items() if method.dequantized() != method]
     if left:
         logger.warning("tables %s stay in few bits: in float32 they would take as much as dense", left)
-    return _stored_by(collection, chosen)
+    return _stored_by(collection, {name: method for name, method in chosen.items() if method != methods[name]})
 
 
 @torch.no_grad()
@@ -84,6 +79,8 @@ def quantize_codebooks(collection: Compressed, methods: Mapping[str, MethodConfi
     where = "quantize_codebooks"
     check_source(where, collection)
     mine = collection.methods()
+    if not isinstance(methods, Mapping):
+        raise ValueError(f"{where}: methods must be a mapping by table name, got {type(methods).__name__}")
     unknown = sorted(set(methods) - set(mine), key=str)
     if unknown:
         raise ValueError(f"{where}: methods must be of tables {sorted(mine)}, got {unknown}")
@@ -94,6 +91,9 @@ def quantize_codebooks(collection: Compressed, methods: Mapping[str, MethodConfi
                 f"{where}: table {name!r}: its method must differ from {mine[name]} in the dtypes of codebooks and hot "
                 f"rows alone, got {method!r}; pass methods() of what was dequantized"
             )
+    for table in collection.table_configs():
+        if table.name in changed:
+            changed[table.name].check(table)
     return _stored_by(collection, changed)
 
 

@@ -39,7 +39,7 @@ def check_source(where: str, collection: CompressedEmbeddingBagCollection | Comp
     """Raise ValueError for a collection without values, sharded, or whose small tensors are not in float32."""
     check_compressed(where, collection)
     check_whole(where, collection)
-    for name, tensor in collection.decoder.named_parameters():
+    for name, tensor in collection.named_parameters():
         if tensor.dtype != torch.float32:
             raise ValueError(
                 f"{where}: collection must be in float32, got {name!r} in {tensor.dtype}; call float() first, and cast "
@@ -52,16 +52,20 @@ def check_source(where: str, collection: CompressedEmbeddingBagCollection | Comp
 def rebuilt(collection: Compressed, changed: Mapping[str, Stored]) -> Compressed:
     """Return a collection of the same kind, a copy but for some tables that are stored otherwise.
 
+    What is not changed keeps its `requires_grad`; nothing is drawn from the global generator.
+
     Args:
         collection: unsharded; untouched, and nothing of it is shared with the result.
         changed: by table name.
     """
     configs: Any = [
-        changed[table.name].table if table.name in changed else copy.copy(table) for table in collection.table_configs()
+        _own_config(changed[table.name].table if table.name in changed else table)
+        for table in collection.table_configs()
     ]
     methods = {**collection.methods(), **{name: stored.method for name, stored in changed.items()}}
     device, seed = collection.device, collection.seed
-    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode can never be trained
+    # what is made in inference mode can never be trained
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(_generators(device)), device:
         if isinstance(collection, CompressedEmbeddingCollection):
             kept = collection.need_indices()
             made = CompressedEmbeddingCollection(configs, device, kept, methods, seed, will_fit=True)
@@ -75,7 +79,22 @@ def rebuilt(collection: Compressed, changed: Mapping[str, Stored]) -> Compressed
             # so few rows that codes of r numbers save nothing beside the rows themselves, which are stored then
             is_dense = made.methods()[name] != method
             made.load_table(name, _as_rows(table, method, state) if is_dense else state)
+        before = {name: each.requires_grad for name, each in collection.named_parameters()}
+        for name, parameter in made.named_parameters():
+            parameter.requires_grad_(before.get(name, True))
     return cast(Compressed, made.train(collection.training))
+
+
+def _own_config(table: BaseEmbeddingConfig) -> BaseEmbeddingConfig:
+    """Return a copy of a config that shares no list with it."""
+    mine = copy.copy(table)
+    mine.feature_names = list(table.feature_names)
+    return mine
+
+
+def _generators(device: torch.device) -> list[torch.device]:
+    """Return the devices, beside the CPU, whose global generators draw on one."""
+    return [] if device.type == "cpu" else [device]
 
 
 def _state_of_others(

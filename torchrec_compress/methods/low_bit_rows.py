@@ -44,8 +44,14 @@ def quantize_table_rows(
         (L, bytes per row) uint8, and the number, for `warn_of_rough_rows`.
 
     Raises:
-        ValueError: a row has no float16 scale and bias; the id is named.
+        ValueError: a row is not a number somewhere, or has no float16 scale and bias; the id is named.
     """
+    unknown = rows.isnan().any(dim=1).nonzero()
+    if len(unknown):
+        raise ValueError(
+            f"table {table.name!r}: {dtype} rows must be finite, got NaN in the row of {what} "
+            f"{int(ids[int(unknown[0])])}; lower the learning rates"
+        )
     found = quantize_rows(rows, dtype)
     scale, bias = found[:, :SCALE_BYTES].contiguous().view(torch.float16).float().unbind(1)
     wrong = (~(torch.isfinite(scale) & torch.isfinite(bias))).nonzero()

@@ -351,10 +351,11 @@ def check_optim(config: OptimConfig, where: str) -> None:
 
 def _check_stage(name: str, stage: StageConfig, is_small: bool) -> None:
     check_optim(stage.optim, f"{name}.optim")
-    if stage.optim.decay == "plateau" and 0 < stage.patience <= stage.optim.decay_patience:
+    passed = stage.optim.decay_patience
+    if stage.optim.decay == "plateau" and 0 < stage.patience < passed + 2:
         raise ValueError(
-            f"{name}.optim.decay_patience: must be below {name}.patience = {stage.patience}, which ends the training "
-            f"before rates ever fall, got {stage.optim.decay_patience}"
+            f"{name}.patience: must be at least {passed + 2} with {name}.optim.decay = 'plateau' and decay_patience = "
+            f"{passed}, or 0, got {stage.patience}, which ends the training before rates ever fall"
         )
     if not (stage.train_dense or stage.train_tables or stage.train_codebooks):
         raise ValueError(f"{name}: must train something, got train_dense, train_tables and train_codebooks all false")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from torchrec_compress.convert import dequantized
 from torchrec_compress.methods import MethodConfig
 from torchrec_compress.methods.width import LANES
 from torchrec_compress.modules.row_optimizer import RowOptimizer
@@ -36,7 +37,7 @@ def check_trains(
     parts = [(chosen[table.name], chosen[table.name].parts(table, config.seed)) for table in tables]
     has_tables = any(stored.dense or stored.native or stored.trained for _, stored in parts)
     methods = [(chosen[table.name], table) for table in tables]
-    trained = [(method.dequantized() if stage.dequantize else method, table) for method, table in methods]
+    trained = [(dequantized(method, table) if stage.dequantize else method, table) for method, table in methods]
     has_decoders = any(method.trains_decoder(table) for method, table in trained)
     if (stage.train_tables and has_tables) or (stage.train_codebooks and has_decoders):
         return

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.compression import Compression
-from torchrec_compress.convert import Curvature, dequantize_codebooks, dequantized_methods, quantize_codebooks
+from torchrec_compress.convert import Curvature, dequantize_codebooks, quantize_codebooks
 from torchrec_compress.methods import MethodConfig
 from torchrec_compress.train.asked import curvature_of, teacher_logits
 from torchrec_compress.train.check import Wanted, check_config, check_run
@@ -270,9 +270,9 @@ def _logits_of(model: ClickModel) -> Callable[[Batch], Tensor]:
 
 def _trains_in_floats(config: RunConfig, collection: CompressedEmbeddingBagCollection) -> bool:
     """Return whether codebooks or hot rows that are stored in few bits train on, in float32."""
-    stage = config.retrain
+    stage, methods = config.retrain, collection.methods().values()
     wanted = stage.dequantize and stage.train_codebooks and needs_pretrained(config)
-    return wanted and bool(dequantized_methods(collection))
+    return wanted and any(method.dequantized() != method for method in methods)
 
 
 def _stored(

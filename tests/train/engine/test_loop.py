@@ -213,6 +213,11 @@ def test_rates_fall_when_patience_is_spent(config, data, tmp_path, monkeypatch, 
     assert [line["scale"] for line in lines] == pytest.approx(expected)
 
 
+def test_rates_that_do_not_fall_stay(config, data, tmp_path, monkeypatch):
+    _, lines = _watched(config, data, tmp_path, monkeypatch, FOUND, decay="none")
+    assert [line["scale"] for line in lines] == [1] * len(FOUND)
+
+
 def test_rates_fall_linearly_to_a_fiftieth(config, data, tmp_path, monkeypatch):
     factors = []
     monkeypatch.setattr(Trainable, "set_rate", lambda self, factor: factors.append(factor))
