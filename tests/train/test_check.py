@@ -385,44 +385,10 @@ def test_comparisons_have_names_and_seeds(config):
             check_variants(override(config, {"compare": changes}))
 
 
-@pytest.mark.parametrize(("method", "part"), [("int8", "tables"), ("int8", "codebooks"), ("hash", "codebooks")])
-def test_a_stage_trains_something_of_these_methods(method, part):
-    options = {"num_buckets": 9} if method == "hash" else {}
-    flags = {f"retrain.train_{name}": name == part for name in ("dense", "tables", "codebooks")}
-    config = override(
-        RunConfig(), {"compression": {"*": {"method": method, **options}}, "retrain.epochs": 1.0, **flags}
-    )
-    with pytest.raises(ValueError, match=r"^retrain: must train something, got train_dense false"):
-        check_tables(config, compression_of(config.compression), {"user": 400, "item": 300})
-    for codes in ({"method": "pq", "num_codes": 2}, {"method": "narrow", "width": 8}):
-        fine = override(config, {"compression": {"*": codes}, "retrain.train_codebooks": True})
-        check_tables(fine, compression_of(fine.compression), {"user": 400, "item": 300})
-
-
 @pytest.mark.parametrize(("patience", "decay"), [(0, "plateau"), (4, "plateau"), (1, "linear")])
 def test_patience_that_rates_can_fall_within_is_taken(patience, decay):
     optim = {"decay": decay, "decay_patience": 2}
     check_config(override(RunConfig(), {"pretrain": {"patience": patience, "optim": optim}}))
-
-
-def test_what_would_take_as_much_as_dense_is_nothing_to_train(data):
-    method = {"method": "pq", "structure": "residual", "num_codes": 2, "codebook_dtype": "int8"}
-    compression = {"user": {**method, "codebook_size": 150}, "item": {**method, "codebook_size": 64}}
-    only = {"retrain.train_dense": False, "retrain.train_tables": False, "retrain.epochs": 1.0}
-    changes = {"compression": {**compression, "*": INT8}, "model.embedding_dim": 8, "retrain.dequantize": True, **only}
-    config = override(RunConfig(), changes)
-    with pytest.raises(ValueError, match=r"^retrain: must train something, got train_dense false"):
-        check_run(config, check_config(config), data)
-
-
-def test_codebooks_of_few_bits_are_something_to_train_where_they_are_dequantized(data):
-    method = {"method": "pq", "num_codes": 2, "codebook_size": 16, "codebook_dtype": "int8"}
-    only = {"retrain.train_dense": False, "retrain.train_tables": False, "retrain.epochs": 1.0}
-    config = override(RunConfig(), {"compression": {"*": method}, **only})
-    with pytest.raises(ValueError, match=r"^retrain: must train something, got train_dense false"):
-        check_run(config, check_config(config), data)
-    config = override(config, {"retrain.dequantize": True})
-    check_run(config, check_config(config), data)
 
 
 def test_threads_are_bounded():

@@ -12,7 +12,6 @@ from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.methods import DenseConfig, MEmComConfig, PQConfig
 from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig, override
 from torchrec_compress.train.data.memory import ClickData, Split
-from torchrec_compress.train.engine import loop
 from torchrec_compress.train.engine import trainable as parallel
 from torchrec_compress.train.engine.checkpoint import Checkpoints
 from torchrec_compress.train.engine.checkpoint_reader import read
@@ -162,67 +161,6 @@ def test_early_stopping_keeps_the_best_and_the_start_competes(config, data, tmp_
     if best["step"] == 0:
         after = _after(trained, config, data)
         assert all(torch.equal(after[k], v) for k, v in _before(config, data).items())
-
-
-def _watched(config, data, folder, monkeypatch, found: list[tuple[float, float]], **change) -> tuple[Trained, list]:
-    """Train with a validation after every step that finds these (logloss, auc) one after the other."""
-    values = iter(found)
-    monkeypatch.setattr(loop, "validate", lambda *_: dict(zip(("logloss", "auc"), next(values), strict=True)))
-    optim = OptimConfig(decay=change.pop("decay", "none"), decay_patience=change.pop("decay_patience", 0))
-    stage = dataclasses.replace(STAGE, epochs=len(found) / 13, evals_per_epoch=13, optim=optim, **change)
-    trained = _train(config, Task(data, stage, 0, folder, position=None))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return trained, [line for line in lines if line["kind"] == "valid"]
-
-
-FOUND = [(0.5, 0.6), (0.3, 0.61), (0.3, 0.8), (0.4, 0.8), (0.5, 0.7), (0.2, 0.7), (0.2, 0.9)]
-
-
-@pytest.mark.parametrize(
-    ("monitor", "patience", "best", "steps"),
-    [("logloss", 0, 6, 7), ("auc", 0, 7, 7), ("logloss", 3, 2, 5), ("auc", 3, 3, 6), ("logloss", 1, 2, 3)],
-)
-def test_the_best_is_the_first_of_the_least_logloss_or_largest_auc(
-    config, data, tmp_path, monkeypatch, monitor, patience, best, steps
-):
-    trained, lines = _watched(config, data, tmp_path, monkeypatch, FOUND, monitor=monitor, patience=patience)
-    assert (trained.best_step, trained.steps, len(lines)) == (best, steps, steps)
-    assert trained.checkpoint.name == f"step{best:09d}"
-
-
-def test_patience_starts_anew_with_every_better_validation(config, data, tmp_path, monkeypatch):
-    found = [(value, 0.5) for value in (0.5, 0.6, 0.4, 0.6, 0.3, 0.6, 0.6, 0.1)]
-    trained, _ = _watched(config, data, tmp_path, monkeypatch, found, patience=2)
-    assert (trained.best_step, trained.steps) == (5, 7)
-
-
-def test_rates_fall_tenfold_after_every_validation_that_is_no_better(config, data, tmp_path, monkeypatch):
-    factors, before = [], Trainable.set_rate
-    monkeypatch.setattr(Trainable, "set_rate", lambda self, factor: (factors.append(factor), before(self, factor))[1])
-    _, lines = _watched(config, data, tmp_path, monkeypatch, FOUND, decay="plateau")
-    assert factors == pytest.approx([1, 1, 1, 0.1, 0.01, 0.001, 0.001])
-    assert [line["scale"] for line in lines] == factors
-
-
-@pytest.mark.parametrize(
-    ("patience", "expected"), [(1, [1, 1, 1, 1, 0.1, 0.1, 0.1]), (2, [1, 1, 1, 1, 1, 0.1, 0.1]), (9, [1] * 7)]
-)
-def test_rates_fall_when_patience_is_spent(config, data, tmp_path, monkeypatch, patience, expected):
-    found = [(value, 0.5) for value in (0.5, 0.4, 0.6, 0.6, 0.6, 0.3, 0.6)]
-    _, lines = _watched(config, data, tmp_path, monkeypatch, found, decay="plateau", decay_patience=patience)
-    assert [line["scale"] for line in lines] == pytest.approx(expected)
-
-
-def test_rates_that_do_not_fall_stay(config, data, tmp_path, monkeypatch):
-    _, lines = _watched(config, data, tmp_path, monkeypatch, FOUND, decay="none")
-    assert [line["scale"] for line in lines] == [1] * len(FOUND)
-
-
-def test_rates_fall_linearly_to_a_fiftieth(config, data, tmp_path, monkeypatch):
-    factors = []
-    monkeypatch.setattr(Trainable, "set_rate", lambda self, factor: factors.append(factor))
-    _watched(config, data, tmp_path, monkeypatch, [(0.5, 0.5)] * 100, decay="linear")
-    assert factors == pytest.approx([max(0.02, 1 - step / 100) for step in range(100)])
 
 
 def test_every_part_has_its_own_rate_and_l2(config, data, ranks):
