@@ -36,9 +36,10 @@ def check_trains(
         return
     parts = [(chosen[table.name], chosen[table.name].parts(table, config.seed)) for table in tables]
     has_tables = any(stored.dense or stored.native or stored.trained for _, stored in parts)
-    methods = [(chosen[table.name], table) for table in tables]
-    trained = [(dequantized(method, table) if stage.dequantize else method, table) for method, table in methods]
-    has_decoders = any(method.trains_decoder(table) for method, table in trained)
+    has_decoders = any(
+        (dequantized(chosen[table.name], table) if stage.dequantize else chosen[table.name]).trains_decoder(table)
+        for table in tables
+    )
     if (stage.train_tables and has_tables) or (stage.train_codebooks and has_decoders):
         return
     raise ValueError(
