@@ -29,7 +29,7 @@ LAYERS = {
     "sharding": {"modules", "managers", "ops", "seams"},
     "planner": {"sharding", "modules", "seams", "compression", "methods", "ops", "canvas"},
     "dry_run": {"planner", "modules", "compression", "schema"},
-    "convert": {"modules", "compression", "methods", "fit", "names", "ops", "seams"},
+    "convert": {"planner", "sharding", "modules", "compression", "methods", "fit", "names", "ops", "schema", "seams"},
     "train": {
         "convert",
         "planner",

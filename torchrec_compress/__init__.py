@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         quantize_codebooks,
     )
     from torchrec_compress.modules import (
+        CompressedEmbedding,
+        CompressedEmbeddingBag,
         CompressedEmbeddingBagCollection,
         CompressedEmbeddingCollection,
         Footprint,
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "CompressedEmbedding",
+    "CompressedEmbeddingBag",
     "CompressedEmbeddingBagCollection",
     "CompressedEmbeddingCollection",
     "Curvature",

@@ -18,6 +18,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEm
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo, KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner.types import ShardingOption, StorageReservation
 from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
 from torchrec.distributed.sharding.sequence_sharding import SequenceShardingContext
@@ -221,6 +222,11 @@ def sharded_configs(module: nn.Module) -> tuple[list[BaseEmbeddingConfig], bool]
     return None
 
 
+def needs_indices(module: nn.Module) -> bool:
+    """Return whether a sharded unpooled collection returns ids as well."""
+    return isinstance(module, ShardedEmbeddingCollection) and bool(module._need_indices)
+
+
 @contextmanager
 def steps_uncounted(model: nn.Module) -> Iterator[None]:
     """Give FBGEMM's kernels back the count of steps that they had: those of Adam's kind count every forward."""
@@ -275,6 +281,26 @@ def local_shards(value: object) -> list[tuple[Tensor, list[int] | None]]:
     if hasattr(value, "to_local"):
         return local_shards(value.to_local())  # type: ignore[attr-defined]
     return [(value, None)]  # type: ignore[list-item]
+
+
+def is_cut_by_rows(value: object) -> bool:
+    """Return whether each shard of a tensor has whole rows, and no two ranks have the same ones."""
+    if not isinstance(value, ShardedTensor):
+        return False
+    whole = value.metadata()
+    return all(shard.shard_sizes[1] == whole.size[1] for shard in whole.shards_metadata)
+
+
+def environment_of(model: DistributedModelParallel) -> ShardingEnv:
+    """Return the ranks of a model and their process group."""
+    return model._env
+
+
+def unwrap(model: DistributedModelParallel) -> nn.Module:
+    """Return what was wrapped, and let go of what wraps it: hooks of its parameters are gone with it."""
+    inner = model.module
+    model._dmp_wrapped_module = inner
+    return inner
 
 
 def copy_to_host(value: ShardedTensor) -> ShardedTensor:

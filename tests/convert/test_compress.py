@@ -73,7 +73,7 @@ def test_a_weighted_collection_stays_weighted():
 def test_rows_are_expanded_piece_by_piece(method, at_once, monkeypatch):
     compressed = fit(CASES[method][0])
     whole = decompress(compressed).embedding_bags["item"].weight
-    monkeypatch.setattr(import_module("torchrec_compress.convert.compress"), "_ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(import_module("torchrec_compress.convert.collections"), "_ROWS_AT_ONCE", at_once)
     torch.testing.assert_close(decompress(compressed).embedding_bags["item"].weight, whole, rtol=1e-6, atol=1e-6)
 
 

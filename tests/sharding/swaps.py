@@ -29,7 +29,7 @@ from torchrec_compress import (
 )
 from torchrec_compress.methods import TableData
 from torchrec_compress.planner import EmbeddingShardingPlanner
-from torchrec_compress.train.engine.trainable import load_plain
+from torchrec_compress.sharding.loading import load_plain
 
 ROWS, DIM, BAGS, STEPS = 90, 8, 4, 2
 STORED = {method: configs[0] for method, configs in CASES.items()}

@@ -42,7 +42,7 @@ def resolve(tables: Sequence[BaseEmbeddingConfig], compression: Compression) -> 
         >>> {name: config.method for name, config in resolve(tables, {"*": PQConfig(num_codes=4)}).items()}
         {'user': 'pq', 'weekday': 'dense'}
     """
-    by_key = _by_key(compression)
+    by_key = methods_by_key(compression)
     unused = set(by_key)
     chosen = {}
     for table in tables:
@@ -61,7 +61,7 @@ def resolve(tables: Sequence[BaseEmbeddingConfig], compression: Compression) -> 
     return chosen
 
 
-def _by_key(compression: Any) -> dict[str, MethodConfig]:
+def methods_by_key(compression: Any) -> dict[str, MethodConfig]:
     """Return methods by key, or raise ValueError for what is neither a method nor a mapping of methods."""
     by_key = dict(compression) if isinstance(compression, Mapping) else {"*": compression}
     for key, config in by_key.items():

@@ -1,53 +1,65 @@
-"""Fit a compressed collection to a trained one, dense or stored otherwise, and expand it again."""
+"""Compress what was trained, and expand it again: a collection, a plain table, or all tables of a model."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import logging
-from collections.abc import Mapping
-from typing import Any, TypeAlias, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import torch
 from torch import Tensor, nn
-from torchrec.distributed.types import ShardedModule
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
-from torchrec.modules.embedding_modules import (
-    EmbeddingBagCollection,
-    EmbeddingBagCollectionInterface,
-    EmbeddingCollection,
-    EmbeddingCollectionInterface,
-)
-from tqdm import tqdm
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_compress.compression import Compression
-from torchrec_compress.convert.metrics import metrics_of
+from torchrec_compress.convert.collections import (
+    COMPRESSED,
+    STOCK,
+    empty_like,
+    expand,
+    parameters_of,
+    rows_of,
+    take_frozen,
+)
+from torchrec_compress.convert.into import Fits, prepare, run
+from torchrec_compress.convert.models import (
+    PLAIN,
+    Place,
+    check_places,
+    chosen,
+    errors_of,
+    find_places,
+    shared_out,
+    with_modules,
+)
+from torchrec_compress.convert.plain import empty_plain, expanded_plain
+from torchrec_compress.convert.sharded import compress_sharded
 from torchrec_compress.fit.curvature import Curvature
-from torchrec_compress.methods import MethodConfig, TableData, TableState
-from torchrec_compress.methods.learned import RowReader, check_trained_rows
-from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
-from torchrec_compress.modules.collection import check_unsharded
+from torchrec_compress.modules import (
+    CompressedEmbedding,
+    CompressedEmbeddingBag,
+    CompressedEmbeddingBagCollection,
+    CompressedEmbeddingCollection,
+)
 from torchrec_compress.names import kind_of
 
-logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
 
-_ROWS_AT_ONCE = 65536
-_COMPRESSED = (CompressedEmbeddingBagCollection, CompressedEmbeddingCollection)
-_Source: TypeAlias = (
-    EmbeddingBagCollection | EmbeddingCollection | CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
-)
+
+class _Options(TypedDict, total=False):
+    """What every form of `compress` may be given."""
+
+    counts: Mapping[str, Tensor] | None
+    contexts: Mapping[str, tuple[Tensor, Tensor]] | None
+    curvature: Mapping[str, Curvature] | None
+    seed: int
+    progress: bool
 
 
 @overload
 def compress(
     source: EmbeddingBagCollection | CompressedEmbeddingBagCollection,
     compression: Compression,
-    *,
-    counts: Mapping[str, Tensor] | None = None,
-    contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-    curvature: Mapping[str, Curvature] | None = None,
-    seed: int = 0,
-    progress: bool = False,
+    **options: Unpack[_Options],
 ) -> CompressedEmbeddingBagCollection: ...
 
 
@@ -55,17 +67,39 @@ def compress(
 def compress(
     source: EmbeddingCollection | CompressedEmbeddingCollection,
     compression: Compression,
-    *,
-    counts: Mapping[str, Tensor] | None = None,
-    contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-    curvature: Mapping[str, Curvature] | None = None,
-    seed: int = 0,
-    progress: bool = False,
+    **options: Unpack[_Options],
 ) -> CompressedEmbeddingCollection: ...
 
 
+@overload
 def compress(
-    source: _Source,
+    source: nn.Embedding,
+    compression: Compression,
+    **options: Unpack[_Options],
+) -> CompressedEmbedding: ...
+
+
+@overload
+def compress(
+    source: nn.EmbeddingBag,
+    compression: Compression,
+    **options: Unpack[_Options],
+) -> CompressedEmbeddingBag: ...
+
+
+@overload
+def compress(
+    source: Model,
+    compression: Compression,
+    *,
+    inplace: bool = False,
+    wrap: Callable[[nn.Module], DistributedModelParallel] | None = None,
+    **options: Unpack[_Options],
+) -> Model: ...
+
+
+def compress(
+    source: nn.Module,
     compression: Compression,
     *,
     counts: Mapping[str, Tensor] | None = None,
@@ -73,15 +107,20 @@ def compress(
     curvature: Mapping[str, Curvature] | None = None,
     seed: int = 0,
     progress: bool = False,
-) -> CompressedEmbeddingBagCollection | CompressedEmbeddingCollection:
-    """Fit a compressed collection to a trained one.
+    inplace: bool = False,
+    wrap: Callable[[nn.Module], DistributedModelParallel] | None = None,
+) -> nn.Module:
+    """Fit compressed tables to trained ones: of a collection, of a plain `nn.Embedding(Bag)`, or all of a model.
 
     Rows of a compressed source (narrow ones, trained in few bits) are read block by block: codes are learned from a
     weighted sample of them, and no table of float32 rows is made. Rows of rank r lose nothing by codes of that `width`.
 
     Args:
-        source: trained tables; untouched.
-        compression: a method for all tables, or methods by table name or pattern.
+        source: trained. In a model TorchRec's collections and PyTorch's modules of one table are found wherever they
+            are; what is compressed already is left as it is, unless a key is the exact name of its table.
+        compression: a method for all tables, or methods by table name or pattern. A plain module's table is called by
+            its path in the model ("encoder.items"), one of a collection by its name or by "path.name". In a model,
+            modules of which no table fits a key are left as they are.
         counts: look-ups per id in training, (N,) by table name. Popularity weights and hot rows need them.
         contexts: pairs (ids, context ids), ((P,), (P,)) int64 by table name. Quantile codes need them.
         curvature: what `measure_curvature` found of the trained model, by table name: errors count as its loss feels
@@ -89,15 +128,25 @@ def compress(
             fitted to squared error, and the log says so.
         seed: of the fit.
         progress: whether to show a progress bar.
+        inplace: whether to change the model itself; else a copy is returned, of all but the tables, and `source` is
+            untouched. An optimizer that was made for it knows neither the new parameters of the one nor of the other.
+            A `DistributedModelParallel` must be compressed in place, by all ranks together, and is not to be used
+            again: take what is returned.
+        wrap: how a model that was in a `DistributedModelParallel` comes into a new one, whose compressed tables hold no
+            values yet: it may call `apply_optimizer_in_backward` on `native_parameters`, plan and shard. Default: by
+            our planner and `get_default_sharders()`, on the same ranks.
 
     Returns:
-        A collection with the same keys and widths, its tables fitted: pooled for pooled ones, else unpooled.
+        A collection with the same keys and widths, its tables fitted: pooled for pooled ones, else unpooled; a
+        `CompressedEmbedding` or `CompressedEmbeddingBag` for a plain module; a model for a model. What is frozen
+        stays so.
 
     Raises:
-        ValueError: `source` is neither a stock nor a compressed collection, or is sharded; a table cannot be stored or
-            fitted as asked; rows, counts, contexts or curvature are not what they should be or name an unknown table,
-            or the curvature is of another model; all of it before the first fit but what only reading a compressed
-            source shows.
+        ValueError: `source` holds no table that can be compressed, or a sharded one; a table cannot be stored or
+            fitted as asked, shares its weight with another module, or has a setting that compressed ones do not know
+            (`max_norm`, `scale_grad_by_freq`); a module has hooks; rows, counts, contexts or curvature are not what
+            they should be or name an unknown table, or the curvature is of another model; all of it before the first
+            fit but what only reading a compressed source shows, and before the model is changed.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig
@@ -105,232 +154,143 @@ def compress(
         >>> table = EmbeddingBagConfig(name="user", num_embeddings=2000, embedding_dim=16, feature_names=["user"])
         >>> compress(EmbeddingBagCollection([table]), PQConfig(num_codes=4, codebook_size=64)).footprint().ratio > 8
         True
+        >>> model = nn.Sequential(nn.EmbeddingBag(2000, 16), nn.Linear(16, 1))
+        >>> small = compress(model, {"0": PQConfig(num_codes=4, codebook_size=64)})
+        >>> small(torch.tensor([[3, 5], [7, 1999]])).shape, type(model[0]).__name__
+        (torch.Size([2, 1]), 'EmbeddingBag')
     """
-    rows, device = _rows_of(source)
-    collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
-    with torch.inference_mode(False):  # what is made in it can never be trained
-        if isinstance(source, EmbeddingCollection | CompressedEmbeddingCollection):
-            configs, kept = source.embedding_configs(), source.need_indices()
-            collection = CompressedEmbeddingCollection(configs, device, kept, compression, seed, will_fit=True)
-        else:
-            bags, kept = source.embedding_bag_configs(), source.is_weighted()
-            collection = CompressedEmbeddingBagCollection(bags, device, kept, compression, seed, will_fit=True)
-    compress_into(collection, rows, counts=counts, contexts=contexts, curvature=curvature, seed=seed, progress=progress)
-    return collection
-
-
-def _rows_of(source: Any) -> tuple[dict[str, Tensor | RowReader], torch.device]:
-    """Return the rows of a collection by table name, and its device, or raise ValueError for anything else."""
-    if isinstance(source, EmbeddingBagCollection | EmbeddingCollection):
-        stored: Any = source.embeddings if isinstance(source, EmbeddingCollection) else source.embedding_bags
-        rows = {name: module.weight.detach() for name, module in stored.items()}
-        if not rows:
-            raise ValueError("compress: source must have tables, got none")
-        empty = sorted(name for name, weight in rows.items() if weight.is_meta)
-        if empty:
+    given = {"counts": counts, "contexts": contexts, "curvature": curvature}
+    if isinstance(source, DistributedModelParallel):
+        if not inplace:
             raise ValueError(
-                f"compress: tables must hold values, got {empty} on the meta device; load a checkpoint first"
+                "compress: a DistributedModelParallel must be compressed in place, as no copy of its shards is made; "
+                "pass inplace=True, and take what is returned"
             )
-        return rows, next(iter(rows.values())).device
-    if isinstance(source, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
-        check_whole("compress", source)
-        if source.code_tables is not None:
-            source.code_tables.warn_of_start_codes()
-        return {table.name: row_reader(source, table.name) for table in source.table_configs()}, source.device
-    got = kind_of(source, EmbeddingBagCollection, EmbeddingCollection)
-    advice = "make an EmbeddingBagCollection of the trained rows"
-    if isinstance(source, ShardedModule):
-        advice = "gather its state dict into an unsharded collection, and compress that before DistributedModelParallel"
-    elif isinstance(source, torch.fx.GraphModule | torch.jit.ScriptModule):
-        advice = "compress the module that it was made from, and trace or script the result"
-    elif isinstance(source, EmbeddingBagCollectionInterface | EmbeddingCollectionInterface):
-        advice = "compress the floating-point collection that it was made from"
-    elif isinstance(source, nn.Module):
-        kinds = (EmbeddingBagCollection, EmbeddingCollection, ShardedModule)
-        found = [name for name, module in source.named_modules() if isinstance(module, kinds)]
-        if found:
-            advice = f"pass the collections inside it, {found}, one at a time"
-    raise ValueError(
-        "compress: source must be an EmbeddingBagCollection or an EmbeddingCollection, stock or compressed, got "
-        f"{got}; {advice}"
-    )
-
-
-def row_reader(collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection, name: str) -> RowReader:
-    """Return what reads rows of one table of a collection that holds them whole, in the host's memory.
-
-    Example:
-        >>> from torchrec import EmbeddingBagConfig
-        >>> from torchrec_compress.methods import NarrowConfig
-        >>> table = EmbeddingBagConfig(name="user", num_embeddings=100, embedding_dim=8, feature_names=["user"])
-        >>> small = CompressedEmbeddingBagCollection([table], compression=NarrowConfig(width=4))
-        >>> row_reader(small, "user")(torch.tensor([3, 1])).shape
-        torch.Size([2, 8])
-    """
-
-    @torch.no_grad()
-    def read(ids: Tensor) -> Tensor:
-        return collection.table_rows(name, ids.to(collection.device)).float().cpu()
-
-    return read
-
-
-def compress_into(
-    collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection,
-    rows: Mapping[str, Tensor | RowReader],
-    *,
-    counts: Mapping[str, Tensor] | None = None,
-    contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-    curvature: Mapping[str, Curvature] | None = None,
-    seed: int | None = None,
-    progress: bool = False,
-) -> None:
-    """Fit the tables of a collection in place.
-
-    Args:
-        collection: to be filled.
-        rows: pre-trained tables by table name: (N, D) float32, or what reads them by ids (`row_reader`), where the
-            whole is never made. A table without rows keeps its start values where its method can be trained from them,
-            and is an error where it cannot (MEC, PQ, int8, int4).
-        counts, contexts, curvature, progress: as for `compress`.
-        seed: of the fit; the collection's own, which is the default, since its hashes were made from that.
-
-    Raises:
-        ValueError: as for `compress`; the seed is not the collection's, or this was made under
-            `torch.inference_mode()`.
-    """
-    if not isinstance(collection, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
-        raise ValueError(f"compress_into: collection must be a compressed one, got {kind_of(collection, *_COMPRESSED)}")
-    if seed is not None and seed != collection.seed:
+        return compress_sharded(source, compression, given, seed, progress, wrap)
+    if wrap is not None:
         raise ValueError(
-            f"compress_into: seed must be the collection's own, {collection.seed}, got {seed}; leave it out"
+            f"compress: wrap must be left out where nothing is wrapped, got a {type(source).__name__}; pass it with a "
+            "DistributedModelParallel"
         )
-    check_whole("compress_into", collection)
-    _check_trainable("compress_into", collection)
-    tables = {table.name: table for table in collection.table_configs()}
-    counts = {} if counts is None else counts
-    contexts = {} if contexts is None else contexts
-    curvature = {} if curvature is None else curvature
-    _check_names(tables, {"rows": rows, "counts": counts, "contexts": contexts, "curvature": curvature})
-    _warn_of_ties(rows)
-    methods, known = collection.methods(), set(rows)
-    metrics = metrics_of(curvature, (table for name, table in tables.items() if name in known), methods)
-    inputs = {}
-    for name, table in tables.items():  # all of them before the first is fitted
-        if name not in known and methods[name].needs == "rows":
-            TableData(None).trained_rows(table)
-        if isinstance(rows, dict) and name in known:  # another mapping may read them one at a time
-            _check_rows(table, methods[name], rows[name])
-            _check_known(curvature.get(name), rows[name])
-        inputs[name] = TableData(
-            None, counts.get(name), contexts.get(name), collection.seed, progress, curvature=metrics.get(name)
-        )
-        if name in known or methods[name].needs != "nothing":
-            methods[name].check_fit(table, inputs[name])
-    bar = tqdm(tables.items(), desc="fitting", unit="table", disable=not progress, leave=False)
-    with bar, torch.inference_mode(False):
-        for name, table in bar:
-            bar.set_postfix_str(f"{name}: {methods[name].method}")
-            if name not in known and methods[name].needs == "nothing":
-                continue  # the table trains from the start values it has
-            _check_known(curvature.get(name), given := rows[name] if name in known else None)
-            collection.load_table(name, _fit(methods[name], table, _on_cpu(inputs[name]), given))
-
-
-def _check_names(tables: Mapping[str, Any], inputs: Mapping[str, object]) -> None:
-    """Raise ValueError unless every input is a mapping by names of tables."""
-    for what, given in inputs.items():
-        if not isinstance(given, Mapping):
-            raise ValueError(f"compress: {what} must be a mapping by table name, got {type(given).__name__}")
-        unknown = sorted(set(given) - set(tables), key=str)
-        if unknown:
-            raise ValueError(f"compress: {what} must name tables of {sorted(tables)}, got {unknown}")
-
-
-def _check_known(curvature: Curvature | None, rows: Tensor | RowReader | None) -> None:
-    """Raise ValueError unless a curvature was measured with these rows."""
-    if curvature is not None and rows is not None:
-        curvature.check_rows((lambda ids: rows[ids.to(rows.device)]) if isinstance(rows, Tensor) else rows)
-
-
-def _warn_of_ties(rows: Mapping[str, Tensor | RowReader]) -> None:
-    """Say which tables share one weight, where that shows before any is read; compressed, they share nothing."""
-    by_place: dict[tuple[Any, ...], list[str]] = {}
-    for name, weight in rows.items() if isinstance(rows, dict) else ():  # another mapping reads them one at a time
-        if isinstance(weight, Tensor) and weight.layout == torch.strided and weight.numel():
-            by_place.setdefault((weight.device, weight.data_ptr(), weight.shape, weight.stride()), []).append(name)
-    for names in by_place.values():
-        if len(names) > 1:
-            logger.warning(
-                "tables %s share one weight; compressed, each is stored and trained on its own: give one table the "
-                "features of all to keep the tie",
-                names,
-            )
-
-
-def check_whole(where: str, collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection) -> None:
-    """Raise ValueError where a collection holds no values, or not all of them."""
-    check_unsharded(collection, where)
-    empty = [name for name, value in [*collection.named_parameters(), *collection.named_buffers()] if value.is_meta]
-    if empty:
+    if type(source) not in PLAIN and not isinstance(source, STOCK + COMPRESSED) and _has_tables(source):
+        return _compress_model(source, compression, given, seed, progress, inplace)
+    if inplace:
         raise ValueError(
-            f"{where}: collection must hold values, got {empty[0]!r} on the meta device; call to_empty(device=...) and "
-            "reset_parameters() first"
+            f"compress: what is compressed in place must be a model that holds tables, got {type(source).__name__}; "
+            "take what is returned"
         )
+    place = Place("", source, ())
+    if type(source) in PLAIN:
+        place = find_places(source)[0]
+        ((_, methods),) = chosen([place], compression)
+        compression = methods
+        given = {what: shared_out(what, mine, [place])[""] for what, mine in given.items()}
+    made, fits = _empty(place, compression, given, seed, progress)
+    run(fits, progress)
+    take_frozen(_before(place), fits.collection)
+    return made
 
 
-def _check_trainable(where: str, collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection) -> None:
-    """Raise ValueError where tensors of a collection can only be read."""
-    if any(value.is_inference() for value in [*collection.parameters(), *collection.buffers()]):
+def _has_tables(source: Any) -> bool:
+    """Return whether something is a model that holds tables; raise ValueError where it is, but cannot be changed."""
+    if not isinstance(source, nn.Module) or isinstance(source, torch.fx.GraphModule | torch.jit.ScriptModule):
+        return False
+    return any(place.path for place in find_places(source))
+
+
+def _compress_model(
+    model: nn.Module, compression: Compression, given: Mapping[str, Any], seed: int, progress: bool, inplace: bool
+) -> nn.Module:
+    """Return a model with compressed tables; arguments as in `compress`."""
+    places = find_places(model)
+    wanted = chosen(places, compression)
+    check_places(model, [place for place, _ in wanted])
+    by_place = {what: shared_out(what, mine, places) for what, mine in given.items()}
+    made: dict[int, nn.Module] = {}
+    fits: list[tuple[Place, Fits]] = []
+    for place, methods in wanted:
+        mine = {what: found[place.path] for what, found in by_place.items()}
+        with errors_of(place.path):
+            new, fit = _empty(place, methods, mine, seed, progress)
+        if type(place.module) in PLAIN and not any(each.is_compressed for each in fit.collection.methods().values()):
+            continue  # it would not get smaller
+        made[id(place.module)] = new
+        fits.append((place, fit))
+    for place, fit in fits:
+        with errors_of(place.path):
+            run(fit, progress)
+        take_frozen(_before(place), fit.collection)
+    return with_modules(model, made, inplace)
+
+
+def _empty(
+    place: Place,
+    compression: Compression,
+    given: Mapping[str, Any],
+    seed: int,
+    progress: bool,
+) -> tuple[nn.Module, Fits]:
+    """Return a compressed module for one, not fitted yet, and what it is to be fitted to; all of it looked over."""
+    made: Any
+    if isinstance(place.module, nn.Embedding | nn.EmbeddingBag):
+        (name,) = place.tables
+        assert isinstance(compression, Mapping)
+        made = empty_plain(place.module, compression[name], name, seed)
+        collection, rows = made.collection, {name: place.module.weight.detach()}
+    elif isinstance(place.module, CompressedEmbedding | CompressedEmbeddingBag):
         raise ValueError(
-            f"{where}: collection must not be made under torch.inference_mode(), whose tensors can never be trained, "
-            "got inference tensors; make it outside"
+            "compress: a plain module must not be compressed twice, got a compressed one; decompress() it first"
         )
-
-
-def _check_rows(table: BaseEmbeddingConfig, method: MethodConfig, rows: Tensor | RowReader) -> None:
-    """Raise ValueError for rows that a fit cannot use, as far as that shows before they are read."""
-    if callable(rows) and not isinstance(rows, Tensor):
-        method.check_blocks(table)
     else:
-        check_trained_rows(table, rows)
+        rows, device = rows_of(place.module)
+        made = collection = empty_like(place.module, device, compression, seed)  # type: ignore[arg-type]
+    made.train(place.module.training)
+    return made, prepare(collection, rows, **given, progress=progress)
 
 
-def _fit(
-    method: MethodConfig, table: BaseEmbeddingConfig, data: TableData, rows: Tensor | RowReader | None
-) -> TableState:
-    """Return a table that is fitted to rows, or to rows that are read."""
-    if rows is None or isinstance(rows, Tensor):
-        return method.fit(table, dataclasses.replace(data, rows=None if rows is None else rows.detach().cpu()))
-    return method.fit_blocks(table, data, rows)
-
-
-def _on_cpu(data: TableData) -> TableData:
-    """Return the data of a fit, all of it in the host's memory."""
-    counts = None if data.counts is None else data.counts.detach().cpu()
-    contexts = None if data.contexts is None else (data.contexts[0].cpu().long(), data.contexts[1].cpu().long())
-    return dataclasses.replace(data, counts=counts, contexts=contexts)
+def _before(place: Place) -> Mapping[str, Sequence[nn.Parameter]]:
+    """Return the parameters of each table of a module."""
+    module: Any = place.module
+    if type(module) in PLAIN:
+        return {place.tables[0]: [module.weight]}
+    configs = module.table_configs() if isinstance(module, COMPRESSED) else None
+    names = [table.name for table in configs] if configs is not None else list(rows_of(module)[0])
+    return {name: parameters_of(module, name) for name in names}
 
 
 @overload
-def decompress(collection: CompressedEmbeddingBagCollection) -> EmbeddingBagCollection: ...
+def decompress(collection: CompressedEmbeddingBagCollection, *, inplace: bool = False) -> EmbeddingBagCollection: ...
 
 
 @overload
-def decompress(collection: CompressedEmbeddingCollection) -> EmbeddingCollection: ...
+def decompress(collection: CompressedEmbeddingCollection, *, inplace: bool = False) -> EmbeddingCollection: ...
 
 
-@torch.no_grad()
-def decompress(
-    collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection,
-) -> EmbeddingBagCollection | EmbeddingCollection:
-    """Expand every table of a compressed collection to its dense rows.
+@overload
+def decompress(collection: CompressedEmbedding, *, inplace: bool = False) -> nn.Embedding: ...
+
+
+@overload
+def decompress(collection: CompressedEmbeddingBag, *, inplace: bool = False) -> nn.EmbeddingBag: ...
+
+
+@overload
+def decompress(collection: Model, *, inplace: bool = False) -> Model: ...
+
+
+def decompress(collection: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Expand every table of a compressed collection, of a plain module, or of a model to its dense rows.
 
     Args:
-        collection: any compressed collection, fitted or not.
+        collection: compressed, fitted or not; or a model that holds such.
+        inplace: whether to change the model itself; else a copy is returned.
 
     Returns:
-        A stock collection on the same device whose rows are the ones that the compressed tables serve.
+        A stock collection, or PyTorch's own module, on the same device whose rows are the ones that the compressed
+        tables serve; a model for a model.
+
+    Raises:
+        ValueError: nothing of it is compressed, or it is sharded; a module of a model has hooks.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig
@@ -340,23 +300,26 @@ def decompress(
         >>> decompress(collection).embedding_bags["user"].weight.unique(dim=0).shape[0] <= 10
         True
     """
-    if not isinstance(collection, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
-        raise ValueError(f"decompress: collection must be a compressed one, got {kind_of(collection, *_COMPRESSED)}")
-    check_whole("decompress", collection)
-    if collection.code_tables is not None:
-        collection.code_tables.warn_of_start_codes()
-    dense: EmbeddingBagCollection | EmbeddingCollection
-    if isinstance(collection, CompressedEmbeddingCollection):
-        rows = copy.deepcopy(collection.embedding_configs())
-        dense = EmbeddingCollection(rows, device=collection.device, need_indices=collection.need_indices())
-        modules: Any = dense.embeddings
-    else:
-        bags = copy.deepcopy(collection.embedding_bag_configs())
-        dense = EmbeddingBagCollection(bags, is_weighted=collection.is_weighted(), device=collection.device)
-        modules = dense.embedding_bags
-    for table in collection.table_configs():
-        weight = modules[table.name].weight
-        for first in range(0, table.num_embeddings, _ROWS_AT_ONCE):
-            ids = torch.arange(first, min(first + _ROWS_AT_ONCE, table.num_embeddings), device=collection.device)
-            weight[first : first + len(ids)] = collection.table_rows(table.name, ids)
-    return dense
+    places = find_places(collection) if isinstance(collection, nn.Module) else []
+    places = [place for place in places if place.is_compressed]
+    if not places:
+        raise ValueError(
+            "decompress: collection must be a compressed one, or a model that holds some, got "
+            f"{kind_of(collection, *COMPRESSED)}"
+        )
+    if inplace and not places[0].path:
+        raise ValueError(
+            "decompress: what is expanded in place must be a model that holds tables; take what is returned"
+        )
+    check_places(collection, places)
+    made = {}
+    for place in places:
+        with errors_of(place.path):
+            made[id(place.module)] = _expanded(place.module)
+    return with_modules(collection, made, inplace) if places[0].path else made[id(collection)]
+
+
+def _expanded(module: Any) -> nn.Module:
+    if isinstance(module, CompressedEmbedding | CompressedEmbeddingBag):
+        return expanded_plain(module).train(module.training)
+    return expand(module).train(module.training)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.convert.compress import check_whole
+from torchrec_compress.convert.into import check_whole
 from torchrec_compress.methods import MethodConfig, TableState
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from torchrec_compress.modules.footprint import stored_part

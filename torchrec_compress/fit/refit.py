@@ -75,6 +75,10 @@ class RefitSums:
                 pair = index * len(self._start) + codes[:, other] + other * book
                 self._gram.view(-1).index_add_(0, pair, exact)
 
+    def sums(self) -> list[Tensor]:
+        """Return all that was summed up, live: over several of these, of different rows, it adds up."""
+        return [self._weight, self._right, self._gram]
+
     def codebooks(self) -> Tensor:
         """Return the codebooks of least weighted error, [M*K, width] float32."""
         start = self._start

@@ -148,7 +148,11 @@ class MethodConfig(ABC):
         return self.learn(table, data).encode_all(data.rows)
 
     def fit_blocks(self, table: BaseEmbeddingConfig, data: TableData, read: RowReader) -> TableState:
-        """Learn the stored tensors from a sample of rows, then encode all: the table never lies there whole.
+        """Learn the stored tensors from a sample of rows, then encode all: the table never lies there whole."""
+        return self.learn_blocks(table, data, read).encode_all(read)
+
+    def learn_blocks(self, table: BaseEmbeddingConfig, data: TableData, read: RowReader) -> Learned:
+        """Learn what all rows share from a sample of them.
 
         Args:
             table: the user's config.
@@ -162,7 +166,7 @@ class MethodConfig(ABC):
         self.check_fit(table, data)
         if self.learns_from != "nothing":
             data = with_sample(data, self.learning_weights(table, data), self._sample_size, read)
-        return self.learn(table, data).encode_all(read)
+        return self.learn(table, data)
 
     def check_blocks(self, table: BaseEmbeddingConfig) -> None:
         """Raise ValueError where the table is too large to be learned from rows that are read block by block."""

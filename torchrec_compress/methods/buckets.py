@@ -36,6 +36,10 @@ class BucketSums:
         self._sums.index_add_(0, buckets, rows * weights.unsqueeze(1))
         self._totals.index_add_(0, buckets, weights)
 
+    def sums(self) -> list[Tensor]:
+        """Return all that was summed up, live: over several of these, of different rows, it adds up."""
+        return [self._sums, self._totals]
+
     def means(self) -> Tensor:
         """Return the mean row of each bucket, (num_buckets, D) float32; an empty bucket is zeros."""
         return self._sums / self._totals.clamp(min=1e-12).unsqueeze(1)

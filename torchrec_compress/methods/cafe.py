@@ -179,20 +179,22 @@ class ManagedTable(Learned):
         super().__init__(table)
         self._blocks, self._sizes, self._manager, self._counts = part.blocks, sizes, manager, counts
         self._cold = BucketSums(part.rows.num_embeddings, table.embedding_dim)
-        self._hot: list[tuple[Tensor, Tensor]] = []
+        self._hot = torch.zeros(part.rows.num_embeddings, table.embedding_dim)
 
     def _encode(self, ids: Tensor, rows: Tensor | None) -> None:
         assert rows is not None
         found = self._manager.remap(self._blocks.places(ids), train=False)[:, 0]
         is_hot = found % self._sizes.rows < self._sizes.hot_rows
         self._cold.add(rows[~is_hot], found[~is_hot], self._counts[ids[~is_hot]])
-        self._hot.append((found[is_hot], rows[is_hot]))
+        self._hot[found[is_hot]] = rows[is_hot]
+
+    def _sums(self) -> list[Tensor]:
+        """Return the sums of cold rows, and hot ones: each of one rank, zeros of the others."""
+        return [*self._cold.sums(), self._hot]
 
     def _finish(self) -> TableState:
         """Return the rows, and the manager's buffers."""
-        weight = self._cold.means()
-        for found, rows in self._hot:
-            weight[found] = rows
+        weight = self._cold.means() + self._hot  # of which a row has one
         return TableState(native={"rows": weight}, managed=dict(self._manager.named_buffers()))
 
 

@@ -170,18 +170,26 @@ class ClusteredTable(Learned):
         super().__init__(table)
         self._config, self._encoder, self._codebooks = config, encoder, codebooks
         self._weights, self._draw = weights, _draw(table)
-        self._sums = ResidualSums(config.num_codes, config.codebook_size, codebooks.shape[1])
+        self._residuals = ResidualSums(config.num_codes, config.codebook_size, codebooks.shape[1])
 
     def _encode(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         assert rows is not None
         config, codes = self._config, self._encoder(ids, rows)
         left = rows - decode(codes, self._codebooks, "product")
-        self._sums.add(left, drawn_codes(ids, self._draw, config.num_codes, config.codebook_size), self._weights[ids])
+        self._residuals.add(
+            left, drawn_codes(ids, self._draw, config.num_codes, config.codebook_size), self._weights[ids]
+        )
         return codes.to(code_dtype(config.codebook_size))
+
+    def _sums(self) -> list[Tensor]:
+        """Return the sums of what pointers leave."""
+        return [self._residuals.sums, self._residuals.masses]
 
     def _finish(self) -> TableState:
         """Return the codewords."""
-        return TableState(decoder={"codebooks": torch.cat([self._codebooks, self._sums.means()]), "draw": self._draw})
+        return TableState(
+            decoder={"codebooks": torch.cat([self._codebooks, self._residuals.means()]), "draw": self._draw}
+        )
 
 
 class CceDecoder(TableDecoder):

@@ -71,7 +71,7 @@ class CodedTable(Learned):
         self._form, self._learned, self._weights, self._hot = form, learned, weights, hot
         self._metric = metric
         self._sorted_hot, self._hot_numbers = hot.sort()
-        self._hot_rows = torch.empty(len(hot), form.row_width)
+        self._hot_rows = torch.zeros(len(hot), form.row_width)
 
     @property
     def num_rows(self) -> int:
@@ -104,6 +104,11 @@ class CodedTable(Learned):
             codes[is_hot] = escapes[numbers]
             self._hot_rows[numbers] = rows[is_hot]
         return stored_codes(codes, self._form.codebook_size)
+
+    def _sums(self) -> list[Tensor]:
+        """Return what the refit of the codebooks needs, and the hot rows: each of one rank, zeros of the others."""
+        refit = self._learned.refit
+        return [*([] if refit is None else refit.sums()), self._hot_rows]
 
     def _finish(self) -> TableState:
         """Return codebooks, hot rows and projection."""

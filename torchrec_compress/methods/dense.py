@@ -52,11 +52,9 @@ class DenseConfig(MethodConfig):
 class DenseTable(Learned):
     """Keep the pre-trained rows."""
 
-    def __init__(self, table: BaseEmbeddingConfig) -> None:
-        super().__init__(table)
-        self._rows = torch.empty(table.num_embeddings, table.embedding_dim)
+    kept_as = ("native", "")
 
-    def _encode(self, ids: Tensor, rows: Tensor | None) -> None:
+    def _encode(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         assert rows is not None
         largest = torch.finfo(torch.float16).max
         wrong = (rows.abs() > largest).any(dim=1) if self._table.data_type == DataType.FP16 else torch.zeros(0)
@@ -66,8 +64,8 @@ class DenseTable(Learned):
                 f"table {self._table.name!r}: pre-trained values must be in +-{largest:.0f} for data_type FP16, got "
                 f"{float(rows[first].abs().max()):g} in the row of id {int(ids[first])}; use FP32, or scale the table"
             )
-        self._rows.index_copy_(0, ids, rows)
+        return rows
 
     def _finish(self) -> TableState:
-        """Return the rows."""
-        return TableState(native={"": self._rows})
+        """Return nothing more."""
+        return TableState()

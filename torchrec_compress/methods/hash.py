@@ -77,12 +77,16 @@ class HashedTable(Learned):
     def __init__(self, table: BaseEmbeddingConfig, num_buckets: int, remap: Remap, counts: Tensor | None) -> None:
         super().__init__(table)
         self._remap, self._counts = remap, counts
-        self._sums = BucketSums(num_buckets, table.embedding_dim)
+        self._buckets = BucketSums(num_buckets, table.embedding_dim)
 
     def _encode(self, ids: Tensor, rows: Tensor | None) -> None:
         assert rows is not None
-        self._sums.add(rows, self._remap(ids), None if self._counts is None else self._counts[ids])
+        self._buckets.add(rows, self._remap(ids), None if self._counts is None else self._counts[ids])
+
+    def _sums(self) -> list[Tensor]:
+        """Return the sums of the buckets."""
+        return self._buckets.sums()
 
     def _finish(self) -> TableState:
         """Return the buckets."""
-        return TableState(native={"buckets": self._sums.means()})
+        return TableState(native={"buckets": self._buckets.means()})

@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -190,11 +190,15 @@ class Learned(ABC):
     Args:
         table: the user's config.
 
+    On many ranks each may encode ids of its own: then all of them call `add_up` before `finish`.
+
     Attributes:
         needs_rows: whether blocks have rows; else codes are made of ids alone.
+        kept_as: where the rows that `encode` returns belong in a `TableState`: its field, and the name there.
     """
 
     needs_rows = True
+    kept_as: tuple[Literal["codes", "native", "trained"], str] = ("codes", "")
 
     def __init__(self, table: BaseEmbeddingConfig) -> None:
         self._table = table
@@ -203,22 +207,22 @@ class Learned(ABC):
 
     @property
     def num_rows(self) -> int:
-        """Rows of the code table."""
+        """Rows of what is kept of the table by id, its code table as a rule."""
         return self._table.num_embeddings
 
     def row_numbers(self, ids: Tensor) -> Tensor:
-        """Return which rows of the code table ids have, (L,) int64 -> (L,) int64; several may share one."""
+        """Return which of these rows ids have, (L,) int64 -> (L,) int64; several may share one."""
         return ids
 
     def encode(self, ids: Tensor, rows: Tensor | None) -> Tensor | None:
-        """Return the rows of the code table that ids have, or None where there is no code table.
+        """Return what is kept of ids, or None where nothing is kept by id.
 
         Args:
             ids: (L,) int64 distinct ids.
             rows: (L, D) floating-point pre-trained rows of these ids, or None.
 
         Returns:
-            (L, row_size) in the code table's dtype.
+            (L, row_size) in the dtype that is stored.
 
         Raises:
             ValueError: there are no rows, or one is not finite; ids are out of range, repeated or encoded before.
@@ -249,7 +253,7 @@ class Learned(ABC):
         """Encode a block; arguments and result as in `encode`, rows checked and float32."""
 
     def finish(self) -> TableState:
-        """Return what is stored beside the codes.
+        """Return what is stored beside the rows that `encode` returned.
 
         Raises:
             ValueError: not every id was encoded once.
@@ -267,17 +271,38 @@ class Learned(ABC):
     def _finish(self) -> TableState:
         """Return what is stored beside the codes."""
 
+    def add_up(self, add: Callable[[Tensor], None]) -> None:
+        """Take what other ranks have summed up over the ids that they encoded.
+
+        Args:
+            add: makes a tensor, in place, the sum of this one on all ranks; each has called it for the same before.
+        """
+        encoded = self._is_encoded.to(torch.uint8)
+        for each in (encoded, *self._sums()):
+            add(each)
+        self._is_encoded = encoded > 0
+
+    def _sums(self) -> list[Tensor]:
+        """Return what is summed up over encoded rows, live; zeros before the first."""
+        return []
+
     def encode_all(self, rows: Tensor | RowReader | None) -> TableState:
         """Encode the whole table, (N, D), read by blocks or None, in one pass, and finish."""
-        num_rows, codes = self._table.num_embeddings, None
+        num_rows, kept = self._table.num_embeddings, None
         for first in range(0, max(num_rows, 1), BLOCK_ROWS):
             ids = torch.arange(first, min(first + BLOCK_ROWS, num_rows))
             given = rows[first : first + BLOCK_ROWS] if isinstance(rows, Tensor) else rows and rows(ids)
             block = self.encode(ids, given)
             if block is not None:
-                codes = block.new_empty(self.num_rows, block.shape[1]) if codes is None else codes
-                codes[self.row_numbers(ids)] = block
-        return dataclasses.replace(self.finish(), codes=codes)
+                kept = block.new_empty(self.num_rows, block.shape[1]) if kept is None else kept
+                kept[self.row_numbers(ids)] = block
+        state = self.finish()
+        if kept is None:
+            return state
+        field, name = self.kept_as
+        return dataclasses.replace(
+            state, **{field: kept if field == "codes" else {**getattr(state, field), name: kept}}
+        )
 
 
 class LearnedWhole(Learned):

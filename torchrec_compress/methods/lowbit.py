@@ -74,17 +74,22 @@ class LowBitTable(Learned):
     def __init__(self, table: BaseEmbeddingConfig, dtype: Literal["int8", "int4"]) -> None:
         super().__init__(table)
         self._dtype: Literal["int8", "int4"] = dtype
-        self._num_rows, self._rough = 0, 0
+        self._seen = torch.zeros(2, dtype=torch.int64)  # rows, and rough ones among them
 
     def _encode(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         assert rows is not None
         found, rough = quantize_table_rows(self._table, rows, self._dtype, ids)
-        self._num_rows, self._rough = self._num_rows + len(ids), self._rough + rough
+        self._seen += torch.tensor([len(ids), rough])
         return found
+
+    def _sums(self) -> list[Tensor]:
+        """Return how many rows there were, and how many rough ones."""
+        return [self._seen]
 
     def _finish(self) -> TableState:
         """Return nothing more, and log how many rows are rough."""
-        warn_of_rough_rows(self._table, self._rough, self._num_rows, self._dtype)
+        num_rows, rough = self._seen.tolist()
+        warn_of_rough_rows(self._table, rough, num_rows, self._dtype)
         return TableState()
 
 

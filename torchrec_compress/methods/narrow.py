@@ -220,23 +220,18 @@ class NarrowTable(Learned):
     def __init__(self, table: BaseEmbeddingConfig, directions: Directions | None, trained: TrainedPart | None) -> None:
         super().__init__(table)
         self._directions, self._trained = directions, trained
-        width = table.embedding_dim if directions is None else len(directions.matrix)
-        shape = (table.num_embeddings, width if trained is None else trained.format().row_bytes)
-        self._rows = torch.empty(shape, dtype=torch.float32 if trained is None else torch.uint8)
+        self.kept_as = ("native" if trained is None else "trained", "rows")
 
-    def _encode(self, ids: Tensor, rows: Tensor | None) -> None:
+    def _encode(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         assert rows is not None
         narrow = rows if self._directions is None else self._directions.narrow(rows)
-        if self._trained is not None:
-            narrow = encode_trained(narrow, self._trained.format(), f"table {self._table.name!r}", ids)
-        self._rows.index_copy_(0, ids, narrow)
+        if self._trained is None:
+            return narrow
+        return encode_trained(narrow, self._trained.format(), f"table {self._table.name!r}", ids)
 
     def _finish(self) -> TableState:
-        """Return narrow rows and projection."""
-        decoder = {} if self._directions is None else {"projection": self._directions.projection}
-        if self._trained is not None:
-            return TableState(trained={"rows": self._rows}, decoder=decoder)
-        return TableState(native={"rows": self._rows}, decoder=decoder)
+        """Return the projection."""
+        return TableState(decoder={} if self._directions is None else {"projection": self._directions.projection})
 
 
 @torch.no_grad()

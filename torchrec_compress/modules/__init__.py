@@ -11,8 +11,11 @@ from torchrec_compress.modules.embedding_bag import (
     native_parameters,
 )
 from torchrec_compress.modules.footprint import Footprint, TableFootprint, optimizer_bytes
+from torchrec_compress.modules.plain import CompressedEmbedding, CompressedEmbeddingBag
 
 __all__ = [
+    "CompressedEmbedding",
+    "CompressedEmbeddingBag",
     "CompressedEmbeddingBagCollection",
     "CompressedEmbeddingCollection",
     "Footprint",

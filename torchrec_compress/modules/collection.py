@@ -251,6 +251,15 @@ class CompressedParts(nn.Module):
             bank.check()
         return self._stored(name)
 
+    def state_names(self, name: str) -> dict[tuple[str, str], str]:
+        """Return what a state dict calls the tensors of a table's state, by field and name there; on meta too."""
+        names = {id(tensor): key for key, tensor in [*self.named_parameters(), *self.named_buffers()]}
+        state = self._stored(name)
+        found = {} if state.codes is None else {("codes", ""): names[id(state.codes)]}
+        for field in ("decoder", "native", "managed", "trained"):
+            found |= {(field, part): names[id(tensor)] for part, tensor in getattr(state, field).items()}
+        return found
+
     def _stored(self, name: str) -> TableState:
         bank, decoder, managed, trained = self._code_banks().get(name), {}, {}, {}
         if (owner := self.decoder.bank(name)) is not None:

@@ -16,7 +16,8 @@ from torchrec_compress.train.engine import trainable as parallel
 from torchrec_compress.train.engine.checkpoint import Checkpoints
 from torchrec_compress.train.engine.checkpoint_reader import read
 from torchrec_compress.train.engine.loop import PREEMPTED, Preempted, Progress, Task, Trained, train
-from torchrec_compress.train.engine.trainable import Trainable, load_plain, local_shards, make_constraints
+from torchrec_compress.seams import local_shards
+from torchrec_compress.train.engine.trainable import Trainable, make_constraints
 from torchrec_compress.train.models.click import make_model, make_tables
 from torchrec_compress.train.ranks import start
 from torchrec_compress.train.stages import full_model
@@ -295,15 +296,6 @@ def test_a_profiler_trace_is_written_on_request(config, data, tmp_path):
     _train(config, Task(data, stage, 0, tmp_path, position=None, parallel=parallel))
     events = json.loads((tmp_path / "trace_rank0.json").read_text())["traceEvents"]
     assert any("forward" in str(event.get("name")) for event in events)
-
-
-def test_load_plain_refuses_other_shapes(config, data):
-    model = full_model(config, data)
-    state = {name: value[:1] for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="shape"):
-        load_plain(model, state)
-    with pytest.raises(ValueError, match="names"):
-        load_plain(model, {})
 
 
 def test_logits_are_those_of_evaluation(config, data, ranks):

@@ -24,11 +24,10 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec_compress.modules import after_step, discard, native_parameters, optimizer_bytes
 from torchrec_compress.modules.after_step import has_managers
 from torchrec_compress.modules.collection import CompressedParts
-from torchrec_compress.modules.trained_rows import note_rows
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS
-from torchrec_compress.seams import local_shards
 from torchrec_compress.sharding import get_default_sharders
+from torchrec_compress.sharding.loading import load_plain
 from torchrec_compress.train.check import check_optim
 from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig, of_pattern
 from torchrec_compress.train.data.batch import Batch
@@ -322,30 +321,3 @@ def make_constraints(
         factors = [float(pooling.get(feature, 1)) for feature in configs[table].feature_names]
         constraints[table] = ParameterConstraints(sharding_types=list(kinds), pooling_factors=factors)
     return constraints
-
-
-@torch.no_grad()
-def load_plain(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy whole tensors into a sharded module.
-
-    Args:
-        module: wrapped or not.
-        state: whole tensors by the module's own names.
-
-    Raises:
-        ValueError: names or shapes do not fit.
-    """
-    own = module.state_dict()
-    if set(own) != set(state):
-        raise ValueError(f"load_plain: names must fit, got {sorted(set(own) ^ set(state))[:4]} on one side only")
-    for name, value in own.items():
-        for local, offsets in local_shards(value):
-            source = state[name]
-            for axis, first in enumerate(offsets or []):
-                source = source.narrow(axis, int(first), local.shape[axis])
-            if source.shape != local.shape:
-                raise ValueError(
-                    f"load_plain: {name!r} must have shape {tuple(local.shape)}, got {tuple(source.shape)}"
-                )
-            local.copy_(source)
-    note_rows(module)

@@ -1,0 +1,144 @@
+"""Compress and expand one embedding collection, in the host's memory or on one device."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.types import ShardedModule
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingBagCollectionInterface,
+    EmbeddingCollection,
+    EmbeddingCollectionInterface,
+)
+
+from torchrec_compress.compression import Compression
+from torchrec_compress.convert.into import check_whole, row_reader
+from torchrec_compress.methods.learned import RowReader
+from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
+from torchrec_compress.names import kind_of
+from torchrec_compress.seams import backward_optimizer
+
+logger = logging.getLogger(__name__)
+
+_ROWS_AT_ONCE = 65536
+Stock: TypeAlias = EmbeddingBagCollection | EmbeddingCollection
+Compressed: TypeAlias = CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
+STOCK = (EmbeddingBagCollection, EmbeddingCollection)
+COMPRESSED = (CompressedEmbeddingBagCollection, CompressedEmbeddingCollection)
+
+
+def rows_of(source: Any) -> tuple[dict[str, Tensor | RowReader], torch.device]:
+    """Return the rows of a collection by table name, and its device, or raise ValueError for anything else."""
+    if isinstance(source, EmbeddingBagCollection | EmbeddingCollection):
+        weights = stock_weights(source)
+        rows: dict[str, Tensor | RowReader] = {name: weight.detach() for name, weight in weights.items()}
+        if not rows:
+            raise ValueError("compress: source must have tables, got none")
+        empty = sorted(name for name, weight in weights.items() if weight.is_meta)
+        if empty:
+            raise ValueError(
+                f"compress: tables must hold values, got {empty} on the meta device; load a checkpoint first"
+            )
+        return rows, next(iter(weights.values())).device
+    if isinstance(source, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
+        check_whole("compress", source)
+        if source.code_tables is not None:
+            source.code_tables.warn_of_start_codes()
+        return {table.name: row_reader(source, table.name) for table in source.table_configs()}, source.device
+    got = kind_of(source, *STOCK)
+    advice = "make an EmbeddingBagCollection of the trained rows"
+    if isinstance(source, ShardedModule):
+        advice = "compress the DistributedModelParallel that it is in"
+    elif isinstance(source, torch.fx.GraphModule | torch.jit.ScriptModule):
+        advice = "compress the module that it was made from, and trace or script the result"
+    elif isinstance(source, EmbeddingBagCollectionInterface | EmbeddingCollectionInterface):
+        advice = "compress the floating-point collection that it was made from"
+    raise ValueError(
+        "compress: source must be an EmbeddingBagCollection or an EmbeddingCollection, stock or compressed, a plain "
+        f"nn.Embedding or nn.EmbeddingBag, or a model that holds some, got {got}; {advice}"
+    )
+
+
+def stock_weights(source: Stock) -> dict[str, nn.Parameter]:
+    """Return the weights of a stock collection by table name."""
+    stored: Any = source.embeddings if isinstance(source, EmbeddingCollection) else source.embedding_bags
+    return {name: module.weight for name, module in stored.items()}
+
+
+def empty_like(source: Stock | Compressed, device: torch.device, compression: Compression, seed: int) -> Compressed:
+    """Return a compressed collection of the same tables and kind, to be fitted."""
+    with torch.inference_mode(False):  # what is made in it can never be trained
+        if isinstance(source, EmbeddingCollection | CompressedEmbeddingCollection):
+            configs, kept = source.embedding_configs(), source.need_indices()
+            return CompressedEmbeddingCollection(configs, device, kept, compression, seed, will_fit=True)
+        bags, kept = source.embedding_bag_configs(), source.is_weighted()
+        return CompressedEmbeddingBagCollection(bags, device, kept, compression, seed, will_fit=True)
+
+
+def take_frozen(before: Mapping[str, Sequence[nn.Parameter]], collection: Compressed) -> None:
+    """Freeze what a collection stores of tables that were frozen; say which optimizers are gone.
+
+    Args:
+        before: what stored each table in the source; it is frozen where nothing of it is trained.
+        collection: fitted to it.
+    """
+    gone = []
+    for name, parameters in before.items():
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            for parameter in parameters_of(collection, name):
+                parameter.requires_grad_(False)
+        if any(backward_optimizer(parameter) for parameter in parameters):
+            gone.append(name)
+    if gone:
+        logger.warning(
+            "tables %s: the optimizer that trains them in the backward stays with the source; call "
+            "apply_optimizer_in_backward() on native_parameters() of the compressed model",
+            gone,
+        )
+
+
+def parameters_of(collection: Stock | Compressed, name: str) -> list[nn.Parameter]:
+    """Return the parameters of one table; of shared ones, only such as are its own."""
+    if isinstance(collection, EmbeddingBagCollection | EmbeddingCollection):
+        return [stock_weights(collection)[name]]
+    state, trained = collection.table_state(name), collection.trained
+    own = {part.name for part in collection.blueprint.parts[name].native if part.shared}
+    found: list[Any] = [value for part, value in state.native.items() if part not in own]
+    found += state.decoder.values() if collection.blueprint.banks[name] == name else []
+    found += trained.banks[name].parameters() if trained is not None and name in trained.banks else []
+    return [value for value in found if isinstance(value, nn.Parameter)]
+
+
+@torch.no_grad()
+def expand(collection: Compressed) -> Stock:
+    """Return a stock collection of the rows that a compressed one serves."""
+    check_whole("decompress", collection)
+    if collection.code_tables is not None:
+        collection.code_tables.warn_of_start_codes()
+    dense: Stock
+    if isinstance(collection, CompressedEmbeddingCollection):
+        rows = copy.deepcopy(collection.embedding_configs())
+        dense = EmbeddingCollection(rows, device=collection.device, need_indices=collection.need_indices())
+    else:
+        bags = copy.deepcopy(collection.embedding_bag_configs())
+        dense = EmbeddingBagCollection(bags, is_weighted=collection.is_weighted(), device=collection.device)
+    weights = stock_weights(dense)
+    for name, weight in weights.items():
+        fill(weight, collection, name)
+    return dense
+
+
+@torch.no_grad()
+def fill(weight: nn.Parameter, collection: Compressed, name: str) -> None:
+    """Write the rows that one table serves, block by block, into a weight, (N, D); it is frozen if they are."""
+    for first in range(0, len(weight), _ROWS_AT_ONCE):
+        ids = torch.arange(first, min(first + _ROWS_AT_ONCE, len(weight)), device=collection.device)
+        weight[first : first + len(ids)] = collection.table_rows(name, ids)
+    stored = parameters_of(collection, name)
+    weight.requires_grad_(not stored or any(parameter.requires_grad for parameter in stored))

@@ -1,0 +1,237 @@
+"""The embedding tables of a model, by the names that its user has for them, and others in their place."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.types import ShardedModule
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingBagCollectionInterface,
+    EmbeddingCollection,
+    EmbeddingCollectionInterface,
+)
+
+from torchrec_compress.compression import Compression
+from torchrec_compress.compression.resolve import methods_by_key
+from torchrec_compress.methods import MethodConfig
+from torchrec_compress.modules import CompressedEmbedding, CompressedEmbeddingBag
+from torchrec_compress.modules.collection import CompressedParts
+from torchrec_compress.schema import nearest
+from torchrec_compress.seams import sharded_configs
+
+logger = logging.getLogger(__name__)
+
+Given = TypeVar("Given")
+PLAIN = (nn.Embedding, nn.EmbeddingBag)
+_PLAIN_COMPRESSED = (CompressedEmbedding, CompressedEmbeddingBag)
+_COLLECTIONS = (EmbeddingBagCollectionInterface, EmbeddingCollectionInterface)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Place(NamedTuple):
+    """A module of a model that holds embedding tables.
+
+    Attributes:
+        path: in the model; "" is the model itself.
+        module: a stock, compressed or sharded collection, or a plain module of one table.
+        tables: their names in a collection; of a plain module the one that it has once compressed.
+    """
+
+    path: str
+    module: nn.Module
+    tables: tuple[str, ...]
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether its tables are stored otherwise already."""
+        return isinstance(self.module, CompressedParts | CompressedEmbedding | CompressedEmbeddingBag)
+
+    def names(self, table: str) -> tuple[str, ...]:
+        """Return what a user may call one of its tables: by path and name, or by name alone; a plain one by path."""
+        if isinstance(self.module, (*PLAIN, *_PLAIN_COMPRESSED)):
+            return (self.path or table,)
+        return (f"{self.path}.{table}", table) if self.path else (table,)
+
+
+def find_places(model: nn.Module) -> list[Place]:
+    """Return where a model has embedding tables, the outermost modules first met; each module once."""
+    found, seen = [], set()
+
+    def visit(path: str, module: nn.Module) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        tables = _tables_of(path, module)
+        if tables is not None:
+            found.append(Place(path, module, tables))
+            return
+        if isinstance(module, ShardedModule | EmbeddingBagCollectionInterface | EmbeddingCollectionInterface):
+            return  # quantised ones, or of someone else: not what is compressed, nor what lies in them
+        for name, child in module.named_children():
+            visit(f"{path}.{name}" if path else name, child)
+
+    visit("", model)
+    return found
+
+
+def _tables_of(path: str, module: Any) -> tuple[str, ...] | None:
+    """Return the tables of a module that can be compressed, or is; None for other modules."""
+    if (sharded := sharded_configs(module)) is not None:
+        return tuple(table.name for table in sharded[0])
+    if isinstance(module, CompressedParts):
+        return tuple(table.name for table in module.table_configs())
+    if isinstance(module, EmbeddingBagCollection):
+        return tuple(table.name for table in module.embedding_bag_configs())
+    if isinstance(module, EmbeddingCollection):
+        return tuple(table.name for table in module.embedding_configs())
+    if isinstance(module, _PLAIN_COMPRESSED):
+        return (module.name,)
+    if type(module) in PLAIN:
+        return (table_name(path),)
+    if isinstance(module, PLAIN):
+        logger.warning("%r: left as it is: %s may look its rows up otherwise than nn.Embedding", path, type(module))
+    return None
+
+
+def table_name(path: str) -> str:
+    """Return what a plain module's table is called: its path, without dots and unlike any attribute of a module."""
+    name = path.replace(".", "_") or "embedding"
+    return f"{name}_" if hasattr(nn.ModuleDict, name) else name
+
+
+def chosen(places: Sequence[Place], compression: Compression) -> list[tuple[Place, dict[str, MethodConfig]]]:
+    """Return the places that are to be compressed, with the method of each table that has one.
+
+    A table is asked for by its name, its path and name, or a pattern for either; exact names first. What is compressed
+    already is stored anew only where a key is its exact name.
+
+    Raises:
+        ValueError: no method or mapping of methods, there is no table, or a key fits none.
+    """
+    by_key = methods_by_key(compression)
+    unused, found = dict.fromkeys(by_key), []
+    for place in places:
+        methods = {}
+        for table in place.tables:
+            names = place.names(table)
+            exact = [name for name in names if name in by_key]
+            fitting = [key for key in by_key if any(fnmatchcase(name, key) for name in names)]
+            for key in {*exact, *fitting}:
+                unused.pop(key, None)
+            keys = exact if place.is_compressed else exact + fitting
+            if keys:
+                methods[table] = by_key[keys[0]]
+        if methods:
+            found.append((place, methods))
+    known = [name for place in places for table in place.tables for name in place.names(table)]
+    if not known:
+        raise ValueError(
+            "compress: the model must hold embedding tables, got none; TorchRec's or PyTorch's own are seen"
+        )
+    if unused and isinstance(compression, Mapping):
+        raise ValueError(
+            f"compression: every key must fit a table, got {sorted(unused)}{nearest(next(iter(unused)), known)}; the "
+            f"tables are {known}"
+        )
+    if not found:
+        raise ValueError(f"compress: a table must be left to compress, got only compressed ones, {known}; name one")
+    return found
+
+
+def shared_out(what: str, given: Mapping[str, Given] | None, places: Sequence[Place]) -> dict[str, dict[str, Given]]:
+    """Return what was given by the user's names of tables: by path of the place, then by table.
+
+    Raises:
+        ValueError: it is no mapping; a name is of no table, or of several.
+    """
+    found: dict[str, dict[str, Given]] = {place.path: {} for place in places}
+    if given is None:
+        return found
+    if not isinstance(given, Mapping):
+        raise ValueError(f"compress: {what} must be a mapping by table name, got {type(given).__name__}")
+    owners: dict[str, list[tuple[Place, str]]] = {}
+    for place in places:
+        for table in place.tables:
+            for name in place.names(table):
+                owners.setdefault(name, []).append((place, table))
+    for name in given:
+        mine = owners.get(name, [])
+        if not mine:
+            raise ValueError(
+                f"compress: {what} must name tables, got {name!r}{nearest(str(name), owners)}; they are "
+                f"{sorted(owners)}"
+            )
+        if len(mine) > 1:
+            paths = [place.names(table)[0] for place, table in mine]
+            raise ValueError(f"compress: {what} must name one table each, got {name!r}; write one of {paths}")
+        ((place, table),) = mine
+        if table in found[place.path]:
+            raise ValueError(f"compress: {what} must name a table once, got {list(place.names(table))}")
+        found[place.path][table] = given[name]
+    return found
+
+
+def check_places(model: nn.Module, places: Sequence[Place]) -> None:
+    """Raise ValueError where a module cannot be replaced without a loss: its weights are tied, or it has hooks."""
+    wrapped = [path for path, module in model.named_modules() if isinstance(module, DistributedDataParallel)]
+    if wrapped:
+        raise ValueError(
+            f"compress: the model must not be wrapped by DistributedDataParallel, got {wrapped[0] or 'the model'!r}; "
+            "compress what it wraps, and wrap it again"
+        )
+    owner = {id(part): place for place in places for part in place.module.modules()}
+    # parts of compressed ones have hooks of their own
+    bare = {
+        id(part) for place in places for part in ([place.module] if place.is_compressed else place.module.modules())
+    }
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((f"{path}.{name}" if path else name, module))
+        if id(module) in bare and any(getattr(module, hooks, None) for hooks in _HOOKS):
+            raise ValueError(
+                f"compress: {path or type(module).__name__!r}: a module that is replaced must have no hooks, got some; "
+                "remove them, and register them on the new one"
+            )
+    for mine in holders.values():
+        ours = {id(owner.get(id(module))) for _, module in mine}
+        if len(ours) > 1 and any(id(module) in owner for _, module in mine):
+            raise ValueError(
+                f"compress: a table must not share its weight with other modules, got {[path for path, _ in mine]} "
+                "tied; use one module in all places, untie them, or leave the table out"
+            )
+
+
+def with_modules(model: Any, new: Mapping[int, nn.Module], inplace: bool) -> Any:
+    """Return a model with other modules in place of some, wherever they stand: itself, or a copy of all else.
+
+    Args:
+        model: holds them.
+        new: by the `id` of the old one.
+        inplace: whether to change the model.
+    """
+    if not inplace:
+        return copy.deepcopy(model, dict(new))  # what deepcopy takes for copied already
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if id(child) in new:
+                module._modules[name] = new[id(child)]
+    return model
+
+
+@contextmanager
+def errors_of(path: str) -> Iterator[None]:
+    """Have errors name the module that they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}" if path else str(error)) from error

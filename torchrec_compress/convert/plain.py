@@ -1,0 +1,76 @@
+"""PyTorch's own modules of one table, compressed, and expanded again."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from torchrec_compress.convert.collections import fill
+from torchrec_compress.convert.into import check_whole
+from torchrec_compress.methods import MethodConfig
+from torchrec_compress.modules import CompressedEmbedding, CompressedEmbeddingBag
+
+Plain: TypeAlias = nn.Embedding | nn.EmbeddingBag
+CompressedPlain: TypeAlias = CompressedEmbedding | CompressedEmbeddingBag
+
+
+def empty_plain(module: Plain, method: MethodConfig, name: str, seed: int) -> CompressedPlain:
+    """Return a module that is called as this one, with its padding row, to be fitted to it.
+
+    Args:
+        module: trained, of exactly these classes.
+        method: of its table.
+        name: of its table.
+        seed: of the fit.
+
+    Raises:
+        ValueError: it holds no values, none in float32, or changes or counts rows as it looks them up.
+    """
+    weight, kind = module.weight, type(module).__name__
+    if weight.is_meta or weight.dtype != torch.float32:
+        got = "no values (meta device)" if weight.is_meta else str(weight.dtype)
+        raise ValueError(f"compress: weight of {kind} must hold float32 values, got {got}; load it, or call float()")
+    for setting in ("max_norm", "scale_grad_by_freq"):
+        if (value := getattr(module, setting)) not in (None, False):
+            raise ValueError(
+                f"compress: {setting} of {kind} must be unset, as no compressed table knows it, got {value}; unset it, "
+                "or leave the table out"
+            )
+    rows, width = weight.shape
+    with torch.inference_mode(False):  # what is made in it can never be trained
+        made: CompressedPlain
+        if isinstance(module, nn.Embedding):
+            made = CompressedEmbedding(
+                rows, width, module.padding_idx, compression=method, name=name, device=weight.device, seed=seed,
+                will_fit=True,
+            )  # fmt: skip
+        else:
+            made = CompressedEmbeddingBag(
+                rows, width, module.mode, module.padding_idx, module.include_last_offset,  # type: ignore[arg-type]
+                compression=method, name=name, device=weight.device, seed=seed, will_fit=True,
+            )  # fmt: skip
+        if made.padding_row is not None:
+            made.padding_row.copy_(weight.detach()[module.padding_idx])
+    return made
+
+
+@torch.no_grad()
+def expanded_plain(module: CompressedPlain) -> Plain:
+    """Return PyTorch's own module, of the rows that a compressed one serves."""
+    check_whole("decompress", module.collection)  # type: ignore[arg-type]
+    rows, width, device = module.num_embeddings, module.embedding_dim, module.collection.device
+    made: Plain
+    with torch.random.fork_rng([]), torch.inference_mode(False):
+        if isinstance(module, CompressedEmbedding):
+            made = nn.Embedding(rows, width, module.padding_idx, device=device)
+        else:
+            padding, last = module.padding_idx, module.include_last_offset
+            made = nn.EmbeddingBag(
+                rows, width, mode=module.mode, padding_idx=padding, include_last_offset=last, device=device
+            )
+    fill(made.weight, module.collection, module.name)  # type: ignore[arg-type]
+    if module.padding_row is not None:
+        made.weight[module.padding_idx] = module.padding_row
+    return made
