@@ -212,7 +212,7 @@ class Sub(nn.Embedding):
         (lambda: nn.Sequential(nn.Embedding(N, D).half()), "0: compress: weight of Embedding must hold float32"),
         (
             lambda: nn.Sequential(nn.Embedding(N, D, device="meta")),
-            "0: compress: weight of Embedding must hold got no values",
+            "0: compress: weight of Embedding must hold .*, got no values",
         ),
         (lambda: nn.Sequential(nn.Linear(2, 2)), "source must be .*got Sequential"),
         (lambda: nn.Sequential(Sub(N, D)), "source must be .*got Sequential"),
@@ -318,3 +318,57 @@ def test_a_curvature_of_a_model_fits_its_tables():
     features = batch([[i] for i in range(403)])
     wanted, got, other = (forward(each, features).detach() for each in (model, small, blind))
     assert float((got - wanted).square().sum()) < 0.5 * float((other - wanted).square().sum())
+
+
+class Plain(nn.Module):
+    """Plain tables of every kind, under a loss that is a square of a sum."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rows = nn.Embedding(N, D, padding_idx=1)
+        self.inner = nn.ModuleDict({"bags": nn.EmbeddingBag(N, D, mode="mean", padding_idx=2)})
+        self.weighted = nn.EmbeddingBag(N, D, mode="sum", include_last_offset=True)
+        self.over = nn.Parameter(torch.linspace(0.5, 2, D))
+        with torch.no_grad():
+            for table in (self.rows, self.inner["bags"], self.weighted):
+                table.weight.normal_()
+
+    def forward(self, batch):
+        ids, offsets, weights = batch
+        found = self.rows(ids.view(-1, 4)).sum(dim=1)
+        found = found + self.inner["bags"](ids, offsets[:-1])
+        found = found + self.weighted(input=ids, offsets=offsets, per_sample_weights=weights)
+        return (found * self.over).sum(dim=1)
+
+
+def test_the_curvature_of_plain_tables_is_that_of_the_loss():
+    """Small errors of the rows raise the loss by what is predicted, exactly: the loss is a square."""
+    model = Plain().double()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, N, (400,), generator=generator)
+    ids[::9], ids[4:8] = 1, 2
+    offsets = torch.arange(0, 401, 4)
+    offsets[7] = offsets[8]  # an empty bag
+    batch = (ids, offsets, torch.rand(400, generator=generator, dtype=torch.float64))
+    found = measure_curvature(model, [batch], loss="mse")
+    assert set(found) == {"rows", "inner_bags", "weighted"}
+    assert found["rows"].lookups == int((ids != 1).sum()) and found["weighted"].lookups == 400
+    target = model(batch).detach()
+    for path, name in [("rows", "rows"), ("inner.bags", "inner_bags"), ("weighted", "weighted")]:
+        table, rises = model.get_submodule(path), []
+        before = table.weight.detach().clone()
+        for _ in range(200):
+            with torch.no_grad():
+                table.weight.copy_(before + torch.randn(N, D, generator=generator, dtype=torch.float64))
+                if table.padding_idx is not None:
+                    table.weight[table.padding_idx] = before[table.padding_idx]
+                rises.append(float((model(batch) - target).square().mean()))
+                table.weight.copy_(before)
+        # the trace of F is what errors of one in every number cost, where ids of a bag are seldom alike
+        wanted = 0.5 * found[name].lookups / 100 * float(found[name].matrix.trace())
+        assert torch.tensor(rises).mean().item() == pytest.approx(wanted, rel=0.1), name
+    small = compress(model.float(), PQConfig(num_codes=2, codebook_size=16, structure="residual"), curvature=found)
+    assert isinstance(small.inner["bags"], CompressedEmbeddingBag)
+    with pytest.raises(ValueError, match="curvature"):
+        compress(Plain(), PQ, curvature={"rows": found["weighted"]})

@@ -32,24 +32,53 @@ from torchrec_compress.methods import (
     TableState,
     learned,
 )
-from torchrec_compress.methods.learned import check_sample, with_sample
+from torchrec_compress.methods.learned import Learned, check_sample, with_sample
 
 WHOLE = TableData(rows(), counts(), contexts(), seed=3)
 
 
 def tensors(state: TableState) -> dict[str, Tensor]:
     codes = {} if state.codes is None else {"codes": state.codes}
-    return {**codes, **state.decoder, **state.native, **state.managed}
+    return {**codes, **state.decoder, **state.native, **state.managed, **state.trained}
 
 
 def in_blocks(config: MethodConfig, data: TableData, blocks: list[Tensor]) -> TableState:
-    found, codes = config.learn(table(), data), None
+    found, kept = config.learn(table(), data), None
     for ids in blocks:
-        block = found.encode(ids, rows()[ids])
-        if block is not None:
-            codes = block.new_zeros(found.num_rows, block.shape[1]) if codes is None else codes
-            codes[found.row_numbers(ids)] = block
-    return replace(found.finish(), codes=codes)
+        kept = encoded(found, ids, kept)
+    state = found.finish()
+    return state if kept is None else found.with_rows(state, kept)
+
+
+def encoded(found: Learned, ids: Tensor, kept: Tensor | None) -> Tensor | None:
+    """Return what is kept by id once these ids are encoded too."""
+    block = found.encode(ids, rows()[ids])
+    if block is None:
+        return None
+    kept = block.new_zeros(found.num_rows, block.shape[1]) if kept is None else kept
+    kept[found.row_numbers(ids)] = block
+    return kept
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_what_two_have_encoded_adds_up(config: MethodConfig) -> None:
+    """As on two ranks, each of which encodes rows of its own."""
+    expected = tensors(config.fit(table(), WHOLE))
+    mine, theirs = config.learn(table(), WHOLE), config.learn(table(), WHOLE)
+    kept = encoded(mine, torch.arange(150, NUM_ROWS), None)
+    kept = encoded(theirs, torch.arange(150), kept)
+    sums: list[Tensor] = []
+    theirs.add_up(sums.append)
+    with pytest.raises(ValueError, match="got all but 150"):
+        mine.finish()
+    others = iter(sums)
+    mine.add_up(lambda each: each.add_(next(others)))
+    assert next(others, None) is None
+    state = mine.finish()
+    found = tensors(state if kept is None else mine.with_rows(state, kept))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ from torchrec_compress.modules import (
     CompressedEmbeddingCollection,
 )
 from torchrec_compress.names import kind_of
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -112,68 +115,68 @@ def compress(
 ) -> nn.Module:
     """Fit compressed tables to trained ones: of a collection, of a plain `nn.Embedding(Bag)`, or all of a model.
 
-    Rows of a compressed source (narrow ones, trained in few bits) are read block by block: codes are learned from a
-    weighted sample of them, and no table of float32 rows is made. Rows of rank r lose nothing by codes of that `width`.
+    Rows of a compressed source, and of a sharded one, are read by blocks, codes learned from a weighted sample of them.
 
     Args:
-        source: trained. In a model TorchRec's collections and PyTorch's modules of one table are found wherever they
-            are; what is compressed already is left as it is, unless a key is the exact name of its table.
-        compression: a method for all tables, or methods by table name or pattern. A plain module's table is called by
-            its path in the model ("encoder.items"), one of a collection by its name or by "path.name". In a model,
-            modules of which no table fits a key are left as they are.
+        source: trained. Tables of a model are found wherever they are; compressed ones stay, unless a key names one.
+            A `DistributedModelParallel` is compressed by all its ranks together, each of which encodes its own rows.
+        compression: a method for all tables, or methods by table name or pattern; in a model also by "path.name", for a
+            plain module by its path. Modules of a model of which no table fits a key are left as they are.
         counts: look-ups per id in training, (N,) by table name. Popularity weights and hot rows need them.
         contexts: pairs (ids, context ids), ((P,), (P,)) int64 by table name. Quantile codes need them.
-        curvature: what `measure_curvature` found of the trained model, by table name: errors count as its loss feels
-            them, not as their squares, where a method can (`uses_curvature`); a table of which too little is known is
-            fitted to squared error, and the log says so.
+        curvature: of `measure_curvature`, by table name: errors count as the loss feels them, where a method can
+            (`uses_curvature`); a table of which too little is known is fitted to squared error, which the log says.
         seed: of the fit.
         progress: whether to show a progress bar.
-        inplace: whether to change the model itself; else a copy is returned, of all but the tables, and `source` is
-            untouched. An optimizer that was made for it knows neither the new parameters of the one nor of the other.
-            A `DistributedModelParallel` must be compressed in place, by all ranks together, and is not to be used
-            again: take what is returned.
-        wrap: how a model that was in a `DistributedModelParallel` comes into a new one, whose compressed tables hold no
-            values yet: it may call `apply_optimizer_in_backward` on `native_parameters`, plan and shard. Default: by
-            our planner and `get_default_sharders()`, on the same ranks.
+        inplace: whether to change the model, as one that is sharded must be; else a copy, of all but its tables, is
+            returned. Optimizers that were made for it do not know its new parameters.
+        wrap: of one that is sharded, what makes a `DistributedModelParallel` of it again, whose compressed tables come
+            without values: gives them optimizers, plans, shards. Default: our planner and sharders, the same ranks.
 
     Returns:
-        A collection with the same keys and widths, its tables fitted: pooled for pooled ones, else unpooled; a
-        `CompressedEmbedding` or `CompressedEmbeddingBag` for a plain module; a model for a model. What is frozen
-        stays so.
+        What is called as the source is: a collection, a `CompressedEmbedding(Bag)`, or a model, on the same device, in
+        the same mode; frozen tables are frozen. Of a `DistributedModelParallel` a new one; the old one is used up.
 
     Raises:
-        ValueError: `source` holds no table that can be compressed, or a sharded one; a table cannot be stored or
-            fitted as asked, shares its weight with another module, or has a setting that compressed ones do not know
-            (`max_norm`, `scale_grad_by_freq`); a module has hooks; rows, counts, contexts or curvature are not what
-            they should be or name an unknown table, or the curvature is of another model; all of it before the first
-            fit but what only reading a compressed source shows, and before the model is changed.
+        ValueError: there is no table to compress, one cannot be stored or fitted as asked, or would lose what it has
+            (tied weights, hooks, `max_norm`); counts and the like are not what they should be. The source is as before.
 
     Example:
-        >>> from torchrec import EmbeddingBagConfig
         >>> from torchrec_compress.methods import PQConfig
-        >>> table = EmbeddingBagConfig(name="user", num_embeddings=2000, embedding_dim=16, feature_names=["user"])
-        >>> compress(EmbeddingBagCollection([table]), PQConfig(num_codes=4, codebook_size=64)).footprint().ratio > 8
-        True
         >>> model = nn.Sequential(nn.EmbeddingBag(2000, 16), nn.Linear(16, 1))
         >>> small = compress(model, {"0": PQConfig(num_codes=4, codebook_size=64)})
-        >>> small(torch.tensor([[3, 5], [7, 1999]])).shape, type(model[0]).__name__
-        (torch.Size([2, 1]), 'EmbeddingBag')
+        >>> small(torch.tensor([[3, 5], [7, 1999]])).shape, type(model[0]).__name__, small[0].footprint().ratio > 8
+        (torch.Size([2, 1]), 'EmbeddingBag', True)
     """
     given = {"counts": counts, "contexts": contexts, "curvature": curvature}
-    if isinstance(source, DistributedModelParallel):
-        if not inplace:
-            raise ValueError(
-                "compress: a DistributedModelParallel must be compressed in place, as no copy of its shards is made; "
-                "pass inplace=True, and take what is returned"
-            )
-        return compress_sharded(source, compression, given, seed, progress, wrap)
-    if wrap is not None:
-        raise ValueError(
-            f"compress: wrap must be left out where nothing is wrapped, got a {type(source).__name__}; pass it with a "
-            "DistributedModelParallel"
-        )
+    if isinstance(source, DistributedModelParallel) or wrap is not None:
+        return _compress_wrapped(source, compression, given, seed, progress, inplace, wrap)
     if type(source) not in PLAIN and not isinstance(source, STOCK + COMPRESSED) and _has_tables(source):
         return _compress_model(source, compression, given, seed, progress, inplace)
+    return _compress_alone(source, compression, given, seed, progress, inplace)
+
+
+def _compress_wrapped(
+    model: Any, compression: Compression, given: Mapping[str, Any], seed: int, progress: bool, inplace: bool, wrap: Any
+) -> nn.Module:
+    """Return a sharded model with compressed tables; arguments as in `compress`."""
+    if not isinstance(model, DistributedModelParallel):
+        raise ValueError(
+            f"compress: wrap must be left out where nothing is wrapped, got a {type(model).__name__}; pass it with a "
+            "DistributedModelParallel"
+        )
+    if not inplace:
+        raise ValueError(
+            "compress: a DistributedModelParallel must be compressed in place, as no copy of its shards is made; "
+            "pass inplace=True, and take what is returned"
+        )
+    return compress_sharded(model, compression, given, seed, progress, wrap)
+
+
+def _compress_alone(
+    source: Any, compression: Compression, given: Mapping[str, Any], seed: int, progress: bool, inplace: bool
+) -> nn.Module:
+    """Return one collection, or one plain module, compressed; arguments as in `compress`."""
     if inplace:
         raise ValueError(
             f"compress: what is compressed in place must be a model that holds tables, got {type(source).__name__}; "

@@ -43,7 +43,8 @@ def measure_curvature(
     of one table, and tasks, add up. One backward a batch, with random probes where an example has several logits.
 
     Args:
-        model: trained; its embedding collections may be stock, compressed, or sharded by `DistributedModelParallel`.
+        model: trained; its embedding collections may be stock, compressed, or sharded by `DistributedModelParallel`,
+            and plain `nn.Embedding` and `nn.EmbeddingBag` of it are tables too.
             It is evaluated, and left as it was: modes, gradients, hooks, tables and optimizers.
         batches: whatever `forward` takes, any number, on many ranks equally many; of validation rather than training.
         forward: (model, batch) -> logits, (B,) or (B, T) floating point; None: `model(batch)`.
@@ -57,7 +58,8 @@ def measure_curvature(
         progress: whether to show a progress bar.
 
     Returns:
-        By table name; a table that was never read has a matrix of zeros and no look-ups.
+        By table name, of a plain module its path with "_" for "."; a table that was never read has a matrix of zeros
+        and no look-ups.
 
     Raises:
         ValueError: no collection, no example, logits that depend on no table, or a gradient that is not finite (table

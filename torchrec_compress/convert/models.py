@@ -55,9 +55,12 @@ class Place(NamedTuple):
         return isinstance(self.module, CompressedParts | CompressedEmbedding | CompressedEmbeddingBag)
 
     def names(self, table: str) -> tuple[str, ...]:
-        """Return what a user may call one of its tables: by path and name, or by name alone; a plain one by path."""
+        """Return what a user may call one of its tables: by path and name, or by name alone; a plain one by path.
+
+        What is measured of a model calls a plain one as it is called once compressed, so that is another name of it.
+        """
         if isinstance(self.module, (*PLAIN, *_PLAIN_COMPRESSED)):
-            return (self.path or table,)
+            return tuple(dict.fromkeys((self.path or table, table)))
         return (f"{self.path}.{table}", table) if self.path else (table,)
 
 
@@ -221,10 +224,10 @@ def with_modules(model: Any, new: Mapping[int, nn.Module], inplace: bool) -> Any
     """
     if not inplace:
         return copy.deepcopy(model, dict(new))  # what deepcopy takes for copied already
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if id(child) in new:
-                module._modules[name] = new[id(child)]
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in new:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, new[id(module)])
     return model
 
 

@@ -1,4 +1,4 @@
-"""Taps on the embedding collections of a model: what comes out of each becomes a leaf that gradients end in.
+"""Taps on the embedding tables of a model: what comes out of each becomes a leaf that gradients end in.
 
 So nothing goes into the tables in a backward: no fused optimizer steps, no row moves, no parameter gets a gradient.
 """
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.types import Awaitable, LazyNoWait
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollectionInterface,
     EmbeddingCollectionInterface,
@@ -21,6 +21,7 @@ from torchrec.modules.embedding_modules import (
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
+from torchrec_compress.convert.models import PLAIN, table_name
 from torchrec_compress.modules.features import split_features
 from torchrec_compress.seams import sharded_configs
 
@@ -90,7 +91,7 @@ def find_collections(model: nn.Module) -> list[Collection]:
     found: list[Collection] = []
     for path, module in model.named_modules():
         if not any(path.startswith(f"{other.path}.") or not other.path for other in found):
-            found += [Collection(path, module, *given) for given in _tables_of(module)]
+            found += [Collection(path, module, *given) for given in _tables_of(path, module)]
     names = [table.name for collection in found for table in collection.tables]
     twice = sorted({name for name in names if names.count(name) > 1})
     if not names or twice:
@@ -101,8 +102,11 @@ def find_collections(model: nn.Module) -> list[Collection]:
     return found
 
 
-def _tables_of(module: Any) -> Iterator[tuple[Sequence[BaseEmbeddingConfig], bool]]:
-    """Yield the tables of an embedding collection and whether it is weighted; nothing for other modules."""
+def _tables_of(path: str, module: Any) -> Iterator[tuple[Sequence[BaseEmbeddingConfig], bool]]:
+    """Yield the tables of an embedding collection and whether it is weighted; nothing for other modules.
+
+    A plain module is a collection of one, unless it pools by maximum, of which there is no curvature in rows.
+    """
     sharded = sharded_configs(module)
     if sharded is not None:
         yield sharded
@@ -110,6 +114,10 @@ def _tables_of(module: Any) -> Iterator[tuple[Sequence[BaseEmbeddingConfig], boo
         yield module.embedding_bag_configs(), module.is_weighted()
     elif isinstance(module, EmbeddingCollectionInterface):
         yield module.embedding_configs(), False
+    elif type(module) in PLAIN and getattr(module, "mode", "") != "max":
+        rows, width = module.weight.shape
+        name = table_name(path)
+        yield [EmbeddingConfig(name=name, num_embeddings=rows, embedding_dim=width, feature_names=[name])], False
 
 
 class Taps:
@@ -126,7 +134,8 @@ class Taps:
 
     def __enter__(self) -> Taps:
         for collection in self._collections:
-            self._handles.append(collection.module.register_forward_hook(self._hook(collection), with_kwargs=True))
+            hook = self._plain_hook(collection) if type(collection.module) in PLAIN else self._hook(collection)
+            self._handles.append(collection.module.register_forward_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -149,6 +158,17 @@ class Taps:
             else:
                 tapped = self._tap_rows(collection, features, awaited)
             return LazyNoWait(tapped) if isinstance(output, Awaitable) else tapped
+
+        return tap
+
+    def _plain_hook(self, collection: Collection) -> Any:
+        (table,) = collection.tables
+
+        def tap(module: Any, given: tuple[Any, ...], named: Mapping[str, Any], output: Tensor) -> Tensor:
+            leaf = output.detach().reshape(-1, table.embedding_dim).requires_grad_()
+            ids, lengths, factors = _plain_bags(module, **_arguments(module, given, named))
+            self._tapped.append(Tapped(table.name, leaf, 0, table.embedding_dim, ids, lengths, factors))
+            return leaf.view_as(output)
 
         return tap
 
@@ -180,6 +200,40 @@ class Taps:
             self._tapped.append(Tapped(table.name, leaf, 0, table.embedding_dim, ids, ones, ones.double()))
             found[key] = JaggedTensor(leaf, rows.weights_or_none(), rows.lengths(), rows.offsets())
         return found
+
+
+def _arguments(module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a plain module's forward by name."""
+    return {**dict(zip(("input", "offsets", "per_sample_weights"), given, strict=False)), **named}
+
+
+def _plain_bags(
+    module: nn.Embedding | nn.EmbeddingBag,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids, (L,), the lengths of their bags, (B,), and what each id's row is multiplied by, (L,) float64.
+
+    The ids of padding are left out: their row is no part of the table.
+    """
+    flat = input.reshape(-1)
+    if isinstance(module, nn.Embedding):
+        sizes = torch.ones_like(flat)
+    elif offsets is None:
+        sizes = flat.new_full((len(input),), input.shape[-1])
+    else:
+        ends = offsets[1:] if module.include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([len(flat)])])
+        sizes = ends - offsets[: len(ends)]
+    bag = torch.repeat_interleave(torch.arange(len(sizes), device=flat.device), sizes.long())
+    factors = torch.ones(len(flat), dtype=torch.float64, device=flat.device)
+    if per_sample_weights is not None:
+        factors = per_sample_weights.detach().reshape(-1).double()
+    is_kept = torch.ones_like(flat, dtype=torch.bool) if module.padding_idx is None else flat != module.padding_idx
+    lengths = torch.zeros(len(sizes), dtype=torch.int64, device=flat.device).index_add_(0, bag, is_kept.long())
+    if isinstance(module, nn.EmbeddingBag) and module.mode == "mean":
+        factors = factors / lengths[bag].clamp(min=1)
+    return flat[is_kept], lengths, factors[is_kept]
 
 
 def _factors(table: BaseEmbeddingConfig, bags: JaggedTensor, is_weighted: bool) -> Tensor:

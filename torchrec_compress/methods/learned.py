@@ -297,8 +297,10 @@ class Learned(ABC):
                 kept = block.new_empty(self.num_rows, block.shape[1]) if kept is None else kept
                 kept[self.row_numbers(ids)] = block
         state = self.finish()
-        if kept is None:
-            return state
+        return state if kept is None else self.with_rows(state, kept)
+
+    def with_rows(self, state: TableState, kept: Tensor) -> TableState:
+        """Return a state with all the rows that `encode` returned, by their numbers, where they belong."""
         field, name = self.kept_as
         return dataclasses.replace(
             state, **{field: kept if field == "codes" else {**getattr(state, field), name: kept}}
