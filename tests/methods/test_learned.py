@@ -236,6 +236,17 @@ def test_what_is_no_sample_is_refused() -> None:
         PQConfig(num_codes=2, codebook_size=4).learn(table(), replace(WHOLE, ids=ids))
 
 
+@pytest.mark.parametrize("curvature", [None, torch.eye(16, dtype=torch.float64)], ids=["squares", "metric"])
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_a_block_may_be_empty(config: MethodConfig, curvature: Tensor | None) -> None:
+    """As a rank that holds no rows of a table has them."""
+    data = replace(WHOLE, curvature=curvature if config.uses_curvature else None)
+    expected = tensors(config.fit(table(), data))
+    nothing = torch.zeros(0, dtype=torch.int64)
+    found = tensors(in_blocks(config, data, [nothing, torch.arange(NUM_ROWS), nothing]))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_every_id_is_encoded_once(config: MethodConfig) -> None:
     found = config.learn(table(), WHOLE)

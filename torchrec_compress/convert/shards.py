@@ -142,13 +142,14 @@ class EncodedRows:
 
     def __init__(self, learned: Learned, rows: SharedRows, crew: Crew) -> None:
         self._num_rows, self._crew = learned.num_rows, crew
-        numbers, kept, failed = [torch.zeros(0, dtype=torch.int64)], [], None
+        numbers, kept = [torch.zeros(0, dtype=torch.int64)], []
+        failed: Exception | None = None
         for ids, given in rows.blocks(learned.needs_rows):
             if failed is not None:
                 continue  # to the end with the others, who wait for what this rank holds
             try:
                 block = learned.encode(ids, given)
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:
                 failed = error
                 continue
             if block is not None:
@@ -169,6 +170,6 @@ class EncodedRows:
             yield first, found
 
 
-def _raise(error: ValueError | None) -> None:
+def _raise(error: Exception | None) -> None:
     if error is not None:
         raise error

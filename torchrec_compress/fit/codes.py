@@ -135,7 +135,7 @@ def decode(codes: Tensor, codebooks: Tensor, kind: CodeKind) -> Tensor:
     flat = codes + torch.arange(num_codes, device=codes.device) * (codebooks.shape[0] // num_codes)
     if kind == "residual":
         return F.embedding_bag(flat, codebooks, mode="sum")
-    return F.embedding(flat, codebooks).reshape(num_rows, -1)
+    return F.embedding(flat, codebooks).flatten(1)
 
 
 def weighted_means(index: Tensor, values: Tensor, weights: Tensor, start: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class Curvature:
         ids, factors, bags = self.witnesses
         if not len(ids):
             return
-        rows = rows_of(ids.clamp(min=0).flatten()).double().cpu().view(*ids.shape, -1)
+        rows = rows_of(ids.clamp(min=0).flatten()).double().cpu().unflatten(0, ids.shape)
         found = (rows * factors.unsqueeze(2)).sum(dim=1)
         limit = _TOLERANCE * bags.norm(dim=1).clamp(min=1e-12)
         wrong = (~((found - bags).norm(dim=1) <= limit)).nonzero().flatten()  # NaN, too

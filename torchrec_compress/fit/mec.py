@@ -96,7 +96,7 @@ class MECAutoEncoder(nn.Module):
 
     def encode(self, rows: Tensor) -> Tensor:
         """Map rows [B, D] to encoded slices [B, M, d]."""
-        return (rows @ self.encoder.T).view(len(rows), len(self.sizes), -1)
+        return (rows @ self.encoder.T).unflatten(1, (len(self.sizes), -1))
 
     def codes(self, rows: Tensor) -> Tensor:
         """Return the nearest codewords in the encoder's space, [B, M] int64."""

@@ -71,4 +71,4 @@ class Metric:
     def _times(rows: Tensor, matrices: Tensor) -> Tensor:
         num_slices, width, _ = matrices.shape
         sliced = rows.view(len(rows), num_slices, width).transpose(0, 1)
-        return (sliced @ matrices).transpose(0, 1).reshape(len(rows), -1)
+        return (sliced @ matrices).transpose(0, 1).reshape(rows.shape)

@@ -62,7 +62,7 @@ class RefitSums:
         exact = weights.to(torch.float64)
         self._weight += exact.sum()
         if self._kind == "product":
-            values = rows.view(len(rows), num_codes, -1)
+            values = rows.unflatten(1, (num_codes, -1))
         else:
             values = (rows - decode(codes, self._start, "residual"))[:, None].expand(-1, num_codes, -1)
         for m in range(num_codes):
