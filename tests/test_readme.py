@@ -30,18 +30,18 @@ def test_the_swap_runs_and_compresses() -> None:
     assert footprint.tables["weekday"].method == "dense"
 
 
-def test_a_trained_collection_is_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trained_model_is_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
     def quick(*rows, options, **given):
         return learn_mec(*rows, options=dataclasses.replace(options, num_steps=5), **given)
 
     monkeypatch.setattr(mec, "learn_mec", quick)  # a thousand steps take half a minute and show nothing more
     table = EmbeddingBagConfig(name="user", num_embeddings=20_000, embedding_dim=16, feature_names=["user"])
-    names: dict = {
-        "trained_collection": EmbeddingBagCollection([table]),
-        "lookups_per_user": torch.arange(20_000),
-    }
+    model = torch.nn.ModuleDict({"sparse": EmbeddingBagCollection([table])})
+    model["towers"] = torch.nn.ModuleList([torch.nn.EmbeddingBag(500, 16), torch.nn.Linear(16, 1)])
+    names: dict = {"trained_model": model, "lookups_per_user": torch.arange(20_000)}
     exec(examples()[1], names)
-    assert names["compressed"].footprint().ratio > 3
+    assert names["small"].sparse.footprint().ratio > 3
+    assert names["small"].towers[0].method.method == "int8" and type(model["towers"][0]) is torch.nn.EmbeddingBag
 
 
 def test_a_model_is_planned_and_sharded() -> None:

@@ -296,11 +296,9 @@ def environment_of(model: DistributedModelParallel) -> ShardingEnv:
     return model._env
 
 
-def unwrap(model: DistributedModelParallel) -> nn.Module:
-    """Return what was wrapped, and let go of what wraps it: hooks of its parameters are gone with it."""
-    inner = model.module
-    model._dmp_wrapped_module = inner
-    return inner
+def let_go(model: DistributedModelParallel) -> None:
+    """Have a model hold no wrapper any more, whose hooks on its parameters would be called beside those of another."""
+    model._dmp_wrapped_module = model.module
 
 
 def copy_to_host(value: ShardedTensor) -> ShardedTensor:

@@ -265,3 +265,76 @@ def largest() -> tuple[int, int]:
 def test_no_rank_holds_a_whole_table(four_ranks):
     for most, whole in four_ranks.run(largest):
         assert 0 < most <= whole // 2, (most, whole)
+
+
+class Two(nn.Module):
+    """Two collections, of which one is compressed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        tables = [EmbeddingBagConfig(name=n, num_embeddings=N, embedding_dim=D, feature_names=[n]) for n in NAMES]
+        self.first, self.second = EmbeddingBagCollection(tables[:1]), EmbeddingBagCollection(tables[1:])
+        self.over = nn.Linear(2 * D, 1)
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        return self.over(torch.cat([self.first(features)["item"], self.second(features)["user"]], dim=1))
+
+
+def leave_one(default_wrap: bool) -> list[float]:
+    """Return losses of a model of which one collection is compressed in the middle of its training."""
+    model = Two()
+    for part in (model.first, model.second):
+        apply_optimizer_in_backward(torch.optim.Adagrad, part.parameters(), {"lr": 0.1})
+    sharders: list[Any] = get_default_sharders()
+    sharder, world = EmbeddingBagCollectionSharder(), dist.get_world_size()
+    cuts = {
+        path: construct_module_sharding_plan(getattr(model, path), {name: row_wise()}, sharder, world, world, "cpu")
+        for path, name in zip(("first", "second"), NAMES, strict=True)
+    }
+    plan, cpu = ShardingPlan(dict(cuts)), torch.device("cpu")
+    wrapped = DistributedModelParallel(model, device=cpu, plan=plan, sharders=sharders)
+    wrapped(batch()).square().mean().backward()
+
+    def second() -> tuple[Tensor, Tensor]:
+        """Return this rank's rows of what stays, and their optimizer's state."""
+        stays: Any = wrapped.module.second  # type: ignore[union-attr]
+        ((rows, _),) = local_shards(stays.state_dict()["embedding_bags.user.weight"])
+        states = [value for key, value in wrapped.fused_optimizer.state_dict()["state"].items() if "second" in key]
+        found = [value for state in states for value in state.values()]
+        (sums,) = [value for value in found if local_shards(value)[0][0].dim() > 0]
+        return rows.clone(), local_shards(sums)[0][0].clone()
+
+    def again(model: Any) -> DistributedModelParallel:
+        assert native_parameters(model.first) == []
+        return DistributedModelParallel(model, device=cpu, sharders=sharders)
+
+    def fail(model: Any) -> Any:
+        assert not isinstance(model.first, EmbeddingBagCollection)
+        raise RuntimeError("no plan")
+
+    config = PQConfig(num_codes=2, codebook_size=16)
+    before, served = second(), wrapped(batch()).detach()
+    kinds = {path: type(each) for path, each in wrapped.module.named_modules()}
+    for bad, message in (
+        (fail, "no plan"),
+        (lambda model: model, "wrap must return a DistributedModelParallel, got Two"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            compress(wrapped, {"first.*": config}, inplace=True, wrap=bad)
+        assert kinds == {path: type(each) for path, each in wrapped.module.named_modules()}
+        assert torch.equal(wrapped(batch()).detach(), served)
+    options: dict[str, Any] = {} if default_wrap else {"wrap": again}
+    wrapped = compress(wrapped, {"first.*": config}, inplace=True, **options)
+    after = second()
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    wrapped(batch()).square().mean().backward()
+    moved, sums = second()
+    assert not torch.equal(moved, after[0]) and bool((sums >= after[1]).all()) and not torch.equal(sums, after[1])
+    return [float(sums.sum())]
+
+
+@pytest.mark.parametrize("default_wrap", [True, False])
+def test_collections_without_a_key_stay_sharded_with_their_optimizers(two_ranks, default_wrap):
+    first, second = two_ranks.run(leave_one, default_wrap)
+    assert first != second

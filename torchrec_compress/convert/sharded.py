@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -30,7 +30,7 @@ from torchrec_compress.methods import MethodConfig, TableData, TableState
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from torchrec_compress.modules.trained_rows import note_rows
 from torchrec_compress.planner import EmbeddingShardingPlanner
-from torchrec_compress.seams import environment_of, needs_indices, shape_and_dtype, sharded_configs, unwrap
+from torchrec_compress.seams import environment_of, let_go, needs_indices, shape_and_dtype, sharded_configs
 from torchrec_compress.sharding import get_default_sharders
 from torchrec_compress.sharding.loading import copy_rows, copy_whole
 
@@ -93,10 +93,8 @@ def compress_sharded(
     for change in changes:
         with errors_of(change.place.path):
             fitted.append(_fit(change, crew, progress and crew.rank == 0))
-    unwrap(model)
-    with_modules(inner, {id(change.place.module): change.made for change in changes}, inplace=True)
     names = [{name: change.made.state_names(name) for name in change.rows} for change in changes]
-    wrapped = _wrap(inner, model) if wrap is None else wrap(inner)
+    wrapped = _rewrapped(model, changes, wrap)
     for change, each, mine in zip(changes, fitted, names, strict=True):
         _fill(change.made, each, mine)
     return wrapped
@@ -174,6 +172,25 @@ def _fit(change: _Change, crew: Crew, progress: bool) -> dict[str, _Fitted]:
             learned.add_up(crew.add)
             fitted[table.name] = _Fitted(learned.finish(), kept, learned.kept_as)
     return fitted
+
+
+def _rewrapped(
+    model: DistributedModelParallel, changes: Sequence[_Change], wrap: Wrap | None
+) -> DistributedModelParallel:
+    """Return the model in a new wrapper, with what is to change in place of what was; as before where that fails."""
+    inner = model.module
+    with_modules(inner, {id(change.place.module): change.made for change in changes}, inplace=True)
+    made = [inner.get_submodule(change.place.path) for change in changes]
+    try:
+        wrapped = _wrap(inner, model) if wrap is None else wrap(inner)
+        if not isinstance(wrapped, DistributedModelParallel):
+            raise ValueError(f"{_WHERE}: wrap must return a DistributedModelParallel, got {type(wrapped).__name__}")
+    except BaseException:
+        olds = {id(new): change.place.module for new, change in zip(made, changes, strict=True)}
+        with_modules(inner, olds, inplace=True)
+        raise
+    let_go(model)
+    return wrapped
 
 
 def _wrap(inner: nn.Module, model: DistributedModelParallel) -> DistributedModelParallel:

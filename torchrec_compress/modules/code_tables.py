@@ -164,7 +164,8 @@ def _check_once(module: CodeTableCollection, _: Any) -> None:
 
     It turns meta buffers into zeros and calls `reset_parameters` on modules with parameters only, as codebooks are.
     """
-    if module._is_checked or torch.compiler.is_compiling():
+    # in this order, so that no compiled graph asks whether it was checked
+    if torch.compiler.is_compiling() or module._is_checked:
         return
     module._is_checked = True
     for bank in module.banks.values():

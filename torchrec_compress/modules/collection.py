@@ -308,7 +308,7 @@ class CompressedParts(nn.Module):
             self.code_tables.warn_of_start_codes(name)
             codes = lookup_codes(bank.codes, bank.is_set, bank.row_numbers(ids), f"table {name!r}")  # type: ignore[arg-type]
         rows = [found_rows(TableRows(weights[part.name], part.remap(ids))) for part in parts.rows]
-        return decoder(ids, None, None, codes, rows)
+        return decoder(ids, None, None, codes, rows).float()
 
     def footprint(self) -> Footprint:
         """Return the bytes of all tables, counted over the real tensors (on the meta device too).

@@ -133,7 +133,8 @@ def _check_sharding_once(module: _Remapped, _: Any) -> None:
 
     Here rather than in the forward, which stays a straight line that the train pipelines can trace.
     """
-    if not module._is_checked and not torch.compiler.is_compiling():
+    # in this order, so that no compiled graph asks whether it was checked
+    if not torch.compiler.is_compiling() and not module._is_checked:
         if isinstance(module, RemappedEmbeddingCollection):
             _refuse_pooled_rows(module.native)
         module._is_checked = True
