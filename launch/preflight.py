@@ -138,7 +138,7 @@ def check_plan(config: RunConfig, hbm: str, job: Job) -> Finding:
         "ddr": f"{job.resource.memMB / job.shape.processes}MB",
     }
     try:
-        report = quiet_plan(PlanConfig(**keys))
+        report, _ = quiet_plan(PlanConfig(**keys))
     except ValueError as error:
         first, _, rest = str(error).partition("\n")
         more = "ask for more memory, nodes or compression; `torchrec-compress plan` shows the whole plan"

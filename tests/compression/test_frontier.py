@@ -50,7 +50,7 @@ def test_what_a_choice_tells():
     near = made().choose(175)
     assert near["a"] == Int4Config() and near.gain == 7.0 and near.shares["b"].gain == 0
     coded = PQConfig(num_codes=2, num_hot_rows=3)
-    assert frontier._told(coded) == "pq num_codes=2 num_hot_rows=3"
+    assert frontier.told(coded) == "pq num_codes=2 num_hot_rows=3"
 
 
 def test_it_is_read_back_as_it_was():

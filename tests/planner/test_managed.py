@@ -70,4 +70,4 @@ def test_other_sharding_types_are_translated(caplog):
 
 def test_the_report_is_text():
     text = str(planned(CAFE, 2, "row_wise").report)
-    assert "managed row_wise on 0-1" in text
+    assert "managed row_wise fused on 0-1" in text

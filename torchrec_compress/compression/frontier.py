@@ -82,7 +82,7 @@ class Choice(Mapping[str, MethodConfig]):
     def __str__(self) -> str:
         rows = [("table", "method", "bytes", self.unit, "1 % of bytes more")]
         for name, share in self.shares.items():
-            rows.append((name, _told(share.method), f"{share.num_bytes:,}", f"{share.error:.3g}", _fall(share.gain)))
+            rows.append((name, told(share.method), f"{share.num_bytes:,}", f"{share.error:.3g}", _fall(share.gain)))
         rows.append(("all", "", f"{self.num_bytes:,}", f"{self.error:.3g}", _fall(self.gain)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         aligned = (
@@ -95,7 +95,7 @@ class Choice(Mapping[str, MethodConfig]):
         return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
-def _told(method: MethodConfig) -> str:
+def told(method: MethodConfig) -> str:
     """Return a method with the options that are not its usual ones."""
     usual = {field.name: field.default for field in dataclasses.fields(method)}
     options = {name: value for name, value in vars(method).items() if value != usual[name]}

@@ -94,6 +94,21 @@ def allocate(
     )
 
 
+def convex_frontier(candidates: Mapping[str, Sequence[Candidate[Option]]]) -> list[tuple[int, float]]:
+    """Return bytes and error of all tables together, from the cheapest choice on, step by step of their convex hulls.
+
+    Each is the best choice of so many bytes; between two of them there may be others.
+
+    Example:
+        >>> hot = [Candidate(10, 8.0, "short"), Candidate(20, 1.0, "long")]
+        >>> convex_frontier({"hot": hot, "cold": [Candidate(10, 2.0, "short"), Candidate(20, 1.0, "long")]})
+        [(20, 10.0), (30, 3.0), (40, 2.0)]
+    """
+    tables = [undominated(name, some) for name, some in candidates.items()]
+    relaxed = _Relaxed(tables)
+    return [(size, max(error, 0.0)) for size, error in zip(relaxed.sizes, relaxed.errors, strict=True)]
+
+
 def undominated(name: str, candidates: Sequence[Candidate[Option]]) -> list[Candidate[Option]]:
     """Return the undominated candidates: bytes rise and error falls, strictly."""
     if not candidates:

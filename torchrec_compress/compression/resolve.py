@@ -45,14 +45,17 @@ def resolve(tables: Sequence[BaseEmbeddingConfig], compression: Compression) -> 
     by_key = methods_by_key(compression)
     unused = set(by_key)
     chosen = {}
+    # plain names fit no other, and a thousand tables have a thousand of them
+    patterns = [key for key in by_key if set(key) & set("*?[")]
     for table in tables:
-        keys = [key for key in by_key if key == table.name or fnmatchcase(table.name, key)]
+        keys = [table.name] if table.name in by_key else []
+        keys += [key for key in patterns if key != table.name and fnmatchcase(table.name, key)]
         unused -= set(keys)
         if not keys:
             raise ValueError(
                 f"compression: table {table.name!r} must fit a key, got {sorted(by_key)}; add it, or a '*' for the rest"
             )
-        config = by_key[table.name if table.name in by_key else keys[0]]
+        config = by_key[keys[0]]
         chosen[table.name] = _or_dense(table, config)
     _leave_costly_shares({table.name: table for table in tables}, chosen)
     if unused:

@@ -47,6 +47,9 @@ class PlanConfig:
         unpooled: whether the tables are an `EmbeddingCollection`, whose rows are not pooled.
         compression: {"method": name, options} or such mappings by table name or pattern; empty plans the tables as they
             are.
+        frontier: file that `measure_frontier(...).to_dict()` was written to as JSON: of its ways each table gets the
+            one with which all fits and the loss rises least. It is instead of `compression`.
+        budget: memory of all ranks for tables, with a frontier, such as "40GB"; null is all that there is.
         world_size: ranks.
         local_world_size: ranks of one host; null puts all on one.
         device: of the ranks.
@@ -58,13 +61,16 @@ class PlanConfig:
         global_batch_size: examples of all ranks in a step, as training configs state them.
         optimizer: of native tables, in the backward.
         dense_optimizer: of codebooks and other replicated parameters.
-        output: folder for plan.json, plan.md and plan.png; null writes nothing.
+        output: folder for plan.json, plan.md and plan.png, with a frontier choice.json, choice.md and choice.png;
+            null writes nothing.
     """
 
     tables: dict[str, TableSpec] = field(default_factory=dict)
     embedding_dim: Width = 128
     unpooled: bool = False
     compression: dict[str, Any] = field(default_factory=dict)
+    frontier: str | None = None
+    budget: str | None = None
     world_size: Positive = 8
     local_world_size: Positive | None = None
     device: Literal["cuda", "cpu"] = "cuda"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -15,10 +16,10 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from torchrec_compress.compression import parse
+from torchrec_compress.compression import Frontier, parse
 from torchrec_compress.dry_run.config import PlanConfig, TableSpec, memory, rank_batch_size
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, native_parameters
-from torchrec_compress.planner import EmbeddingShardingPlanner, PlanReport
+from torchrec_compress.planner import EmbeddingShardingPlanner, PlannedChoice, PlanReport
 from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS, fused_state_bytes
 
 _META = torch.device("meta")
@@ -43,6 +44,12 @@ def plan(config: PlanConfig) -> PlanReport:
         >>> round(report.ratio), report.tables["user"].parts[0].sharding_type
         (64, 'row_wise')
     """
+    return plan_and_choose(config)[0]
+
+
+def plan_and_choose(config: PlanConfig) -> tuple[PlanReport, PlannedChoice | None]:
+    """Plan as `plan` does; return what was chosen from a frontier, too, or None without one."""
+    _check_choice(config)
     tables = make_tables(config)
     model = nn.ModuleDict({"embeddings": make_collection(config, tables)})
     apply_optimizer_in_backward(FUSED_OPTIMIZERS[config.optimizer], native_parameters(model), {"lr": 0.1})
@@ -54,11 +61,41 @@ def plan(config: PlanConfig) -> PlanReport:
         storage_reservation=FixedPercentageStorageReservation(config.reserved),
         stats=[],
     )
-    planner.plan(model)
+    choice = None
+    if config.frontier is None:
+        planner.plan(model)
+    else:
+        budget = None if config.budget is None else memory(config.budget, "budget")
+        choice = planner.choose(model, read_frontier(Path(config.frontier)), budget)
     assert planner.report is not None
     if config.output is not None:
         planner.report.save(Path(config.output))
-    return planner.report
+        if choice is not None:
+            choice.save(Path(config.output))
+    return planner.report, choice
+
+
+def _check_choice(config: PlanConfig) -> None:
+    """Raise ValueError where what chooses methods does not go together."""
+    if config.frontier is None and config.budget is not None:
+        raise ValueError(f"budget: must come with a frontier to choose from, got {config.budget!r} alone")
+    if config.frontier is not None and config.compression:
+        raise ValueError(
+            "frontier: must come without compression, which it chooses, got both; leave one of them out (of the "
+            "command line: --compression '{}')"
+        )
+
+
+def read_frontier(path: Path) -> Frontier:
+    """Return a frontier that was written to a file as JSON; it may come from a stranger.
+
+    Raises:
+        ValueError: there is no such file, or it is no frontier.
+    """
+    try:
+        return Frontier.from_dict(json.loads(path.read_text()))
+    except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ValueError(f"frontier: {path} must be a file that measure_frontier made, got {error}") from error
 
 
 def run(config: PlanConfig) -> str:
@@ -68,11 +105,12 @@ def run(config: PlanConfig) -> str:
         ValueError: a bad config, or tables that do not fit; the text says what would.
     """
     start = time.perf_counter()
-    report = quiet_plan(config)
-    return summary(config, report, time.perf_counter() - start)
+    report, choice = quiet_plan(config)
+    chosen = "" if choice is None else f"{choice}\n\n"
+    return chosen + summary(config, report, time.perf_counter() - start)
 
 
-def quiet_plan(config: PlanConfig) -> PlanReport:
+def quiet_plan(config: PlanConfig) -> tuple[PlanReport, PlannedChoice | None]:
     """Plan with TorchRec's own log kept to errors.
 
     Raises:
@@ -83,7 +121,7 @@ def quiet_plan(config: PlanConfig) -> PlanReport:
     try:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-        return plan(config)
+        return plan_and_choose(config)
     except PlannerError as error:
         raise ValueError(str(error).partition("\n\nTorchRec says")[0]) from error
     finally:

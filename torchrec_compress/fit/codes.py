@@ -131,7 +131,7 @@ def decode(codes: Tensor, codebooks: Tensor, kind: CodeKind) -> Tensor:
         >>> decode(torch.tensor([[0, 1]]), torch.arange(4.0).view(4, 1), "product")
         tensor([[0., 3.]])
     """
-    num_rows, num_codes = codes.shape
+    num_codes = codes.shape[1]
     flat = codes + torch.arange(num_codes, device=codes.device) * (codebooks.shape[0] // num_codes)
     if kind == "residual":
         return F.embedding_bag(flat, codebooks, mode="sum")

@@ -1,6 +1,7 @@
 """TorchRec's planner for compressed tables: estimators, a planner, and a report of who holds which bytes."""
 
 from torchrec_compress.planner.advice import Advice, InsufficientStorageError
+from torchrec_compress.planner.choosing import PlannedChoice, PlannedTable, Way
 from torchrec_compress.planner.constraints import translate_constraints
 from torchrec_compress.planner.enumerators import CompressedEnumerator
 from torchrec_compress.planner.estimators import CompressedPerfEstimator, CompressedStorageEstimator, estimators
@@ -22,9 +23,12 @@ __all__ = [
     "PartPlan",
     "PlanReport",
     "PlanStats",
+    "PlannedChoice",
+    "PlannedTable",
     "RankPlan",
     "TablePlan",
     "TradeOffProposer",
+    "Way",
     "estimators",
     "translate_constraints",
 ]

@@ -27,8 +27,10 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.distributed.utils import get_device_type
 
+from torchrec_compress.compression import Frontier
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.planner.accounting import DenseOptimizer
+from torchrec_compress.planner.choosing import PlannedChoice, Settings, choose
 from torchrec_compress.planner.constraints import translate_constraints
 from torchrec_compress.planner.enumerators import CompressedEnumerator
 from torchrec_compress.planner.means import SoundMeans
@@ -103,6 +105,8 @@ class EmbeddingShardingPlanner(StockPlanner):
         # the planner's parts share this dict; `plan` fills it with what the model's parts can do
         self._translated = dict(self._wishes)
         self._plan_stats = PlanStats(dense_optimizer=dense_optimizer)
+        reservation = DecodeReservation(storage_reservation)
+        self._settings = Settings(topology, batch_size, self._wishes, dense_optimizer, reservation.inner)
         own_stats = [EmbeddingStats()] if stats is None else stats if isinstance(stats, list) else [stats]
         if proposer is None:
             stock = [GridSearchProposer(), GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
@@ -111,7 +115,7 @@ class EmbeddingShardingPlanner(StockPlanner):
             topology=topology,
             batch_size=batch_size,
             enumerator=CompressedEnumerator(topology, batch_size, self._translated, dense_optimizer),
-            storage_reservation=DecodeReservation(storage_reservation),
+            storage_reservation=reservation,
             proposer=proposer,
             partitioner=SoundMeans(partitioner or GreedyPerfPartitioner()),
             performance_model=performance_model,
@@ -150,6 +154,43 @@ class EmbeddingShardingPlanner(StockPlanner):
             if explained is error:
                 raise
             raise explained from error
+
+    def choose(
+        self,
+        module: nn.Module,
+        frontier: Frontier,
+        budget_bytes: int | None = None,
+        sharders: list[ModuleSharder[nn.Module]] | None = None,
+    ) -> PlannedChoice:
+        """Return the method of every table, of those that were measured, with which all fits and the loss rises least.
+
+        Args:
+            module: the model, on any device; its tables may be stored in any way, and stay as they are.
+            frontier: of `measure_frontier`; tables that it does not name keep their methods.
+            budget_bytes: of all ranks, for tables, their optimizer state, gradients and activations; None, and what is
+                more than there is: all that the topology has left.
+            sharders: default `torchrec_compress.sharding.get_default_sharders()`.
+
+        Returns:
+            The methods as `compress` takes them; printed, a table with reasons. `report` is of the plan with them.
+
+        Raises:
+            ValueError: the frontier is of other tables, or the budget is below the smallest choice.
+            PlannerError: not even that can be placed.
+
+        Example:
+            >>> import torch
+            >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+            >>> from torchrec_compress.compression import measure_frontier
+            >>> table = EmbeddingBagConfig(name="user", num_embeddings=4000, embedding_dim=16, feature_names=["user"])
+            >>> model = nn.ModuleList([EmbeddingBagCollection([table])])
+            >>> frontier = measure_frontier(model[0], {"user": torch.arange(4000)}, num_codes=(2,))
+            >>> planner = EmbeddingShardingPlanner(Topology(world_size=2, compute_device="cuda"), stats=[])
+            >>> planner.choose(model, frontier, budget_bytes=2**20)["user"].method
+            'int8'
+        """
+        sharders = get_default_sharders() if sharders is None else sharders
+        return choose(self, module, frontier, budget_bytes, sharders, self._settings)
 
     def collective_plan(
         self,

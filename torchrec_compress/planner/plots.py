@@ -31,6 +31,19 @@ def draw(tables: Mapping[str, TablePlan], ranks: Sequence[RankPlan], compute_dev
         _draw_tables(right, tables)
 
 
+def draw_choice(frontier: Sequence[tuple[int, float]], chosen: tuple[int, float], unit: str, path: Path) -> None:
+    """Draw the error of the best choices against their bytes, and the one that was made, into a PNG file."""
+    with figure(path, 7, 4.5, dpi=120) as drawn:
+        axes = drawn.subplots()
+        axes.plot([size / _GIB for size, _ in frontier], [error for _, error in frontier], drawstyle="steps-post")
+        axes.plot(chosen[0] / _GIB, chosen[1], "o", label=f"{chosen[0] / _GIB:.3g} GiB, {chosen[1]:.2g}")
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=max(min((e for _, e in frontier if e > 0), default=1.0), 1e-12))
+        axes.set_xlabel("GiB over all ranks, as planned")
+        axes.set_ylabel(f"{unit} of all tables")
+        axes.legend(fontsize=8)
+
+
 def _draw_ranks(axes: Any, ranks: Sequence[RankPlan], compute_device: str) -> None:
     below = [0.0] * len(ranks)
     for label, name in _LAYERS.items():

@@ -27,6 +27,7 @@ class DecodeReservation(StorageReservation):
         inner: the other policy, default the stock planner's (`HeuristicalStorageReservation(0.15)`).
 
     Attributes:
+        inner: the other policy.
         decoded: bytes by table name, after `reserve`.
 
     Example:
@@ -35,8 +36,8 @@ class DecodeReservation(StorageReservation):
     """
 
     def __init__(self, inner: StorageReservation | None = None) -> None:
-        self._inner = HeuristicalStorageReservation(percentage=0.15) if inner is None else inner
-        self._percentage = reserved_share(self._inner)
+        self.inner = HeuristicalStorageReservation(percentage=0.15) if inner is None else inner
+        self._percentage = reserved_share(self.inner)
         self._reserved: Topology | None = None
         self.decoded: dict[str, int] = {}
 
@@ -61,7 +62,7 @@ class DecodeReservation(StorageReservation):
             for name in part.decoder.replicated_tensors()
         }
         known = {**(constraints or {}), **{name: ParameterConstraints(pooling_factors=[0.0]) for name in tensors}}
-        reserved = copy.deepcopy(self._inner.reserve(topology, batch_size, module, sharders, known))
+        reserved = copy.deepcopy(self.inner.reserve(topology, batch_size, module, sharders, known))
         self.decoded = decode_bytes(module, constraints, batch_size)
         needed = sum(self.decoded.values())
         for device in reserved.devices:

@@ -48,7 +48,7 @@ def table_lines(tables: Mapping[str, TablePlan]) -> list[str]:
         table = tables[name]
         sizes = [table.dense_bytes, *(table.stored(kind) for kind in KINDS)]
         rows.append([name, table.method, f"{table.num_embeddings:,}", *map(size, sizes), f"{table.ratio:.1f}x"])
-        rows[-1] += [*(size(getattr(table, field)) for field in spent), _how(table)]
+        rows[-1] += [*(size(getattr(table, field)) for field in spent), how(table)]
     dense = sum(table.dense_bytes for table in tables.values())
     kinds = [sum(table.stored(kind) for table in tables.values()) for kind in KINDS]
     number = sum(table.num_embeddings for table in tables.values())
@@ -102,7 +102,14 @@ def columns(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
     return lines
 
 
-def _how(table: TablePlan) -> str:
-    """Return kind, sharding type and ranks of the parts that are not simply replicated decoders."""
+def how(table: TablePlan) -> str:
+    """Return kind, sharding type, kernel and ranks of the parts that are not simply replicated decoders.
+
+    The kernel tells which memory rows lie in; codes have one of ours alone, in the device's.
+    """
     shown = [part for part in table.parts if part.kind != "decoder"] or list(table.parts)
-    return "; ".join(dict.fromkeys(f"{part.kind} {part.sharding_type} on {ranges(part.ranks)}" for part in shown))
+    said = []
+    for part in shown:
+        kernel = "" if part.kind in ("codes", "decoder") else f" {part.compute_kernel}"
+        said.append(f"{part.kind} {part.sharding_type}{kernel} on {ranges(part.ranks)}")
+    return "; ".join(dict.fromkeys(said))

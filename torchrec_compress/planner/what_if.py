@@ -31,6 +31,7 @@ class WhatIf:
         sharders: of the planner.
 
     Attributes:
+        names: of all tables, twice where two collections have one of that name.
         tables: configs by table name.
         methods: as they are now, by table name; "dense" for TorchRec's own collections.
         sharders: those given, and ours where they were missing, since a changed table needs them.
@@ -56,6 +57,7 @@ class WhatIf:
                 self._stock.append(part)
             else:
                 self._others.append(part)
+        self.names = [table.name for part in self._parts() for table in _configs(part)]
         for part in self._collections:
             self.tables |= {table.name: table for table in part.blueprint.tables}
             self.methods |= part.methods()
