@@ -61,6 +61,20 @@ def test_a_model_is_planned_and_sharded() -> None:
         dist.destroy_process_group()
 
 
+def test_a_planner_chooses() -> None:
+    table = EmbeddingBagConfig(name="user", num_embeddings=4000, embedding_dim=16, feature_names=["user"])
+    names: dict = {
+        "trained": torch.nn.ModuleDict({"sparse": EmbeddingBagCollection([table])}),
+        "counts": {"user": torch.arange(4000)},
+        "curvature": None,
+        "topology": Topology(world_size=2, compute_device="cuda"),
+        "budget": 300_000,
+    }
+    exec(examples()[3], names)
+    assert names["choice"]["user"] == names["small"].sparse.methods()["user"]
+    assert names["choice"].planned_bytes <= 300_000 and names["choice"]["user"].is_compressed
+
+
 def test_every_method_has_a_row() -> None:
     from torchrec_compress.methods import METHODS
 

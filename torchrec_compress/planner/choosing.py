@@ -15,6 +15,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import (
     ParameterConstraints,
     PlannerError,
+    PlannerErrorType,
     ShardingOption,
     StorageReservation,
     Topology,
@@ -28,6 +29,7 @@ from torchrec_compress.methods import MethodConfig
 from torchrec_compress.planner.accounting import DenseOptimizer
 from torchrec_compress.planner.enumerators import CompressedEnumerator
 from torchrec_compress.planner.lookups import decode_bytes
+from torchrec_compress.planner.records import TablePlan
 from torchrec_compress.planner.text import columns, how, size
 from torchrec_compress.planner.what_if import WhatIf
 
@@ -317,6 +319,19 @@ def _check_tables(what_if: WhatIf, frontier: Frontier) -> None:
             )
 
 
+def _check_near(tables: Mapping[str, TablePlan], settings: Settings) -> None:
+    """Raise PlannerError where a plan fits only since rows lie in the memory of the host, which nobody asked for."""
+    for name, table in tables.items():
+        asked = set(settings.constraints.get(name, ParameterConstraints()).compute_kernels or ())
+        away = [part.compute_kernel for part in table.parts if part.compute_kernel in _AWAY - asked]
+        if away:
+            raise PlannerError(
+                f"choose: table {name!r}: must fit the memory of the devices, and fits {away[0]!r} alone; give more, "
+                "measure smaller ways, or allow that kernel by its constraints",
+                PlannerErrorType.INSUFFICIENT_STORAGE,
+            )
+
+
 def choose(
     planner: Any,
     module: nn.Module,
@@ -346,11 +361,12 @@ def choose(
         found = ways.choose(max(int(share * most), ways.least_bytes))
         try:
             planner.plan(ways.what_if.build(found), ways.what_if.sharders)
+            planned = planner.report.tables
+            _check_near(planned, settings)
         except PlannerError:
             if share:
                 continue
             raise
-        planned = planner.report.tables
         tables = {
             name: dataclasses.replace(each, way=dataclasses.replace(each.way, how=how(planned[name])))
             for name, each in found.tables.items()
