@@ -10,13 +10,13 @@ import torch
 
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.methods import DenseConfig, MEmComConfig, PQConfig
+from torchrec_compress.seams import local_shards
 from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig, override
 from torchrec_compress.train.data.memory import ClickData, Split
 from torchrec_compress.train.engine import trainable as parallel
 from torchrec_compress.train.engine.checkpoint import Checkpoints
 from torchrec_compress.train.engine.checkpoint_reader import read
 from torchrec_compress.train.engine.loop import PREEMPTED, Preempted, Progress, Task, Trained, train
-from torchrec_compress.seams import local_shards
 from torchrec_compress.train.engine.trainable import Trainable, make_constraints
 from torchrec_compress.train.models.click import make_model, make_tables
 from torchrec_compress.train.ranks import start

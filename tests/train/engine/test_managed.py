@@ -14,11 +14,12 @@ import torch
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.methods import CafeConfig, CceConfig, MethodConfig
 from torchrec_compress.modules.after_step import has_managers
+from torchrec_compress.seams import local_shards
 from torchrec_compress.train.config import OptimConfig, ParallelConfig, RunConfig, StageConfig
 from torchrec_compress.train.data.memory import ClickData
 from torchrec_compress.train.engine.checkpoint_reader import read
 from torchrec_compress.train.engine.loop import Preempted, Task, Trained, train
-from torchrec_compress.train.engine.trainable import Trainable, local_shards
+from torchrec_compress.train.engine.trainable import Trainable
 from torchrec_compress.train.models.click import ClickModel, make_model, make_tables
 
 STAGE = StageConfig(epochs=1.0, batch_size=256, evals_per_epoch=2, patience=0)

@@ -7,9 +7,10 @@ import torch
 
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.methods import NarrowConfig
+from torchrec_compress.seams import local_shards
 from torchrec_compress.train.config import DataConfig, GeneratorConfig, ParallelConfig, RunConfig, StageConfig
 from torchrec_compress.train.data.open import load_data
-from torchrec_compress.train.engine.trainable import Trainable, local_shards
+from torchrec_compress.train.engine.trainable import Trainable
 from torchrec_compress.train.models.click import make_model, make_tables
 from torchrec_compress.train.ranks import start
 
