@@ -45,8 +45,9 @@ LAYERS = {
         "schema",
         "versions",
     },
+    "conversion": {"train", "convert", "modules", "compression", "methods", "fit", "ops", "schema"},
     "launch": {"train", "dry_run", "planner", "schema", "versions"},
-    "cli": {"launch", "train", "dry_run", "modules", "schema", "ops", "versions"},
+    "cli": {"launch", "conversion", "train", "dry_run", "modules", "schema", "ops", "versions"},
     "__main__": {"cli"},
 }
 # what a part may import from outside the standard library

@@ -1,4 +1,4 @@
-"""The command line: train, compare, report, plan, data, launch, info. Heavy imports happen inside the subcommands."""
+"""The command line: train, compare, report, plan, convert, data, launch, info. Heavy imports stand inside them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _USAGE = """usage: torchrec-compress COMMAND ...
   compare CONFIG [--key.sub VALUE ...]   variants over seeds, then the report; resumes where it stopped
   report FOLDER                          write report.md, report.json and plots of a comparison again
   plan CONFIG [--world-size N ...]       who holds which bytes on many GPUs; needs none, and no data
+  convert CHECKPOINT OUT --to CONFIG     dense tables of a checkpoint become compressed ones, or back; no model needed
   data criteo IN OUT                     Criteo's TSV files to the NumPy files that training reads
   launch CONFIG --scheduler S -j 2x8     train on this machine's processes, Slurm or Kubernetes; checks first
   info                                   versions, and which implementation serves the look-ups and why
@@ -28,7 +29,7 @@ CONFIG is a YAML file such as configs/demo.yaml. Every key can be given on the c
   torchrec-compress train --help                   all keys, what they mean and their defaults
   torchrec-compress train CONFIG --print_config    the resolved config
 """
-_COMMANDS = ("train", "compare", "report", "plan", "data", "launch", "info")
+_COMMANDS = ("train", "compare", "report", "plan", "convert", "data", "launch", "info")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -132,6 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _report(rest)
         elif command == "plan":
             _plan(parse_plan(rest))
+        elif command == "convert":
+            _convert(rest)
         elif command == "data":
             _data(rest)
         elif command == "launch":
@@ -206,6 +209,23 @@ def _plan(config: PlanConfig) -> None:
     from torchrec_compress.dry_run.plan import run
 
     print(run(config))
+
+
+def _convert(arguments: Sequence[str]) -> None:
+    parser = _Parser(prog="torchrec-compress convert", allow_abbrev=False)
+    parser.add_argument("checkpoint", help="a folder (torch.distributed.checkpoint), a .pt or a .safetensors file")
+    parser.add_argument("out", help="what appears, of a kind by its form; it must not exist. A killed one goes on")
+    parser.add_argument("--to", required=True, metavar="CONFIG", help="how tables shall be stored, see docs/convert.md")
+    parser.add_argument("--memory", default="4GB", help="that may be taken; less is an error, not another result")
+    given = parser.parse_args(list(arguments))
+    from torchrec_compress.conversion.memory import parse_bytes
+    from torchrec_compress.conversion.run import convert
+
+    memory = parse_bytes(given.memory)
+    try:
+        print(convert(Path(given.checkpoint), Path(given.out), Path(given.to), memory))
+    except ImportError as error:
+        _fail(str(error))
 
 
 def _data(arguments: Sequence[str]) -> None:

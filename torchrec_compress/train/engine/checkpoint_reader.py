@@ -83,7 +83,7 @@ class _Reader(dcp.FileSystemReader):
 
     def __init__(self, path: Path, verified: set[str]) -> None:
         super().__init__(path)
-        self._found = _read_metadata(path / ".metadata", verified)
+        self._found = read_metadata(path / ".metadata", verified)
 
     def read_metadata(self) -> metadata.Metadata:  # type: ignore[override]
         """Return the metadata; that of single ranks, which other versions of torch ask for, is not written here."""
@@ -93,8 +93,13 @@ class _Reader(dcp.FileSystemReader):
         return self._found
 
 
-def _read_metadata(path: Path, verified: set[str]) -> metadata.Metadata:
-    """Return a checkpoint's metadata.
+def read_metadata(path: Path, verified: set[str], what: str = f"files that {SUMS} lists") -> metadata.Metadata:
+    """Return a checkpoint's metadata; nothing that it names is called.
+
+    Args:
+        path: of the file.
+        verified: names of the files that it may name.
+        what: says which these are, for errors.
 
     Raises:
         ValueError: it names other classes or other files than it may.
@@ -107,7 +112,7 @@ def _read_metadata(path: Path, verified: set[str]) -> metadata.Metadata:
     except Exception as error:  # bytes that are no pickle raise whatever they like
         raise ValueError(f"{path}: is refused, nothing in it ran ({type(error).__name__}: {error})") from error
     if not files <= verified:
-        raise ValueError(f"{path}: must name files that {SUMS} lists, got {sorted(map(str, files - verified))[:3]}")
+        raise ValueError(f"{path}: must name {what}, got {sorted(map(str, files - verified))[:3]}")
     return found
 
 

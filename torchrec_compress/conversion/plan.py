@@ -1,0 +1,203 @@
+"""What becomes of every tensor of a checkpoint: where tables come from, where they go, and what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from torchrec_compress.conversion.checkpoints import Checkpoint
+from torchrec_compress.conversion.config import ConversionConfig
+from torchrec_compress.conversion.tables import Home, Table, choose, collection_of, find_homes
+from torchrec_compress.methods import MethodConfig
+from torchrec_compress.schema import nearest
+
+_WEIGHT = ("native", "")  # of a table that is stored as it is
+_MARK = ("codes", "is_set")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A module of the model whose tables are stored otherwise afterwards.
+
+    Args:
+        home: where it is.
+        old: the compressed module that the checkpoint is of, on the meta device; None: a dense one.
+        new: the one that the result is of; None: a dense one.
+        old_seed, new_seed: of these.
+    """
+
+    home: Home
+    old: nn.Module | None
+    new: nn.Module | None
+    old_seed: int
+    new_seed: int
+
+    def old_keys(self) -> list[str]:
+        """Return what the checkpoint has of it."""
+        return _keys_of(self.home, self.old)
+
+    def new_keys(self) -> list[str]:
+        """Return what the result has of it."""
+        return _keys_of(self.home, self.new)
+
+    def keys_of(self, table: Table, is_new: bool) -> dict[tuple[str, str], str]:
+        """Return the keys of one table, by field and name of its state."""
+        module = self.new if is_new else self.old
+        if module is None:
+            return {_WEIGHT: table.key}
+        collection = collection_of(module)
+        prefix = self.home.prefix + ("collection." if collection is not module else "")
+        found = {part: prefix + key for part, key in collection.state_names(table.name).items()}
+        if ("codes", "") in found:
+            found[_MARK] = found["codes", ""].removesuffix("codes") + "is_set"
+        return found
+
+    def method(self, table: Table, is_new: bool) -> MethodConfig | None:
+        """Return how one table is stored, None: as the user's own."""
+        module = self.new if is_new else self.old
+        found = None if module is None else collection_of(module).methods()[table.name]
+        return None if found is None or not found.is_compressed else found
+
+    def stays(self, table: Table) -> bool:
+        """Return whether one table is stored as before, perhaps by another name."""
+        old, new = self.method(table, False), self.method(table, True)
+        if old is None or new is None:
+            return old is new
+        same_keys = self.keys_of(table, False).keys() == self.keys_of(table, True).keys()
+        return old == new and self.old_seed == self.new_seed and same_keys
+
+
+def _keys_of(home: Home, module: nn.Module | None) -> list[str]:
+    if module is None:
+        return [table.key for table in home.tables]
+    return [home.prefix + key for key in module.state_dict()]
+
+
+def find_changes(checkpoint: Checkpoint, config: ConversionConfig) -> tuple[list[Change], list[Home]]:
+    """Return what is to change, all of it looked over, and all modules that hold tables.
+
+    Raises:
+        ValueError: keys fit no table, a method does not fit one, the checkpoint is not what `from` says, or a table is
+            tied to another tensor.
+    """
+    dense, packed = find_homes(checkpoint, config.tables, config.source is not None)
+    stored: dict[str, dict[str, MethodConfig]] = {}
+    if config.source is not None:
+        if not packed:
+            raise ValueError(
+                f"{checkpoint.path}: 'from' must come with the sizes of its tables, got none; set num_embeddings and "
+                "embedding_dim in tables, by the key that the dense weight would have"
+            )
+        stored = {home.path: methods for home, methods in choose(packed, config.source)}
+        left = [home.path for home in packed if home.path not in stored]
+        if left:
+            raise ValueError(f"{checkpoint.path}: 'from' must fit every table with sizes, got none for {left[:3]}")
+    changes = []
+    for home, methods in choose([*dense, *packed], config.compression):
+        old = home.compressed(stored[home.path], config.source_seed) if home.path in stored else None
+        new: nn.Module | None = home.compressed(methods, config.seed)
+        if not any(each.is_compressed for each in collection_of(new).methods().values()):
+            if old is None and not home.kind:
+                continue  # it would not get smaller
+            new = new if old is None else None
+        change = Change(home, old, new, config.source_seed, config.seed)
+        _check_old(checkpoint, change)
+        _check_shared(change)
+        changes.append(change)
+    if not changes:
+        raise ValueError(f"{checkpoint.path}: a table must be left to convert, got none that would be stored otherwise")
+    _check_ties(checkpoint, changes)
+    _check_new(checkpoint, changes)
+    return changes, [*dense, *packed]
+
+
+def _check_old(checkpoint: Checkpoint, change: Change) -> None:
+    """Raise ValueError where the checkpoint lacks what it must have of a compressed module."""
+    if change.old is None:
+        return
+    for key, value in change.old.state_dict().items():
+        name = change.home.prefix + key
+        entry = checkpoint.tensors.get(name)
+        if entry is None:
+            raise ValueError(
+                f"{checkpoint.path}: must hold {name!r}, as 'from' says, got none{nearest(name, checkpoint.tensors)}"
+            )
+        if entry.shape != tuple(value.shape):
+            raise ValueError(
+                f"{checkpoint.path}: {name!r} must be {tuple(value.shape)}, as 'from' and the sizes say, got "
+                f"{entry.shape}"
+            )
+
+
+def _check_shared(change: Change) -> None:
+    if change.new is None:
+        return
+    collection = collection_of(change.new)
+    for table in change.home.tables:
+        parts = collection.blueprint.parts[table.name]
+        if parts.shared or collection.blueprint.banks[table.name] != table.name:
+            raise ValueError(
+                f"table {table.name!r}: must share nothing with other tables, which a fit of one would overwrite, got "
+                f"{collection.methods()[table.name]}; train from the start values"
+            )
+
+
+def _check_ties(checkpoint: Checkpoint, changes: Sequence[Change]) -> None:
+    holders: dict[int, list[str]] = {}
+    for key, entry in checkpoint.tensors.items():
+        if entry.address is not None:
+            holders.setdefault(entry.address, []).append(key)
+    for change in changes:
+        for table in change.home.tables:
+            entry = checkpoint.tensors.get(table.key)
+            names = holders.get(entry.address, []) if entry is not None and entry.address is not None else []
+            if len(names) > 1 and not change.stays(table):
+                raise ValueError(
+                    f"{checkpoint.path}: a table must not share its weight with other modules, got {names} tied; untie "
+                    "them, or leave the table out"
+                )
+
+
+def _check_new(checkpoint: Checkpoint, changes: Sequence[Change]) -> None:
+    gone = {key for change in changes for key in change.old_keys()}
+    seen: set[str] = set()
+    for key in (key for change in changes for key in change.new_keys()):
+        if key in seen or (key in checkpoint.places and key not in gone):
+            raise ValueError(f"{checkpoint.path}: {key!r} must be free for a table, got something there")
+        seen.add(key)
+
+
+def moved_place(checkpoint: Checkpoint, old: str, new: str) -> tuple[Any, ...]:
+    """Return the keys that lead to a new name, in the same mapping as an old one."""
+    container = checkpoint.places[old][:-1]
+    above = ".".join(map(str, container))
+    return (*container, new.removeprefix(f"{above}.") if above else new)
+
+
+def first_old(checkpoint: Checkpoint, change: Change) -> str:
+    """Return the key of a change that comes first in the checkpoint, where all new ones shall come."""
+    mine = set(change.old_keys())
+    return next(key for key in checkpoint.places if key in mine)
+
+
+def renamed_weights(checkpoint: Checkpoint, changes: Sequence[Change]) -> tuple[dict[str, str], set[str]]:
+    """Return the names that an optimizer has for tensors that stay, with their new ones, and for such as are gone."""
+    kept: dict[str, str] = {}
+    gone: set[str] = set()
+    for change in changes:
+        first = first_old(checkpoint, change)
+        mine: Mapping[str, str] = {}
+        for table in change.home.tables:
+            if change.stays(table):
+                before, after = change.keys_of(table, False), change.keys_of(table, True)
+                mine = {**mine, **{before[part]: after[part] for part in before}}
+        for key in change.old_keys():
+            name = str(checkpoint.places[key][-1])
+            if key in mine:
+                kept[name] = str(moved_place(checkpoint, first, mine[key])[-1])
+            else:
+                gone.add(name)
+    return kept, gone
