@@ -16,7 +16,7 @@ echo "setting up $VENV ($DEVICE: torch $TORCH, torchrec $TORCHREC, fbgemm $FBGEM
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check install -q "$@"; }
 # torch comes first, or tensordict would bring in the newest CUDA build. TORCH_INDEX names another wheel index.
 pip "torch==$TORCH" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
-pip -e '.[torchrec,train,launch,dev]'
+pip -e '.[torchrec,train,launch,convert,dev]'
 # --no-deps: torchrec asks for fbgemm-gpu by name, whose CUDA build would overwrite fbgemm-gpu-cpu.
 case $DEVICE in cpu) fbgemm=fbgemm-gpu-cpu ;; *) fbgemm=fbgemm-gpu ;; esac
 pip --no-deps "$fbgemm==$FBGEMM" "torchrec==$TORCHREC"

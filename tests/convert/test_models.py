@@ -202,7 +202,7 @@ class Sub(nn.Embedding):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: hooked(Model()), "'shop': a module that is replaced must have no hooks, got some; remove them"),
+        (lambda: hooked(Model()), "'shop': a module that is replaced must have no hooks, on its weight neither, got"),
         (lambda: nn.Sequential(nn.Embedding(N, D, max_norm=1.0)), "0: compress: max_norm of Embedding must be unset"),
         (
             lambda: nn.Sequential(nn.EmbeddingBag(N, D, scale_grad_by_freq=True)),

@@ -221,8 +221,8 @@ def refuse(kind: str) -> str:
     ("kind", "message"),
     [
         ("nan", "sparse: .*table 'item': pre-trained rows must be finite, got NaN or infinity in the row of id 402"),
-        ("counts", r"counts must be the same on all ranks, got others on ranks \[1\] than on rank 0; add up counts"),
-        ("config", r"compression and seed must be the same on all ranks, got others on ranks \[1\]"),
+        ("counts", r"counts must be the same on all ranks, got others on ranks \[1\] than on rank 0; add them up"),
+        ("config", r"methods must be the same on all ranks, got others on ranks \[1\]"),
         ("name", r"every key must fit a table, got \['items'\]; did you mean 'item'\?"),
         ("low", "sparse: .*table 'user': pre-trained rows must be at most"),
         ("copy", "must be compressed in place, as no copy of its shards is made; pass inplace=True"),

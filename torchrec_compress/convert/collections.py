@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.types import ShardedModule
+from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollection,
     EmbeddingBagCollectionInterface,
@@ -45,6 +46,10 @@ def rows_of(source: Any) -> tuple[dict[str, Tensor | RowReader], torch.device]:
             raise ValueError(
                 f"compress: tables must hold values, got {empty} on the meta device; load a checkpoint first"
             )
+        narrow = sorted(n for n, w in weights.items() if w.dtype not in (torch.float32, torch.float16))
+        narrow += sorted(n for n, w in weights.items() if w.dtype == torch.float16 and n not in _half_tables(source))
+        if narrow:
+            logger.warning("tables %s: are in another dtype than their configs say; read in float32", narrow)
         return rows, next(iter(weights.values())).device
     if isinstance(source, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
         check_whole("compress", source)
@@ -65,6 +70,18 @@ def rows_of(source: Any) -> tuple[dict[str, Tensor | RowReader], torch.device]:
     )
 
 
+def _half_tables(source: Stock) -> set[str]:
+    """Return the tables whose configs say float16."""
+    is_pooled = isinstance(source, EmbeddingBagCollection)
+    configs: Any = source.embedding_bag_configs() if is_pooled else source.embedding_configs()
+    return {table.name for table in configs if table.data_type == DataType.FP16}
+
+
+def generators(device: torch.device) -> list[torch.device]:
+    """Return the devices, beside the CPU, whose global generators draw on one."""
+    return [] if device.type in ("cpu", "meta") else [device]
+
+
 def stock_weights(source: Stock) -> dict[str, nn.Parameter]:
     """Return the weights of a stock collection by table name."""
     stored: Any = source.embeddings if isinstance(source, EmbeddingCollection) else source.embedding_bags
@@ -73,7 +90,8 @@ def stock_weights(source: Stock) -> dict[str, nn.Parameter]:
 
 def empty_like(source: Stock | Compressed, device: torch.device, compression: Compression, seed: int) -> Compressed:
     """Return a compressed collection of the same tables and kind, to be fitted."""
-    with torch.inference_mode(False):  # what is made in it can never be trained
+    # what is made in inference mode can never be trained; start values are not what a user's seed is for
+    with torch.inference_mode(False), torch.random.fork_rng(generators(device)):
         if isinstance(source, EmbeddingCollection | CompressedEmbeddingCollection):
             configs, kept = source.embedding_configs(), source.need_indices()
             return CompressedEmbeddingCollection(configs, device, kept, compression, seed, will_fit=True)
@@ -122,12 +140,13 @@ def expand(collection: Compressed) -> Stock:
     if collection.code_tables is not None:
         collection.code_tables.warn_of_start_codes()
     dense: Stock
-    if isinstance(collection, CompressedEmbeddingCollection):
-        rows = copy.deepcopy(collection.embedding_configs())
-        dense = EmbeddingCollection(rows, device=collection.device, need_indices=collection.need_indices())
-    else:
-        bags = copy.deepcopy(collection.embedding_bag_configs())
-        dense = EmbeddingBagCollection(bags, is_weighted=collection.is_weighted(), device=collection.device)
+    with torch.random.fork_rng(generators(collection.device)):
+        if isinstance(collection, CompressedEmbeddingCollection):
+            rows = copy.deepcopy(collection.embedding_configs())
+            dense = EmbeddingCollection(rows, device=collection.device, need_indices=collection.need_indices())
+        else:
+            bags = copy.deepcopy(collection.embedding_bag_configs())
+            dense = EmbeddingBagCollection(bags, is_weighted=collection.is_weighted(), device=collection.device)
     weights = stock_weights(dense)
     for name, weight in weights.items():
         fill(weight, collection, name)

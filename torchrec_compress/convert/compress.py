@@ -24,7 +24,6 @@ from torchrec_compress.convert.into import Fits, prepare, run
 from torchrec_compress.convert.models import (
     PLAIN,
     Place,
-    check_places,
     chosen,
     errors_of,
     find_places,
@@ -32,6 +31,7 @@ from torchrec_compress.convert.models import (
     with_modules,
 )
 from torchrec_compress.convert.plain import empty_plain, expanded_plain
+from torchrec_compress.convert.safety import check_places
 from torchrec_compress.convert.sharded import compress_sharded
 from torchrec_compress.fit.curvature import Curvature
 from torchrec_compress.modules import (
@@ -165,12 +165,7 @@ def _compress_wrapped(
             f"compress: wrap must be left out where nothing is wrapped, got a {type(model).__name__}; pass it with a "
             "DistributedModelParallel"
         )
-    if not inplace:
-        raise ValueError(
-            "compress: a DistributedModelParallel must be compressed in place, as no copy of its shards is made; "
-            "pass inplace=True, and take what is returned"
-        )
-    return compress_sharded(model, compression, given, seed, progress, wrap)
+    return compress_sharded(model, compression, given, seed, progress, inplace, wrap)
 
 
 def _compress_alone(
@@ -207,7 +202,7 @@ def _compress_model(
     """Return a model with compressed tables; arguments as in `compress`."""
     places = find_places(model)
     wanted = chosen(places, compression)
-    check_places(model, [place for place, _ in wanted])
+    check_places(model, [place for place, _ in wanted], inplace)
     by_place = {what: shared_out(what, mine, places) for what, mine in given.items()}
     made: dict[int, nn.Module] = {}
     fits: list[tuple[Place, Fits]] = []
@@ -235,7 +230,7 @@ def _empty(
 ) -> tuple[nn.Module, Fits]:
     """Return a compressed module for one, not fitted yet, and what it is to be fitted to; all of it looked over."""
     made: Any
-    if isinstance(place.module, nn.Embedding | nn.EmbeddingBag):
+    if isinstance(place.module, nn.Embedding | nn.EmbeddingBag) and type(place.module) in PLAIN:
         (name,) = place.tables
         assert isinstance(compression, Mapping)
         made = empty_plain(place.module, compression[name], name, seed)
@@ -303,6 +298,11 @@ def decompress(collection: nn.Module, *, inplace: bool = False) -> nn.Module:
         >>> decompress(collection).embedding_bags["user"].weight.unique(dim=0).shape[0] <= 10
         True
     """
+    if isinstance(collection, DistributedModelParallel):
+        raise ValueError(
+            "decompress: the model must not be sharded, got a DistributedModelParallel; load its state into one that "
+            "is not"
+        )
     places = find_places(collection) if isinstance(collection, nn.Module) else []
     places = [place for place in places if place.is_compressed]
     if not places:
@@ -314,7 +314,7 @@ def decompress(collection: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise ValueError(
             "decompress: what is expanded in place must be a model that holds tables; take what is returned"
         )
-    check_places(collection, places)
+    check_places(collection, places, inplace)
     made = {}
     for place in places:
         with errors_of(place.path):

@@ -10,7 +10,6 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollection,
@@ -33,7 +32,6 @@ Given = TypeVar("Given")
 PLAIN = (nn.Embedding, nn.EmbeddingBag)
 _PLAIN_COMPRESSED = (CompressedEmbedding, CompressedEmbeddingBag)
 _COLLECTIONS = (EmbeddingBagCollectionInterface, EmbeddingCollectionInterface)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Place(NamedTuple):
@@ -43,11 +41,13 @@ class Place(NamedTuple):
         path: in the model; "" is the model itself.
         module: a stock, compressed or sharded collection, or a plain module of one table.
         tables: their names in a collection; of a plain module the one that it has once compressed.
+        others: paths that tables of other modules have, and so no other name of these.
     """
 
     path: str
     module: nn.Module
     tables: tuple[str, ...]
+    others: frozenset[str] = frozenset()
 
     @property
     def is_compressed(self) -> bool:
@@ -59,9 +59,10 @@ class Place(NamedTuple):
 
         What is measured of a model calls a plain one as it is called once compressed, so that is another name of it.
         """
-        if isinstance(self.module, (*PLAIN, *_PLAIN_COMPRESSED)):
-            return tuple(dict.fromkeys((self.path or table, table)))
-        return (f"{self.path}.{table}", table) if self.path else (table,)
+        own = self.path or table
+        if not isinstance(self.module, (*PLAIN, *_PLAIN_COMPRESSED)) and self.path:
+            own = f"{self.path}.{table}"
+        return (own,) if table == own or table in self.others else (own, table)
 
 
 def find_places(model: nn.Module) -> list[Place]:
@@ -82,7 +83,8 @@ def find_places(model: nn.Module) -> list[Place]:
             visit(f"{path}.{name}" if path else name, child)
 
     visit("", model)
-    return found
+    paths = [place.names(table)[0] for place in found for table in place.tables]
+    return [place._replace(others=frozenset(paths) - {place.path}) for place in found]
 
 
 def _tables_of(path: str, module: Any) -> tuple[str, ...] | None:
@@ -91,16 +93,16 @@ def _tables_of(path: str, module: Any) -> tuple[str, ...] | None:
         return tuple(table.name for table in sharded[0])
     if isinstance(module, CompressedParts):
         return tuple(table.name for table in module.table_configs())
-    if isinstance(module, EmbeddingBagCollection):
+    if isinstance(module, EmbeddingBagCollection) and type(module).forward is EmbeddingBagCollection.forward:
         return tuple(table.name for table in module.embedding_bag_configs())
-    if isinstance(module, EmbeddingCollection):
+    if isinstance(module, EmbeddingCollection) and type(module).forward is EmbeddingCollection.forward:
         return tuple(table.name for table in module.embedding_configs())
     if isinstance(module, _PLAIN_COMPRESSED):
         return (module.name,)
     if type(module) in PLAIN:
         return (table_name(path),)
-    if isinstance(module, PLAIN):
-        logger.warning("%r: left as it is: %s may look its rows up otherwise than nn.Embedding", path, type(module))
+    if isinstance(module, (*PLAIN, EmbeddingBagCollection, EmbeddingCollection)):
+        logger.warning("%r: left as it is: %s may look its rows up in a way of its own", path, type(module))
     return None
 
 
@@ -182,38 +184,6 @@ def shared_out(what: str, given: Mapping[str, Given] | None, places: Sequence[Pl
     return found
 
 
-def check_places(model: nn.Module, places: Sequence[Place]) -> None:
-    """Raise ValueError where a module cannot be replaced without a loss: its weights are tied, or it has hooks."""
-    wrapped = [path for path, module in model.named_modules() if isinstance(module, DistributedDataParallel)]
-    if wrapped:
-        raise ValueError(
-            f"compress: the model must not be wrapped by DistributedDataParallel, got {wrapped[0] or 'the model'!r}; "
-            "compress what it wraps, and wrap it again"
-        )
-    owner = {id(part): place for place in places for part in place.module.modules()}
-    # parts of compressed ones have hooks of their own
-    bare = {
-        id(part) for place in places for part in ([place.module] if place.is_compressed else place.module.modules())
-    }
-    holders: dict[int, list[tuple[str, nn.Module]]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append((f"{path}.{name}" if path else name, module))
-        if id(module) in bare and any(getattr(module, hooks, None) for hooks in _HOOKS):
-            raise ValueError(
-                f"compress: {path or type(module).__name__!r}: a module that is replaced must have no hooks, got some; "
-                "remove them, and register them on the new one"
-            )
-    for mine in holders.values():
-        ours = {id(owner.get(id(module))) for _, module in mine}
-        if len(ours) > 1 and any(id(module) in owner for _, module in mine):
-            raise ValueError(
-                f"compress: a table must not share its weight with other modules, got {[path for path, _ in mine]} "
-                "tied; use one module in all places, untie them, or leave the table out"
-            )
-
-
 def with_modules(model: Any, new: Mapping[int, nn.Module], inplace: bool) -> Any:
     """Return a model with other modules in place of some, wherever they stand: itself, or a copy of all else.
 
@@ -223,7 +193,12 @@ def with_modules(model: Any, new: Mapping[int, nn.Module], inplace: bool) -> Any
         inplace: whether to change the model.
     """
     if not inplace:
-        return copy.deepcopy(model, dict(new))  # what deepcopy takes for copied already
+        try:
+            return copy.deepcopy(model, dict(new))  # what deepcopy takes for copied already
+        except RuntimeError as error:
+            raise ValueError(
+                f"compress: the model must be one that can be copied, got {error}; pass inplace=True to change itself"
+            ) from error
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in new:
             parent, _, name = path.rpartition(".")

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from torchrec_compress.convert.collections import fill
+from torchrec_compress.convert.collections import fill, generators
 from torchrec_compress.convert.into import check_whole
 from torchrec_compress.methods import MethodConfig
 from torchrec_compress.modules import CompressedEmbedding, CompressedEmbeddingBag
@@ -39,7 +39,8 @@ def empty_plain(module: Plain, method: MethodConfig, name: str, seed: int) -> Co
                 "or leave the table out"
             )
     rows, width = weight.shape
-    with torch.inference_mode(False):  # what is made in it can never be trained
+    # what is made in inference mode can never be trained; start values are not what a user's seed is for
+    with torch.inference_mode(False), torch.random.fork_rng(generators(weight.device)):
         made: CompressedPlain
         if isinstance(module, nn.Embedding):
             made = CompressedEmbedding(
@@ -62,7 +63,7 @@ def expanded_plain(module: CompressedPlain) -> Plain:
     check_whole("decompress", module.collection)  # type: ignore[arg-type]
     rows, width, device = module.num_embeddings, module.embedding_dim, module.collection.device
     made: Plain
-    with torch.random.fork_rng([]), torch.inference_mode(False):
+    with torch.inference_mode(False), torch.random.fork_rng(generators(device)):
         if isinstance(module, CompressedEmbedding):
             made = nn.Embedding(rows, width, module.padding_idx, device=device)
         else:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
+from torchrec_compress.convert.collections import generators
 from torchrec_compress.convert.into import check_whole
 from torchrec_compress.methods import MethodConfig, TableState
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
@@ -65,7 +66,7 @@ def rebuilt(collection: Compressed, changed: Mapping[str, Stored]) -> Compressed
     methods = {**collection.methods(), **{name: stored.method for name, stored in changed.items()}}
     device, seed = collection.device, collection.seed
     # what is made in inference mode can never be trained
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(_generators(device)), device:
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(generators(device)), device:
         if isinstance(collection, CompressedEmbeddingCollection):
             kept = collection.need_indices()
             made = CompressedEmbeddingCollection(configs, device, kept, methods, seed, will_fit=True)
@@ -90,11 +91,6 @@ def _own_config(table: BaseEmbeddingConfig) -> BaseEmbeddingConfig:
     mine = copy.copy(table)
     mine.feature_names = list(table.feature_names)
     return mine
-
-
-def _generators(device: torch.device) -> list[torch.device]:
-    """Return the devices, beside the CPU, whose global generators draw on one."""
-    return [] if device.type == "cpu" else [device]
 
 
 def _state_of_others(

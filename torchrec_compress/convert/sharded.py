@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import Topology
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
@@ -16,16 +16,9 @@ from tqdm import tqdm
 from torchrec_compress.compression import Compression
 from torchrec_compress.convert.collections import Compressed
 from torchrec_compress.convert.into import checked_inputs, on_cpu
-from torchrec_compress.convert.models import (
-    Place,
-    check_places,
-    chosen,
-    errors_of,
-    find_places,
-    shared_out,
-    with_modules,
-)
-from torchrec_compress.convert.shards import Crew, EncodedRows, SharedRows
+from torchrec_compress.convert.models import Place, chosen, errors_of, find_places, shared_out, with_modules
+from torchrec_compress.convert.safety import check_places
+from torchrec_compress.convert.shards import Crew, EncodedRows, SharedRows, digest
 from torchrec_compress.methods import MethodConfig, TableData, TableState
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from torchrec_compress.modules.trained_rows import note_rows
@@ -76,6 +69,7 @@ def compress_sharded(
     given: Mapping[str, Mapping[str, Any] | None],
     seed: int,
     progress: bool,
+    inplace: bool,
     wrap: Wrap | None,
 ) -> DistributedModelParallel:
     """Return the model with compressed tables, planned and wrapped anew; arguments as in `compress`.
@@ -86,9 +80,8 @@ def compress_sharded(
     environment, device = environment_of(model), model.device
     if environment.process_group is None:
         raise ValueError(f"{_WHERE}: the model must have a process group, got none; initialise torch.distributed first")
-    crew = Crew(environment.process_group, device)
-    inner = model.module
-    changes = _changes(inner, compression, given, seed, crew)
+    crew, modes = Crew(environment.process_group, device), [(each, each.training) for each in model.module.modules()]
+    changes = _changes(model.module, compression, given, seed, inplace, crew)
     fitted: list[dict[str, _Fitted]] = []
     for change in changes:
         with errors_of(change.place.path):
@@ -97,6 +90,17 @@ def compress_sharded(
     wrapped = _rewrapped(model, changes, wrap)
     for change, each, mine in zip(changes, fitted, names, strict=True):
         _fill(change.made, each, mine)
+    wrapped.train(model.training)
+    for module, mode in modes:
+        module.training = mode
+    for change in changes:
+        change.made.train(change.place.module.training)
+    if wrap is None and crew.rank == 0:
+        logger.warning(
+            "collections %s: what trained their tables in the backward is gone with their shards; native tables of "
+            "theirs train by the optimizers that they are given: pass wrap= to give them one in the backward",
+            [change.place.path for change in changes],
+        )
     return wrapped
 
 
@@ -105,35 +109,60 @@ def _changes(
     compression: Compression,
     given: Mapping[str, Mapping[str, Any] | None],
     seed: int,
+    inplace: bool,
     crew: Crew,
 ) -> list[_Change]:
     """Return what is to change, all of it looked over, or raise on every rank."""
-    crew.check_same("compression and seed", (compression, seed))
-    places = find_places(inner)
-    wanted = chosen(places, compression)
-    check_places(inner, [place for place, _ in wanted])
-    by_place = {what: shared_out(what, mine, places) for what, mine in given.items()}
-    crew.check_same("counts", _sums(by_place["counts"]))
+    asked = crew.together(lambda: _asked(inner, compression, given, seed, inplace))
+    crew.check_same(asked.digests)
     changes = []
-    for place, methods in wanted:
-        mine = {what: found[place.path] for what, found in by_place.items()}
+    for place, made, mine in asked.wanted:
         with errors_of(place.path):
-            made = _empty(place, methods, seed)
             state = place.module.state_dict()
             rows = {table.name: SharedRows(table, _weight(state, table), crew) for table in made.table_configs()}
+            # looks at rows of all ranks where there is a curvature, and so fails on all or none
             inputs = checked_inputs(made, dict(rows), **mine, progress=False)
         changes.append(_Change(place, made, rows, inputs))
     return changes
 
 
-def _sums(counts: Mapping[str, Mapping[str, Tensor]]) -> list[Any]:
-    """Return what tells counts apart, without all of them."""
-    found = [(path, name, each) for path, mine in counts.items() for name, each in mine.items()]
-    return [
-        (path, name, float(each.double().sum()), float((each.double() * torch.arange(1, len(each) + 1)).sum()))
-        for path, name, each in found
-        if isinstance(each, Tensor) and each.dim() == 1
-    ]
+class _Asked(NamedTuple):
+    """What one rank was asked for.
+
+    Attributes:
+        wanted: the places, what comes there, and what each is learned from.
+        digests: of all arguments, see `Crew.check_same`.
+    """
+
+    wanted: list[tuple[Place, Compressed, dict[str, Any]]]
+    digests: dict[str, tuple[str, str]]
+
+
+def _asked(
+    inner: nn.Module, compression: Compression, given: Mapping[str, Mapping[str, Any] | None], seed: int, inplace: bool
+) -> _Asked:
+    """Return what this rank was asked for, looked over without the others."""
+    if inplace is not True:
+        raise ValueError(
+            f"{_WHERE}: a DistributedModelParallel must be compressed in place, as no copy of its shards is made; "
+            "pass inplace=True, and take what is returned"
+        )
+    places = find_places(inner)
+    wanted = chosen(places, compression)
+    check_places(inner, [place for place, _ in wanted], inplace=True)
+    by_place = {what: shared_out(what, mine, places) for what, mine in given.items()}
+    found = []
+    for place, methods in wanted:
+        mine = {what: each[place.path] for what, each in by_place.items()}
+        with errors_of(place.path):
+            made = _empty(place, methods, seed)
+            for table in made.table_configs():
+                some = TableData(None, mine["counts"].get(table.name), mine["contexts"].get(table.name), seed)
+                made.methods()[table.name].check_fit(table, some)
+        found.append((place, made, mine))
+    values = {"methods": [methods for _, methods in wanted], "seed": seed, **by_place}
+    advice = {"counts": "add them up over the ranks first"}
+    return _Asked(found, {what: (digest(each), advice.get(what, "pass the same")) for what, each in values.items()})
 
 
 def _empty(place: Place, methods: Mapping[str, MethodConfig], seed: int) -> Compressed:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -50,12 +51,12 @@ class Crew:
         """Return what work without collectives returns, or raise on every rank what it raised on one.
 
         Raises:
-            ValueError, RuntimeError: this rank's error; on the others a ValueError that quotes that of the first.
+            Exception: this rank's error, whatever it is; on the others a ValueError that quotes that of the first.
         """
         result, error = None, None
         try:
             result = work()
-        except (ValueError, RuntimeError) as caught:
+        except Exception as caught:  # noqa: BLE001 (the others must not wait for this rank)
             error = caught
         said: list[str | None] = [None] * self.world_size
         dist.all_gather_object(said, None if error is None else str(error), group=self._group)
@@ -64,16 +65,21 @@ class Crew:
                 raise error or ValueError(f"rank {rank}: {message}")
         return result  # type: ignore[return-value]
 
-    def check_same(self, what: str, value: object) -> None:
-        """Raise ValueError on every rank unless all were given the same, as text says it."""
-        mine, all_of_them = hashlib.sha256(repr(value).encode()).hexdigest(), [""] * self.world_size
-        dist.all_gather_object(all_of_them, mine, group=self._group)
-        if len(set(all_of_them)) > 1:
-            others = [rank for rank, one in enumerate(all_of_them) if one != all_of_them[0]]
-            raise ValueError(
-                f"compress: {what} must be the same on all ranks, got others on ranks {others} than on rank 0; "
-                "add up counts over the ranks first"
-            )
+    def check_same(self, values: Mapping[str, tuple[str, str]]) -> None:
+        """Raise ValueError on every rank unless all were given the same.
+
+        Args:
+            values: a digest, and what to do where it differs, by what was given.
+        """
+        everyone: list[Mapping[str, tuple[str, str]]] = [{}] * self.world_size
+        dist.all_gather_object(everyone, values, group=self._group)
+        for what, (mine, advice) in everyone[0].items():
+            others = [rank for rank, theirs in enumerate(everyone) if theirs[what][0] != mine]
+            if others:
+                raise ValueError(
+                    f"compress: {what} must be the same on all ranks, got others on ranks {others} than on rank 0; "
+                    f"{advice}"
+                )
 
 
 class SharedRows:
@@ -149,7 +155,7 @@ class EncodedRows:
                 continue  # to the end with the others, who wait for what this rank holds
             try:
                 block = learned.encode(ids, given)
-            except (ValueError, RuntimeError) as error:
+            except Exception as error:  # noqa: BLE001 (whatever it is, the others hear of it below)
                 failed = error
                 continue
             if block is not None:
@@ -168,6 +174,32 @@ class EncodedRows:
                 found[self._numbers[mine] - first] = self._rows[mine]
             self._crew.join(found)
             yield first, found
+
+
+def digest(value: Any) -> str:
+    """Return what tells values apart: plain ones by their text, tensors by their bytes, mappings by sorted keys."""
+    found = hashlib.sha256()
+    _digest(value, found)
+    return found.hexdigest()
+
+
+def _digest(value: Any, found: Any) -> None:
+    if isinstance(value, Tensor):
+        found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            found.update(repr(key).encode())
+            _digest(value[key], found)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _digest(each, found)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        found.update(type(value).__name__.encode())
+        for field in dataclasses.fields(value):
+            _digest(getattr(value, field.name), found)
+    else:
+        found.update(repr(value).encode())
 
 
 def _raise(error: Exception | None) -> None:

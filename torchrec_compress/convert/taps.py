@@ -22,6 +22,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_compress.convert.models import PLAIN, table_name
+from torchrec_compress.modules import CompressedEmbedding, CompressedEmbeddingBag
 from torchrec_compress.modules.features import split_features
 from torchrec_compress.seams import sharded_configs
 
@@ -114,9 +115,9 @@ def _tables_of(path: str, module: Any) -> Iterator[tuple[Sequence[BaseEmbeddingC
         yield module.embedding_bag_configs(), module.is_weighted()
     elif isinstance(module, EmbeddingCollectionInterface):
         yield module.embedding_configs(), False
-    elif type(module) in PLAIN and getattr(module, "mode", "") != "max":
-        rows, width = module.weight.shape
-        name = table_name(path)
+    elif _is_plain(module) and getattr(module, "mode", "") != "max":
+        rows, width = module.num_embeddings, module.embedding_dim
+        name = table_name(path) if type(module) in PLAIN else module.name
         yield [EmbeddingConfig(name=name, num_embeddings=rows, embedding_dim=width, feature_names=[name])], False
 
 
@@ -134,7 +135,7 @@ class Taps:
 
     def __enter__(self) -> Taps:
         for collection in self._collections:
-            hook = self._plain_hook(collection) if type(collection.module) in PLAIN else self._hook(collection)
+            hook = self._plain_hook(collection) if _is_plain(collection.module) else self._hook(collection)
             self._handles.append(collection.module.register_forward_hook(hook, with_kwargs=True))
         return self
 
@@ -202,13 +203,18 @@ class Taps:
         return found
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether a module is one table, called with ids: PyTorch's own, or its compressed form."""
+    return type(module) in PLAIN or isinstance(module, CompressedEmbedding | CompressedEmbeddingBag)
+
+
 def _arguments(module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a plain module's forward by name."""
     return {**dict(zip(("input", "offsets", "per_sample_weights"), given, strict=False)), **named}
 
 
 def _plain_bags(
-    module: nn.Embedding | nn.EmbeddingBag,
+    module: nn.Embedding | nn.EmbeddingBag | CompressedEmbedding | CompressedEmbeddingBag,
     input: Tensor,
     offsets: Tensor | None = None,
     per_sample_weights: Tensor | None = None,
@@ -218,7 +224,7 @@ def _plain_bags(
     The ids of padding are left out: their row is no part of the table.
     """
     flat = input.reshape(-1)
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding | CompressedEmbedding):
         sizes = torch.ones_like(flat)
     elif offsets is None:
         sizes = flat.new_full((len(input),), input.shape[-1])
@@ -231,7 +237,7 @@ def _plain_bags(
         factors = per_sample_weights.detach().reshape(-1).double()
     is_kept = torch.ones_like(flat, dtype=torch.bool) if module.padding_idx is None else flat != module.padding_idx
     lengths = torch.zeros(len(sizes), dtype=torch.int64, device=flat.device).index_add_(0, bag, is_kept.long())
-    if isinstance(module, nn.EmbeddingBag) and module.mode == "mean":
+    if isinstance(module, nn.EmbeddingBag | CompressedEmbeddingBag) and module.mode == "mean":
         factors = factors / lengths[bag].clamp(min=1)
     return flat[is_kept], lengths, factors[is_kept]
 

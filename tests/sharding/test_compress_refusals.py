@@ -1,0 +1,138 @@
+"""What ranks that compress together must agree on, and what a sharded model keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
+from torchrec.distributed import DistributedModelParallel
+
+from tests.cases import contexts, counts
+from tests.sharding.test_compress import GIVEN, NAMES, D, N, batch, shard, wrap
+from torchrec_compress import compress, get_default_sharders, measure_curvature
+from torchrec_compress.methods import PQConfig, QuantileCodesConfig
+
+CONFIG = PQConfig(num_codes=2, codebook_size=16)
+
+
+def disagree(kind: str) -> str:
+    """Return what each rank is told where its arguments are others than those of the other."""
+    sharded, other = shard(True, "row_wise"), dist.get_rank() == 1
+    config: Any = CONFIG
+    given: dict[str, Any] = {"counts": {name: counts() for name in NAMES}, "inplace": True}
+    if kind in ("curvature", "no curvature", "another's curvature"):
+        found = measure_curvature(sharded, [batch()], lambda model, ids: model(ids), "mse")
+        given["curvature"] = found
+        if other:
+            moved = dataclasses.replace(found["item"], matrix=found["item"].matrix * 2)
+            swapped = {"item": found["user"], "user": found["item"]}
+            values = {"curvature": {**found, "item": moved}, "no curvature": None, "another's curvature": swapped}
+            given["curvature"] = values[kind]
+    if other and kind == "inplace":
+        given["inplace"] = False
+    if other and kind == "name":
+        given["counts"] = {"items": counts()}
+    if other and kind == "no mapping":
+        given["counts"] = [counts()]
+    if other and kind == "collision":  # of the same sum, and the same sum times their places
+        seen = counts().clone()
+        seen[0], seen[1], seen[2] = seen[0] + 1, seen[1] - 2, seen[2] + 1
+        given["counts"] = {"item": seen, "user": counts()}
+    if kind == "contexts":
+        config = QuantileCodesConfig(num_codes=2, codebook_size=16)
+        pairs = contexts()
+        given["contexts"] = {"item": pairs, "user": (pairs[0], pairs[1].flip(0)) if other else pairs}
+    if kind == "bad contexts":
+        config = QuantileCodesConfig(num_codes=2, codebook_size=16)
+        given["contexts"] = {name: contexts() for name in NAMES}
+        if other:
+            given["contexts"]["user"] = (torch.tensor([N]), torch.tensor([0]))
+    if other and kind == "type":
+        config = {"item": 3, "*": CONFIG}
+    with pytest.raises(ValueError) as error:
+        compress(sharded, config, seed=3, **given)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("curvature", r"curvature must be the same on all ranks, got others on ranks \[1\]"),
+        ("no curvature", r"curvature must be the same on all ranks, got others on ranks \[1\]"),
+        ("another's curvature", r"curvature must be the same on all ranks, got others on ranks \[1\]"),
+        ("inplace", "must be compressed in place"),
+        ("name", "counts must name tables, got 'items'"),
+        ("no mapping", "counts must be a mapping by table name, got list"),
+        ("collision", r"counts must be the same on all ranks, got others on ranks \[1\]"),
+        ("contexts", r"contexts must be the same on all ranks, got others on ranks \[1\]"),
+        ("bad contexts", "table 'user': "),
+        ("type", r"compression\['item'\]: must be a method"),
+    ],
+)
+def test_a_difference_is_told_on_all_ranks(two_ranks, kind, message):
+    first, second = two_ranks.run(disagree, kind)
+    assert re.search(message, second), second
+    assert re.search(message, first), first
+    if "on all ranks" not in message:
+        assert first == f"rank 1: {second}"
+
+
+def keep() -> dict[str, Any]:
+    """Return what a model in evaluation keeps of its modes, and what the log says."""
+    sharded = shard(True, "row_wise").eval()
+    sharded.module.over.train()  # type: ignore[union-attr, operator]
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("torchrec_compress.convert.sharded")
+    logger.addHandler(handler)
+    try:
+        small = compress(sharded, CONFIG, inplace=True, **GIVEN)
+        again = compress(shard(True, "table_wise"), CONFIG, inplace=True, wrap=wrap, **GIVEN)
+    finally:
+        logger.removeHandler(handler)
+    inner: Any = small.module
+    return {
+        "modes": [small.training, inner.training, inner.over.training, any(m.training for m in inner.sparse.modules())],
+        "other": again.training and all(module.training for module in again.module.modules()),  # type: ignore[union-attr]
+        "said": records,
+        "let go": sharded._dmp_wrapped_module is sharded.module,
+    }
+
+
+def test_modes_stay_and_lost_optimizers_are_told(two_ranks):
+    first, second = two_ranks.run(keep)
+    for each in (first, second):
+        assert each["modes"] == [False, False, True, False] and each["other"]
+        assert each["let go"]  # or the hooks of its reducer would be called beside those of the new one
+    assert len(first["said"]) == 1 and "'sparse'" in first["said"][0] and "pass wrap=" in first["said"][0]
+    assert not second["said"]
+
+
+def settings() -> list[bool]:
+    """Return whether a collection of weighted bags, and one that returns ids, are so after."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"num_embeddings": N, "embedding_dim": D}
+    bags = [EmbeddingBagConfig(name="bag", feature_names=["bag"], **options)]
+    rows = [EmbeddingConfig(name="row", feature_names=["row"], **options)]
+    model = nn.ModuleDict(
+        {
+            "bags": EmbeddingBagCollection(bags, is_weighted=True),
+            "rows": EmbeddingCollection(rows, need_indices=True),
+            "net": nn.Linear(1, 1),
+        }
+    )
+    sharded = DistributedModelParallel(model, device=torch.device("cpu"), sharders=get_default_sharders())
+    small: Any = compress(sharded, CONFIG, inplace=True)
+    return [small.module["bags"].is_weighted(), small.module["rows"].need_indices()]
+
+
+def test_settings_of_collections_stay(two_ranks):
+    assert two_ranks.run(settings) == [[True, True]] * 2
