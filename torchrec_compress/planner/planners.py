@@ -186,7 +186,7 @@ class EmbeddingShardingPlanner(StockPlanner):
             >>> model = nn.ModuleList([EmbeddingBagCollection([table])])
             >>> frontier = measure_frontier(model[0], {"user": torch.arange(4000)}, num_codes=(2,))
             >>> planner = EmbeddingShardingPlanner(Topology(world_size=2, compute_device="cuda"), stats=[])
-            >>> planner.choose(model, frontier, budget_bytes=2**20)["user"].method
+            >>> planner.choose(model, frontier, budget_bytes=300_000)["user"].method
             'int8'
         """
         sharders = get_default_sharders() if sharders is None else sharders
