@@ -18,6 +18,36 @@ import warnings
 METHODS = "mec, pq with hot rows, int8, memcom, hash, dense"
 
 
+def choose(num_tables: int, world_size: int) -> None:
+    """Choose among six ways for each table once and print a row."""
+    import torch
+    from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+    from torchrec.distributed.planner import Topology
+
+    from torchrec_compress.compression import Frontier
+    from torchrec_compress.compression.knapsack import Candidate
+    from torchrec_compress.methods import DenseConfig, Int4Config, Int8Config, PQConfig
+    from torchrec_compress.planner import EmbeddingShardingPlanner
+
+    tables = [
+        EmbeddingBagConfig(name=f"t{n}", num_embeddings=10_000 + 1000 * n, embedding_dim=64, feature_names=[f"t{n}"])
+        for n in range(num_tables)
+    ]
+    model = torch.nn.ModuleDict({"sparse": EmbeddingBagCollection(tables, device=torch.device("meta"))})
+    ways = [*(PQConfig(num_codes=codes) for codes in (2, 4, 8)), Int4Config(), Int8Config(), DenseConfig()]
+    candidates = {
+        table.name: [Candidate(way.stored_bytes(table), (1 + n % 7) * 10.0**-k, way) for k, way in enumerate(ways)]
+        for n, table in enumerate(tables)
+    }
+    frontier = Frontier({table.name: (table.num_embeddings, 64) for table in tables}, candidates, "loss")
+    topology = Topology(world_size=world_size, local_world_size=8, compute_device="cuda", hbm_cap=6 * 2**30)
+    planner = EmbeddingShardingPlanner(topology, stats=[])
+    start = time.process_time()
+    choice = planner.choose(model, frontier)
+    spent = time.process_time() - start
+    print(f"| {num_tables} x {len(ways)} | {world_size} | {spent:.1f} | {choice.planned_bytes / 2**30:.1f} |")
+
+
 def one(num_tables: int, world_size: int, hbm: int, stock: bool, limit: int) -> None:
     """Plan once and print a row of the table."""
     import torch
@@ -87,8 +117,15 @@ def main() -> None:
     parser.add_argument("--hbm", type=int, default=1024, help="GiB of a rank")
     parser.add_argument("--stock", action="store_true", help="TorchRec's own planner, estimators and proposers")
     parser.add_argument("--limit", type=int, default=120, help="seconds after which TorchRec's planner stops searching")
+    parser.add_argument("--choose", action="store_true", help="among six ways for each table, in this process")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.choose:
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+        for num_tables in given.tables:
+            choose(num_tables, given.ranks[0])
+        return
     if given.one:
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
