@@ -115,7 +115,6 @@ def test_foreign_files_are_refused_and_nothing_in_them_runs(tmp_path):
 
 
 def test_a_safetensors_file_that_is_none(tmp_path):
-    pytest.importorskip("safetensors")
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 20)
     refuse(tmp_path / "x.safetensors", TOLD, "must be a safetensors file")
 
@@ -211,7 +210,6 @@ def test_tied_weights_are_refused_and_those_of_others_stay_tied(tmp_path):
     run(tmp_path / "dense.pt", tmp_path / "small.pt", told)
     got = torch.load(tmp_path / "small.pt")
     assert got["c"].data_ptr() == got["d"].data_ptr()
-    pytest.importorskip("safetensors")
     run(tmp_path / "dense.pt", tmp_path / "small.safetensors", told)
     assert torch.equal(open_checkpoint(tmp_path / "small.safetensors").tensors["d"].rows(0, 4), tied)
 

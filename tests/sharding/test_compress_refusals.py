@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
 from torchrec.distributed import DistributedModelParallel
 
 from tests.cases import contexts, counts
 from tests.sharding.test_compress import GIVEN, NAMES, D, N, batch, shard, wrap
-from torchrec_compress import compress, get_default_sharders, measure_curvature
+from torchrec_compress import CompressedEmbeddingBagCollection, compress, get_default_sharders, measure_curvature
 from torchrec_compress.methods import PQConfig, QuantileCodesConfig
 
 CONFIG = PQConfig(num_codes=2, codebook_size=16)
@@ -136,3 +136,28 @@ def settings() -> list[bool]:
 
 def test_settings_of_collections_stay(two_ranks):
     assert two_ranks.run(settings) == [[True, True]] * 2
+
+
+def alone() -> tuple[bool, Tensor, Tensor]:
+    """Return what a collection that is the whole model serves, before and after."""
+    torch.manual_seed(0)
+    tables = [EmbeddingBagConfig(name=name, num_embeddings=N, embedding_dim=D, feature_names=[name]) for name in NAMES]
+    cpu, sharders = torch.device("cpu"), get_default_sharders()
+    sharded = DistributedModelParallel(EmbeddingBagCollection(tables), device=cpu, sharders=sharders)
+
+    def fail(model: Any) -> Any:
+        raise RuntimeError("no plan")
+
+    before = sharded(batch()).values().detach()
+    with pytest.raises(RuntimeError, match="no plan"):
+        compress(sharded, CONFIG, inplace=True, wrap=fail)
+    assert torch.equal(sharded(batch()).values().detach(), before)
+    small: Any = compress(sharded, CONFIG, inplace=True)
+    after = small(batch()).values().detach()
+    return isinstance(small.module, CompressedEmbeddingBagCollection), before, after
+
+
+def test_a_collection_may_be_the_whole_model(two_ranks):
+    for is_ours, before, after in two_ranks.run(alone):
+        assert is_ours and not torch.equal(before, after)
+        assert float((before - after).square().mean()) < float(before.square().mean())

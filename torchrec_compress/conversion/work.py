@@ -23,6 +23,7 @@ from torchrec_compress.train.sealed import (
     load_tensors,
     read_json,
     save_tensors,
+    sync,
     write_json,
 )
 
@@ -127,7 +128,7 @@ class Work:
     def sync(self, name: str) -> None:
         """Make what was written into a mapped file durable."""
         if (self.root / name).exists():
-            _sync(self.root / name)
+            sync(self.root / name)
 
     def copied(self, name: str, entry: Entry) -> Tensor:
         """Return a tensor of a checkpoint as one piece: as it is mapped, or copied into a file by blocks."""
@@ -175,7 +176,7 @@ class Work:
         if os.path.lexists(self.target):
             raise ValueError(f"{self.target}: must not exist, got something that has appeared; move it away, run again")
         self.result.rename(self.target)
-        _sync(self.target.parent)
+        sync(self.target.parent)
 
     def finish(self) -> tuple[Path, dict[str, Any]]:
         """Put the report beside the result, delete the folder, and return where the report is, and what it says."""
@@ -202,15 +203,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _sync_all(path: Path) -> None:
     for each in [*path.iterdir(), path] if path.is_dir() else [path]:
         if each.is_dir() or check_regular(each) is None:
-            _sync(each)
+            sync(each)

@@ -199,6 +199,8 @@ def with_modules(model: Any, new: Mapping[int, nn.Module], inplace: bool) -> Any
             raise ValueError(
                 f"compress: the model must be one that can be copied, got {error}; pass inplace=True to change itself"
             ) from error
+    if id(model) in new:  # which has no place to be put in
+        return new[id(model)]
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in new:
             parent, _, name = path.rpartition(".")

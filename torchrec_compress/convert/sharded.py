@@ -208,15 +208,13 @@ def _rewrapped(
 ) -> DistributedModelParallel:
     """Return the model in a new wrapper, with what is to change in place of what was; as before where that fails."""
     inner = model.module
-    with_modules(inner, {id(change.place.module): change.made for change in changes}, inplace=True)
-    made = [inner.get_submodule(change.place.path) for change in changes]
+    changed = with_modules(inner, {id(change.place.module): change.made for change in changes}, inplace=True)
     try:
-        wrapped = _wrap(inner, model) if wrap is None else wrap(inner)
+        wrapped = _wrap(changed, model) if wrap is None else wrap(changed)
         if not isinstance(wrapped, DistributedModelParallel):
             raise ValueError(f"{_WHERE}: wrap must return a DistributedModelParallel, got {type(wrapped).__name__}")
     except BaseException:
-        olds = {id(new): change.place.module for new, change in zip(made, changes, strict=True)}
-        with_modules(inner, olds, inplace=True)
+        with_modules(changed, {id(change.made): change.place.module for change in changes}, inplace=True)
         raise
     let_go(model)
     return wrapped

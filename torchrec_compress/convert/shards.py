@@ -186,7 +186,7 @@ def digest(value: Any) -> str:
 def _digest(value: Any, found: Any) -> None:
     if isinstance(value, Tensor):
         found.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     elif isinstance(value, Mapping):
         for key in sorted(value, key=str):
             found.update(repr(key).encode())

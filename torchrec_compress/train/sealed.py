@@ -243,13 +243,13 @@ def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
     """List checksums by name, instead of what was listed."""
     part = _part(folder / SUMS)
     part.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
-    _sync(part)
+    sync(part)
     part.replace(folder / SUMS)
 
 
 def _publish(part: Path, path: Path) -> None:
     """Give a durable file its name. Killed in between it is not listed, so that it counts as not there."""
-    _sync(part)
+    sync(part)
     sums, new = listed(path.parent) or {}, digest(part)
     if sums.get(path.name) == new and path.is_file() and digest(path) == new:
         part.unlink()
@@ -264,9 +264,13 @@ def _part(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def sync(path: Path) -> None:
+    """Make a file's or a folder's content durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _hash(file: BinaryIO) -> str:

@@ -132,7 +132,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, ranks, cal
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os if call == "fsync" else checkpoint.Path, call, full)
+    monkeypatch.setattr(os if call == "fsync" else checkpoint.Path, call, full)
     with pytest.raises(OSError, match=r"step 2 could not be written.*No space left.*step000000001 is still good"):
         _save(tmp_path, 2, ranks)
     monkeypatch.undo()

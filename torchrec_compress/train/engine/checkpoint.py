@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import threading
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from torchrec_compress.seams import copy_to_host
 from torchrec_compress.train.engine.checkpoint_reader import FORMAT, META, damage, read, read_meta, reason
 from torchrec_compress.train.ranks import Ranks, on_first
-from torchrec_compress.train.sealed import digest, listed, load_plain, to_json, write_sums
+from torchrec_compress.train.sealed import digest, listed, load_plain, sync, to_json, write_sums
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class Checkpoints:
                 state, storage_writer=dcp.FileSystemWriter(random.parent), process_group=group, no_dist=group is None
             )
             torch.save(generator, random)
-            _sync(random)
+            sync(random)
             files = {path.name: digest(path) for path in self._mine(random.parent)}
         except (OSError, RuntimeError, CheckpointException) as caught:
             error = reason(caught)
@@ -162,12 +161,12 @@ class Checkpoints:
         """Make a checkpoint visible, and delete those that are too old."""
         final = self._folder / f"step{step:09d}"
         (partial / META).write_text(to_json(final / META, meta))
-        _sync(partial / META)
+        sync(partial / META)
         write_sums(partial, {**sums, META: digest(partial / META)})
-        _sync(partial)
+        sync(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _sync(self._folder)
+        sync(self._folder)
         kept = {*_all(self._folder)[-self._keep :]}
         if protected is not None:
             kept.add(self._folder / f"step{protected:09d}")
@@ -292,15 +291,6 @@ def _make_empty(folder: Path) -> None:
         old = _newest(folder.parent)
         left = f"; {old} is still good" if old else ""
         raise OSError(f"checkpoint {folder.parent}: must be writable, got {error}{left}") from error
-
-
-def _sync(path: Path) -> None:
-    """Make a file's or a folder's content durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _newest(folder: Path) -> Path | None:
