@@ -26,10 +26,12 @@ from torchrec.distributed.types import (
     EnumerableShardingSpec,
     ParameterSharding,
     QuantizedCommCodecs,
+    ShardedModule,
     ShardingEnv,
     ShardingType,
 )
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, EmbeddingTableConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 __all__ = [
@@ -42,7 +44,9 @@ __all__ = [
     "backward_settings",
     "copy_backward_optimizer",
     "copy_to_host",
+    "forget_inputs",
     "fused_rows",
+    "has_codecs",
     "local_shards",
     "look_up_local",
     "num_backward_optimizers",
@@ -223,8 +227,22 @@ def sharded_configs(module: nn.Module) -> tuple[list[BaseEmbeddingConfig], bool]
 
 
 def needs_indices(module: nn.Module) -> bool:
-    """Return whether a sharded unpooled collection returns ids as well."""
-    return isinstance(module, ShardedEmbeddingCollection) and bool(module._need_indices)
+    """Return whether an unpooled collection, sharded or not, returns ids as well."""
+    return isinstance(module, EmbeddingCollection | ShardedEmbeddingCollection) and bool(module._need_indices)
+
+
+def forget_inputs(module: nn.Module) -> None:
+    """Have sharded stock collections of a module learn anew which features a batch has, and in which order."""
+    stock = (ShardedEmbeddingBagCollection, ShardedEmbeddingCollection)
+    parts: list[Any] = [part for part in module.modules() if isinstance(part, stock)]
+    for part in parts:
+        part._has_uninitialized_input_dist, part._has_features_permute = True, True
+        part._input_dists, part._features_order, part._feature_splits = [], [], []
+
+
+def has_codecs(module: nn.Module) -> bool:
+    """Return whether something of a sharded module sends values in other types than they have."""
+    return any(part.qcomm_codecs_registry for part in module.modules() if isinstance(part, ShardedModule))
 
 
 @contextmanager
@@ -373,3 +391,10 @@ def plan_as(option: ShardingOption, tensor: Tensor | None = None, is_pooled: boo
 def reserved_share(reservation: StorageReservation) -> float:
     """Return the share of memory that a reservation holds back; the stock planner prints it when it finds no plan."""
     return getattr(reservation, "_percentage", 0.0)
+
+
+def planner_parts(planner: Any) -> dict[str, Any]:
+    """Return what a stock planner was made with, by the names that it takes, but for how it lists and counts options."""
+    names = {"proposer": "_proposers", "partitioner": "_partitioner", "performance_model": "_perf_model"}
+    names |= {name: f"_{name}" for name in ("stats", "callbacks", "timeout_seconds", "debug")}
+    return {name: getattr(planner, kept) for name, kept in names.items()}

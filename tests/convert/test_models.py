@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -229,6 +231,24 @@ def test_a_subclass_is_left_and_named(caplog):
     with caplog.at_level(logging.WARNING, "torchrec_compress.convert.models"):
         small = compress(model, PQ)
     assert type(small["own"]) is Sub and "'own': left as it is" in caplog.text
+
+
+def test_scripted_tables_are_told(caplog):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is on its way out
+        scripted = torch.jit.script(nn.Sequential(nn.Embedding(N, D)))
+    model = nn.ModuleDict({"old": scripted, "plain": nn.Embedding(N, D)})
+    with caplog.at_level(logging.WARNING, "torchrec_compress.convert.models"):
+        small = compress(model, PQ, inplace=True)
+    assert small["old"] is scripted and "'old.0': left as it is: its graph is scripted" in caplog.text
+
+
+@pytest.mark.parametrize("inplace", ["yes", 1, None])
+def test_a_word_is_no_yes(inplace):
+    model: Any = nn.Sequential(nn.Embedding(N, D))
+    for change in (lambda: compress(model, PQ, inplace=inplace), lambda: decompress(model, inplace=inplace)):
+        with pytest.raises(ValueError, match=f"inplace must be True or False, got {inplace!r}"):
+            change()
 
 
 def wrap():

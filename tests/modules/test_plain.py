@@ -326,6 +326,7 @@ def test_ids_out_of_range_raise_by_name(config, number):
         ({}, (IDS_2D, torch.tensor([0])), "offsets must be None with input of 2 dimensions"),
         ({}, (IDS_2D[0],), "offsets must be given with input of 1 dimension"),
         ({}, (torch.tensor(1),), r"input must have 1 or 2 dimensions, got shape \[\]"),
+        ({}, ([[1, 2]],), "input must be a tensor, got list"),
         ({}, (IDS_2D.float(),), r"input must be int32 or int64, got torch.float32; call input.long\(\)"),
         ({}, (IDS_2D[0], torch.zeros(1)), "offsets must be int32 or int64, got torch.float32"),
         ({}, (IDS_2D[0], torch.tensor([[0]])), r"offsets must have 1 dimension, got shape \[1, 1\]"),

@@ -91,7 +91,7 @@ def keep() -> dict[str, Any]:
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("torchrec_compress.convert.sharded")
+    logger = logging.getLogger("torchrec_compress.convert.wrapping")
     logger.addHandler(handler)
     try:
         small = compress(sharded, CONFIG, inplace=True, **GIVEN)

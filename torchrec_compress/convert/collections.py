@@ -21,7 +21,12 @@ from torchrec.modules.embedding_modules import (
 from torchrec_compress.compression import Compression
 from torchrec_compress.convert.into import check_whole, row_reader
 from torchrec_compress.methods.learned import RowReader
-from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
+from torchrec_compress.modules import (
+    CompressedEmbedding,
+    CompressedEmbeddingBag,
+    CompressedEmbeddingBagCollection,
+    CompressedEmbeddingCollection,
+)
 from torchrec_compress.names import kind_of
 from torchrec_compress.seams import backward_optimizer
 
@@ -68,6 +73,12 @@ def rows_of(source: Any) -> tuple[dict[str, Tensor | RowReader], torch.device]:
         "compress: source must be an EmbeddingBagCollection or an EmbeddingCollection, stock or compressed, a plain "
         f"nn.Embedding or nn.EmbeddingBag, or a model that holds some, got {got}; {advice}"
     )
+
+
+def collection_of(module: Any) -> Compressed:
+    """Return the collection that a compressed module is, or has."""
+    is_plain = isinstance(module, CompressedEmbedding | CompressedEmbeddingBag)
+    return module.collection if is_plain else module  # type: ignore[return-value]
 
 
 def _half_tables(source: Stock) -> set[str]:
@@ -133,20 +144,23 @@ def parameters_of(collection: Stock | Compressed, name: str) -> list[nn.Paramete
     return [value for value in found if isinstance(value, nn.Parameter)]
 
 
+def stock_like(collection: Compressed, device: torch.device) -> Stock:
+    """Return a stock collection of the same tables and kind, to be filled."""
+    with torch.random.fork_rng(generators(device)):
+        if isinstance(collection, CompressedEmbeddingCollection):
+            rows = copy.deepcopy(collection.embedding_configs())
+            return EmbeddingCollection(rows, device=device, need_indices=collection.need_indices())
+        bags = copy.deepcopy(collection.embedding_bag_configs())
+        return EmbeddingBagCollection(bags, is_weighted=collection.is_weighted(), device=device)
+
+
 @torch.no_grad()
 def expand(collection: Compressed) -> Stock:
     """Return a stock collection of the rows that a compressed one serves."""
     check_whole("decompress", collection)
     if collection.code_tables is not None:
         collection.code_tables.warn_of_start_codes()
-    dense: Stock
-    with torch.random.fork_rng(generators(collection.device)):
-        if isinstance(collection, CompressedEmbeddingCollection):
-            rows = copy.deepcopy(collection.embedding_configs())
-            dense = EmbeddingCollection(rows, device=collection.device, need_indices=collection.need_indices())
-        else:
-            bags = copy.deepcopy(collection.embedding_bag_configs())
-            dense = EmbeddingBagCollection(bags, is_weighted=collection.is_weighted(), device=collection.device)
+    dense = stock_like(collection, collection.device)
     weights = stock_weights(dense)
     for name, weight in weights.items():
         fill(weight, collection, name)

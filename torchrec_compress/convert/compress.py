@@ -32,6 +32,7 @@ from torchrec_compress.convert.models import (
 )
 from torchrec_compress.convert.plain import empty_plain, expanded_plain
 from torchrec_compress.convert.safety import check_places
+from torchrec_compress.convert.served import decompress_sharded
 from torchrec_compress.convert.sharded import compress_sharded
 from torchrec_compress.fit.curvature import Curvature
 from torchrec_compress.modules import (
@@ -149,23 +150,13 @@ def compress(
         (torch.Size([2, 1]), 'EmbeddingBag', True)
     """
     given = {"counts": counts, "contexts": contexts, "curvature": curvature}
-    if isinstance(source, DistributedModelParallel) or wrap is not None:
-        return _compress_wrapped(source, compression, given, seed, progress, inplace, wrap)
+    _check_inplace("compress", inplace)
+    if isinstance(source, DistributedModelParallel):
+        return compress_sharded(source, compression, given, seed, progress, inplace, wrap)
+    _check_unwrapped("compress", source, wrap)
     if type(source) not in PLAIN and not isinstance(source, STOCK + COMPRESSED) and _has_tables(source):
         return _compress_model(source, compression, given, seed, progress, inplace)
     return _compress_alone(source, compression, given, seed, progress, inplace)
-
-
-def _compress_wrapped(
-    model: Any, compression: Compression, given: Mapping[str, Any], seed: int, progress: bool, inplace: bool, wrap: Any
-) -> nn.Module:
-    """Return a sharded model with compressed tables; arguments as in `compress`."""
-    if not isinstance(model, DistributedModelParallel):
-        raise ValueError(
-            f"compress: wrap must be left out where nothing is wrapped, got a {type(model).__name__}; pass it with a "
-            "DistributedModelParallel"
-        )
-    return compress_sharded(model, compression, given, seed, progress, inplace, wrap)
 
 
 def _compress_alone(
@@ -187,6 +178,21 @@ def _compress_alone(
     run(fits, progress)
     take_frozen(_before(place), fits.collection)
     return made
+
+
+def _check_inplace(where: str, inplace: object) -> None:
+    """Raise ValueError unless it is said by a bool, as a word of any kind would count as yes."""
+    if not isinstance(inplace, bool):
+        raise ValueError(f"{where}: inplace must be True or False, got {inplace!r}")
+
+
+def _check_unwrapped(where: str, model: object, wrap: object) -> None:
+    """Raise ValueError where nothing is wrapped that could be wrapped again."""
+    if wrap is not None:
+        raise ValueError(
+            f"{where}: wrap must be left out where nothing is wrapped, got a {type(model).__name__}; pass it with a "
+            "DistributedModelParallel"
+        )
 
 
 def _has_tables(source: Any) -> bool:
@@ -273,22 +279,31 @@ def decompress(collection: CompressedEmbeddingBag, *, inplace: bool = False) -> 
 
 
 @overload
-def decompress(collection: Model, *, inplace: bool = False) -> Model: ...
+def decompress(
+    collection: Model, *, inplace: bool = False, wrap: Callable[[nn.Module], DistributedModelParallel] | None = None
+) -> Model: ...
 
 
-def decompress(collection: nn.Module, *, inplace: bool = False) -> nn.Module:
+def decompress(
+    collection: nn.Module,
+    *,
+    inplace: bool = False,
+    wrap: Callable[[nn.Module], DistributedModelParallel] | None = None,
+) -> nn.Module:
     """Expand every table of a compressed collection, of a plain module, or of a model to its dense rows.
 
     Args:
         collection: compressed, fitted or not; or a model that holds such.
-        inplace: whether to change the model itself; else a copy is returned.
+        inplace: whether to change the model itself, as one that is sharded must be; else a copy is returned.
+        wrap: of one that is sharded, as of `compress`.
 
     Returns:
         A stock collection, or PyTorch's own module, on the same device whose rows are the ones that the compressed
-        tables serve; a model for a model.
+        tables serve; a model for a model, for a `DistributedModelParallel` a new one.
 
     Raises:
-        ValueError: nothing of it is compressed, or it is sharded; a module of a model has hooks.
+        ValueError: nothing of it is compressed; a module of a model has hooks; of a sharded one, rows travel in another
+            type than they have, or no feature looks up all rows of a table.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig
@@ -298,11 +313,10 @@ def decompress(collection: nn.Module, *, inplace: bool = False) -> nn.Module:
         >>> decompress(collection).embedding_bags["user"].weight.unique(dim=0).shape[0] <= 10
         True
     """
+    _check_inplace("decompress", inplace)
     if isinstance(collection, DistributedModelParallel):
-        raise ValueError(
-            "decompress: the model must not be sharded, got a DistributedModelParallel; load its state into one that "
-            "is not"
-        )
+        return decompress_sharded(collection, inplace, wrap)
+    _check_unwrapped("decompress", collection, wrap)
     places = find_places(collection) if isinstance(collection, nn.Module) else []
     places = [place for place in places if place.is_compressed]
     if not places:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import nn
 from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_modules import (
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 Given = TypeVar("Given")
 PLAIN = (nn.Embedding, nn.EmbeddingBag)
+_NAMES = tuple(kind.__name__ for kind in PLAIN)
 _PLAIN_COMPRESSED = (CompressedEmbedding, CompressedEmbeddingBag)
 _COLLECTIONS = (EmbeddingBagCollectionInterface, EmbeddingCollectionInterface)
 
@@ -103,6 +105,8 @@ def _tables_of(path: str, module: Any) -> tuple[str, ...] | None:
         return (table_name(path),)
     if isinstance(module, (*PLAIN, EmbeddingBagCollection, EmbeddingCollection)):
         logger.warning("%r: left as it is: %s may look its rows up in a way of its own", path, type(module))
+    if getattr(module, "original_name", None) in _NAMES and isinstance(module, torch.jit.ScriptModule):
+        logger.warning("%r: left as it is: its graph is scripted; compress first, and script the result", path)
     return None
 
 

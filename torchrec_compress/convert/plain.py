@@ -16,7 +16,9 @@ Plain: TypeAlias = nn.Embedding | nn.EmbeddingBag
 CompressedPlain: TypeAlias = CompressedEmbedding | CompressedEmbeddingBag
 
 
-def empty_plain(module: Plain, method: MethodConfig, name: str, seed: int) -> CompressedPlain:
+def empty_plain(
+    module: Plain, method: MethodConfig, name: str, seed: int, device: torch.device | None = None
+) -> CompressedPlain:
     """Return a module that is called as this one, with its padding row, to be fitted to it.
 
     Args:
@@ -24,6 +26,7 @@ def empty_plain(module: Plain, method: MethodConfig, name: str, seed: int) -> Co
         method: of its table.
         name: of its table.
         seed: of the fit.
+        device: of the table, default the module's own, where its padding row always is.
 
     Raises:
         ValueError: it holds no values, none in float32, or changes or counts rows as it looks them up.
@@ -39,21 +42,22 @@ def empty_plain(module: Plain, method: MethodConfig, name: str, seed: int) -> Co
                 "or leave the table out"
             )
     rows, width = weight.shape
+    device = weight.device if device is None else device
     # what is made in inference mode can never be trained; start values are not what a user's seed is for
-    with torch.inference_mode(False), torch.random.fork_rng(generators(weight.device)):
+    with torch.inference_mode(False), torch.random.fork_rng(generators(device)):
         made: CompressedPlain
         if isinstance(module, nn.Embedding):
             made = CompressedEmbedding(
-                rows, width, module.padding_idx, compression=method, name=name, device=weight.device, seed=seed,
+                rows, width, module.padding_idx, compression=method, name=name, device=device, seed=seed,
                 will_fit=True,
             )  # fmt: skip
         else:
             made = CompressedEmbeddingBag(
                 rows, width, module.mode, module.padding_idx, module.include_last_offset,  # type: ignore[arg-type]
-                compression=method, name=name, device=weight.device, seed=seed, will_fit=True,
+                compression=method, name=name, device=device, seed=seed, will_fit=True,
             )  # fmt: skip
         if made.padding_row is not None:
-            made.padding_row.copy_(weight.detach()[module.padding_idx])
+            made.padding_row = weight.detach()[module.padding_idx].clone()
     return made
 
 
@@ -61,17 +65,26 @@ def empty_plain(module: Plain, method: MethodConfig, name: str, seed: int) -> Co
 def expanded_plain(module: CompressedPlain) -> Plain:
     """Return PyTorch's own module, of the rows that a compressed one serves."""
     check_whole("decompress", module.collection)  # type: ignore[arg-type]
-    rows, width, device = module.num_embeddings, module.embedding_dim, module.collection.device
-    made: Plain
+    made = plain_like(module, module.collection.device)
+    fill(made.weight, module.collection, module.name)  # type: ignore[arg-type]
+    put_padding(module, made)
+    return made
+
+
+def plain_like(module: CompressedPlain, device: torch.device) -> Plain:
+    """Return PyTorch's own module that is called as a compressed one, to be filled."""
+    rows, width, padding = module.num_embeddings, module.embedding_dim, module.padding_idx
     with torch.inference_mode(False), torch.random.fork_rng(generators(device)):
         if isinstance(module, CompressedEmbedding):
-            made = nn.Embedding(rows, width, module.padding_idx, device=device)
-        else:
-            padding, last = module.padding_idx, module.include_last_offset
-            made = nn.EmbeddingBag(
-                rows, width, mode=module.mode, padding_idx=padding, include_last_offset=last, device=device
-            )
-    fill(made.weight, module.collection, module.name)  # type: ignore[arg-type]
+            return nn.Embedding(rows, width, padding, device=device)
+        last = module.include_last_offset
+        return nn.EmbeddingBag(
+            rows, width, mode=module.mode, padding_idx=padding, include_last_offset=last, device=device
+        )
+
+
+@torch.no_grad()
+def put_padding(module: CompressedPlain, made: Plain) -> None:
+    """Give PyTorch's own module the padding row that a compressed one has."""
     if module.padding_row is not None:
         made.weight[module.padding_idx] = module.padding_row
-    return made

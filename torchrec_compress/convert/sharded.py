@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import Topology
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from tqdm import tqdm
 
 from torchrec_compress.compression import Compression
-from torchrec_compress.convert.collections import Compressed
+from torchrec_compress.convert.collections import Compressed, collection_of
 from torchrec_compress.convert.into import checked_inputs, on_cpu
-from torchrec_compress.convert.models import Place, chosen, errors_of, find_places, shared_out, with_modules
+from torchrec_compress.convert.models import PLAIN, Place, chosen, errors_of, find_places, shared_out
+from torchrec_compress.convert.plain import empty_plain
 from torchrec_compress.convert.safety import check_places
 from torchrec_compress.convert.shards import Crew, EncodedRows, SharedRows, digest
+from torchrec_compress.convert.wrapping import Wrap, rewrapped
 from torchrec_compress.methods import MethodConfig, TableData, TableState
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from torchrec_compress.modules.trained_rows import note_rows
-from torchrec_compress.planner import EmbeddingShardingPlanner
-from torchrec_compress.seams import environment_of, let_go, needs_indices, shape_and_dtype, sharded_configs
-from torchrec_compress.sharding import get_default_sharders
+from torchrec_compress.seams import environment_of, needs_indices, shape_and_dtype, sharded_configs
 from torchrec_compress.sharding.loading import copy_rows, copy_whole
 
-logger = logging.getLogger(__name__)
-
-Wrap: TypeAlias = Callable[[nn.Module], DistributedModelParallel]
 _WHERE = "compress"
 
 
@@ -48,16 +43,18 @@ class _Fitted(NamedTuple):
 
 
 class _Change(NamedTuple):
-    """A sharded collection that is to be another.
+    """A module whose tables are to be compressed.
 
     Attributes:
         place: where it is.
-        made: what comes there, on the meta device.
+        module: what comes there, its tables on the meta device.
+        made: its collection, or the module itself.
         rows: of its tables, by name.
         inputs: the rest of what is learned from, by name.
     """
 
     place: Place
+    module: nn.Module
     made: Compressed
     rows: Mapping[str, SharedRows]
     inputs: Mapping[str, TableData]
@@ -80,27 +77,16 @@ def compress_sharded(
     environment, device = environment_of(model), model.device
     if environment.process_group is None:
         raise ValueError(f"{_WHERE}: the model must have a process group, got none; initialise torch.distributed first")
-    crew, modes = Crew(environment.process_group, device), [(each, each.training) for each in model.module.modules()]
+    crew = Crew(environment.process_group, device)
     changes = _changes(model.module, compression, given, seed, inplace, crew)
     fitted: list[dict[str, _Fitted]] = []
     for change in changes:
         with errors_of(change.place.path):
             fitted.append(_fit(change, crew, progress and crew.rank == 0))
     names = [{name: change.made.state_names(name) for name in change.rows} for change in changes]
-    wrapped = _rewrapped(model, changes, wrap)
+    wrapped = rewrapped(_WHERE, model, [(change.place, change.module) for change in changes], wrap)
     for change, each, mine in zip(changes, fitted, names, strict=True):
         _fill(change.made, each, mine)
-    wrapped.train(model.training)
-    for module, mode in modes:
-        module.training = mode
-    for change in changes:
-        change.made.train(change.place.module.training)
-    if wrap is None and crew.rank == 0:
-        logger.warning(
-            "collections %s: what trained their tables in the backward is gone with their shards; native tables of "
-            "theirs train by the optimizers that they are given: pass wrap= to give them one in the backward",
-            [change.place.path for change in changes],
-        )
     return wrapped
 
 
@@ -116,13 +102,14 @@ def _changes(
     asked = crew.together(lambda: _asked(inner, compression, given, seed, inplace))
     crew.check_same(asked.digests)
     changes = []
-    for place, made, mine in asked.wanted:
+    for place, module, mine in asked.wanted:
+        made = collection_of(module)
         with errors_of(place.path):
-            state = place.module.state_dict()
-            rows = {table.name: SharedRows(table, _weight(state, table), crew) for table in made.table_configs()}
+            weights = _weights(place)
+            rows = {table.name: SharedRows(table, weights[table.name], crew) for table in made.table_configs()}
             # looks at rows of all ranks where there is a curvature, and so fails on all or none
             inputs = checked_inputs(made, dict(rows), **mine, progress=False)
-        changes.append(_Change(place, made, rows, inputs))
+        changes.append(_Change(place, module, made, rows, inputs))
     return changes
 
 
@@ -134,7 +121,7 @@ class _Asked(NamedTuple):
         digests: of all arguments, see `Crew.check_same`.
     """
 
-    wanted: list[tuple[Place, Compressed, dict[str, Any]]]
+    wanted: list[tuple[Place, nn.Module, dict[str, Any]]]
     digests: dict[str, tuple[str, str]]
 
 
@@ -155,37 +142,51 @@ def _asked(
     for place, methods in wanted:
         mine = {what: each[place.path] for what, each in by_place.items()}
         with errors_of(place.path):
-            made = _empty(place, methods, seed)
+            module = _empty(place, methods, seed)
+            made = collection_of(module)
             for table in made.table_configs():
                 some = TableData(None, mine["counts"].get(table.name), mine["contexts"].get(table.name), seed)
                 made.methods()[table.name].check_fit(table, some)
-        found.append((place, made, mine))
+        if type(place.module) in PLAIN and not any(each.is_compressed for each in made.methods().values()):
+            continue  # it would not get smaller
+        found.append((place, module, mine))
     values = {"methods": [methods for _, methods in wanted], "seed": seed, **by_place}
     advice = {"counts": "add them up over the ranks first"}
     return _Asked(found, {what: (digest(each), advice.get(what, "pass the same")) for what, each in values.items()})
 
 
-def _empty(place: Place, methods: Mapping[str, MethodConfig], seed: int) -> Compressed:
-    """Return a compressed collection in place of a sharded one, on the meta device."""
-    found = sharded_configs(place.module)
-    if found is None:
-        raise ValueError(
-            f"{_WHERE}: tables of a DistributedModelParallel must be sharded, got {type(place.module).__name__}; "
-            "compress what is not sharded before the model is wrapped"
-        )
-    configs: Any = found[0]
+def _empty(place: Place, methods: Mapping[str, MethodConfig], seed: int) -> nn.Module:
+    """Return what is compressed in place of a module, its tables on the meta device."""
+    module: Any = place.module
     meta = torch.device("meta")
+    if type(module) in PLAIN:
+        (name,) = place.tables
+        return empty_plain(module, methods[name], name, seed, meta)
+    if place.is_compressed:
+        raise ValueError(
+            f"{_WHERE}: tables of a DistributedModelParallel must not be compressed twice, got a "
+            f"{type(module).__name__}; decompress() them first"
+        )
+    configs: Any
+    if (found := sharded_configs(module)) is not None:
+        configs, is_weighted = found
+    elif isinstance(module, EmbeddingBagCollection):
+        configs, is_weighted = module.embedding_bag_configs(), module.is_weighted()
+    else:
+        configs, is_weighted = module.embedding_configs(), False
     with torch.inference_mode(False):
         if hasattr(configs[0], "pooling"):
-            return CompressedEmbeddingBagCollection(configs, meta, found[1], dict(methods), seed, will_fit=True)
-        kept = needs_indices(place.module)
+            return CompressedEmbeddingBagCollection(configs, meta, is_weighted, dict(methods), seed, will_fit=True)
+        kept = needs_indices(module)
         return CompressedEmbeddingCollection(configs, meta, kept, dict(methods), seed, will_fit=True)
 
 
-def _weight(state: Mapping[str, Any], table: BaseEmbeddingConfig) -> object:
-    """Return the weight of a table in the state dict of a sharded stock collection."""
-    (found,) = [value for name, value in state.items() if name.endswith(f".{table.name}.weight")]
-    return found
+def _weights(place: Place) -> dict[str, object]:
+    """Return the weights of a module's tables by name, sharded or whole on every rank."""
+    if type(place.module) in PLAIN:
+        return {place.tables[0]: place.module.weight}
+    # embedding_bags.<table>.weight
+    return {name.split(".")[-2]: value for name, value in place.module.state_dict().items()}
 
 
 def _fit(change: _Change, crew: Crew, progress: bool) -> dict[str, _Fitted]:
@@ -201,33 +202,6 @@ def _fit(change: _Change, crew: Crew, progress: bool) -> dict[str, _Fitted]:
             learned.add_up(crew.add)
             fitted[table.name] = _Fitted(learned.finish(), kept, learned.kept_as)
     return fitted
-
-
-def _rewrapped(
-    model: DistributedModelParallel, changes: Sequence[_Change], wrap: Wrap | None
-) -> DistributedModelParallel:
-    """Return the model in a new wrapper, with what is to change in place of what was; as before where that fails."""
-    inner = model.module
-    changed = with_modules(inner, {id(change.place.module): change.made for change in changes}, inplace=True)
-    try:
-        wrapped = _wrap(changed, model) if wrap is None else wrap(changed)
-        if not isinstance(wrapped, DistributedModelParallel):
-            raise ValueError(f"{_WHERE}: wrap must return a DistributedModelParallel, got {type(wrapped).__name__}")
-    except BaseException:
-        with_modules(changed, {id(change.made): change.place.module for change in changes}, inplace=True)
-        raise
-    let_go(model)
-    return wrapped
-
-
-def _wrap(inner: nn.Module, model: DistributedModelParallel) -> DistributedModelParallel:
-    """Return a model planned and wrapped by default, on the ranks and the device that it was on."""
-    environment, sharders = environment_of(model), get_default_sharders()
-    assert environment.process_group is not None
-    topology = Topology(world_size=environment.world_size, compute_device=model.device.type)
-    planner = EmbeddingShardingPlanner(topology)
-    plan = planner.collective_plan(inner, sharders, environment.process_group)
-    return DistributedModelParallel(inner, environment, model.device, plan, sharders)
 
 
 def _fill(collection: Any, fitted: Mapping[str, _Fitted], names: Mapping[str, Mapping[tuple[str, str], str]]) -> None:

@@ -41,6 +41,12 @@ class Crew:
         """Put rows together, in place, of which each rank has some and zeros for the others, whatever they hold."""
         self._reduce(rows.view(torch.uint8), dist.ReduceOp.MAX)
 
+    def most(self, number: int) -> int:
+        """Return the largest of the ranks' numbers."""
+        found = torch.tensor([number])
+        self._reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def _reduce(self, tensor: Tensor, how: dist.ReduceOp.RedOpType) -> None:
         there = tensor.to(self._device)
         dist.all_reduce(there, how, group=self._group)

@@ -53,6 +53,8 @@ class Call:
 
     def check_type(self, name: str, numbers: Tensor) -> None:
         """Raise ValueError unless ids or offsets are of a type that kernels read."""
+        if not isinstance(numbers, Tensor):
+            raise ValueError(f"{self.where}: {name} must be a tensor, got {type(numbers).__name__}")
         if numbers.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{self.where}: {name} must be int32 or int64, got {numbers.dtype}; call {name}.long()")
 

@@ -1,0 +1,194 @@
+"""`decompress` of sharded models, and plain modules in them: what is served stays, whatever the plan."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan, row_wise, table_wise
+from torchrec.distributed.types import ShardingPlan
+from torchrec.modules.embedding_configs import PoolingType
+
+from tests.cases import CONFIGS, IDS
+from tests.sharding.test_compress import GIVEN, NAMES, D, N, batch, shard, with_optimizer, wrap
+from torchrec_compress import CompressedEmbeddingBagCollection, compress, decompress, get_default_sharders
+from torchrec_compress.methods import DenseConfig, HashConfig, Int8Config, MEmComConfig, MethodConfig, PQConfig
+from torchrec_compress.seams import sharded_configs
+from torchrec_compress.sharding.loading import load_plain
+
+CPU = torch.device("cpu")
+
+
+def there_and_back(pooled: bool, config: Any, how: str | None) -> tuple[Tensor, Tensor, bool]:
+    """Return what a sharded model serves compressed, and expanded again, and whether stock tables serve then."""
+    small = compress(shard(pooled, "row_wise"), config, inplace=True, seed=3, wrap=wrap, **GIVEN).eval()
+    before = small(batch().permute([1, 0])).detach()  # an order of features that its exchanges remember
+
+    def again(model: Any) -> DistributedModelParallel:
+        cuts: dict[str, Any] = {"row_wise": row_wise(), "column_wise": column_wise(ranks=[1, 0])}
+        cuts["table_wise"] = table_wise(rank=dist.get_world_size() - 1)
+        wanted, sharder = {name: cuts[str(how)] for name in NAMES}, get_default_sharders()[0]
+        world = dist.get_world_size()
+        cut = construct_module_sharding_plan(model.sparse, wanted, sharder, world, world, "cpu")
+        return DistributedModelParallel(
+            model, device=CPU, plan=ShardingPlan({"sparse": cut}), sharders=get_default_sharders()
+        )
+
+    options: dict[str, Any] = {} if how is None else {"wrap": again}
+    dense = decompress(small, inplace=True, **options)
+    assert isinstance(dense, DistributedModelParallel) and not dense.training
+    return before, dense(batch()).detach(), sharded_configs(dense.module.sparse) is not None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_every_method_serves_the_same_rows(two_ranks, config):
+    for before, after, is_stock in two_ranks.run(there_and_back, True, config, None):
+        assert is_stock
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("how", "pooled"), [("table_wise", True), ("column_wise", True), (None, False)])
+def test_rows_go_to_any_plan(two_ranks, how, pooled):
+    config = {"item": PQConfig(num_codes=2, codebook_size=32, num_hot_rows=20), "user": HashConfig(num_buckets=50)}
+    for before, after, _ in two_ranks.run(there_and_back, pooled, config, how):
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+
+
+def test_more_ranks_than_rows_of_a_block(four_ranks, monkeypatch):
+    monkeypatch.setattr("torchrec_compress.convert.served._FLOATS_AT_ONCE", 7 * 2 * D)
+    config = {"item": MEmComConfig(num_buckets=50), "user": DenseConfig()}
+    for before, after, _ in four_ranks.run(there_and_back, True, config, "row_wise"):
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+
+
+class Plain(nn.Module):
+    """A bag and a row of PyTorch's own beside a sharded collection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.bag, self.row = nn.EmbeddingBag(N, D, mode="mean", padding_idx=3), nn.Embedding(N, D, padding_idx=1)
+        tables = [EmbeddingBagConfig(name="item", num_embeddings=N, embedding_dim=D, feature_names=["item"])]
+        self.sparse, self.over = EmbeddingBagCollection(tables), nn.Linear(3 * D, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        lengths = torch.ones(len(ids), dtype=torch.int64)
+        found = self.sparse(KeyedJaggedTensor.from_lengths_sync(["item"], ids, lengths))["item"]
+        return self.over(torch.cat([self.bag(ids.unsqueeze(1)), self.row(ids), found], dim=1))
+
+
+def plain(config: MethodConfig) -> list[Tensor]:
+    """Return what a model with plain modules serves: before, compressed, trained on and expanded."""
+    ids = torch.arange(N)
+    model = Plain()
+    values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    wrapped: Any = DistributedModelParallel(model, device=CPU, sharders=get_default_sharders())
+    load_plain(wrapped, values)
+    found = [wrapped(ids).detach()]
+
+    def again(model: Any) -> DistributedModelParallel:
+        for part in (model.bag, model.row):  # the collection is sharded already, and keeps its optimizer
+            with_optimizer(part)
+        return DistributedModelParallel(model, device=CPU, sharders=get_default_sharders())
+
+    small = compress(wrapped, {"bag": config, "row": config}, inplace=True, seed=3, wrap=again)
+    assert sharded_configs(small.module.sparse) is not None
+    assert [type(each).__name__ for each in (small.module.bag, small.module.row)] == [
+        "CompressedEmbeddingBag",
+        "CompressedEmbedding",
+    ]
+    found.append(small(ids).detach())
+    small(ids).square().mean().backward()
+    dense = decompress(small, inplace=True)
+    assert type(dense.module.bag) is nn.EmbeddingBag and type(dense.module.row) is nn.Embedding
+    assert torch.equal(dense.module.row.weight[1], values["row.weight"][1])
+    return [*found, dense(ids).detach()]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [PQConfig(num_codes=4, codebook_size=64), Int8Config(), HashConfig(num_buckets=100)],
+    ids=lambda config: config.method,
+)
+def test_plain_modules_of_a_sharded_model(two_ranks, config):
+    model = Plain()
+    methods = {"bag": config, "row": config}
+    wanted = compress(model, methods, seed=3)(torch.arange(N)).detach()
+    for before, small, dense in two_ranks.run(plain, config):
+        torch.testing.assert_close(before, model(torch.arange(N)).detach())
+        torch.testing.assert_close(small, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(dense, small, rtol=1e-5, atol=1e-6)
+
+
+def refused(kind: str) -> str:
+    """Return what is said of a model that cannot be expanded; it goes on serving."""
+    features = {"item": ["item"], "user": ["item"] if kind == "feature" else ["user"]}
+    tables = [
+        EmbeddingBagConfig(name=n, num_embeddings=N + i, embedding_dim=D, feature_names=features[n])
+        for i, n in enumerate(NAMES)
+    ]
+    model: Any = nn.Sequential(EmbeddingBagCollection(tables))
+    if kind != "stock":
+        model = nn.Sequential(CompressedEmbeddingBagCollection(tables, compression=HashConfig(num_buckets=50)))
+    codecs = get_qcomm_codecs_registry(QCommsConfig(forward_precision=CommType.FP16)) if kind == "codecs" else None
+    sharders = get_default_sharders(fused_params={}, qcomm_codecs_registry=codecs)
+    wrapped = DistributedModelParallel(model, device=CPU, sharders=sharders).eval()
+    before = wrapped(batch()).values().detach()
+    options: dict[str, Any] = {"inplace": kind != "copy"}
+    if kind == "wrap" or (kind == "one" and dist.get_rank() == 1):
+        options["wrap"] = lambda model: model
+    if kind == "one" and dist.get_rank() == 1:
+        options = {"inplace": False}
+    with pytest.raises(ValueError) as error:
+        decompress(wrapped, **options)
+    assert torch.equal(wrapped(batch()).values().detach(), before)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("stock", "the model must hold compressed tables, got none"),
+        ("feature", "table 'user' must have a feature that no smaller table has, got none"),
+        ("codecs", "0: decompress: rows must travel as they are, got sharders with a qcomm_codecs_registry"),
+        ("copy", "must be expanded in place, as no copy of its shards is made; pass inplace=True"),
+        ("one", "must be expanded in place"),
+        ("wrap", "wrap must return a DistributedModelParallel, got Sequential"),
+    ],
+)
+def test_what_cannot_be_expanded_is_told_on_all_ranks(two_ranks, kind, message):
+    for said in two_ranks.run(refused, kind):
+        assert re.search(message, said), said
+
+
+def test_weighted_bags(two_ranks):
+    for before, after in two_ranks.run(weighted):
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+
+
+def weighted() -> tuple[Tensor, Tensor]:
+    """Return what weighted bags of two tables serve, compressed and expanded."""
+    tables = [
+        EmbeddingBagConfig(
+            name=n, num_embeddings=N, embedding_dim=D, feature_names=["item", "user"], pooling=PoolingType.SUM
+        )
+        for n in NAMES
+    ]
+    made = CompressedEmbeddingBagCollection(tables, is_weighted=True, compression=HashConfig(num_buckets=50))
+    wrapped: Any = DistributedModelParallel(nn.Sequential(made), device=CPU, sharders=get_default_sharders())
+    ids = batch()
+    weights = torch.linspace(-1, 1, len(ids.values()))
+    asked = KeyedJaggedTensor(ids.keys(), ids.values(), weights, ids.lengths())
+    before = wrapped(asked)
+    dense = decompress(wrapped, inplace=True)
+    after = dense(asked)
+    keys = sorted(before.keys())
+    assert sorted(after.keys()) == keys == ["item@item", "item@user", "user@item", "user@user"]
+    return tuple(torch.cat([found[key] for key in keys], dim=1).detach() for found in (before, after))  # type: ignore[return-value]

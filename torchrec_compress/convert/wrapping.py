@@ -1,0 +1,70 @@
+"""A model of many ranks in a new wrapper, with other modules in place of some."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import Topology
+
+from torchrec_compress.convert.models import PLAIN, Place, with_modules
+from torchrec_compress.planner import EmbeddingShardingPlanner
+from torchrec_compress.seams import environment_of, let_go
+from torchrec_compress.sharding import get_default_sharders
+
+logger = logging.getLogger(__name__)
+
+Wrap: TypeAlias = Callable[[nn.Module], DistributedModelParallel]
+
+
+def rewrapped(
+    where: str, model: DistributedModelParallel, changes: Sequence[tuple[Place, nn.Module]], wrap: Wrap | None
+) -> DistributedModelParallel:
+    """Return a model in a new wrapper, in the same modes; all ranks call it.
+
+    Args:
+        where: names the caller in errors.
+        model: whose wrapper is used up; as before where wrapping fails.
+        changes: places and what comes there, which may be on the meta device.
+        wrap: plans and wraps; None does so by default, on the ranks and the device that the model was on.
+
+    Raises:
+        ValueError: `wrap` returns something else.
+    """
+    inner, modes = model.module, [(each, each.training) for each in model.module.modules()]
+    changed = with_modules(inner, {id(place.module): made for place, made in changes}, inplace=True)
+    try:
+        wrapped = _wrap(changed, model) if wrap is None else wrap(changed)
+        if not isinstance(wrapped, DistributedModelParallel):
+            raise ValueError(f"{where}: wrap must return a DistributedModelParallel, got {type(wrapped).__name__}")
+    except BaseException:
+        with_modules(changed, {id(made): place.module for place, made in changes}, inplace=True)
+        raise
+    let_go(model)
+    wrapped.train(model.training)
+    for module, mode in modes:
+        module.training = mode
+    for place, _ in changes:
+        now = wrapped.module.get_submodule(place.path)  # type: ignore[union-attr]
+        now.train(place.module.training)
+    gone = [place.path for place, _ in changes if type(place.module) not in PLAIN]
+    if gone and wrap is None and environment_of(model).rank == 0:
+        logger.warning(
+            "collections %s: what trained their tables in the backward is gone with their shards; native tables of "
+            "theirs train by the optimizers that they are given: pass wrap= to give them one in the backward",
+            gone,
+        )
+    return wrapped
+
+
+def _wrap(inner: nn.Module, model: DistributedModelParallel) -> DistributedModelParallel:
+    """Return a model planned and wrapped by default, on the ranks and the device that it was on."""
+    environment, sharders = environment_of(model), get_default_sharders()
+    assert environment.process_group is not None
+    topology = Topology(world_size=environment.world_size, compute_device=model.device.type)
+    planner = EmbeddingShardingPlanner(topology)
+    plan = planner.collective_plan(inner, sharders, environment.process_group)
+    return DistributedModelParallel(inner, environment, model.device, plan, sharders)
