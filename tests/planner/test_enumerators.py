@@ -20,13 +20,14 @@ constraints = {table.name: ParameterConstraints(sharding_types=kinds) for table 
 planner = EmbeddingShardingPlanner(Topology(world_size=4, compute_device="cuda"), 64, constraints, stats=[])
 from torchrec_compress.sharding import get_default_sharders
 planner.plan(model)
+print(planner.hash_planner_context_inputs_str())
 options = planner._enumerator.enumerate(model, get_default_sharders())
 print([(option.fqn, option.sharding_type, option.compute_kernel) for option in options])
 """
 
 
 @pytest.mark.slow
-def test_options_have_one_order_in_every_process():
+def test_options_have_one_order_and_one_hash_in_every_process():
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
     started = [
         subprocess.Popen(

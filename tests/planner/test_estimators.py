@@ -1,19 +1,37 @@
 """What each part is charged, against numbers worked out by hand and against the stock estimators."""
 
+import itertools
+
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import nn
+from torchrec import EmbeddingBagConfig
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import ParameterConstraints
+from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from tests.cases import CONFIGS, IDS, fresh, is_managed
-from tests.planner.plans import BATCH, DIM, RANKS, model, options, topology
-from torchrec_compress import native_parameters
-from torchrec_compress.methods import DenseConfig, HashConfig, Int8Config, MEmComConfig, MethodConfig, PQConfig
-from torchrec_compress.planner import CompressedStorageEstimator, EmbeddingShardingPlanner, estimators
-from torchrec_compress.sharding import RemappedEmbeddingBagCollectionSharder
+from tests.planner.plans import BATCH, DIM, META, RANKS, model, options, topology
+from torchrec_compress import CompressedEmbeddingBagCollection, native_parameters
+from torchrec_compress.methods import (
+    DenseConfig,
+    HashConfig,
+    Int8Config,
+    MECConfig,
+    MEmComConfig,
+    MethodConfig,
+    PQConfig,
+)
+from torchrec_compress.planner import (
+    CompressedStorageEstimator,
+    EmbeddingShardingPlanner,
+    estimators,
+    translate_constraints,
+)
+from torchrec_compress.sharding import RemappedEmbeddingBagCollectionSharder, get_default_sharders
 
 ROWS = 1_000_000
 POOLING = 20
@@ -222,3 +240,29 @@ def test_replicating_a_code_table_is_seen_to_be_cheap():
             slowest[stock, how] = max(shard.perf.total for shard in option.shards)
     assert slowest[False, "data_parallel"] < slowest[False, "row_wise"]
     assert slowest[True, "data_parallel"] > slowest[True, "row_wise"]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("uneven", [1.0, 1.5])
+def test_a_table_costs_among_others_what_it_costs_alone(device, uneven):
+    """Rows do not matter to most kinds, so not all sizes are estimated; to replicated tables they do."""
+    methods = [MECConfig(num_codes=8), MECConfig(num_codes=4), MEmComConfig(num_buckets=5), Int8Config(), DenseConfig()]
+    sizes, wishes, tables, compression = (5, 7, 1000, 1001, 1002, 1003, 10**5, 10**6), {}, [], {}
+    for number, (method, rows) in enumerate(itertools.product(methods, sizes)):
+        name = f"t{number}"
+        tables.append(EmbeddingBagConfig(name=name, num_embeddings=rows, embedding_dim=16, feature_names=[name]))
+        compression[name] = method
+        if rows in (7, 10**5):  # those between are of another kind than those at the ends
+            wishes[name] = ParameterConstraints(pooling_factors=[20.0], batch_sizes=[64])
+    of = nn.ModuleDict({"sparse": CompressedEmbeddingBagCollection(tables, META, compression=compression)})
+    machines = Topology(world_size=4, local_world_size=2, compute_device=device, uneven_sharding_perf_multiplier=uneven)
+    constraints = translate_constraints(of, wishes, device)
+    enumerator = EmbeddingEnumerator(machines, BATCH, constraints, estimators(machines, constraints))
+    together = enumerator.enumerate(of, get_default_sharders())
+    kinds = set()
+    for option in together:
+        found = [(shard.perf, shard.storage) for shard in option.shards]
+        enumerator.populate_estimates([option])
+        assert found == [(shard.perf, shard.storage) for shard in option.shards], option.fqn
+        kinds.add((option.module_type_key, option.sharding_type, option.compute_kernel))
+    assert len(kinds) > 10

@@ -7,6 +7,7 @@ from torchrec_compress.planner.enumerators import CompressedEnumerator
 from torchrec_compress.planner.estimators import CompressedPerfEstimator, CompressedStorageEstimator, estimators
 from torchrec_compress.planner.planners import EmbeddingShardingPlanner
 from torchrec_compress.planner.proposers import TradeOffProposer
+from torchrec_compress.planner.provider import CompressedPlannerProvider
 from torchrec_compress.planner.records import PartPlan, RankPlan, TablePlan
 from torchrec_compress.planner.report import PlanReport
 from torchrec_compress.planner.reservation import DecodeReservation
@@ -16,6 +17,7 @@ __all__ = [
     "Advice",
     "CompressedEnumerator",
     "CompressedPerfEstimator",
+    "CompressedPlannerProvider",
     "CompressedStorageEstimator",
     "DecodeReservation",
     "EmbeddingShardingPlanner",

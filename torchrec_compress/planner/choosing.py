@@ -42,6 +42,7 @@ _AWAY = {
     for kernel in EmbeddingComputeKernel
     if any(word in kernel.value for word in ("uvm", "key_value", "virtual_table"))
 }
+_NEAR = [kernel.value for kernel in EmbeddingComputeKernel if kernel.value not in _AWAY]
 
 
 @dataclass(frozen=True)
@@ -291,9 +292,10 @@ class Ways:
 
 
 def _of_least_memory(wish: ParameterConstraints | None) -> ParameterConstraints:
-    """Return constraints that leave out sharding types which nobody asked for and which take no less memory."""
+    """Return constraints that leave out what nobody asked for: kernels far away, sharding types that take no less."""
     wish = ParameterConstraints() if wish is None else wish
-    return wish if wish.sharding_types else dataclasses.replace(wish, sharding_types=list(_KINDS))
+    types, kernels = wish.sharding_types or _KINDS, wish.compute_kernels or _NEAR
+    return dataclasses.replace(wish, sharding_types=list(types), compute_kernels=list(kernels))
 
 
 def _memory(option: ShardingOption, device: str) -> int:

@@ -61,6 +61,7 @@ _FOR_CODES = {
     "is_weighted",
     "feature_names",
     "device_group",
+    "output_dtype",
 }
 _NO_LOOKUPS: dict[str, Any] = {
     name: getattr(ParameterConstraints(), name)

@@ -24,6 +24,9 @@ class CompressedEnumerator(StockEnumerator):
         constraints: of the planner, as `translate_constraints` returned them.
         dense_optimizer: that trains replicated parameters, by name or as bytes of state per parameter.
 
+    Attributes:
+        found: what `enumerate` returned last, or None.
+
     Raises:
         ValueError: an unknown dense optimizer.
 
@@ -39,6 +42,7 @@ class CompressedEnumerator(StockEnumerator):
         dense_optimizer: DenseOptimizer = "adam",
     ) -> None:
         super().__init__(topology, batch_size, constraints, estimators(topology, constraints, dense_optimizer))
+        self.found: list[ShardingOption] | None = None
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
         """Return all options, estimated, in an order that is the same in every process.
@@ -50,16 +54,31 @@ class CompressedEnumerator(StockEnumerator):
             ValueError: a table with a manager may only be cut by rows, over ranks that do not divide its blocks; or
                 tables that pool by mean may only be row-wise beside others that may not.
         """
-        options = _with_whole_blocks(super().enumerate(module, sharders))
+        self.found = None
+        options = _in_order(_with_whole_blocks(super().enumerate(module, sharders)))
         check_choices(options)
-        tables = {name: number for number, name in enumerate(dict.fromkeys(option.fqn for option in options))}
-        return sorted(options, key=lambda option: (tables[option.fqn], option.sharding_type, option.compute_kernel))
+        self.found = options
+        return options
+
+    @property
+    def last_stored_search_space(self) -> list[ShardingOption] | None:
+        """What `enumerate` returned last as the planner has not touched it, or None.
+
+        Its hash, `hash_planner_context_inputs` of a planner, is the same in every process.
+        """
+        stored = super().last_stored_search_space
+        return None if stored is None else _in_order(_with_whole_blocks(stored))
 
     def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
         """Estimate options in place."""
         super().populate_estimates(sharding_options)
         for option in sharding_options:
             option.shards = _Shards(option.shards)
+
+
+def _in_order(options: list[ShardingOption]) -> list[ShardingOption]:
+    tables = {name: number for number, name in enumerate(dict.fromkeys(option.fqn for option in options))}
+    return sorted(options, key=lambda option: (tables[option.fqn], option.sharding_type, option.compute_kernel))
 
 
 def _with_whole_blocks(options: list[ShardingOption]) -> list[ShardingOption]:

@@ -9,8 +9,10 @@ a manager keeps counts with its table's rows.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from abc import abstractmethod
+from collections.abc import Hashable
 from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
@@ -25,7 +27,7 @@ from torchrec.distributed.planner.types import (
     Topology,
 )
 from torchrec.distributed.types import ShardingType
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, EmbeddingBagConfig
+from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, BaseEmbeddingConfig, DataType, EmbeddingBagConfig
 
 from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.decoder import Decoder
@@ -92,7 +94,7 @@ class _Estimator(ShardEstimator):
         """Estimate every shard in place; further arguments, which differ over TorchRec's releases, are handed on."""
         sharders: dict[str, Any] = next(iter([*args, *kwargs.values()]), None) or {}
         stand_ins = [self._stand_in(option) for option in sharding_options]
-        self._inner.estimate(stand_ins, *args, **kwargs)
+        self._ask(stand_ins, *args, **kwargs)
         for option, stand_in in zip(sharding_options, stand_ins, strict=True):
             # by the real size: a stand-in's may be padded
             by_size = dict(zip(_distinct(option), stand_in.shards, strict=True))
@@ -102,6 +104,10 @@ class _Estimator(ShardEstimator):
                 self._correct(option, Shard(list(size), [0, 0]), stand_in, estimated, params)
             for shard in option.shards:  # shards of one size share the estimate, which nothing writes to
                 setattr(shard, self._field, getattr(by_size[tuple(shard.size)], self._field))
+
+    def _ask(self, stand_ins: list[ShardingOption], *args: Any, **kwargs: Any) -> None:
+        """Have the inner estimator estimate them."""
+        self._inner.estimate(stand_ins, *args, **kwargs)
 
     def _stand_in(self, option: ShardingOption) -> ShardingOption:
         """Return the option as the inner estimator should see it."""
@@ -131,9 +137,23 @@ class _Estimator(ShardEstimator):
         elif isinstance(part, Decoder):
             stand_in.name, _, tensor = option.name.partition(".")
             table = _table_of(part, stand_in.name)
+            stand_in.output_dtype = self._output_type(part)
             lookups = self._decoder_lookups(part, table, tensor, option.batch_size)
             stand_in.input_lengths, stand_in.num_poolings = lookups.pooling_factors, lookups.num_poolings
         return stand_in
+
+    def _output_type(self, decoder: Decoder) -> DataType | None:
+        """Return the data type that kernels write embeddings in, where constraints ask for fewer bytes.
+
+        Of tables that ask for different ones the widest counts; sums that a projection or weights go into are float32.
+        """
+        if not decoder.sums_are_outputs:
+            return None
+        names, known = decoder.blueprint.methods, self._constraints or {}
+        if any(name not in known or known[name].output_dtype is None for name in names):  # most often the first
+            return None
+        asked = [known[name].output_dtype or DataType.FP32 for name in names]
+        return max(asked, key=DATA_TYPE_NUM_BITS.__getitem__)
 
     def _adds_up(self, part: TrainedCollection, option: ShardingOption) -> bool:
         """Return whether TorchRec's estimate of pooled tables is that of trained rows.
@@ -190,6 +210,31 @@ class CompressedPerfEstimator(_Estimator):
     ) -> None:
         super().__init__(topology, constraints, inner or EmbeddingPerfEstimator(topology, constraints))
         self._short_ids: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+        self._is_torchrecs = inner is None
+
+    def _ask(self, stand_ins: list[ShardingOption], *args: Any, **kwargs: Any) -> None:
+        """Of options that differ in rows alone, ask for those of fewest and most; where they cost the same, so do all.
+
+        TorchRec's estimate grows with the rows of a table or does not know them, and takes most of the time for 1,000.
+        """
+        groups: dict[Any, list[ShardingOption]] = {}
+        for number, one in enumerate(stand_ins):
+            key = _but_rows(one, self._constraints) if self._is_torchrecs and is_exact(one) else None
+            groups.setdefault(number if key is None else key, []).append(one)
+        ordered = [sorted(some, key=lambda one: one.tensor.shape[0]) for some in groups.values()]
+        asked = [one for some in ordered for one in (some if len(some) < 3 else (some[0], some[-1]))]
+        self._inner.estimate(asked, *args, **kwargs)
+        rest: list[ShardingOption] = []
+        for first, *between, last in (some for some in ordered if len(some) > 2):
+            if [shard.perf for shard in first.shards] != [shard.perf for shard in last.shards]:
+                rest += between
+                continue
+            for one in between:
+                one.is_weighted = first.is_weighted
+                for shard, like in zip(one.shards, first.shards, strict=True):
+                    shard.perf = like.perf
+        if rest:
+            self._inner.estimate(rest, *args, **kwargs)
 
     def _correct(
         self,
@@ -199,8 +244,8 @@ class CompressedPerfEstimator(_Estimator):
         estimated: Shard,
         fused_params: dict[str, Any] | None,
     ) -> None:
-        perf = estimated.perf
-        assert perf is not None
+        assert estimated.perf is not None
+        perf = estimated.perf = copy.copy(estimated.perf)  # others may share it
         part = option.module[1]
         if not option.tensor.is_floating_point() and not isinstance(part, TrainedCollection):
             perf.bwd_compute = perf.bwd_comms = perf.prefetch_compute = 0.0
@@ -314,6 +359,29 @@ class CompressedStorageEstimator(_Estimator):
 
 def _distinct(option: ShardingOption) -> dict[tuple[int, ...], None]:
     return dict.fromkeys(tuple(shard.size) for shard in option.shards)
+
+
+def _but_rows(stand_in: ShardingOption, constraints: dict[str, ParameterConstraints] | None) -> Any:
+    """Return all that the time of a step hangs on but the number of rows, or None where that cannot be told."""
+    wish = (constraints or {}).get(stand_in.name)
+    wishes = () if wish is None else tuple(getattr(wish, field.name) for field in dataclasses.fields(wish))
+    found = (
+        id(stand_in.module[1]),
+        stand_in.sharding_type,
+        stand_in.compute_kernel,
+        stand_in.tensor.dtype,
+        tuple((shard.size[0] > 0, shard.size[1]) for shard in stand_in.shards),
+        stand_in.batch_size,
+        stand_in.is_pooled,
+        stand_in.is_weighted,
+        stand_in.output_dtype,
+        stand_in.cache_params,
+        *(
+            tuple(value) if isinstance(value, list) else value
+            for value in (stand_in.input_lengths, stand_in.num_poolings, *wishes)
+        ),
+    )
+    return found if all(isinstance(value, Hashable) for value in found) else None
 
 
 def _travelling_bytes(option: ShardingOption) -> int:

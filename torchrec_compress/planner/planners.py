@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import distributed as dist
 from torch import nn
 from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
-from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.comm import get_local_size, get_topology_domain_multiple
 from torchrec.distributed.planner import EmbeddingShardingPlanner as StockPlanner
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
 from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
@@ -111,10 +111,11 @@ class EmbeddingShardingPlanner(StockPlanner):
         if proposer is None:
             stock = [GridSearchProposer(), GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
             proposer = [TradeOffProposer(), *(UnlessMany(each, many_tables) for each in stock)]
+        self._options = CompressedEnumerator(topology, batch_size, self._translated, dense_optimizer)
         super().__init__(
             topology=topology,
             batch_size=batch_size,
-            enumerator=CompressedEnumerator(topology, batch_size, self._translated, dense_optimizer),
+            enumerator=self._options,
             storage_reservation=reservation,
             proposer=proposer,
             partitioner=SoundMeans(partitioner or GreedyPerfPartitioner()),
@@ -144,16 +145,29 @@ class EmbeddingShardingPlanner(StockPlanner):
         """
         sharders = get_default_sharders() if sharders is None else sharders
         _warn_of_missing_sharders(module, sharders)
+        self._plan_stats.watch(module)
+        self._options.found = None
         self._translated.clear()
         self._translated.update(translate_constraints(module, self._wishes, self._device, sharders))
-        self._plan_stats.watch(module)
         try:
             return super().plan(module, sharders)
         except PlannerError as error:
             explained = self._plan_stats.explain(error)
+            self._plan_stats.watch(None)  # TorchRec checks a plan after it has told of it
             if explained is error:
                 raise
             raise explained from error
+
+    def get_selected_options(self) -> list[ShardingOption]:
+        """Return the options of the last plan, each shard with its rank, bytes and time; none without a plan here.
+
+        TorchRec 1.9's executor asks for them; its own planner has those of an earlier plan where the last one failed.
+        """
+        return self._plan_stats.selected
+
+    def get_search_space(self) -> list[ShardingOption] | None:
+        """Return all options that the last plan was chosen from, or None where it did not come so far."""
+        return self._options.found
 
     def choose(
         self,
@@ -225,7 +239,10 @@ def _topology_of_the_process_group() -> Topology:
             "Topology(world_size=..., compute_device=..., hbm_cap=...)"
         )
     return Topology(
-        world_size=dist.get_world_size(), local_world_size=get_local_size(), compute_device=get_device_type()
+        world_size=dist.get_world_size(),
+        local_world_size=get_local_size(),
+        compute_device=get_device_type(),
+        pod_size=get_topology_domain_multiple(),
     )
 
 

@@ -38,7 +38,7 @@ class DecodeReservation(StorageReservation):
     def __init__(self, inner: StorageReservation | None = None) -> None:
         self.inner = HeuristicalStorageReservation(percentage=0.15) if inner is None else inner
         self._percentage = reserved_share(self.inner)
-        self._reserved: Topology | None = None
+        self._last_reserved_topology: Topology | None = None  # TorchRec 1.6 hashes it by this name
         self.decoded: dict[str, int] = {}
 
     def reserve(
@@ -77,10 +77,10 @@ class DecodeReservation(StorageReservation):
                     f"{needed:,} bytes for decoded embeddings; use a smaller batch, or fewer low-bit or MEmCom tables",
                     PlannerErrorType.INSUFFICIENT_STORAGE,
                 )
-        self._reserved = reserved
+        self._last_reserved_topology = reserved
         return reserved
 
     @property
     def last_reserved_topology(self) -> Topology | None:
         """What `reserve` returned last."""
-        return copy.deepcopy(self._reserved)
+        return copy.deepcopy(self._last_reserved_topology)

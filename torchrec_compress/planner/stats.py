@@ -9,6 +9,7 @@ from torch import nn
 from torchrec.distributed.planner.types import (
     PlannerError,
     PlannerErrorType,
+    ShardingOption,
     Stats,
 )
 
@@ -28,6 +29,7 @@ class PlanStats(Stats):
 
     Attributes:
         report: of the last plan, or None.
+        selected: the options of the last plan, each shard with its rank; none where there was no plan.
         failure: what is known where there was no plan, or None.
 
     Raises:
@@ -43,6 +45,7 @@ class PlanStats(Stats):
         """Forget the last plan; the next one is of this model."""
         self._module = module
         self.report: PlanReport | None = None
+        self.selected: list[ShardingOption] = []
         self.failure: Failure | None = None
 
     def log(self, **found: Any) -> None:  # type: ignore[override]
@@ -61,6 +64,7 @@ class PlanStats(Stats):
                 decoded=getattr(found["storage_reservation"], "decoded", None),
                 sharders=sharders,
             )
+            self.selected = found["best_plan"]
             logger.info("plan:\n%s", self.report)
             return
         enumerator = found.get("enumerator")
