@@ -2,6 +2,8 @@
 
     python benchmarks/convert.py --rows 10000000 --memory 2GB
 
+A source of safetensors is written where it shall lie; the others are copied from a file that is deleted, so that the
+disk needs room for two.
 Anonymous memory is what the process holds for itself; mapped memory is pages of files, which the system takes back
 when it needs them. Both are the most that /proc/self/status showed, looked at every 50 ms.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 
@@ -24,6 +28,7 @@ BLOCK = 1 << 18
 KEY = "sparse.embedding_bags.item.weight"
 METHODS = {
     "pq": {"method": "pq", "num_codes": 8},
+    "pq-counts": {"method": "pq", "num_codes": 8, "popularity": "count", "num_hot_rows": 10000},
     "int8": {"method": "int8"},
     "narrow": {"method": "narrow", "width": 16},
 }
@@ -31,21 +36,48 @@ METHODS = {
 
 def make(folder: Path, rows: int, width: int, kind: str) -> Path:
     """Write a dense checkpoint of clustered rows, block by block."""
-    raw = folder / "raw"
-    weight = torch.from_file(str(raw), shared=True, size=rows * width).reshape(rows, width)
+    if kind == "safetensors":
+        path, start = folder / "dense.safetensors", _write_header(folder / "dense.safetensors", rows, width)
+        weight = torch.from_numpy(np.memmap(path, np.float32, "r+", start, (rows, width)))
+    else:
+        path = folder / "raw"
+        weight = torch.from_file(str(path), shared=True, size=rows * width).reshape(rows, width)
     seeded = torch.Generator().manual_seed(0)
     centres = torch.randn(1000, width, generator=seeded)
     for first in range(0, rows, BLOCK):
         block = weight[first : first + BLOCK]
         block.copy_(centres[torch.randint(0, 1000, (len(block),), generator=seeded)])
         block.add_(torch.randn(block.shape, generator=seeded), alpha=0.3)
-    state = {KEY: weight, "net.weight": torch.randn(64, width, generator=seeded)}
+    if kind == "safetensors":
+        return path
+    raw, state = path, {KEY: weight, "net.weight": torch.randn(64, width, generator=seeded)}
     path = folder / ("dense.pt" if kind == "torch" else "dense")
     if kind == "torch":
         torch.save(state, path)
     else:
         dcp.save(state, checkpoint_id=path, no_dist=True)
     raw.unlink()
+    return path
+
+
+def _write_header(path: Path, rows: int, width: int) -> int:
+    """Begin a file of one table, and return where its values start; they are zeros."""
+    size = 4 * rows * width
+    text = json.dumps({KEY: {"dtype": "F32", "shape": [rows, width], "data_offsets": [0, size]}})
+    text += " " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode())
+    os.truncate(path, 8 + len(text) + size)
+    return 8 + len(text)
+
+
+def make_counts(folder: Path, rows: int) -> Path:
+    """Write look-ups per id of a long tail, int64: half of them 1, one in a thousand above 1,000."""
+    path, seeded = folder / "counts.npy", torch.Generator().manual_seed(1)
+    counts = np.lib.format.open_memmap(path, "w+", np.int64, (rows,))
+    for first in range(0, rows, BLOCK):
+        block = counts[first : first + BLOCK]
+        block[:] = (1 / (1 - torch.rand(len(block), dtype=torch.float64, generator=seeded))).long().numpy()
+    counts.flush()
     return path
 
 
@@ -65,7 +97,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10**7)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--methods", default="pq")
-    parser.add_argument("--kind", choices=["torch", "dcp"], default="torch")
+    parser.add_argument("--kind", choices=["torch", "dcp", "safetensors"], default="torch")
     parser.add_argument("--memory", default="2GB")
     parser.add_argument("--back", action="store_true", help="and expand each result again")
     given = parser.parse_args()
@@ -73,9 +105,11 @@ def main() -> None:
     try:
         source = make(folder, given.rows, given.width, given.kind)
         for name in given.methods.split(","):
-            suffix = ".pt" if given.kind == "torch" else ""
-            small = folder / f"{name}{suffix}"
-            found = measure(source, small, {"compression": {"item": METHODS[name]}}, given.memory)
+            suffix = "" if given.kind == "dcp" else ".pt"
+            small, config = folder / f"{name}{suffix}", {"compression": {"item": METHODS[name]}}
+            if name.endswith("-counts"):
+                config["counts"] = {"item": str(make_counts(folder, given.rows))}
+            found = measure(source, small, config, given.memory)
             show(f"dense -> {name}", found)
             if given.back:
                 dense = folder / f"{name}-back{suffix}"

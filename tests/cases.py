@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from torchrec_compress.methods import (
     CafeConfig,
     CceConfig,
     DenseConfig,
+    GivenCodesConfig,
     HashConfig,
+    HashEmbeddingsConfig,
     Int4Config,
     Int8Config,
     MECConfig,
@@ -23,10 +26,13 @@ from torchrec_compress.methods import (
     MethodConfig,
     NarrowConfig,
     PQConfig,
+    QRConfig,
     QuantileCodesConfig,
     RandomCodesConfig,
+    RobeConfig,
 )
 
+CODES = str(Path(__file__).parent / "stored" / "codes_{}x4.npy")  # drawn at random, below 16
 NUM_ROWS, DIM = 403, 16  # not a multiple of 4, so that packed scalars are padded
 
 CASES: dict[str, list[MethodConfig]] = {
@@ -39,7 +45,15 @@ CASES: dict[str, list[MethodConfig]] = {
         CceConfig(num_codes=2, codebook_size=64, optimizer_state="mean"),
     ],
     "dense": [DenseConfig()],
+    "given": [
+        GivenCodesConfig(codes=CODES.format(NUM_ROWS), num_codes=4, codebook_size=16),
+        GivenCodesConfig(codes=CODES.format(NUM_ROWS), num_codes=4, codebook_size=40, structure="residual"),
+    ],
     "hash": [HashConfig(num_buckets=40)],
+    "hash_embeddings": [
+        HashEmbeddingsConfig(num_buckets=40),
+        HashEmbeddingsConfig(num_buckets=40, num_hashes=3, num_weights=90),
+    ],
     "int4": [Int4Config()],
     "int8": [Int8Config()],
     "mec": [
@@ -72,6 +86,11 @@ CASES: dict[str, list[MethodConfig]] = {
         PQConfig(num_codes=4, codebook_size=16, num_coded=150, popularity="count"),
         PQConfig(num_codes=2, codebook_size=32, structure="residual", width=8, num_hot_rows=20, num_coded=40),
     ],
+    "qr": [
+        QRConfig(num_buckets=25),
+        QRConfig(num_buckets=21, op="concat", partition="remainders", width=4),
+        QRConfig(num_buckets=6, num_tables=3, op="mult"),
+    ],
     "quantile": [
         QuantileCodesConfig(num_codes=4, codebook_size=16),
         QuantileCodesConfig(num_codes=2, codebook_size=32, num_hot_rows=40),
@@ -81,6 +100,10 @@ CASES: dict[str, list[MethodConfig]] = {
         RandomCodesConfig(num_codes=4, codebook_size=16),
         RandomCodesConfig(num_codes=2, codebook_size=16, structure="residual"),
         RandomCodesConfig(num_codes=4, codebook_size=16, width=12),
+    ],
+    "robe": [
+        RobeConfig(num_blocks=80, block_size=8, memory=None),
+        RobeConfig(num_blocks=90, block_size=4, memory=None, signs=True, bound=0.1),
     ],
 }
 

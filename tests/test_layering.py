@@ -59,7 +59,7 @@ OUTSIDE = {
     "seams": {"torch", "torchrec"},
     "cli": set(),
     "ops": {"torch", "fbgemm_gpu", "triton", "cuda"},
-    "fit": {"torch", "numpy", "scipy", "tqdm"},
+    "fit": {"torch", "numpy", "pyarrow", "scipy", "tqdm"},
     "managers": {"torch"},
     "methods": {"torch", "torchrec"},
     "compression": {"torch", "torchrec", "tqdm"},

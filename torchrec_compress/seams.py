@@ -394,7 +394,7 @@ def reserved_share(reservation: StorageReservation) -> float:
 
 
 def planner_parts(planner: Any) -> dict[str, Any]:
-    """Return what a stock planner was made with, by the names that it takes, but for how it lists and counts options."""
+    """Return what a stock planner was made with, by the names that it takes, but for how it lists options."""
     names = {"proposer": "_proposers", "partitioner": "_partitioner", "performance_model": "_perf_model"}
     names |= {name: f"_{name}" for name in ("stats", "callbacks", "timeout_seconds", "debug")}
     return {name: getattr(planner, kept) for name, kept in names.items()}

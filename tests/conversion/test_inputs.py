@@ -279,6 +279,21 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(dense, tmp_path, monke
     assert digest(tmp_path / "small.pt") == digest(wanted)
 
 
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+def test_a_file_that_cannot_be_mapped_is_not_called_damaged(ending, dense, tmp_path, monkeypatch):
+    """As one larger than memory and swap, whose error torch words so."""
+    path = tmp_path / f"large{ending}"
+    path.write_bytes(dense.read_bytes())
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(f"unable to mmap 25600000128 bytes from file <{path}>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch, "load", fail)
+    if ending == ".safetensors":
+        monkeypatch.setattr(pytest.importorskip("safetensors"), "safe_open", fail)
+    refuse(path, TOLD, r"bytes could not be mapped: Linux .* vm.overcommit_memory is 1; set it, or save a folder")
+
+
 def test_too_little_memory_is_said_before_anything_is_written(dense, tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(TOLD))
@@ -332,7 +347,7 @@ def test_a_module_that_looks_like_torchrecs_is_plain_where_the_config_says_so(tm
 
 
 def test_rows_of_few_bits_that_no_training_made_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("torchrec_compress.conversion.sources.BLOCK_ROWS", 100)
+    monkeypatch.setattr("torchrec_compress.ops.trained._BLOCK_ROWS", 100)
     method = {"method": "narrow", "width": 8, "bits": 8}
     torch.save({USER: rows()}, tmp_path / "dense.pt")
     report = run(tmp_path / "dense.pt", tmp_path / "small.pt", {"compression": {"user": method}})

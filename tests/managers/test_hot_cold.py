@@ -361,6 +361,21 @@ def test_hot_rows_are_of_the_largest_counts_whatever_their_size(counts):
     torch.testing.assert_close(found.score, counts[expected].float())
 
 
+@pytest.mark.parametrize("num_blocks", [1, 2, 16, 40])
+def test_many_blocks_are_filled_as_each_is_by_itself(num_blocks):
+    """In steps of several blocks, which is no part of the result."""
+    seeded = torch.Generator().manual_seed(num_blocks)
+    counts = (20 * torch.rand(num_blocks * PER_BLOCK, generator=seeded, dtype=torch.float64)).float()
+    whole = HotCold(num_blocks, PER_BLOCK, MEDIUM)
+    whole.fill(counts)
+    parts = [HotCold(1, PER_BLOCK, MEDIUM) for _ in range(num_blocks)]
+    for part, mine in zip(parts, counts.split(PER_BLOCK), strict=True):
+        part.fill(mine)
+    for name, buffer in whole.named_buffers():
+        assert torch.equal(buffer, torch.cat([part.get_buffer(name) for part in parts])), name
+    assert whole.hot_ids.any()
+
+
 def test_a_cast_leaves_scores_alone():
     manager = HotCold(1, PER_BLOCK, BY_GRADIENT)
     before = {name: buffer.dtype for name, buffer in manager.named_buffers()}

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.cases import CONFIGS, DIM, IDS, NUM_ROWS, contexts, counts, rows, table
-from torchrec_compress.fit import residual
+from torchrec_compress.fit import lookups, residual
 from torchrec_compress.fit.kmeans import sample_points
 from torchrec_compress.fit.mec import MECFit
 from torchrec_compress.fit.popularity import popularity_weights
@@ -30,9 +31,11 @@ from torchrec_compress.methods import (
     RandomCodesConfig,
     TableData,
     TableState,
+    base,
     learned,
 )
 from torchrec_compress.methods.learned import Learned, check_sample, with_sample
+from torchrec_compress.ops import coded_ids
 
 WHOLE = TableData(rows(), counts(), contexts(), seed=3)
 
@@ -103,7 +106,7 @@ def test_fit_walks_the_table_in_blocks(config: MethodConfig, monkeypatch: pytest
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
 
 
-SAMPLED = [config for config in CONFIGS if config.method != "memcom"]
+SAMPLED = [config for config in CONFIGS if config.learns_from != "all"]
 
 
 @pytest.mark.parametrize("config", SAMPLED, ids=[f"{c.method}-{n}" for n, c in enumerate(SAMPLED)])
@@ -187,6 +190,7 @@ class LargestInt64(TorchDispatchMode):
 def test_no_fit_makes_int64_codes_of_the_whole_table(config: MethodConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     num_rows = 6000
     monkeypatch.setattr(learned, "BLOCK_ROWS", 500)
+    monkeypatch.setattr(lookups, "_DIGIT", 8)  # whose values are counted
     for module in (import_module("torchrec_compress.fit.kmeans"), residual):  # the package's `kmeans` is the function
         monkeypatch.setattr(module, "train_size", lambda *_: 1000)
     many = table(num_embeddings=num_rows)
@@ -198,6 +202,48 @@ def test_no_fit_makes_int64_codes_of_the_whole_table(config: MethodConfig, monke
         state = config.fit(many, data)
     assert state.codes is not None and len(state.codes) == num_rows
     assert largest.numel < 2 * num_rows  # vectors of ids, and codes of a block
+
+
+class LargestMade(TorchDispatchMode):
+    """Record the bytes of the largest tensor that is made, views aside."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {each.data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.data_ptr() not in given:
+                self.nbytes = max(self.nbytes, value.nbytes)
+        return result
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PQConfig(num_codes=4, codebook_size=8, popularity="count", num_hot_rows=20),
+        PQConfig(num_codes=2, codebook_size=8, popularity="log2", width=8, num_coded=2000),
+        PQConfig(num_codes=4, codebook_size=8, popularity="count", structure="residual", num_hot_rows=20),
+        NarrowConfig(width=4),
+        CceConfig(num_codes=2, codebook_size=8),
+        HashConfig(num_buckets=5),
+    ],
+    ids=lambda config: f"{config.method}-{getattr(config, 'structure', '')}-{getattr(config, 'num_coded', '')}",
+)
+def test_learning_by_look_ups_makes_nothing_of_more_than_four_bytes_an_id(config: MethodConfig, monkeypatch) -> None:
+    """Weights, float32; a table of 10^8 ids has no room for more."""
+    num_rows = 20000
+    blocks = {"kmeans": "CHUNK_ROWS", "lookups": "BLOCK_IDS", "popularity": "_BLOCK", "checks": "_BLOCK"}
+    for module, name in blocks.items():
+        monkeypatch.setattr(import_module(f"torchrec_compress.fit.{module}"), name, 500)
+    monkeypatch.setattr(lookups, "_DIGIT", 8)
+    monkeypatch.setattr(coded_ids, "_AT_ONCE", 4)
+    monkeypatch.setattr(base, "train_size", lambda *_: 300)
+    seeded = torch.Generator().manual_seed(0)
+    data = TableData(None, torch.randint(0, 900, (num_rows,), generator=seeded))
+    with LargestMade() as largest:
+        config.learn_blocks(table(num_embeddings=num_rows), data, lambda ids: torch.randn(len(ids), 16))
+    assert largest.nbytes <= 4 * num_rows
 
 
 def test_what_is_no_sample_is_refused() -> None:

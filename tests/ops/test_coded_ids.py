@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrec_compress.ops import coded_ids_bytes, coded_ids_shape, coded_rows, index_coded_ids
+from torchrec_compress.ops import coded_ids, coded_ids_bytes, coded_ids_shape, coded_rows, index_coded_ids
 
 
 def counted(is_coded: torch.Tensor) -> torch.Tensor:
@@ -40,6 +40,14 @@ def test_rows_of_many_ids_in_any_order(share, dtype):
     ids = torch.randint(0, len(is_coded), (5000,), generator=generator)
     found = coded_rows(index_coded_ids(is_coded), ids.to(dtype))
     assert found.dtype == torch.int64 and torch.equal(found, counted(is_coded)[ids])
+
+
+@pytest.mark.parametrize("num_ids", [1, 255, 256, 257, 1000])
+def test_an_index_that_is_made_in_parts_is_the_whole(num_ids, monkeypatch):
+    is_coded = torch.rand(num_ids, generator=torch.Generator().manual_seed(2)) < 0.4
+    whole = index_coded_ids(is_coded)
+    monkeypatch.setattr(coded_ids, "_AT_ONCE", 2)
+    assert torch.equal(index_coded_ids(is_coded), whole)
 
 
 def test_no_ids_have_no_rows():

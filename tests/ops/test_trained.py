@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from torchrec_compress.ops import TrainedFormat, decode_trained, encode_trained
+from torchrec_compress.ops import TrainedFormat, are_encoded, are_states, decode_trained, encode_trained, trained
 from torchrec_compress.ops.trained import ROW_MOMENT, ROW_STATE, SCALE, SHARE
 
 CODES = torch.arange(256)
@@ -37,6 +37,19 @@ def test_codes_are_floats_with_few_bits(small, first, mantissa, largest):
     expected = [2.0 ** (first + (c + offset) // steps) * (1 + (c + offset) % steps / steps) for c in range(1, 256)]
     assert floats[1:].tolist() == expected
     assert small.largest == largest and small.smallest == expected[0]
+
+
+@pytest.mark.parametrize("place", [0, 3, 4, 9])
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_a_wrong_row_is_found_in_any_block(place, state_bits, monkeypatch):
+    form = TrainedFormat(4, 8, "adagrad", state_bits)
+    rows, state = encode_trained(torch.randn(10, 4), form), torch.zeros(10, form.state_bytes, dtype=torch.uint8)
+    monkeypatch.setattr(trained, "_BLOCK_ROWS", 4)
+    assert are_encoded(rows, form).all() and are_states(state, form)
+    rows[place, :-1], state[place] = 1, 255
+    assert are_encoded(rows, form).tolist() == [number != place for number in range(10)]
+    assert not are_states(state, form)
+    assert len(are_encoded(rows[:0], form)) == 0 and are_states(state[:0], form)
 
 
 @pytest.mark.parametrize("small", [SCALE, ROW_STATE, SHARE])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from tests.cases import CASES, has_manager, steps_itself
+from tests.cases import CASES, CODES, has_manager, steps_itself
 from tests.sharding.models import RATE, local_state, optimizer_of
 from tests.sharding.scripts import Clicks
 from torchrec_compress import (
@@ -33,6 +34,7 @@ from torchrec_compress.sharding.loading import load_plain
 
 ROWS, DIM, BAGS, STEPS = 90, 8, 4, 2
 STORED = {method: configs[0] for method, configs in CASES.items()}
+STORED["given"] = replace(STORED["given"], codes=CODES.format(ROWS))  # type: ignore[call-arg]
 # no loop is changed
 METHODS = {method: config for method, config in STORED.items() if not (steps_itself(config) or has_manager(config))}
 SHARDERS = ("TorchRec's", "bags alone", "ours")

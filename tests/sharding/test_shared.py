@@ -12,16 +12,19 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
-from tests.methods.throwaway import SharedHashConfig, SharedPiecesConfig
+from tests.methods.throwaway import SharedHashConfig
 from tests.modules import batches
 from tests.sharding import swaps
 from tests.sharding.models import Model, local_state, loss_of, make_plan, optimizer_of, shard, whole_state
 from tests.sharding.test_parity import KINDS, check, compare_with_unsharded, draw
 from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
-from torchrec_compress.methods import MethodConfig, PQConfig
+from torchrec_compress.methods import MethodConfig, PQConfig, RobeConfig
 
 KEYS = ["i", "u", "u2"]
-SHARED = {"bags": SharedHashConfig(num_buckets=50), "rows": SharedPiecesConfig(num_pieces=60)}
+SHARED: dict[str, MethodConfig] = {
+    "bags": SharedHashConfig(num_buckets=50),
+    "rows": RobeConfig(num_blocks=60, block_size=4, memory="memory", signs=True),
+}
 
 
 def build(kind: str, pooled: bool = True, device: str = "cpu", seed: int = 0) -> Model:

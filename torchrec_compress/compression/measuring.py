@@ -20,6 +20,7 @@ from torchrec_compress.compression.knapsack import Candidate
 from torchrec_compress.compression.rows import Rows
 from torchrec_compress.fit.curvature import Curvature
 from torchrec_compress.fit.kmeans import sample_points
+from torchrec_compress.fit.lookups import by_lookups, ranks_by_lookups
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods import (
     CodebookConfig,
@@ -144,9 +145,7 @@ def sample_of(rows: Rows, counts: Tensor, seed: int, curvature: Curvature | None
     matrix = None if curvature is None else curvature.matrix
     metric = None if curvature is None or curvature.too_little else matrix
     data = TableData(rows.read(mine).float(), counts, seed=seed, ids=ids, curvature=metric)
-    ranks = torch.empty(size, dtype=torch.int64)
-    ranks[torch.argsort(counts, descending=True, stable=True)] = torch.arange(size)  # as `hot_ids` breaks ties
-    ranks, order = ranks[mine].sort()
+    ranks, order = ranks_by_lookups(counts, mine)
     costs = drawn[mine].double()
     if curvature is not None:
         known = counts[mine].double()  # ids that were never looked up cost nothing
@@ -207,8 +206,8 @@ def _without_hottest(sample: Sample, family: CodebookConfig, lengths: Sequence[i
     table, counts = sample.table, sample.data.counts
     assert counts is not None
     config = replace(family, num_hot_rows=round(_HOTTEST * table.num_embeddings))
-    hottest = counts.double().sort(descending=True).values
-    if float(hottest[: config.num_hot_rows].sum()) <= _MUCH * float(hottest.sum()):
+    hottest = counts[by_lookups(counts, config.num_hot_rows)].double()
+    if float(hottest.sum()) <= _MUCH * float(counts.double().sum()):
         return {}
     lengths = [m for m in lengths if can_store(replace(config, num_codes=m), table)]
     served = config.serve_lengths(table, sample.data_of(config), lengths) if lengths else ()

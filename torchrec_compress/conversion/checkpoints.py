@@ -114,6 +114,7 @@ def _open_torch(path: Path) -> Checkpoint:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # noqa: BLE001 (bytes of a stranger raise whatever they like)
+        _check_mapped(path, error)
         first = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{path}: must be a zip archive of torch.save that holds tensors and plain data alone, got "
@@ -131,6 +132,16 @@ def _open_torch(path: Path) -> Checkpoint:
         else:
             found.plain[name] = leaf
     return found
+
+
+def _check_mapped(path: Path, error: Exception) -> None:
+    """Raise OSError where a file could not be opened because it is larger than the machine's memory and swap."""
+    if "unable to mmap" in str(error) and "Cannot allocate memory" in str(error):
+        raise OSError(
+            f"{path}: its {path.stat().st_size} bytes could not be mapped: Linux maps a file of this kind only up to "
+            "the size of memory and swap, unless vm.overcommit_memory is 1; set it, or save a folder of "
+            "torch.distributed.checkpoint, whose files are mapped to be read alone"
+        ) from None
 
 
 def _leaves(value: Any, place: Path_, path: Path, extra: dict[Path_, Any]) -> Iterator[tuple[Path_, Any]]:
@@ -170,6 +181,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
                 found.tensors[name], found.places[name] = Held(file.get_tensor(name)), (name,)
     except Exception as error:  # noqa: BLE001
+        _check_mapped(path, error)
         raise ValueError(f"{path}: must be a safetensors file, got {type(error).__name__}: {error}") from None
     return found
 

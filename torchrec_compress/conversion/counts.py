@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchrec_compress.conversion.checkpoints import Checkpoint
 from torchrec_compress.conversion.entries import Entry
+from torchrec_compress.fit.checks import first_wrong
 from torchrec_compress.train.sealed import check_regular, load_plain
 
 _SUMS = ("momentum1", "momentum_1", "sum")  # of FBGEMM's row-wise Adagrad, TorchRec's and torch's
@@ -149,7 +150,7 @@ def counts_of_optimizer(where: str, checkpoint: Checkpoint, keys: Mapping[str, A
             "of look-ups, or null"
         )
     sums = _row_means(checkpoint.tensors[found[0]])
-    if not bool(torch.isfinite(sums).all()) or bool((sums < 0).any()):
+    if first_wrong(sums) is not None:
         raise ValueError(
             f"{where}: counts: {found[0]!r} must be finite and not negative, got others; give files, or null"
         )

@@ -20,9 +20,9 @@ _STATUS = Path("/proc/self/status")
 # all measured, see benchmarks/convert.md: Python with torch and TorchRec imported
 _BASE = 340 * 10**6
 _FOLDER = 120 * 10**6  # more where chunks of a folder are written
-# of an id: while a sample is drawn, while look-ups are weighed and sorted, while the places of a managed table are
-# dealt out by them, and while rows are encoded
-_DRAWN, _WEIGHED, _MANAGED, _ENCODED = 36, 46, 480, 8
+# of an id: while what all rows share is learned, the same by look-ups, and while rows are encoded
+_LEARNED, _WEIGHED, _ENCODED = 6, 11, 8
+_MANAGED = 640  # of a place, of those that are dealt out together by look-ups
 _COUNT, _PAIR = 8, 48
 # of a number of a block that is encoded, and of a row that is learned from
 _BLOCK_FLOAT, _SAMPLE_FLOAT, _WHOLE_FLOAT = 24, 24, 36
@@ -72,11 +72,11 @@ def needed(
     if method.learns_from != "nothing":
         is_all = method.learns_from == "all"
         rows = ids if is_all else min(ids, train_size(method.codewords, _POINTS))
-        phases.append(rows * width * (_WHOLE_FLOAT if is_all else _SAMPLE_FLOAT) + ids * _ENCODED)
-    if method.learns_from == "sample" and ids > BLOCK_ROWS:
-        phases.append(ids * _DRAWN)
+        each = _WEIGHED if has_counts else _LEARNED
+        phases.append(rows * width * (_WHOLE_FLOAT if is_all else _SAMPLE_FLOAT) + ids * each)
+    managed = method.parts(table, 0).managed
     if has_counts:
-        phases.append(ids * (_WEIGHED if method.parts(table, 0).managed is None else _MANAGED))
+        phases.append(ids * _WEIGHED + (0 if managed is None else managed.blocks.places_at_once * _MANAGED))
     return base + max(phases) + has_counts * ids * _COUNT + has_contexts * _PAIR
 
 

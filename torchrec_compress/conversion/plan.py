@@ -137,8 +137,8 @@ def _check_shared(change: Change) -> None:
         return
     collection = collection_of(change.new)
     for table in change.home.tables:
-        parts = collection.blueprint.parts[table.name]
-        if parts.shared or collection.blueprint.banks[table.name] != table.name:
+        blueprint = collection.blueprint
+        if blueprint.common(table.name) or blueprint.banks[table.name] != table.name:
             raise ValueError(
                 f"table {table.name!r}: must share nothing with other tables, which a fit of one would overwrite, got "
                 f"{collection.methods()[table.name]}; train from the start values"

@@ -228,6 +228,7 @@ class _Conversion:
 
     def _check_memory(self, memory: int) -> None:
         needs = {}
+        held = {key: 0 if data.counts is None else data.counts.nbytes for key, data in self._data.items()}
         for change, table in self._tables:
             method, data = change.method(table, True), self._data[table.key]
             config = _config_of(change, table)
@@ -235,7 +236,8 @@ class _Conversion:
             assert some is not None
             pairs = 0 if data.contexts is None else len(data.contexts[0])
             new = None if method is None else change.new
-            needs[table.key] = needed(config, some, new, data.counts is not None, pairs, self._kind == "dcp")
+            others = sum(held.values()) - held[table.key]  # look-ups of all tables lie there together
+            needs[table.key] = others + needed(config, some, new, data.counts is not None, pairs, self._kind == "dcp")
         check_memory(memory, needs)
 
     def _check_fits(self) -> None:

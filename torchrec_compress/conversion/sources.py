@@ -11,7 +11,7 @@ from torchrec_compress.conversion.checkpoints import Checkpoint
 from torchrec_compress.conversion.plan import Change
 from torchrec_compress.conversion.tables import Table, collection_of
 from torchrec_compress.conversion.work import Work
-from torchrec_compress.methods.learned import BLOCK_ROWS, RowReader
+from torchrec_compress.methods.learned import RowReader
 
 
 class Sources:
@@ -79,16 +79,14 @@ class Sources:
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put tensors into a module as they are; rows of few bits are looked at by blocks, where it would look at all."""
+    """Put tensors into a module as they are; rows of few bits, which it would copy, too."""
     trained = collection_of(module).trained
     banks = {} if trained is None else {f".banks.{name}.rows": bank for name, bank in trained.banks.items()}
     for key in [key for key in state if key.startswith("trained.") or ".trained." in key]:
         (bank,) = [bank for end, bank in banks.items() if key.endswith(end)]
         rows = state.pop(key)
-        for first in range(0, len(rows), BLOCK_ROWS):
-            bank.first_row = first  # which errors count from
-            bank.check_encoded(rows[first : first + BLOCK_ROWS])
-        bank.first_row, bank.rows = 0, rows
+        bank.check_encoded(rows)
+        bank.rows = rows
         bank.note()
     missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
     assert not unexpected and all(key.endswith(tuple(banks)) for key in missing), (missing, unexpected)

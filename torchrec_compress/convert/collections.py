@@ -20,6 +20,8 @@ from torchrec.modules.embedding_modules import (
 
 from torchrec_compress.compression import Compression
 from torchrec_compress.convert.into import check_whole, row_reader
+from torchrec_compress.convert.models import errors_of
+from torchrec_compress.methods import DenseConfig
 from torchrec_compress.methods.learned import RowReader
 from torchrec_compress.modules import (
     CompressedEmbedding,
@@ -137,15 +139,23 @@ def parameters_of(collection: Stock | Compressed, name: str) -> list[nn.Paramete
     if isinstance(collection, EmbeddingBagCollection | EmbeddingCollection):
         return [stock_weights(collection)[name]]
     state, trained = collection.table_state(name), collection.trained
-    own = {part.name for part in collection.blueprint.parts[name].native if part.shared}
-    found: list[Any] = [value for part, value in state.native.items() if part not in own]
+    common = collection.blueprint.common(name)
+    others = {part.name for part in collection.blueprint.parts[name].native if part.shared in common}
+    found: list[Any] = [value for part, value in state.native.items() if part not in others]
     found += state.decoder.values() if collection.blueprint.banks[name] == name else []
     found += trained.banks[name].parameters() if trained is not None and name in trained.banks else []
     return [value for value in found if isinstance(value, nn.Parameter)]
 
 
 def stock_like(collection: Compressed, device: torch.device) -> Stock:
-    """Return a stock collection of the same tables and kind, to be filled."""
+    """Return a stock collection of the same tables and kind, to be filled.
+
+    Raises:
+        ValueError: a table is of a data type that TorchRec would change without a word.
+    """
+    for table in collection.table_configs():
+        with errors_of("decompress"):
+            DenseConfig().check(table)
     with torch.random.fork_rng(generators(device)):
         if isinstance(collection, CompressedEmbeddingCollection):
             rows = copy.deepcopy(collection.embedding_configs())
@@ -167,11 +177,23 @@ def expand(collection: Compressed) -> Stock:
     return dense
 
 
+def check_range(name: str, rows: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError where served rows, (L, D), would be infinite in the dtype of a table."""
+    largest = torch.finfo(dtype).max
+    if rows.numel() and float(rows.abs().max()) > largest:
+        raise ValueError(
+            f"decompress: table {name!r}: rows must be in +-{largest:.0f} to be stored as {dtype}, got up to "
+            f"{float(rows.abs().max()):g}; give the table data_type FP32"
+        )
+
+
 @torch.no_grad()
 def fill(weight: nn.Parameter, collection: Compressed, name: str) -> None:
     """Write the rows that one table serves, block by block, into a weight, (N, D); it is frozen if they are."""
     for first in range(0, len(weight), _ROWS_AT_ONCE):
         ids = torch.arange(first, min(first + _ROWS_AT_ONCE, len(weight)), device=collection.device)
-        weight[first : first + len(ids)] = collection.table_rows(name, ids)
+        rows = collection.table_rows(name, ids)
+        check_range(name, rows, weight.dtype)
+        weight[first : first + len(ids)] = rows
     stored = parameters_of(collection, name)
     weight.requires_grad_(not stored or any(parameter.requires_grad for parameter in stored))

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from torchrec_compress.convert.collections import Compressed, collection_of, stock_like
+from torchrec_compress.convert.collections import Compressed, check_range, collection_of, stock_like
 from torchrec_compress.convert.models import Place, errors_of, find_places
 from torchrec_compress.convert.plain import plain_like, put_padding
 from torchrec_compress.convert.safety import check_places
-from torchrec_compress.convert.shards import Crew
+from torchrec_compress.convert.shards import Crew, raise_first
 from torchrec_compress.convert.wrapping import Wrap, rewrapped
 from torchrec_compress.modules import CompressedEmbedding, CompressedEmbeddingBag, CompressedEmbeddingCollection
 from torchrec_compress.seams import environment_of, forget_inputs, has_codecs, local_shards
@@ -94,10 +94,16 @@ def _fill_table(weight: object, collection: Compressed, name: str, crew: Crew, d
         for top, left in [(0, 0) if offsets is None else (int(offsets[0]), int(offsets[1]))]
         for first in range(0, len(local), served.at_once)
     ]
+    failed: list[ValueError] = []
     for number in range(crew.most(len(wanted))):  # all ranks look up as often
         block, first, left = wanted[number] if number < len(wanted) else (torch.empty(0, 0), 0, 0)
         rows = served(torch.arange(first, first + len(block), device=device))
+        try:
+            check_range(name, rows, block.dtype)
+        except ValueError as error:
+            failed.append(error)
         block.copy_(rows[:, left : left + block.shape[1]])
+    crew.together(lambda: raise_first(failed))  # at the end, as the others wait for the look-ups of this rank
 
 
 class _ServedRows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -155,19 +155,19 @@ class EncodedRows:
     def __init__(self, learned: Learned, rows: SharedRows, crew: Crew) -> None:
         self._num_rows, self._crew = learned.num_rows, crew
         numbers, kept = [torch.zeros(0, dtype=torch.int64)], []
-        failed: Exception | None = None
+        failed: list[Exception] = []
         for ids, given in rows.blocks(learned.needs_rows):
-            if failed is not None:
+            if failed:
                 continue  # to the end with the others, who wait for what this rank holds
             try:
                 block = learned.encode(ids, given)
             except Exception as error:  # noqa: BLE001 (whatever it is, the others hear of it below)
-                failed = error
+                failed.append(error)
                 continue
             if block is not None:
                 numbers.append(learned.row_numbers(ids))
                 kept.append(block)
-        crew.together(lambda: _raise(failed))
+        crew.together(lambda: raise_first(failed))
         self._numbers, order = torch.cat(numbers).sort()
         self._rows = torch.cat(kept)[order] if kept else None
 
@@ -208,6 +208,7 @@ def _digest(value: Any, found: Any) -> None:
         found.update(repr(value).encode())
 
 
-def _raise(error: Exception | None) -> None:
-    if error is not None:
-        raise error
+def raise_first(errors: Sequence[Exception]) -> None:
+    """Raise the first of some errors, if there are any."""
+    if errors:
+        raise errors[0]

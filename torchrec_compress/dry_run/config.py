@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from torchrec_compress.schema import NonNegative, Positive, Range, Rate
 
 Width = Annotated[int, Range(4)]
+DataTypeName = Literal["FP32", "FP16", "BF16"]
 _UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 
 
@@ -24,6 +25,7 @@ class TableSpec:
         feature_names: features that look it up; empty is the table's own name.
         pooling_factor: ids per bag, on average.
         pooling: how bags are pooled.
+        data_type: of the table's rows, as TorchRec's configs say it.
         sharding_types: allowed sharding types, such as "row_wise"; empty allows all.
         compute_kernels: allowed kernels, such as "fused"; empty allows all.
     """
@@ -33,6 +35,7 @@ class TableSpec:
     feature_names: list[str] = field(default_factory=list)
     pooling_factor: NonNegative = 1.0
     pooling: Literal["sum", "mean"] = "sum"
+    data_type: DataTypeName = "FP32"
     sharding_types: list[str] = field(default_factory=list)
     compute_kernels: list[str] = field(default_factory=list)
 
@@ -44,6 +47,7 @@ class PlanConfig:
     Args:
         tables: by name.
         embedding_dim: width of tables that state none.
+        output_dtype: of what look-ups return, as TorchRec's constraints say it; null is float32 for compressed tables.
         unpooled: whether the tables are an `EmbeddingCollection`, whose rows are not pooled.
         compression: {"method": name, options} or such mappings by table name or pattern; empty plans the tables as they
             are.
@@ -67,6 +71,7 @@ class PlanConfig:
 
     tables: dict[str, TableSpec] = field(default_factory=dict)
     embedding_dim: Width = 128
+    output_dtype: DataTypeName | None = None
     unpooled: bool = False
     compression: dict[str, Any] = field(default_factory=dict)
     frontier: str | None = None

@@ -14,6 +14,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollec
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
+from torchrec.modules.embedding_configs import DataType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from torchrec_compress.compression import Frontier, parse
@@ -154,7 +155,13 @@ def _shape(config: PlanConfig, name: str, spec: TableSpec) -> dict[str, Any]:
     if spec.pooling_factor < 0:
         raise ValueError(f"tables.{name}.pooling_factor: must not be negative, got {spec.pooling_factor}")
     names = spec.feature_names or [name]
-    return {"name": name, "num_embeddings": spec.num_embeddings, "embedding_dim": width, "feature_names": names}
+    return {
+        "name": name,
+        "num_embeddings": spec.num_embeddings,
+        "embedding_dim": width,
+        "feature_names": names,
+        "data_type": DataType[spec.data_type],
+    }
 
 
 def make_collection(config: PlanConfig, tables: list[Any]) -> nn.Module:
@@ -173,6 +180,7 @@ def make_constraints(config: PlanConfig, tables: list[Any]) -> dict[str, Paramet
             sharding_types=spec.sharding_types or None,
             compute_kernels=spec.compute_kernels or None,
             pooling_factors=[spec.pooling_factor] * len(table.feature_names),
+            output_dtype=None if config.output_dtype is None else DataType[config.output_dtype],
         )
         for table, spec in zip(tables, config.tables.values(), strict=True)
     }

@@ -5,6 +5,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+_BLOCK = 2**18  # numbers that are looked at together
+
 
 def check_rows(where: str, rows: Tensor) -> None:
     """Refuse rows that no fit can use.
@@ -51,15 +53,32 @@ def check_weights(where: str, weights: Tensor | None, num_rows: int, device: tor
     if tuple(weights.shape) != (num_rows,):
         raise ValueError(f"{where}: weights must have shape [{num_rows}], one per row, got {list(weights.shape)}")
     weights = weights.to(device=device, dtype=torch.float32)
-    bad = ~(torch.isfinite(weights) & (weights >= 0))
-    if bad.any():
-        first = int(bad.nonzero()[0])
+    first = first_wrong(weights)
+    if first is not None:
         raise ValueError(f"{where}: weights must be finite and >= 0, got {float(weights[first])} for row {first}")
     if not (weights > 0).any():
         raise ValueError(
             f"{where}: at least one weight must be above 0, got all zeros; pass weights=None to weigh rows alike"
         )
     return weights
+
+
+def first_wrong(values: Tensor) -> int | None:
+    """Return the place of the first of many numbers that is NaN, infinite or negative, or None; looked at in blocks.
+
+    Args:
+        values: [N] of any real dtype.
+
+    Example:
+        >>> first_wrong(torch.tensor([1.0, -2.0, float("nan")]))
+        1
+    """
+    for first in range(0, len(values), _BLOCK):
+        block = values[first : first + _BLOCK]
+        wrong = ~(torch.isfinite(block) & (block >= 0))
+        if wrong.any():
+            return first + int(wrong.nonzero()[0])
+    return None
 
 
 def check_sizes(where: str, num_rows: int, num_codes: int, codebook_size: int, first_size: int | None) -> int:
@@ -143,9 +162,8 @@ def check_counts(where: str, counts: object, num_rows: int) -> Tensor:
             f"{where}: counts must be look-ups per id, integers or floats, got {counts.dtype} ({counts.layout})"
         )
     counts = counts.detach().cpu()
-    wrong = ~(torch.isfinite(counts) & (counts >= 0))
-    if wrong.any():
-        first = int(wrong.nonzero()[0])
+    first = first_wrong(counts)
+    if first is not None:
         raise ValueError(f"{where}: counts must be finite and >= 0, got {counts[first].item()} for id {first}")
     most = float(counts.max()) if num_rows else 0.0
     if most > 2**53 or 0 < most < 1:

@@ -226,14 +226,15 @@ def predicted_rise(before: Rows, served: Rows, counts: Tensor, curvature: Curvat
     shapes = [tuple(rows.shape) for rows in (before, served) if isinstance(rows, Tensor)]
     if any(shape != expected for shape in shapes):
         raise ValueError(f"{where}: rows must be {expected}, got {shapes}")
-    counts = check_counts(where, counts, expected[0]).to(torch.float64)
+    counts = check_counts(where, counts, expected[0])
     if not bool((counts > 0).any()):
         raise ValueError(f"{where}: at least one count must be above 0, got all zeros")
     total = 0.0
-    for ids in torch.arange(expected[0]).split(_BLOCK_ROWS):  # blocks bound the float64 copies
+    for first in range(0, expected[0], _BLOCK_ROWS):  # blocks bound the float64 copies
+        ids = torch.arange(first, min(first + _BLOCK_ROWS, expected[0]))
         errors = _read(served, ids) - _read(before, ids)
-        total += float(((errors @ curvature.matrix) * errors).sum(dim=1) @ counts[ids])
-    return 0.5 * curvature.lookups / curvature.examples * total / float(counts.sum())
+        total += float(((errors @ curvature.matrix) * errors).sum(dim=1) @ counts[ids].to(torch.float64))
+    return 0.5 * curvature.lookups / curvature.examples * total / float(counts.to(torch.float64).sum())
 
 
 def _read(rows: Rows, ids: Tensor) -> Tensor:

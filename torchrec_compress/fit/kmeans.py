@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchrec_compress.fit.checks import check_rows, check_seed, check_weights
-from torchrec_compress.fit.codes import weighted_error
+from torchrec_compress.fit.codes import CHUNK_ROWS, weighted_error
 from torchrec_compress.ops import BLOCK_FLOATS, centroid_sums, nearest_with_distance
 
 # Multiplications of one pass over all points and centroids below which one thread chooses the first centroids.
@@ -62,6 +62,7 @@ def sample_points(weights: Tensor, num_points: int, generator: torch.Generator) 
     Duffield, Lund, Thorup (J. ACM 2007): with u_i uniform, keep the `num_points` largest priorities w_i / u_i; a kept
     point weighs max(w_i, t), t the largest priority left out. Every weighted sum is estimated without bias; points
     heavier than t are all kept, with their own weight. So a hot row is never lost and a cold one stands for its kind.
+    Weights are walked over once, in blocks: nothing of the size of all of them is made.
 
     Args:
         weights: [N] float32 >= 0.
@@ -76,15 +77,31 @@ def sample_points(weights: Tensor, num_points: int, generator: torch.Generator) 
         >>> 2 in index, float(new[index == 2])
         (True, 100.0)
     """
-    uniform = 1 - torch.rand(len(weights), dtype=torch.float64, generator=generator)  # in (0, 1]
-    priority = weights.to("cpu", torch.float64) / uniform
-    threshold = priority.kthvalue(len(priority) - num_points).values  # the largest one left out
-    kept = priority > threshold
-    # of equal priorities (weight 0) the first ones
-    equal = (priority == threshold).nonzero().flatten()
-    kept[equal[: num_points - int(kept.sum())]] = True
-    index = kept.nonzero().flatten().to(weights.device)
-    return index, weights[index].clamp(min=float(threshold))
+    priorities, places, least = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.int64)], -1.0
+    for first in range(0, len(weights), CHUNK_ROWS):
+        mine = weights[first : first + CHUNK_ROWS].to("cpu", torch.float64)
+        priority = mine / (1 - torch.rand(len(mine), dtype=torch.float64, generator=generator))  # by (0, 1]
+        found = (priority > least).nonzero().flatten()
+        priorities.append(priority[found])
+        places.append(found + first)
+        # what is sampled, and the largest one left out, are among as many of what was seen so far
+        if sum(map(len, places)) > max(2 * num_points, CHUNK_ROWS) and first + CHUNK_ROWS < len(weights):
+            priority, place = torch.cat(priorities), torch.cat(places)
+            kept, _ = _largest(priority, num_points + 1)
+            priorities, places = [priority[kept]], [place[kept]]
+            least = float(priorities[0].min())
+    kept, threshold = _largest(torch.cat(priorities), num_points)
+    index = torch.cat(places)[kept].to(weights.device)
+    return index, weights[index].clamp(min=threshold)
+
+
+def _largest(values: Tensor, num_values: int) -> tuple[Tensor, float]:
+    """Return whether each is among so many largest ones, of equal ones the first, and the largest one left out."""
+    left_out = values.kthvalue(len(values) - num_values).values
+    kept = values > left_out
+    equal = (values == left_out).nonzero().flatten()  # as those of weight 0
+    kept[equal[: num_values - int(kept.sum())]] = True
+    return kept, float(left_out)
 
 
 def train_size(num_clusters: int, max_points_per_centroid: int) -> int:

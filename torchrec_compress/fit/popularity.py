@@ -9,10 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torchrec_compress.fit.checks import first_wrong
+
 PopularityKind = Literal["count", "log2", "none"]
 
 # An id that training never saw may still be asked for: it counts as a thousandth of a lookup, enough to be placed.
 UNSEEN_WEIGHT = 1e-3
+_BLOCK = 2**18  # rows that are weighed together: blocks bound the float64 copies
 
 
 def popularity_weights(counts: Tensor | None, kind: PopularityKind, num_rows: int) -> Tensor:
@@ -44,13 +47,15 @@ def popularity_weights(counts: Tensor | None, kind: PopularityKind, num_rows: in
         raise ValueError(
             f"popularity_weights: counts must have shape [{num_rows}], one per row, got {list(counts.shape)}"
         )
-    # float64 holds every integer count up to 2^53, so log2 of an exact power of two stays exact.
-    exact = counts.to(torch.float64)
-    bad = ~(torch.isfinite(exact) & (exact >= 0))
-    if bad.any():
-        first = int(bad.nonzero()[0])
+    first = first_wrong(counts)
+    if first is not None:
         raise ValueError(
-            f"popularity_weights: counts must be finite and >= 0, got {float(exact[first])} for row {first}"
+            f"popularity_weights: counts must be finite and >= 0, got {float(counts[first])} for row {first}"
         )
-    weights = exact if kind == "count" else exact.clamp(min=2).log2().floor()
-    return torch.where(exact > 0, weights, UNSEEN_WEIGHT).to(torch.float32)
+    weights = torch.empty(num_rows, dtype=torch.float32, device=counts.device)
+    for first in range(0, num_rows, _BLOCK):
+        # float64 holds every integer count up to 2^53, so log2 of an exact power of two stays exact.
+        exact = counts[first : first + _BLOCK].detach().to(torch.float64)
+        mine = exact if kind == "count" else exact.clamp(min=2).log2().floor()
+        weights[first : first + _BLOCK] = torch.where(exact > 0, mine, UNSEEN_WEIGHT)
+    return weights

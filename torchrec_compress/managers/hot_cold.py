@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchrec_compress.managers.manager import OwnedTable, RowManager, move_rows
+from torchrec_compress.managers.manager import Blocks, OwnedTable, RowManager, move_rows
 from torchrec_compress.managers.segments import Distinct, distinct, ranked
 from torchrec_compress.managers.sketch import UNIT, Found, Sketch
 from torchrec_compress.ops import hash_ids
@@ -159,11 +159,15 @@ class HotCold(RowManager):
             counts: (places here,) integer or floating point, finite and >= 0; of a table that holds them as `remap`
                 then says.
         """
-        # the largest first: what float32 scores round to the same stays in the order of the counts
-        exact, places = counts.double().sort(descending=True, stable=True)
-        seen = Distinct(places, exact * UNIT, torch.ones_like(places, dtype=torch.bool))
-        self.sketch.add(seen)
-        self._promote(seen, None)
+        # whole blocks, which do not matter to each other, in a few steps: much is made for each place
+        blocks = Blocks(len(counts), self._num_blocks)
+        for step, mine in enumerate(counts.split(blocks.places_at_once)):
+            # the largest first: what float32 scores round to the same stays in the order of the counts
+            exact, places = mine.double().sort(descending=True, stable=True)
+            places += step * blocks.places_at_once
+            seen = Distinct(places, exact * UNIT, torch.ones_like(places, dtype=torch.bool))
+            self.sketch.add(seen)
+            self._promote(seen, None)
 
     def _amounts(self, places: Tensor, norms: list[Tensor]) -> Tensor:
         """Return the importance of look-ups, (L,) int64 in `UNIT`s, the same in any order of look-ups."""

@@ -48,6 +48,11 @@ class Blocks:
         """Places of all blocks."""
         return self.ids_per_block * self.num_blocks
 
+    @property
+    def places_at_once(self) -> int:
+        """Places of the whole blocks that a fit takes together: a sixteenth of them, where there are as many."""
+        return self.ids_per_block * -(-self.num_blocks // 16)
+
     def places(self, ids: Tensor) -> Tensor:
         """Return where ids are in the order of the blocks: (L,) integer -> (L,) int64 in [0, num_places)."""
         ids = ids.long()

@@ -6,14 +6,18 @@ from torchrec_compress.methods.cce import CceConfig
 from torchrec_compress.methods.codebook import CodebookConfig, as_codebook
 from torchrec_compress.methods.decoders import BagDecoder, TableDecoder
 from torchrec_compress.methods.dense import DenseConfig
+from torchrec_compress.methods.given import GivenCodesConfig
 from torchrec_compress.methods.hash import HashConfig
+from torchrec_compress.methods.hash_embeddings import HashEmbeddingsConfig
 from torchrec_compress.methods.lowbit import Int4Config, Int8Config
 from torchrec_compress.methods.mec import MECConfig
 from torchrec_compress.methods.memcom import MEmComConfig
 from torchrec_compress.methods.narrow import NarrowConfig
 from torchrec_compress.methods.pq import PQConfig
+from torchrec_compress.methods.qr import QRConfig
 from torchrec_compress.methods.quantile import QuantileCodesConfig
 from torchrec_compress.methods.random_codes import RandomCodesConfig
+from torchrec_compress.methods.robe import RobeConfig
 from torchrec_compress.methods.storage import NativePart, Parts
 
 __all__ = [
@@ -23,7 +27,9 @@ __all__ = [
     "CceConfig",
     "CodebookConfig",
     "DenseConfig",
+    "GivenCodesConfig",
     "HashConfig",
+    "HashEmbeddingsConfig",
     "Int4Config",
     "Int8Config",
     "MECConfig",
@@ -33,8 +39,10 @@ __all__ = [
     "NativePart",
     "PQConfig",
     "Parts",
+    "QRConfig",
     "QuantileCodesConfig",
     "RandomCodesConfig",
+    "RobeConfig",
     "TableData",
     "TableDecoder",
     "TableState",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -43,6 +43,9 @@ def register(config: type[Config]) -> type[Config]:
         raise ValueError(f"method {config.method!r} must be registered once, got {config.__qualname__} as well")
     METHODS[config.method] = config
     return config
+
+
+_FLOAT_TYPES = (DataType.FP32, DataType.FP16, DataType.BF16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +117,23 @@ class MethodConfig(ABC):
         name, options = _LADDER[level]
         return METHODS[name](**options)
 
+    def resized(self, table: BaseEmbeddingConfig) -> Iterator[MethodConfig]:
+        """Yield the same method at all sizes that a budget may pick from, this one's own where it has no other.
+
+        Not all of them can store the table.
+        """
+        yield self
+
     def check(self, table: BaseEmbeddingConfig) -> None:
-        """Raise ValueError when the table cannot be stored this way."""
-        if table.data_type != DataType.FP32:
+        """Raise ValueError when the table cannot be stored this way.
+
+        Its data type is that of rows which lie in tables of TorchRec's (`native_type`); codebooks, projections and
+        numbers of one id are float32, rows of few bits what they are.
+        """
+        if table.data_type not in _FLOAT_TYPES:
             raise ValueError(
-                f"table {table.name!r}: data_type must be FP32 with method {self.method!r}, got "
-                f"{table.data_type.value}; compressed tables are trained in float32"
+                f"table {table.name!r}: data_type must be one of {[each.value for each in _FLOAT_TYPES]}, got "
+                f"{table.data_type.value}; compressed tables are trained in floating point"
             )
 
     @abstractmethod
@@ -282,6 +296,20 @@ class MethodConfig(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain data, with the method's name; `torchrec_compress.compression.parse` reads it."""
         return {"method": self.method, **dataclasses.asdict(self)}
+
+
+def spread(most: int) -> list[int]:
+    """Return numbers from 1 to `most`, ascending, each at most a fiftieth above the one before, or one.
+
+    Example:
+        >>> spread(7), len(spread(10**9))
+        ([1, 2, 3, 4, 5, 6, 7], 928)
+    """
+    found, number = [], 1
+    while number < most:
+        found.append(number)
+        number = max(number + 1, number + number // 50)
+    return [*found, most] if most >= 1 else []
 
 
 def dense_bytes(table: BaseEmbeddingConfig) -> int:

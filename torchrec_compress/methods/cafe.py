@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.managers import Blocks, HotCold, HotColdSizes
 from torchrec_compress.methods.base import (
@@ -19,11 +20,12 @@ from torchrec_compress.methods.base import (
     TableState,
     init_like,
     register,
+    spread,
 )
 from torchrec_compress.methods.buckets import BucketSums
-from torchrec_compress.methods.learned import Learned
+from torchrec_compress.methods.learned import BLOCK_ROWS, Learned
 from torchrec_compress.methods.storage import ManagedPart, NativePart, Parts, Remap
-from torchrec_compress.ops import Rows, TableRows, pool_rows, scale_rows, stable_salt
+from torchrec_compress.ops import Rows, gathered, pool_rows, stable_salt
 
 _SLOTS_PER_HOT_ROW = 4  # the paper's
 
@@ -79,6 +81,11 @@ class CafeConfig(MethodConfig):
     def check(self, table: BaseEmbeddingConfig) -> None:
         """Raise ValueError unless every block gets as many rows and slots as any other, and rules are numbers."""
         super().check(table)
+        if table.data_type != DataType.FP32:
+            raise ValueError(
+                f"table {table.name!r}: data_type must be FP32 with method {self.method!r}, whose manager moves and "
+                f"scores float32 rows, got {table.data_type.value}"
+            )
         where = f"table {table.name!r}"
         if self.num_blocks < 1 or self.slots_per_bucket < 1 or self.every < 1:
             raise ValueError(
@@ -101,6 +108,22 @@ class CafeConfig(MethodConfig):
         for name, value in (("threshold", self.threshold), ("medium_threshold", self.medium_threshold)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{where}: {name} must be a finite score of at least 0, got {value}")
+
+    def resized(self, table: BaseEmbeddingConfig) -> Iterator[MethodConfig]:
+        """Yield the same with any number of hot rows in a block, and as many cold and medium ones for each of them."""
+        for number in spread(table.num_embeddings // self.num_blocks):
+            scale = number * self.num_blocks / self.num_hot_rows
+            cold, medium = (
+                round(rows * scale / self.num_blocks) * self.num_blocks
+                for rows in (self.num_cold_rows, self.num_medium_rows)
+            )
+            yield replace(
+                self,
+                num_hot_rows=number * self.num_blocks,
+                num_cold_rows=max(self.num_blocks, cold),
+                num_medium_rows=medium,
+                num_sketch_slots=None,
+            )
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the rows of all blocks and their manager."""
@@ -136,8 +159,11 @@ class CafeConfig(MethodConfig):
         assert part is not None
         sizes = self._sizes(stable_salt(data.seed, table.name))
         manager = _manager(part.blocks, sizes, self.num_blocks, None)
-        places = part.blocks.places(torch.arange(table.num_embeddings))
-        manager.fill(counts.new_zeros(part.blocks.num_places).index_copy_(0, places, counts))
+        placed = counts.new_zeros(part.blocks.num_places)
+        for first in range(0, len(counts), BLOCK_ROWS):
+            mine = counts[first : first + BLOCK_ROWS]
+            placed[part.blocks.places(torch.arange(first, first + len(mine)))] = mine
+        manager.fill(placed)
         return ManagedTable(table, part, sizes, manager, counts)
 
     def _sizes(self, salt: int) -> HotColdSizes:
@@ -237,8 +263,5 @@ class ManagedRowsDecoder(TableDecoder):
 @torch.fx.wrap
 def pool_managed(offsets: Tensor | None, weights: Tensor | None, rows: list[Rows]) -> Tensor:
     """Return the sums over bags, (B, D); arguments as in `TableDecoder.forward`."""
-    (found,) = rows
-    gathered = found.gather() if isinstance(found, TableRows) else found
-    if offsets is not None:
-        return pool_rows(gathered, offsets, weights)
-    return gathered if weights is None else scale_rows(gathered, weights, "cafe")
+    (found,) = gathered(rows)
+    return pool_rows(found, offsets, weights)

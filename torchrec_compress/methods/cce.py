@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
@@ -21,6 +22,7 @@ from torchrec_compress.methods.base import (
     TableState,
     init_like,
     register,
+    spread,
 )
 from torchrec_compress.methods.learned import Learned
 from torchrec_compress.methods.storage import CodePart, Parts
@@ -109,6 +111,12 @@ class CceConfig(MethodConfig):
         """Return the same with half the codewords, a quarter, and so on."""
         size = self.codebook_size >> (level + 1)
         return replace(self, codebook_size=size) if size >= 2 else None
+
+    def resized(self, table: BaseEmbeddingConfig) -> Iterator[MethodConfig]:
+        """Yield the same with any number of pointers and codewords."""
+        lengths = [number for number in range(1, table.embedding_dim + 1) if table.embedding_dim % number == 0]
+        sizes = [size for size in spread(min(table.num_embeddings, 32768)) if size > 1]
+        return (replace(self, num_codes=number, codebook_size=size) for number in lengths for size in sizes)
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the table of pointers, which start as hashes, and what clusters them."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.fit.codes import decode
+from torchrec_compress.fit.lookups import by_lookups
 from torchrec_compress.fit.metric import Metric
 from torchrec_compress.fit.popularity import PopularityKind, popularity_weights
 from torchrec_compress.methods.base import (
@@ -27,17 +28,16 @@ from torchrec_compress.methods.base import (
     dense_bytes,
 )
 from torchrec_compress.methods.codebook_decoder import CodebookDecoder, float_rows, fold_codewords
-from torchrec_compress.methods.coded_table import CodedTable, CodeFormat, stored_codes, stored_otherwise
+from torchrec_compress.methods.coded_table import CodedTable, CodeFormat, start_codes, stored_otherwise
 from torchrec_compress.methods.learned_codes import LearnedCodes, Sample, Seen
 from torchrec_compress.methods.low_bit_rows import check_codebook_dtype, check_low_bit_width, quantize_table_rows
-from torchrec_compress.methods.shared_row import by_lookups, check_num_coded, learn_shared_row
+from torchrec_compress.methods.shared_row import check_num_coded, learn_shared_row
 from torchrec_compress.methods.storage import CodePart, Parts
 from torchrec_compress.methods.width import LANES, check_width, learn_directions, narrowed
 from torchrec_compress.ops import (
     code_dtype,
     coded_ids_bytes,
     dequantize_rows,
-    hash_codes,
     is_packed,
     num_escape_codes,
     packed_width,
@@ -178,6 +178,12 @@ class CodebookConfig(MethodConfig):
         place = level - (NUM_LEVELS - len(CODE_LENGTHS))
         return replace(self, num_codes=CODE_LENGTHS[place]) if place >= 0 else None
 
+    def resized(self, table: BaseEmbeddingConfig) -> Iterator[MethodConfig]:
+        """Yield the same with any number of codes, and codewords in powers of two up to its own."""
+        codewords = [size for size in (16, 32, 64, 128) if size < self.codebook_size]
+        for size in (*codewords, self.codebook_size):
+            yield from (replace(self, num_codes=m, codebook_size=size) for m in range(1, table.embedding_dim + 1))
+
     def serve_lengths(
         self, table: BaseEmbeddingConfig, data: TableData, lengths: Sequence[int]
     ) -> Iterator[tuple[int, Tensor]]:
@@ -196,7 +202,7 @@ class CodebookConfig(MethodConfig):
         """
         for length in lengths:
             config = replace(self, num_codes=length)
-            seen = config._see(table, data)
+            seen = config._see(table, data, config.learning_weights(table, data))
             encoder, books, refit = config.learn_codes(config.coded(table), data, seen.sample)
             codes = encoder(seen.sample.ids, seen.sample.rows)
             if refit is not None:
@@ -218,7 +224,7 @@ class CodebookConfig(MethodConfig):
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the code table; it starts from hashed codes."""
         start = partial(
-            _start_codes,
+            start_codes,
             num_codes=self.num_codes,
             codebook_size=self.codebook_size,
             salt=stable_salt(seed, table.name),
@@ -317,7 +323,7 @@ class CodebookConfig(MethodConfig):
         """Learn codes and codebooks for the tail and set the hot head apart."""
         self.check_fit(table, data)
         hot, weights = self.hot_ids(table, data), self.learning_weights(table, data)
-        seen = self._see(table, data) if data.rows is not None or self.needs_rows else None
+        seen = self._see(table, data, weights) if data.rows is not None or self.needs_rows else None
         if seen is None:
             learned = self.learn_codes(self.coded(table), data, None)
             return CodedTable(self._format(table), table, learned, weights, hot, False, None)
@@ -330,8 +336,8 @@ class CodebookConfig(MethodConfig):
         row = self.coded(table).embedding_dim
         return CodeFormat(self.num_codes, self.codebook_size, row, self.hot_dtype, self.codebook_dtype)
 
-    def _see(self, table: BaseEmbeddingConfig, data: TableData) -> Seen:
-        """Return the rows as the learning of codes sees them: narrowed where there is a width, whitened in a metric."""
+    def _see(self, table: BaseEmbeddingConfig, data: TableData, weights: Tensor) -> Seen:
+        """Return the rows, of these weights, as codes are learned: narrowed to a width, whitened in a metric."""
         rows, directions, metric, shared = data.trained_rows(table), None, None, None
         if self.num_coded is not None:
             shared = learn_shared_row(table, data, self.num_coded)
@@ -347,13 +353,12 @@ class CodebookConfig(MethodConfig):
             else:
                 metric = Metric.of(felt, 1 if self.sums_codewords else self.num_codes)
                 rows = metric.whiten(rows)
-        weights = data.row_weights(self.learning_weights(table, data))
-        return Seen(Sample(data.row_ids(table), rows, weights), directions, metric, shared)
+        return Seen(Sample(data.row_ids(table), rows, data.row_weights(weights)), directions, metric, shared)
 
     def learning_weights(self, table: BaseEmbeddingConfig, data: TableData) -> Tensor:
         """Return what each id weighs, (N,) float32: hot ones, of which no codeword is learned, nothing."""
         weights = popularity_weights(data.counts, self.weighs_by(data), table.num_embeddings)
-        return weights.index_fill(0, self.hot_ids(table, data), 0.0)
+        return weights.index_fill_(0, self.hot_ids(table, data), 0.0)
 
     def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:
         """Raise ValueError where hot rows, or ids that are chosen to have codes, come without counts, too."""
@@ -387,13 +392,9 @@ class CodebookConfig(MethodConfig):
             return torch.empty(0, dtype=torch.int64)
         self.check_fit(table, data)
         assert data.counts is not None
-        return by_lookups(data.counts)[: self.num_hot_rows]
+        return by_lookups(data.counts, self.num_hot_rows)
 
 
 def as_codebook(method: object) -> CodebookConfig | None:
     """Return a method of codes as what it is, or None for anything else."""
     return method if isinstance(method, CodebookConfig) else None
-
-
-def _start_codes(ids: Tensor, num_codes: int, codebook_size: int, salt: int, first_size: int) -> Tensor:
-    return stored_codes(hash_codes(ids, num_codes, codebook_size, salt, first_size), codebook_size)

@@ -17,7 +17,7 @@ from torchrec_compress.methods.learned_codes import LearnedCodes
 from torchrec_compress.methods.low_bit_rows import quantize_table_rows, warn_of_rough_rows
 from torchrec_compress.methods.shared_row import SharedRow
 from torchrec_compress.methods.width import Directions
-from torchrec_compress.ops import code_dtype, coded_rows, hot_row_codes, is_packed, pack_codes
+from torchrec_compress.ops import code_dtype, coded_rows, hash_codes, hot_row_codes, is_packed, pack_codes
 from torchrec_compress.ops.lowbit import RowDtype
 
 CodebookDtype: TypeAlias = Literal["fp32", "int8"]
@@ -36,6 +36,11 @@ class CodeFormat(NamedTuple):
 def stored_codes(codes: Tensor, codebook_size: int) -> Tensor:
     """Return codes, (L, M) in [0, K), as a code table stores them."""
     return pack_codes(codes) if is_packed(codebook_size) else codes.to(code_dtype(codebook_size))
+
+
+def start_codes(ids: Tensor, num_codes: int, codebook_size: int, salt: int, first_size: int) -> Tensor:
+    """Return hashed codes as a code table stores them; arguments as in `ops.hash_codes`."""
+    return stored_codes(hash_codes(ids, num_codes, codebook_size, salt, first_size), codebook_size)
 
 
 class CodedTable(Learned):
@@ -76,7 +81,7 @@ class CodedTable(Learned):
     @property
     def num_rows(self) -> int:
         """Rows of the code table."""
-        return super().num_rows if self._shared is None else int(self._shared.is_coded.sum()) + 1
+        return super().num_rows if self._shared is None else int(self._shared.is_coded.count_nonzero()) + 1
 
     def row_numbers(self, ids: Tensor) -> Tensor:
         """Return which rows of the code table ids have."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.methods.base import MethodConfig, TableData, TableState, register
 from torchrec_compress.methods.learned import Learned
-from torchrec_compress.methods.storage import Parts
+from torchrec_compress.methods.storage import Parts, native_type
 
 
 @register
@@ -33,11 +32,7 @@ class DenseConfig(MethodConfig):
 
     def check(self, table: BaseEmbeddingConfig) -> None:
         """Raise ValueError for a data type that TorchRec would change without a word."""
-        if table.data_type not in (DataType.FP32, DataType.FP16):
-            raise ValueError(
-                f"table {table.name!r}: data_type must be FP32 or FP16, got {table.data_type.value}; "
-                "TorchRec would silently store it as FP16"
-            )
+        native_type(table)
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the untouched table."""
@@ -56,14 +51,6 @@ class DenseTable(Learned):
 
     def _encode(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         assert rows is not None
-        largest = torch.finfo(torch.float16).max
-        wrong = (rows.abs() > largest).any(dim=1) if self._table.data_type == DataType.FP16 else torch.zeros(0)
-        if wrong.any():
-            first = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"table {self._table.name!r}: pre-trained values must be in +-{largest:.0f} for data_type FP16, got "
-                f"{float(rows[first].abs().max()):g} in the row of id {int(ids[first])}; use FP32, or scale the table"
-            )
         return rows
 
     def _finish(self) -> TableState:

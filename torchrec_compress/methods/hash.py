@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.methods.base import MethodConfig, TableData, TableState, register
+from torchrec_compress.methods.base import MethodConfig, TableData, TableState, register, spread
 from torchrec_compress.methods.buckets import BucketSums
 from torchrec_compress.methods.learned import Learned
-from torchrec_compress.methods.storage import NativePart, Parts, Remap
+from torchrec_compress.methods.storage import NativePart, Parts, Remap, native_type
 from torchrec_compress.ops import stable_salt
 
 
@@ -20,7 +21,7 @@ from torchrec_compress.ops import stable_salt
 class HashConfig(MethodConfig):
     """Store `num_buckets` rows; an id is hashed to one of them.
 
-    Bytes: 4 num_buckets D. There is no state per id.
+    Bytes: 4 num_buckets D, in a table of FP16 half of it. There is no state per id.
 
     Args:
         num_buckets: rows that are stored.
@@ -47,13 +48,18 @@ class HashConfig(MethodConfig):
         """Return whether there are as many rows as buckets."""
         return self.num_buckets <= table.num_embeddings
 
+    def resized(self, table: BaseEmbeddingConfig) -> Iterator[MethodConfig]:
+        """Yield the same with any number of buckets."""
+        return (replace(self, num_buckets=number) for number in spread(table.num_embeddings))
+
     def smaller(self, level: int) -> HashConfig:
         """Return the same with half the buckets, a quarter, and so on."""
         return HashConfig(num_buckets=max(1, self.num_buckets >> (level + 1)))
 
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return one native table of buckets."""
-        return Parts(bags=(NativePart("buckets", self.num_buckets, table.embedding_dim, self._remap(table, seed)),))
+        size, remap = (self.num_buckets, table.embedding_dim), self._remap(table, seed)
+        return Parts(bags=(NativePart("buckets", *size, remap, data_type=native_type(table)),))
 
     def learn(self, table: BaseEmbeddingConfig, data: TableData) -> HashedTable:
         """Learn nothing: a row is the mean of its bucket's."""

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.fit.kmeans import sample_points
 
@@ -234,7 +234,21 @@ class Learned(ABC):
             check_trained_rows(self._table, rows, ids)
             rows = rows.detach().float()
         self._is_encoded[ids] = True
-        return self._encode(ids, rows)
+        kept = self._encode(ids, rows)
+        if kept is not None and self.kept_as[0] == "native":
+            self._check_range(kept, lambda row: f"in the row of id {int(ids[row])}")
+        return kept
+
+    def _check_range(self, values: Tensor, where: Callable[[int], str]) -> None:
+        """Raise ValueError where a table of FP16 would hold an infinity."""
+        largest = torch.finfo(torch.float16).max
+        if self._table.data_type != DataType.FP16 or not len(values) or float(values.abs().max()) <= largest:
+            return
+        first = int((values.abs() > largest).any(dim=1).nonzero()[0])
+        raise ValueError(
+            f"table {self._table.name!r}: pre-trained values must be in +-{largest:.0f} for data_type FP16, got "
+            f"{float(values[first].abs().max()):g} {where(first)}; use FP32, or scale the table"
+        )
 
     def _check_new(self, ids: Tensor) -> None:
         """Raise ValueError unless these are ids of the table of which none was encoded yet."""
@@ -265,7 +279,10 @@ class Learned(ABC):
                 f"finish(), got all but {missing}"
             )
         self._is_finished = True
-        return self._finish()
+        state = self._finish()
+        for name, values in state.native.items():
+            self._check_range(values, lambda row, name=name: f"in row {row} of {name!r}")
+        return state
 
     @abstractmethod
     def _finish(self) -> TableState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.methods.base import MethodConfig, TableData, TableDecoder, TableState, register
+from torchrec_compress.methods.base import MethodConfig, TableData, TableDecoder, TableState, register, spread
 from torchrec_compress.methods.buckets import BucketSums
 from torchrec_compress.methods.learned import LearnedWhole
-from torchrec_compress.methods.storage import NativePart, Parts, Remap
-from torchrec_compress.ops import Rows, TableRows, pool_rows, pool_table, scale_rows
+from torchrec_compress.methods.storage import NativePart, Parts, Remap, native_type
+from torchrec_compress.ops import Rows, TableRows, gathered, pool_rows, pool_table, scale_rows
 
 # FBGEMM wants row widths that are multiples of 4.
 _LANES = 4
@@ -68,10 +69,20 @@ class MEmComConfig(MethodConfig):
         """Return whether there are as many rows as buckets."""
         return self.num_buckets <= table.num_embeddings
 
+    def resized(self, table: BaseEmbeddingConfig) -> Iterator[MethodConfig]:
+        """Yield the same with any number of shared rows."""
+        return (replace(self, num_buckets=number) for number in spread(table.num_embeddings))
+
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the shared rows, the scalars and, where asked for, the biases."""
         rows = [
-            NativePart("buckets", self.num_buckets, table.embedding_dim, Remap("mod", self.num_buckets)),
+            NativePart(
+                "buckets",
+                self.num_buckets,
+                table.embedding_dim,
+                Remap("mod", self.num_buckets),
+                data_type=native_type(table),
+            ),
             # they start at 1: l2 towards 0 would shrink whole rows away
             replace(self._per_id("scalars", table, nn.init.ones_, packed=self.scalars == "packed"), decay=False),
         ]
@@ -158,11 +169,7 @@ def pool_scaled(
     tables = [found for found in rows if isinstance(found, TableRows)]
     if is_packed and offsets is not None and len(tables) == len(rows):
         return _pool_in_place(ids, offsets, weights, tables)
-    gathered = [found.gather() if isinstance(found, TableRows) else found for found in rows]
-    embeddings = _scale(ids, gathered, is_packed)
-    if offsets is not None:
-        return pool_rows(embeddings, offsets, weights)
-    return embeddings if weights is None else scale_rows(embeddings, weights, "memcom")
+    return pool_rows(_scale(ids, gathered(rows), is_packed), offsets, weights)
 
 
 def _pool_in_place(ids: Tensor, offsets: Tensor, weights: Tensor | None, tables: list[TableRows]) -> Tensor:

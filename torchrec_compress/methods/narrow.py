@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal, get_args
@@ -25,7 +26,7 @@ from torchrec_compress.methods.base import (
 from torchrec_compress.methods.dense import DenseConfig
 from torchrec_compress.methods.learned import Learned
 from torchrec_compress.methods.start import SeededInit
-from torchrec_compress.methods.storage import NativePart, Parts, Remap, TrainedPart
+from torchrec_compress.methods.storage import NativePart, Parts, Remap, TrainedPart, native_type
 from torchrec_compress.methods.width import LANES, Directions, check_width, learn_directions, projection_length
 from torchrec_compress.ops import TrainedOptimizer, encode_trained, stable_salt
 
@@ -57,7 +58,7 @@ class NarrowConfig(MethodConfig):
     Args:
         width: numbers per id, r; a multiple of 4 below the embedding's width, with few bits also that width, of which
             there is no projection then.
-        bits: of a number, 32 (float32 in a stock table), 8 or 4.
+        bits: of a number, 32 (float32 in a stock table, or what the table's data type says), 8 or 4.
         optimizer: of rows of few bits, "sgd", "adagrad", "rowwise_adagrad", "adam" or "partial_rowwise_adam"; None:
             the one that the user gives tables. The learning rate is the user's in any case, so it must be one of the
             same kind.
@@ -148,6 +149,10 @@ class NarrowConfig(MethodConfig):
         """Return the width."""
         return self.width
 
+    def resized(self, table: BaseEmbeddingConfig) -> Iterator[MethodConfig]:
+        """Yield the same at any width."""
+        return (replace(self, width=width) for width in range(LANES, table.embedding_dim + 1, LANES))
+
     def smaller(self, level: int) -> NarrowConfig | None:
         """Return the same at half the width, a quarter, and so on."""
         width = (self.width >> (level + 1)) // LANES * LANES
@@ -159,7 +164,8 @@ class NarrowConfig(MethodConfig):
         if self.bits != 32:
             whole = SeededInit(stable_salt(seed, table.name), table.num_embeddings, self.width, start)
             return Parts(trained=TrainedPart(self.width, self.bits, whole, self.optimizer, self.state_bits))
-        return Parts(bags=(NativePart("rows", table.num_embeddings, self.width, Remap(), start),))
+        size = (table.num_embeddings, self.width)
+        return Parts(bags=(NativePart("rows", *size, Remap(), start, data_type=native_type(table)),))
 
     def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> Projection | None:
         """Return the projection; rows of the embedding's width need none."""

@@ -62,7 +62,7 @@ class PQConfig(CodebookConfig):
         options = {"num_iterations": _QUICK_ITERATIONS, "seed": data.seed}
         if self.structure == "residual":
             longest = replace(self, num_codes=lengths[-1])
-            seen = longest._see(table, data)
+            seen = longest._see(table, data, longest.learning_weights(table, data))
             _, rows, weights = seen.sample
             first = longest.first_size
             for fitted in fit_prefixes(rows, lengths, self.codebook_size, first_size=first, weights=weights, **options):
@@ -70,7 +70,7 @@ class PQConfig(CodebookConfig):
             return
         for length in lengths:
             config = replace(self, num_codes=length)
-            seen = config._see(table, data)
+            seen = config._see(table, data, config.learning_weights(table, data))
             _, rows, weights = seen.sample
             first = config.first_size
             fitted = fit_product(rows, length, self.codebook_size, first_size=first, weights=weights, **options)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
+from torchrec_compress.fit.lookups import is_hottest
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods.learned import TableData
 from torchrec_compress.ops import index_coded_ids
@@ -54,11 +55,6 @@ def check_num_coded(table: BaseEmbeddingConfig, num_coded: int, least: int, unfi
         )
 
 
-def by_lookups(counts: Tensor) -> Tensor:
-    """Return ids, (N,) int64, those that were looked up most often first; ties by id, on every machine."""
-    return torch.argsort(counts, descending=True, stable=True)
-
-
 def learn_shared_row(table: BaseEmbeddingConfig, data: TableData, num_coded: int) -> SharedRow:
     """Return the mean, as look-ups weigh it, of the rows of all ids but the `num_coded` most often looked up.
 
@@ -68,8 +64,7 @@ def learn_shared_row(table: BaseEmbeddingConfig, data: TableData, num_coded: int
         num_coded: ids with codes of their own.
     """
     assert data.counts is not None
-    is_coded = torch.zeros(table.num_embeddings, dtype=torch.bool)
-    is_coded[by_lookups(data.counts)[:num_coded]] = True
+    is_coded = is_hottest(data.counts, num_coded)
     rows, weights = data.trained_rows(table), data.row_weights(popularity_weights(data.counts, "count", len(is_coded)))
     rare = (weights * ~is_coded[data.row_ids(table)]).double()
     if not bool(rare.sum() > 0):  # none of them is in the sample

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, DataType
+from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, BaseEmbeddingConfig, DataType
 
 from torchrec_compress.managers import Blocks, CodeManager, RowManager
 from torchrec_compress.methods.start import SeededInit
@@ -19,23 +19,26 @@ from torchrec_compress.ops import TrainedFormat, TrainedOptimizer, hash_ids
 class Remap:
     """How an id of the user's table becomes a row number of a native table.
 
-    "identity": id; "mod": id % value; "div": id // value; "hash": seeded hash of the id into `value` buckets.
+    "identity": id; "mod": id % value; "div": id // value; "digit": id // value % base; "hash": seeded hash of the id
+    into `value` buckets.
 
     Example:
         >>> Remap("div", 4)(torch.tensor([3, 4, 9]))
         tensor([0, 1, 2])
     """
 
-    kind: Literal["identity", "mod", "div", "hash"] = "identity"
+    kind: Literal["identity", "mod", "div", "digit", "hash"] = "identity"
     value: int = 1
     salt: int = 0
+    base: int = 1
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Return the row numbers: (L,) integer -> (L,), same dtype."""
         if self.kind == "mod":
             return ids % self.value
-        if self.kind == "div":
-            return torch.div(ids, self.value, rounding_mode="floor")
+        if self.kind in ("div", "digit"):
+            found = torch.div(ids, self.value, rounding_mode="floor")
+            return found if self.kind == "div" else found % self.base
         if self.kind == "hash":
             return hash_ids(ids, self.value, self.salt).to(ids.dtype)
         return ids
@@ -70,6 +73,24 @@ class CodePart:
         return num_ids if self.num_coded is None else self.num_coded + 1
 
 
+# what TorchRec's tables train in
+_NATIVE_TYPES = (DataType.FP32, DataType.FP16)
+
+
+def native_type(table: BaseEmbeddingConfig) -> DataType:
+    """Return the data type of a table's rows where they lie in a table of TorchRec's.
+
+    Raises:
+        ValueError: TorchRec would change it without a word.
+    """
+    if table.data_type not in _NATIVE_TYPES:
+        raise ValueError(
+            f"table {table.name!r}: data_type must be FP32 or FP16 where rows lie in a table of TorchRec's, got "
+            f"{table.data_type.value}; TorchRec would silently store it as FP16"
+        )
+    return table.data_type
+
+
 @dataclass(frozen=True)
 class NativePart:
     """A stock TorchRec table, trained as any other, whose ids are rewritten first.
@@ -102,7 +123,7 @@ class NativePart:
         """Raise ValueError for a name unfit for a module, or a data type that TorchRec's tables do not have."""
         if not self.name.isidentifier():
             raise ValueError(f"native part {self.name!r}: name must be an identifier, which module names are made of")
-        if self.data_type not in (DataType.FP32, DataType.FP16):
+        if self.data_type not in _NATIVE_TYPES:
             raise ValueError(
                 f"native part {self.name!r}: data_type must be FP32 or FP16, which TorchRec's tables train in, got "
                 f"{self.data_type.value}"

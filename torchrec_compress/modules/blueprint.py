@@ -220,6 +220,10 @@ class Blueprint(Generic[TableConfig]):
         bag_tables = any(isinstance(config, EmbeddingBagConfig) for config in self.tables)
         return parts.rows if bag_tables else parts.bags + parts.rows
 
+    def common(self, table: str) -> set[str]:
+        """Return the names of what a table shares with others: native tables, a decoder."""
+        return {name for name, mine in self.shares.items() if table in mine and len(mine) > 1}
+
     def stored_bytes(self, table: str) -> int:
         """Return the bytes that a table is stored in; of what is shared its share, so that all sum up."""
         method, config = self.methods[table], self.by_table[table][0].table
@@ -278,7 +282,7 @@ def native_key(lookup: Lookup, part: NativePart) -> str:
 
 def row_group(part: NativePart) -> str:
     """Return the name of the collection that holds an unpooled part."""
-    return f"{part.shared or part.name}_{part.embedding_dim}"
+    return f"{'shared' if part.shared else part.name}_{part.embedding_dim}"
 
 
 def _merge(tables: dict[str, TableConfig], table: TableConfig) -> None:

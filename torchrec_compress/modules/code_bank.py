@@ -21,6 +21,8 @@ from torchrec_compress.ops import (
     total_of,
 )
 
+_BLOCK_ROWS = 65536  # rows whose start codes are int64 at once
+
 
 @dataclass(frozen=True)
 class CodeTableConfig:
@@ -99,6 +101,20 @@ class CodeRows(nn.Module):
         self.is_set = self.is_set.to(torch.int32)  # assigned as it is by load_state_dict(assign=True)
 
 
+def fill_with_start(part: CodePart, codes: Tensor, first_row: int) -> bool:
+    """Write start codes over rows of a code table, (n, row_size), the first of which is `first_row`, block by block.
+
+    Returns:
+        Whether there are any; where a fit alone fills the table, nothing is written.
+    """
+    if part.start is None:
+        return False
+    for first in range(0, len(codes), _BLOCK_ROWS):
+        block, number = codes[first : first + _BLOCK_ROWS], first_row + first
+        block.copy_(part.start(torch.arange(number, number + len(block), device=codes.device)))
+    return True
+
+
 class CodeBank(CodeRows):
     """One whole code table; the attributes are those of `CodeRows`."""
 
@@ -113,12 +129,10 @@ class CodeBank(CodeRows):
 
     def reset_parameters(self) -> None:
         """Fill the table with its start codes, where the method has any."""
-        start = self.config.part.start
         codes, is_set = self._buffers["codes"], self._buffers["is_set"]  # past the attributes that fx records
         assert codes is not None and is_set is not None
-        if start is None or codes.is_meta:
+        if codes.is_meta or not fill_with_start(self.config.part, codes, 0):
             return
-        codes.copy_(start(torch.arange(self.config.num_rows, device=codes.device)))
         self.awaits_reset = False
         self.seal()
         self.start_flag = flag_of(is_set)

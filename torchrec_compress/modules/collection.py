@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -74,6 +75,14 @@ class CompressedParts(nn.Module):
         if self.managed is not None:
             rows[MANAGED] = self.managed(features)
         return rows
+
+    def _output_dtype(self) -> torch.dtype | None:
+        """Return the dtype of embeddings that the sharders of the parts were told, the widest, or None."""
+        parts = [self.code_tables, *self.rows.values(), self.managed, self.trained, getattr(self, "bags", None)]
+        told = [part.output_dtype for part in parts if hasattr(part, "output_dtype")]
+        if not any(told):
+            return None
+        return reduce(torch.promote_types, [torch.float32 if dtype is None else dtype for dtype in told])
 
     def _code_banks(self) -> dict[str, Any]:
         """Return the code tables of this rank, whole or not, by table name."""
@@ -196,8 +205,11 @@ class CompressedParts(nn.Module):
             raise ValueError(f"load_table: must name one of {sorted(self.blueprint.methods)}, got {name!r}")
         bank, mine = self._code_banks().get(name), self._stored(name)
         targets = {**mine.native, **mine.decoder, **mine.managed, **mine.trained}
+        common = self.blueprint.common(name)
         shared = sorted(
-            part.name for part in self.blueprint.parts[name].native if part.shared and part.name in state.native
+            part.name
+            for part in self.blueprint.parts[name].native
+            if part.shared in common and part.name in state.native
         )
         shared += sorted(state.decoder) if self.blueprint.banks[name] != name else []
         if shared:

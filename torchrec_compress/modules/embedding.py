@@ -93,20 +93,23 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         codes = self.code_tables(features) if self.code_tables is not None else None
         rows = self._unpooled_rows(features)
         jagged = split_features(features)
+        asked = self._output_dtype()
+        dtype = asked or torch.float32  # whatever the parameters are cast to, as TorchRec's own do
         found: dict[str, Tensor] = {}
         if self.dense is not None:
             dense = self.dense(features)
             found = {key: dense[name].values() for key, name in self._dense_lookups.items()}
-        for lookup, values in zip(self.decoder.lookups, self.decoder.unpooled(features, codes, rows), strict=True):
-            found[lookup.key] = values.float()  # whatever the parameters are cast to, as TorchRec's own are
+        decoded = self.decoder.unpooled(features, codes, rows, asked)
+        for lookup, values in zip(self.decoder.lookups, decoded, strict=True):
+            found[lookup.key] = values.to(dtype)
         bags = {key: gathered_rows(rows[group][key]) for group, key in self._bags}
         trained = self.trained(features) if self.trained is not None else {}
         for key, values in self.decoder.decode_bags(bags, trained).items():
-            found[key] = values.float()
+            found[key] = values.to(dtype)
         for lookup in self.blueprint.lookups:
             if lookup.key not in found:  # a native bag: its rows are the embedding
                 (key,) = self.blueprint.bag_keys(lookup)
-                found[lookup.key] = bags[key]
+                found[lookup.key] = bags[key].to(dtype)
         return {
             lookup.output: jagged_rows(found[lookup.key], jagged[lookup.feature], self._need_indices)
             for lookup in self.blueprint.lookups

@@ -59,7 +59,8 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         will_fit: whether the caller fits the tables next: those that need a fit stay empty until it comes.
 
     Shapes: the input has F features of B bags; the output is (B, sum of widths) with TorchRec's keys,
-        and as TorchRec's it is float32 whatever the parameters are cast to.
+        and as TorchRec's it is float32 whatever the parameters are cast to; sharded, of the `output_dtype` that
+        fused_params or constraints say.
 
     Raises:
         ValueError: bad tables or compression at construction; at forward a missing feature, missing weights, an id out
@@ -126,7 +127,8 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
             pooled.append(self.bags(features))
             bags = bags_by_key(pooled[-1])
         trained = self.trained(features) if self.trained is not None else {}
-        decoded = self.decoder(features, codes, rows) if self.decoder.lookups else None
+        dtype = self._output_dtype()
+        decoded = self.decoder(features, codes, rows, dtype) if self.decoder.lookups else None
         of_bags = self.decoder.decode_bags(bags, trained)
         return assemble(
             pooled,
@@ -135,6 +137,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
             self._sources,
             [lookup.output for lookup in self.blueprint.lookups],
             [lookup.table.embedding_dim for lookup in self.blueprint.lookups],
+            dtype,
         )
 
     def _native_dtypes(self) -> list[torch.dtype]:
@@ -184,6 +187,7 @@ def assemble(
     sources: list[tuple[int, str | int]],
     keys: list[str],
     widths: list[int],
+    dtype: torch.dtype | None,
 ) -> KeyedTensor:
     """Bring the pieces into the order of the user's tables.
 
@@ -194,20 +198,23 @@ def assemble(
         sources: for each output its piece (`decoded`, `of_bags` or one of `pooled`) and its number or key there.
         keys: of the output.
         widths: of the output's keys.
+        dtype: of the output; None: float32, whatever the parameters are cast to, but for native collections, whose
+            sharder may have been told another.
 
     Returns:
         (B, sum of widths).
     """
     if decoded is not None:
-        decoded = decoded.float()  # whatever the parameters are cast to, as TorchRec's own do
+        decoded = decoded.to(dtype or torch.float32)
     if decoded is not None and not pooled and not of_bags:  # all of it, and in this order
         return KeyedTensor(keys=keys, length_per_key=widths, values=decoded)
     ours = [width for (piece, _), width in zip(sources, widths, strict=True) if piece == _DECODED]
     parts = () if decoded is None else decoded.split(ours, dim=1)
-    bags = {key: values.float() for key, values in of_bags.items()}
+    bags = {key: values.to(dtype or torch.float32) for key, values in of_bags.items()}
     pieces: list[Any] = [parts, bags, *(piece.to_dict() for piece in pooled)]
     columns = [pieces[piece][place] for piece, place in sources]
-    return KeyedTensor(keys=keys, length_per_key=widths, values=torch.cat(columns, dim=1))
+    values = torch.cat(columns, dim=1)
+    return KeyedTensor(keys=keys, length_per_key=widths, values=values if dtype is None else values.to(dtype))
 
 
 class MECEmbeddingBagCollection(CompressedEmbeddingBagCollection):

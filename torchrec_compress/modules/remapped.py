@@ -80,7 +80,11 @@ def remap_features(features: KeyedJaggedTensor, remaps: Sequence[RemappedFeature
     _check_lengths(features)
     order = [features.keys().index(entry.feature) for entry in remaps]
     picked = features if order == list(range(len(features.keys()))) else features.permute(order)
-    rows = [*remapped_ids(features, remaps).values()]
+    rows, weights = [*remapped_ids(features, remaps).values()], picked.weights_or_none()
+    if weights is not None and len({*order}) < len(order):
+        # FBGEMM's gradient of a permutation that repeats a feature writes past its end
+        jagged = split_features(features)
+        weights = torch.cat([jagged[entry.feature].weights() for entry in remaps])
     inverse = features.inverse_indices_or_none()
     if inverse is not None:
         names, indices = inverse
@@ -89,7 +93,7 @@ def remap_features(features: KeyedJaggedTensor, remaps: Sequence[RemappedFeature
     return KeyedJaggedTensor(
         keys=[entry.key for entry in remaps],
         values=torch.cat(rows) if rows else picked.values(),
-        weights=picked.weights_or_none(),
+        weights=weights,
         lengths=picked.lengths(),
         offsets=picked.offsets(),
         stride=None if variable else picked.stride(),

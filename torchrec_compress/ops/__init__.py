@@ -41,7 +41,7 @@ from torchrec_compress.ops.lowbit import SCALE_BYTES, dequantize_rows, quantize_
 from torchrec_compress.ops.lowbit_bags import low_bit_bag
 from torchrec_compress.ops.nearest import BLOCK_FLOATS, centroid_sums, nearest_with_distance
 from torchrec_compress.ops.pooling import check_offsets, check_weights, pool_rows, scale_rows
-from torchrec_compress.ops.table_bags import Rows, TableRows, pool_table
+from torchrec_compress.ops.table_bags import Rows, TableRows, gathered, pool_table
 from torchrec_compress.ops.trained import (
     TrainedFormat,
     TrainedOptimizer,
@@ -90,6 +90,7 @@ __all__ = [
     "dequantize_rows",
     "encode_trained",
     "flag_of",
+    "gathered",
     "hash_codes",
     "hash_ids",
     "hot_row_codes",

@@ -17,6 +17,7 @@ from torchrec_compress.ops.dispatch import cpp_serves
 
 _BLOCK, _WORDS, _BITS = 128, 4, 32  # ids of a block, in words of so many bits; a fifth word counts
 _WORD_BYTES = 4
+_AT_ONCE = 2**11  # blocks of which an index is made together: bits are int64 meanwhile
 
 
 def coded_ids_shape(num_ids: int) -> tuple[int, int]:
@@ -55,18 +56,22 @@ def index_coded_ids(is_coded: Tensor) -> Tensor:
         >>> index_coded_ids(torch.tensor([True, False, True])).view(torch.int32)
         tensor([[5, 0, 0, 0, 0]], dtype=torch.int32)
     """
-    blocks, _ = coded_ids_shape(len(is_coded))
-    bits = torch.zeros(blocks * _BLOCK, dtype=torch.int64, device=is_coded.device)
-    bits[: len(is_coded)] = is_coded
-    total = int(bits.sum())
+    total = int(is_coded.count_nonzero())  # a sum would make int64 of all
     if total >= 2**31:
         raise ValueError(f"coded ids: must be fewer than 2**31, got {total}; code all ids, or fewer")
-    values = 1 << torch.arange(_BITS, device=bits.device)
-    words = (bits.view(blocks, _WORDS, _BITS) * values).sum(dim=2)
-    counts = bits.view(blocks, _BLOCK).sum(dim=1)
-    before = counts.cumsum(0) - counts
-    signed = torch.where(words < 2**31, words, words - 2**32)  # the same bits
-    return torch.cat([signed, before.unsqueeze(1)], dim=1).to(torch.int32).view(torch.uint8)
+    found = torch.empty(coded_ids_shape(len(is_coded)), dtype=torch.uint8, device=is_coded.device)
+    before = 0
+    for some, mine in zip(is_coded.split(_BLOCK * _AT_ONCE), found.split(_AT_ONCE), strict=True):
+        blocks = len(mine)
+        bits = torch.zeros(blocks * _BLOCK, dtype=torch.int64, device=some.device)
+        bits[: len(some)] = some
+        words = (bits.view(blocks, _WORDS, _BITS) << torch.arange(_BITS, device=bits.device)).sum(dim=2)
+        counts = bits.view(blocks, _BLOCK).sum(dim=1)
+        starts = (before + counts.cumsum(0) - counts).unsqueeze(1)
+        signed = torch.where(words < 2**31, words, words - 2**32)  # the same bits
+        mine.copy_(torch.cat([signed, starts], dim=1).to(torch.int32).view(torch.uint8))
+        before += int(counts.sum())
+    return found
 
 
 def coded_rows(index: Tensor, ids: Tensor) -> Tensor:

@@ -104,12 +104,12 @@ def repeat_offsets(offsets: Tensor, times: int, num_ids: int) -> Tensor:
     return torch.cat([(offsets[:-1] + starts).reshape(-1), offsets.new_full((1,), times * num_ids)])
 
 
-def pool_rows(rows: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+def pool_rows(rows: Tensor, offsets: Tensor | None, weights: Tensor | None = None) -> Tensor:
     """Sum rows into bags.
 
     Args:
         rows: (L, D) floating point.
-        offsets: (B + 1,) integer; bag b is rows[offsets[b]:offsets[b+1]].
+        offsets: (B + 1,) integer; bag b is rows[offsets[b]:offsets[b+1]]. None: every row is a bag.
         weights: (L,) floating point factors, or None.
 
     Returns:
@@ -123,9 +123,12 @@ def pool_rows(rows: Tensor, offsets: Tensor, weights: Tensor | None = None) -> T
         [[2.0, 2.0], [0.0, 0.0], [1.0, 1.0]]
     """
     check_one_device("pool_rows", {"rows": rows, "offsets": offsets, "weights": weights})
-    check_offsets(offsets, rows.shape[0])
+    if offsets is not None:
+        check_offsets(offsets, rows.shape[0])
     if weights is not None:
         rows = scale_rows(rows, weights)
+    if offsets is None:
+        return rows
     num_bags = offsets.shape[0] - 1
     bags = torch.repeat_interleave(
         torch.arange(num_bags, device=rows.device), (offsets[1:] - offsets[:-1]).long(), output_size=rows.shape[0]

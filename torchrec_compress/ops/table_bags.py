@@ -37,6 +37,11 @@ class TableRows(NamedTuple):
 Rows = Tensor | TableRows
 
 
+def gathered(rows: list[Rows]) -> list[Tensor]:
+    """Return rows that lie in tables gathered, (L, D), and others as they are."""
+    return [found.gather() if isinstance(found, TableRows) else found for found in rows]
+
+
 def pool_table(rows: TableRows, offsets: Tensor, factors: Tensor | None = None, backend: str | None = None) -> Tensor:
     """Sum rows of a table into bags, without gathering them: by FBGEMM's dense embedding bags for float32 on a CPU.
 

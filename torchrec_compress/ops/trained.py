@@ -17,6 +17,7 @@ from torch import Tensor
 TrainedOptimizer = Literal["sgd", "rowwise_adagrad", "adagrad", "adam", "partial_rowwise_adam"]
 _SIGN = 0x7FFFFFFF  # all bits but the sign
 _INFINITY = 0x7F800000
+_BLOCK_ROWS = 65536  # rows that are integers of 32 bits at once
 
 
 @dataclass(frozen=True)
@@ -294,6 +295,10 @@ def are_states(state: Tensor, format: TrainedFormat) -> bool:
         >>> are_states(state, TrainedFormat(2, 8, "adagrad")), are_states(state, TrainedFormat(1, 8, "adam"))
         (False, True)
     """
+    return all(_are_states(block, format) for block in state.split(_BLOCK_ROWS))
+
+
+def _are_states(state: Tensor, format: TrainedFormat) -> bool:
     if format.state_bits == 8:
         # shares are of any bytes, but the upper half of a float32 that they are of is not
         places = [0] * (format.optimizer not in ("sgd", "rowwise_adagrad")) + [format.bytes_of_numbers] * (
@@ -356,6 +361,10 @@ def are_encoded(rows: Tensor, format: TrainedFormat, where: str = "are_encoded")
         [True, False]
     """
     check_rows("rows", rows, format.row_bytes, where)
+    return torch.cat([_are_encoded(block, format) for block in rows.split(_BLOCK_ROWS)])
+
+
+def _are_encoded(rows: Tensor, format: TrainedFormat) -> Tensor:
     largest = _numbers(rows, format).abs().amax(1)
     at_least = int(format.largest * (1 - 2.0**-3))  # a code is up to an eighth above the last
     return (largest <= format.largest) & ((largest >= at_least) | (rows[:, -1] <= 1))

@@ -16,7 +16,7 @@ from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterShardi
 from torchrec.distributed.utils import append_prefix
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_compress.modules.code_bank import CodeBank, CodeRows, CodeTableConfig
+from torchrec_compress.modules.code_bank import CodeBank, CodeRows, CodeTableConfig, fill_with_start
 from torchrec_compress.modules.code_tables import CodeTable, CodeTableCollection, HeldCodes, warn_of_start_codes
 from torchrec_compress.modules.codes import Codes
 from torchrec_compress.modules.features import check_ranges, split_features
@@ -115,11 +115,11 @@ class ShardedCodeTableCollection(ShardedExchange[CodeTableConfig, dict[str, Code
             shape = (last - first, config.part.row_size)
             local = torch.zeros(shape, dtype=config.part.dtype, device=self._device)
             flag = torch.full((1,), NOT_FILLED, dtype=torch.int32, device=self._device)
-            if config.part.start is not None:
-                local.copy_(config.part.start(torch.arange(first, last, device=self._device)))
+            is_filled = fill_with_start(config.part, local, first)
+            if is_filled:
                 flag.fill_(NOT_SUMMED)
             shard = CodeShard(config, local, flag, first)
-            shard.start_flag = None if config.part.start is None else NOT_SUMMED
+            shard.start_flag = NOT_SUMMED if is_filled else None
         else:
             local = bank.codes[first:last].to(self._device, copy=True)
             shard = CodeShard(config, local, bank.is_set.to(self._device, copy=True), first)

@@ -48,7 +48,12 @@ class ShardedExchange(ShardedEmbeddingModule[KJTList, list[Tensor], Found, Conte
         plan: the planner's choice by table name.
         env: ranks and process group.
         device: of the shards.
+
+    Attributes:
+        output_dtype: that embeddings shall have, where something is said of it.
     """
+
+    output_dtype: torch.dtype | None = None
 
     def __init__(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -12,12 +13,14 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ParameterSharding, QuantizedCommCodecs, ShardingEnv
+from torchrec.modules.embedding_configs import DataType, data_type_to_sparse_type
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.sharding.checks import check_env, check_names, tell_of_defaults, tell_of_missing_codec
 from torchrec_compress.sharding.rows import SHARDING_TYPES, ShardedRowCollection
 
 Module = TypeVar("Module", bound=nn.Module)
+_OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class NativeSharder(BaseEmbeddingSharder[Module]):
@@ -46,6 +49,31 @@ def rows_of_bags(bags: BaseEmbeddingSharder[EmbeddingBagCollection] | None) -> E
     """Return TorchRec's sharder of unpooled rows with the settings of the user's bags; None has the default ones."""
     bags = EmbeddingBagCollectionSharder() if bags is None else bags
     return EmbeddingCollectionSharder(bags.fused_params, bags.qcomm_codecs_registry)
+
+
+def output_dtype(
+    where: str, fused_params: Mapping[str, Any] | None, params: Mapping[str, ParameterSharding]
+) -> torch.dtype | None:
+    """Return the dtype that embeddings of these tables shall have, or None where nothing is said of it.
+
+    Args:
+        where: names the module in errors.
+        fused_params: whose "output_dtype" is for all tables.
+        params: the plan; a table's own output_dtype, of its constraints, comes first. Where they differ, the widest
+            counts, as where TorchRec puts the outputs of its tables side by side.
+
+    Raises:
+        ValueError: it is none of float32, float16 and bfloat16.
+    """
+    of_all = (fused_params or {}).get("output_dtype")
+    asked = [each for sharding in params.values() if (each := sharding.output_dtype or of_all) is not None]
+    kinds: list[Any] = [data_type_to_sparse_type(each) if isinstance(each, DataType) else each for each in asked]
+    found = [kind.as_dtype() if hasattr(kind, "as_dtype") else kind for kind in kinds]
+    if wrong := [kind for kind, dtype in zip(kinds, found, strict=True) if dtype not in _OUTPUTS]:
+        raise ValueError(f"{where}: output_dtype must be FP32, FP16 or BF16, got {wrong[0]}")
+    if not found:
+        return None
+    return reduce(torch.promote_types, found if len(found) == len(params) else [*found, torch.float32])
 
 
 class RowSharder(NativeSharder[Module]):
@@ -88,7 +116,9 @@ class RowSharder(NativeSharder[Module]):
         tell_of_defaults(self.marked(module), sorted(params), self.fused_params)
         if self.of_bags:
             tell_of_missing_codec(self.qcomm_codecs_registry, params)
-        return self.make(module, params, env, torch.device("cpu") if device is None else device)
+        made = self.make(module, params, env, torch.device("cpu") if device is None else device)
+        made.output_dtype = output_dtype(where, self.fused_params, params)
+        return made
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """Return what keeps rows whole, and on one rank each."""

@@ -42,7 +42,12 @@ class ShardedRemappedEmbeddingBagCollection(ShardedEmbeddingModule[Any, Any, Key
         env: ranks and process group.
         device: of the shards.
         sharder: TorchRec's own, with the fused parameters.
+
+    Attributes:
+        output_dtype: that embeddings shall have, where something is said of it.
     """
+
+    output_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -148,7 +153,12 @@ class ShardedRemappedEmbeddingCollection(ShardedEmbeddingModule[Any, Any, dict[s
         env: ranks and process group.
         device: of the shards.
         sharder: TorchRec's own, with the fused parameters.
+
+    Attributes:
+        output_dtype: that embeddings shall have, where something is said of it.
     """
+
+    output_dtype: torch.dtype | None = None
 
     def __init__(
         self,

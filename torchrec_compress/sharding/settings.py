@@ -26,6 +26,7 @@ from torchrec_compress.sharding.trained_sharders import TrainedBagsSharder, Trai
 
 Sharders = list[ModuleSharder[nn.Module]]
 Registry = dict[str, QuantizedCommCodecs]
+_OUTPUT = "output_dtype"
 
 
 def compressed_sharders(
@@ -77,7 +78,7 @@ def compressed_sharders(
     bags = bags or EmbeddingBagCollectionSharder(either.fused_params, either.qcomm_codecs_registry)
     rows = rows or EmbeddingCollectionSharder(either.fused_params, either.qcomm_codecs_registry)
     return [
-        CodeTableCollectionSharder(),
+        CodeTableCollectionSharder(fused_params=_of_outputs(bags, rows)),
         RemappedEmbeddingBagCollectionSharder(bags),
         RemappedEmbeddingCollectionSharder(rows),
         RemappedEmbeddingBagRowsSharder(bags),
@@ -85,8 +86,28 @@ def compressed_sharders(
         ManagedBagRowsSharder(bags),
         TrainedCollectionSharder(rows),
         TrainedBagsSharder(bags),
-        DecoderSharder({**(rows.fused_params or {}), **(bags.fused_params or {})}),
+        DecoderSharder(_of_tables(rows) | _of_tables(bags)),
     ]  # type: ignore[list-item]
+
+
+def _of_tables(sharder: Any) -> dict[str, Any]:
+    """Return the settings that matter to native tables alone."""
+    return {name: value for name, value in (sharder.fused_params or {}).items() if name != _OUTPUT}
+
+
+def _of_outputs(bags: Any, rows: Any) -> dict[str, Any]:
+    """Return the setting of what look-ups return, which code tables of pooled and unpooled collections have alike.
+
+    Raises:
+        ValueError: the two sharders have different ones.
+    """
+    found = [(sharder.fused_params or {}).get(_OUTPUT) for sharder in (bags, rows)]
+    if found[0] != found[1]:
+        raise ValueError(
+            f"compressed_sharders: {_OUTPUT} must be the same in the sharders of EmbeddingBagCollection and of "
+            f"EmbeddingCollection, got {found[0]} and {found[1]}; give both the same"
+        )
+    return {} if found[0] is None else {_OUTPUT: found[0]}
 
 
 def get_default_sharders(

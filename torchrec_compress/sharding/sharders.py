@@ -35,7 +35,7 @@ from torchrec_compress.sharding.checks import (
     tell_of_missing_codec,
 )
 from torchrec_compress.sharding.code_tables import ShardedCodeTableCollection
-from torchrec_compress.sharding.native import Module, NativeSharder, rows_of_bags
+from torchrec_compress.sharding.native import Module, NativeSharder, output_dtype, rows_of_bags
 from torchrec_compress.sharding.remapped import (
     ShardedRemappedEmbeddingBagCollection,
     ShardedRemappedEmbeddingCollection,
@@ -55,11 +55,12 @@ class CodeTableCollectionSharder(BaseEmbeddingSharder[CodeTableCollection]):
 
     Args:
         deduplicate: whether each id of a batch is asked for once per table (fewer bytes, one sort).
+        fused_params: of native tables, of which codes take the output's dtype alone.
     """
 
-    def __init__(self, deduplicate: bool = True) -> None:
+    def __init__(self, deduplicate: bool = True, fused_params: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self._deduplicate = deduplicate
+        self._deduplicate, self._settings = deduplicate, dict(fused_params or {})
 
     def shard(
         self,
@@ -71,8 +72,11 @@ class CodeTableCollectionSharder(BaseEmbeddingSharder[CodeTableCollection]):
     ) -> ShardedCodeTableCollection:
         """Return the sharded collection."""
         check_env(env, "code tables")
-        check_names(module_fqn or "code tables", params, module.banks.keys(), optional=False)
-        return ShardedCodeTableCollection(module, params, env, _device(device), self._deduplicate)
+        where = module_fqn or "code tables"
+        check_names(where, params, module.banks.keys(), optional=False)
+        made = ShardedCodeTableCollection(module, params, env, _device(device), self._deduplicate)
+        made.output_dtype = output_dtype(where, self._settings, params)
+        return made
 
     def shardable_parameters(self, module: CodeTableCollection) -> dict[str, nn.Parameter]:
         """Return the code tables by the names of the user's tables; they are buffers."""
@@ -154,7 +158,9 @@ class RemappedEmbeddingBagCollectionSharder(_RemappedSharder[RemappedEmbeddingBa
         check_env(env, "native tables")
         plan = self._native_plan(module, params, _device(device), module_fqn)
         check_means(module_fqn or "native tables", module.native.embedding_bag_configs(), plan)
-        return ShardedRemappedEmbeddingBagCollection(module, plan, env, _device(device), self._stock)
+        made = ShardedRemappedEmbeddingBagCollection(module, plan, env, _device(device), self._stock)
+        made.output_dtype = output_dtype(module_fqn or "native tables", self.fused_params, plan)
+        return made
 
     @property
     def module_type(self) -> type[RemappedEmbeddingBagCollection]:
@@ -183,7 +189,9 @@ class RemappedEmbeddingCollectionSharder(_RemappedSharder[RemappedEmbeddingColle
         """Return the sharded collection."""
         check_env(env, "native tables")
         plan = self._native_plan(module, params, _device(device), module_fqn)
-        return ShardedRemappedEmbeddingCollection(module, plan, env, _device(device), self._stock)
+        made = ShardedRemappedEmbeddingCollection(module, plan, env, _device(device), self._stock)
+        made.output_dtype = output_dtype(module_fqn or "native tables", self.fused_params, plan)
+        return made
 
     @property
     def module_type(self) -> type[RemappedEmbeddingCollection]:

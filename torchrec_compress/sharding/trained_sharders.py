@@ -51,7 +51,7 @@ class TrainedCollectionSharder(RowSharder[TrainedCollection]):
                 f"{where}: rows must be trained by one optimizer, got {num_backward_optimizers(rows.handle)}; call "
                 "apply_optimizer_in_backward once for each parameter"
             )
-        lost = sorted(set(given) - {"optimizer", *_NAMES})
+        lost = sorted(set(given) - {"optimizer", "output_dtype", *_NAMES})
         if lost:
             raise ValueError(
                 f"{where}: fused_params must be of {['optimizer', *_NAMES]} for rows of {part.bits} bits, which FBGEMM "
@@ -59,7 +59,7 @@ class TrainedCollectionSharder(RowSharder[TrainedCollection]):
                 "apply_optimizer_in_backward"
             )
         name = str(getattr(given.get("optimizer"), "value", given.get("optimizer", "exact_sgd")))
-        settings = {_NAMES[key]: value for key, value in given.items() if key != "optimizer"}
+        settings = {_NAMES[key]: value for key, value in given.items() if key in _NAMES}
         # a mark comes before the sharder's settings, and these before FBGEMM's, as for TorchRec's tables
         settings = _with_betas({**_DEFAULTS, **settings, **backward_settings(rows.handle)})
         return RowOptimizer.of(name if marked is None else marked, settings, part, where)

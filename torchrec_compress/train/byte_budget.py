@@ -22,6 +22,8 @@ class Budget:
         codes: the product-code method that candidates are made of, as {"method": name, options}; empty is "pq".
         num_codes: code lengths that are tried; of residual codes 2 to 8, of product codes those that divide the width.
         widths: numbers of a codeword that are tried beside those of a table's rows, where these have more.
+        method: one method, as {"method": name, options}, whose sizes are set so that all tables fit, each as many times
+            smaller; nothing is chosen then, and no full model is needed.
     """
 
     budget_ratio: Annotated[float, Range(1)] | None = None
@@ -29,6 +31,7 @@ class Budget:
     codes: dict[str, Any] = field(default_factory=dict)
     num_codes: list[Positive] = field(default_factory=lambda: [1, 2, 3, 4, 6, 8, 16])
     widths: list[Positive] = field(default_factory=list)
+    method: dict[str, Any] = field(default_factory=dict)
 
     def num_bytes(self, dense: int) -> int:
         """Return the budget in bytes.

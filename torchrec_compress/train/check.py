@@ -43,10 +43,11 @@ from torchrec_compress.train.data.check import check_data
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.engine.profile import WARM_UP
 from torchrec_compress.train.models.click import make_model, tables_of
+from torchrec_compress.train.sized import Sized, sized_of
 from torchrec_compress.train.width_trial import WidthTrial, width_trial_of
 
 # what a `compression` may ask for; None is nothing
-Wanted: TypeAlias = Compression | Budget | WidthTrial | None
+Wanted: TypeAlias = Compression | Budget | Sized | WidthTrial | None
 
 
 def check_config(config: RunConfig) -> Wanted:
@@ -98,8 +99,8 @@ def pretrain_methods(config: RunConfig) -> Compression | None:
         found = compression_of(config.pretrain_compression)
     except ValueError as error:
         raise ValueError(str(error).replace("compression", "pretrain_compression", 1)) from error
-    if isinstance(found, Budget | WidthTrial):
-        what = "a budget" if isinstance(found, Budget) else "a trial"
+    if isinstance(found, Budget | Sized | WidthTrial):
+        what = "a trial" if isinstance(found, WidthTrial) else "a budget"
         raise ValueError(f"pretrain_compression: must name methods, got {what}; choose before, and name the outcome")
     return found
 
@@ -176,6 +177,7 @@ def check_tables(config: RunConfig, wanted: Wanted, rows: Mapping[str, int]) -> 
         named = str(error).startswith("pretrain")
         raise error if named else ValueError(f"pretrain_compression: {error}") from error
     try:
+        wanted = wanted.methods(tables) if isinstance(wanted, Sized) else wanted
         if isinstance(wanted, Budget):
             _check_budget(wanted, tables)
         elif isinstance(wanted, WidthTrial):
@@ -245,7 +247,7 @@ def _stock(config: RunConfig, wanted: Wanted, stage: str, tables: list[Embedding
         return maybe_dense(tables, wanted.num_bytes(_dense_bytes(tables)))
     if isinstance(wanted, WidthTrial):
         return [table.name for table in tables]  # which of them are small is not asked here
-    chosen = resolve(tables, wanted)
+    chosen = resolve(tables, wanted.methods(tables) if isinstance(wanted, Sized) else wanted)
     return [table.name for table in tables if chosen[table.name].parts(table, config.seed).dense]
 
 
@@ -278,7 +280,7 @@ def _check_batch_norm(name: str, stage: StageConfig, num_rows: int, world: int) 
 
 
 def compression_of(plain: Mapping[str, Any]) -> Wanted:
-    """Return what the `compression` of a config asks for: methods, a budget, a trial, or None for nothing.
+    """Return what the `compression` of a config asks for: methods, a budget, with a method or not, a trial, or None.
 
     Raises:
         ValueError: it is none of them.
@@ -287,7 +289,9 @@ def compression_of(plain: Mapping[str, Any]) -> Wanted:
         >>> compression_of({"budget_ratio": 50}).budget_ratio, compression_of({})
         (50.0, None)
     """
-    return (budget_of(plain) or width_trial_of(plain) or parse(plain)) if plain else None
+    if (budget := budget_of(plain)) is not None:
+        return sized_of(budget) or budget
+    return (width_trial_of(plain) or parse(plain)) if plain else None
 
 
 def tried_by(budget: Budget) -> Tried:

@@ -21,6 +21,7 @@ from torchrec_compress.train.models.click import make_tables
 from torchrec_compress.train.ranks import Ranks, on_first
 from torchrec_compress.train.rises import Known
 from torchrec_compress.train.sealed import is_done, read_json, write_json
+from torchrec_compress.train.sized import Sized
 from torchrec_compress.train.trials import Trials
 from torchrec_compress.train.width_trial import WidthTrial
 
@@ -49,6 +50,8 @@ def settle(
     """
     data, kept = task.data, folder / "compression.json"
     tables = make_tables(config.model, data)
+    if isinstance(wanted, Sized):
+        wanted = wanted.methods(tables)
     if isinstance(wanted, Budget):
         assert source is not None  # a config with a budget and without a full model is refused
         counts = total_counts(data, ranks)

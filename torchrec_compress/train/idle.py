@@ -12,6 +12,7 @@ from torchrec_compress.methods import MethodConfig
 from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.check import compression_of
 from torchrec_compress.train.config import ModelConfig, RunConfig, StageConfig, needs_pretrained
+from torchrec_compress.train.sized import Sized
 from torchrec_compress.train.width_trial import WidthTrial
 
 
@@ -98,6 +99,8 @@ def _methods(compression: Mapping[str, Any]) -> list[MethodConfig]:
     wanted = compression_of(compression)
     if wanted is None or isinstance(wanted, Budget | WidthTrial):
         return []
+    if isinstance(wanted, Sized):
+        return [wanted.method]
     return list(wanted.values()) if isinstance(wanted, Mapping) else [wanted]
 
 

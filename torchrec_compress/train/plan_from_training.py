@@ -26,6 +26,7 @@ def from_training(run: RunConfig) -> dict[str, Any]:
         ValueError: they are not, or the methods depend on the data.
     """
     from torchrec_compress.train.check import check_tables, compression_of  # needs torch
+    from torchrec_compress.train.sized import Sized
 
     wanted = compression_of(run.compression)
     if isinstance(wanted, Budget | WidthTrial):
@@ -34,7 +35,10 @@ def from_training(run: RunConfig) -> dict[str, Any]:
             f"compression: must name the methods to be planned, got a {what} by the data; give methods by table"
         )
     sizes = known_rows(run)
-    check_tables(run, wanted, sizes)
+    tables = check_tables(run, wanted, sizes)
+    compression: Any = run.compression or run.pretrain_compression
+    if isinstance(wanted, Sized):
+        compression = {name: method.to_dict() for name, method in wanted.methods(tables).items()}
     pooling = _pooling(run)
     stage = run.retrain if run.compression else run.pretrain
     return {
@@ -48,7 +52,7 @@ def from_training(run: RunConfig) -> dict[str, Any]:
             for name, size in sizes.items()
         },
         "embedding_dim": run.model.embedding_dim,
-        "compression": run.compression or run.pretrain_compression,
+        "compression": compression,
         "global_batch_size": stage.batch_size,
         "optimizer": stage.optim.tables,
         "dense_optimizer": stage.optim.dense,

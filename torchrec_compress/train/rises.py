@@ -16,9 +16,10 @@ from torchrec_compress import CompressedEmbeddingBagCollection, compress_into
 from torchrec_compress.compression.measuring import share_of_signal
 from torchrec_compress.compression.rows import rows_of
 from torchrec_compress.convert import Curvature, predicted_rise, row_reader
+from torchrec_compress.fit.lookups import by_lookups
 from torchrec_compress.methods import MethodConfig
 from torchrec_compress.methods.learned import RowReader
-from torchrec_compress.methods.shared_row import SharedRow, by_lookups
+from torchrec_compress.methods.shared_row import SharedRow
 from torchrec_compress.train.asked import validation
 from torchrec_compress.train.config import RunConfig
 from torchrec_compress.train.data.source import ClickSource
@@ -114,7 +115,7 @@ def shared_rises(names: list[str], known: Known) -> dict[str, Sharing]:
     trial, found = _Trial(known), {}
     for name in names:
         counts = known.counts[name].double()
-        order = by_lookups(counts)
+        order = by_lookups(counts, len(counts))
         num_own = int((counts[order].cumsum(0) < _OWN_LOOKUPS * counts.sum()).sum())
         rare = order[num_own:]
         read = trial.rows(name)

@@ -1,0 +1,89 @@
+"""One method at a budget: it fits, wastes little, and says so where it cannot."""
+
+import pytest
+from torchrec import EmbeddingBagConfig
+
+from tests.cases import CASES
+from torchrec_compress import CompressedEmbeddingBagCollection
+from torchrec_compress.compression import sized
+from torchrec_compress.methods import DenseConfig, HashConfig, Int8Config, MEmComConfig, PQConfig, QRConfig, RobeConfig
+from torchrec_compress.methods.base import stored_together
+
+D = 16
+SIZES = {"user": 20_000, "item": 5_000, "place": 300, "day": 7}
+DENSE = sum(SIZES.values()) * D * 4
+
+
+def tables(**changes: object) -> list[EmbeddingBagConfig]:
+    return [
+        EmbeddingBagConfig(name=name, num_embeddings=rows, embedding_dim=D, feature_names=[name], **changes)
+        for name, rows in SIZES.items()
+    ]
+
+
+def total(chosen):
+    return stored_together((chosen[table.name], table) for table in tables())
+
+
+# what a size may leave of a budget: one step of the coarsest table
+WASTE = {"narrow": 0.3, "mec": 0.55, "pq": 0.55, "quantile": 0.55, "random": 0.55, "cce": 0.3, "cafe": 0.15}
+RESIZED = [name for name in CASES if name not in ("dense", "given", "int8", "int4")]
+
+
+@pytest.mark.parametrize("ratio", [4, 8, 20])
+@pytest.mark.parametrize("name", RESIZED)
+def test_it_fits_the_budget_and_wastes_little(name, ratio):
+    config, budget = CASES[name][0], DENSE // ratio
+    if name == "robe":
+        config = RobeConfig(num_blocks=90, block_size=8)
+    try:
+        chosen = sized(tables(), config, budget)
+    except ValueError as error:
+        assert "must be at least" in str(error) and name in ("narrow", "memcom", "hash_embeddings", "cafe", "cce")
+        return
+    assert total(chosen) <= budget
+    assert total(chosen) >= (1 - WASTE.get(name, 0.05)) * budget
+    made = CompressedEmbeddingBagCollection(tables(), compression=chosen)
+    assert made.footprint().total_bytes == total(chosen)
+    assert {each.method for each in chosen.values()} <= {name, "dense"}
+    assert chosen["user"].method == name
+
+
+def test_more_bytes_are_never_a_smaller_table():
+    budgets = [DENSE // ratio for ratio in (100, 50, 20, 10, 5, 2)]
+    buckets = [sized(tables(), HashConfig(num_buckets=1), budget)["user"].num_buckets for budget in budgets]
+    assert buckets == sorted(set(buckets))
+
+
+def test_all_tables_shrink_by_one_ratio():
+    chosen = sized(tables(), HashConfig(num_buckets=1), DENSE // 10)
+    for name in ("user", "item", "place"):
+        assert SIZES[name] / chosen[name].num_buckets == pytest.approx(10, rel=0.05)
+
+
+def test_what_tables_share_has_one_size_for_all():
+    chosen = sized(tables(), RobeConfig(num_blocks=1, block_size=8), DENSE // 20)
+    assert len(set(chosen.values())) == 1 and total(chosen) <= DENSE // 20
+
+
+@pytest.mark.parametrize(
+    ("config", "budget", "said"),
+    [
+        (Int8Config(), DENSE // 20, "the least that method 'int8' can store these tables in"),
+        (MEmComConfig(num_buckets=4), DENSE // 50, "must be at least .* method 'memcom'"),
+        (QRConfig(num_buckets=4), 2_000, "must be at least .* method 'qr'"),
+        (DenseConfig(), DENSE // 2, f"must be at least {DENSE}, .* method 'dense'"),
+        (RobeConfig(num_blocks=1, block_size=16), 10, "must be at least .* method 'robe'"),
+        (HashConfig(num_buckets=1), 0, "budget_bytes must be"),
+        (HashConfig(num_buckets=1), float("nan"), "budget_bytes must be"),
+    ],
+)
+def test_what_cannot_be_is_told(config, budget, said):
+    with pytest.raises(ValueError, match=rf"sized: .*{said}|sized: {said}"):
+        sized(tables(), config, budget)
+
+
+def test_other_settings_stay():
+    chosen = sized(tables(), PQConfig(num_codes=1, structure="residual", codebook_dtype="int8"), DENSE // 20)
+    coded = [each for each in chosen.values() if isinstance(each, PQConfig)]
+    assert coded and all(each.structure == "residual" and each.codebook_dtype == "int8" for each in coded)

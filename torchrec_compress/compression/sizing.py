@@ -1,0 +1,110 @@
+"""One method for all tables, at the size at which they fit a budget: how methods are compared at equal bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+
+from torchrec_compress.compression.candidates import can_store
+from torchrec_compress.compression.frontier import check_budget
+from torchrec_compress.methods import DenseConfig, MethodConfig, dense_bytes
+from torchrec_compress.methods.base import shared_bytes, stored_together
+
+_STEPS = 60  # halvings of the range of ratios
+
+
+class _Size(NamedTuple):
+    """A way to store a table, and its bytes."""
+
+    num_bytes: int
+    method: MethodConfig
+
+
+def sized(tables: Sequence[BaseEmbeddingConfig], method: MethodConfig, budget_bytes: float) -> dict[str, MethodConfig]:
+    """Return a method for every table, the same but for its size, so that all of them together fit a budget.
+
+    All tables become smaller by one ratio, the least with which they fit; one that the method cannot make so small has
+    its smallest size, one that it cannot make smaller at all is dense. What tables share, as the array of `RobeConfig`,
+    has one size for all.
+
+    Args:
+        tables: the user's configs.
+        method: whose sizes (buckets, blocks, rows, a width, codes and codewords) are replaced.
+        budget_bytes: for all tables, everything counted.
+
+    Returns:
+        The method by table name, as `compress` and compressed collections take it.
+
+    Raises:
+        ValueError: the budget is no number of bytes, or below the least that the method can do, which is named.
+
+    Example:
+        >>> from torchrec import EmbeddingBagConfig
+        >>> from torchrec_compress.methods import HashConfig
+        >>> tables = [EmbeddingBagConfig(name=name, num_embeddings=rows, embedding_dim=16) for name, rows in
+        ...           (("user", 10_000), ("day", 7))]
+        >>> {name: each.num_buckets for name, each in sized(tables, HashConfig(num_buckets=1), 64_000).items()}
+        {'user': 998, 'day': 1}
+    """
+    check_budget("sized", budget_bytes)
+    if any(shared_bytes(each, table) for table in tables[:1] for each in list(method.resized(table))[:1]):
+        return _sized_together(tables, method, budget_bytes)
+    found = {table.name: _sizes(table, method) for table in tables}
+    full = {table.name: dense_bytes(table) for table in tables}
+    least = sum(sizes[0].num_bytes for sizes in found.values())
+    if least > budget_bytes:
+        raise _too_little(method, least, budget_bytes)
+
+    def at(ratio: float) -> dict[str, _Size]:
+        """Return what every table is stored as, when all are to be so many times smaller."""
+        wanted = {name: num_bytes / ratio for name, num_bytes in full.items()}
+        return {
+            name: max((size for size in sizes if size.num_bytes <= wanted[name]), default=sizes[0])
+            for name, sizes in found.items()
+        }
+
+    low, high = 1.0, float(max(full.values()))
+    for _ in range(_STEPS):
+        middle = (low * high) ** 0.5
+        fits = sum(size.num_bytes for size in at(middle).values()) <= budget_bytes
+        low, high = (low, middle) if fits else (middle, high)
+    return {name: size.method for name, size in at(high).items()}
+
+
+def _sizes(table: BaseEmbeddingConfig, method: MethodConfig) -> list[_Size]:
+    """Return the sizes that a table can have, ascending in bytes; dense where all are larger."""
+    full = _Size(DenseConfig().stored_bytes(table), DenseConfig())
+    by_bytes: dict[int, _Size] = {}
+    for each in method.resized(table):
+        if can_store(each, table) and (num_bytes := each.stored_bytes(table)) < full.num_bytes:
+            by_bytes.setdefault(num_bytes, _Size(num_bytes, each))
+    return [by_bytes[num_bytes] for num_bytes in sorted(by_bytes)] or [full]
+
+
+def _sized_together(
+    tables: Sequence[BaseEmbeddingConfig], method: MethodConfig, budget_bytes: float
+) -> dict[str, MethodConfig]:
+    """Return a method whose tables share what they store; arguments as in `sized`."""
+    largest = max(tables, key=dense_bytes)
+    fitting: list[tuple[int, dict[str, MethodConfig]]] = []
+    least = None
+    for each in method.resized(largest):
+        chosen: dict[str, MethodConfig] = {
+            table.name: each if can_store(each, table) else DenseConfig() for table in tables
+        }
+        total = stored_together((chosen[table.name], table) for table in tables)
+        least = total if least is None else min(least, total)
+        if total <= budget_bytes:
+            fitting.append((total, chosen))
+    if not fitting:
+        raise _too_little(method, least or 0, budget_bytes)
+    return max(fitting, key=lambda each: each[0])[1]
+
+
+def _too_little(method: MethodConfig, least: int, budget_bytes: float) -> ValueError:
+    return ValueError(
+        f"sized: budget_bytes must be at least {least}, the least that method {method.method!r} can store these tables "
+        f"in, got {budget_bytes:g}; choose another method"
+    )
