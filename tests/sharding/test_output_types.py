@@ -86,6 +86,23 @@ def test_codes_and_rows_of_few_bits_are_bfloat16_on_a_cpu_too(two_ranks, pooled)
                 assert values.dtype == torch.bfloat16 and is_right
 
 
+def test_codewords_are_read_in_the_type_of_the_output():
+    """So that no float32 embeddings are made, but where a projection or weights go into them."""
+    item = [EmbeddingBagConfig(name="a", num_embeddings=NUM_ROWS, embedding_dim=16, feature_names=["f"])]
+    for config, weighted, wanted in (
+        (PQConfig(num_codes=4, codebook_size=16), False, torch.bfloat16),
+        (PQConfig(num_codes=2, codebook_size=16, structure="residual", num_hot_rows=9), False, torch.bfloat16),
+        (PQConfig(num_codes=2, codebook_size=16, width=8), False, torch.float32),
+        (PQConfig(num_codes=4, codebook_size=16), True, torch.float32),
+    ):
+        made = CompressedEmbeddingBagCollection(item, is_weighted=weighted, compression=config)
+        codes = made.code_tables(batch())  # type: ignore[misc]
+        for asked in (batch(), KeyedJaggedTensor(["f", "g"], torch.arange(8), torch.ones(8), torch.ones(8).int())):
+            if weighted == (asked.weights_or_none() is not None):
+                assert made.decoder(asked, codes, {}, torch.bfloat16).dtype == wanted
+                assert made.decoder(asked, codes, {}).dtype == torch.float32
+
+
 def test_constraints_come_first_and_the_widest_counts(two_ranks):
     config = {"a": PQConfig(num_codes=4, codebook_size=16), "b": HashConfig(num_buckets=50)}
     half = ParameterConstraints(output_dtype=DataType.FP16)
