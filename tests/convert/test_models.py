@@ -243,6 +243,11 @@ def test_scripted_tables_are_told(caplog):
     assert small["old"] is scripted and "'old.0': left as it is: its graph is scripted" in caplog.text
 
 
+def test_no_method_is_no_compression():
+    with pytest.raises(ValueError, match="compression: must name a table, got an empty mapping"):
+        compress(nn.Sequential(nn.Embedding(N, D)), {})
+
+
 @pytest.mark.parametrize("inplace", ["yes", 1, None])
 def test_a_word_is_no_yes(inplace):
     model: Any = nn.Sequential(nn.Embedding(N, D))

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+from torchrec.distributed.planner import Topology
 from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan, row_wise, table_wise
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import PoolingType
 
 from tests.cases import CONFIGS, IDS
-from tests.sharding.test_compress import GIVEN, NAMES, D, N, batch, shard, with_optimizer, wrap
+from tests.sharding.test_compress import GIVEN, NAMES, D, Model, N, batch, shard, with_optimizer, wrap
 from torchrec_compress import CompressedEmbeddingBagCollection, compress, decompress, get_default_sharders
 from torchrec_compress.convert import served
 from torchrec_compress.methods import DenseConfig, HashConfig, Int8Config, MEmComConfig, MethodConfig, PQConfig
+from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.seams import sharded_configs
 from torchrec_compress.sharding.loading import load_plain
 
@@ -59,6 +61,24 @@ def test_every_method_serves_the_same_rows(two_ranks, config):
 def test_rows_go_to_any_plan(two_ranks, how, pooled):
     config = {"item": PQConfig(num_codes=2, codebook_size=32, num_hot_rows=20), "user": HashConfig(num_buckets=50)}
     for before, after, _ in two_ranks.run(there_and_back, pooled, config, how):
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+
+
+def by_one_planner() -> tuple[Tensor, Tensor]:
+    """Return what is served before and after, all planned by one planner, which knows the model already."""
+    planner, sharders = EmbeddingShardingPlanner(Topology(dist.get_world_size(), "cpu")), get_default_sharders()
+
+    def plan(model: Any) -> DistributedModelParallel:
+        found = planner.collective_plan(model, sharders, dist.group.WORLD)
+        return DistributedModelParallel(model, device=CPU, plan=found, sharders=sharders)
+
+    small = compress(plan(Model(True)), PQConfig(num_codes=2, codebook_size=32), inplace=True, wrap=plan).eval()
+    before = small(batch()).detach()
+    return before, decompress(small, inplace=True, wrap=plan)(batch()).detach()
+
+
+def test_a_planner_does_not_take_a_changed_model_for_the_one_it_knows(two_ranks):
+    for before, after in two_ranks.run(by_one_planner):
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
 
 

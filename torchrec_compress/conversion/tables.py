@@ -237,6 +237,11 @@ def choose(homes: Sequence[Home], compression: Any) -> list[tuple[Home, dict[str
     Raises:
         ValueError: as `compress` of a model: a key fits no table.
     """
+    if not homes:
+        raise ValueError(
+            "tables: must name the weights of tables, got none, and no key of the checkpoint is one of TorchRec's "
+            "collections; write tables: {user.weight: {pooled: true}} for a module of PyTorch's own"
+        )
     places = [home.place() for home in homes]
     by_place = {id(place): home for place, home in zip(places, homes, strict=True)}
     return [(by_place[id(place)], methods) for place, methods in chosen(places, compression)]

@@ -126,6 +126,8 @@ def chosen(places: Sequence[Place], compression: Compression) -> list[tuple[Plac
         ValueError: no method or mapping of methods, there is no table, or a key fits none.
     """
     by_key = methods_by_key(compression)
+    if not by_key:
+        raise ValueError("compression: must name a table, got an empty mapping; nothing would be compressed")
     unused, found = dict.fromkeys(by_key), []
     for place in places:
         methods = {}

@@ -55,6 +55,7 @@ class CompressedEnumerator(StockEnumerator):
                 tables that pool by mean may only be row-wise beside others that may not.
         """
         self.found = None
+        self._last_stored_module = None  # TorchRec's takes a model whose tables were replaced for the one it knows
         options = _in_order(_with_whole_blocks(super().enumerate(module, sharders)))
         check_choices(options)
         self.found = options
