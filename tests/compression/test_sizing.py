@@ -6,7 +6,16 @@ from torchrec import EmbeddingBagConfig
 from tests.cases import CASES
 from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.compression import sized
-from torchrec_compress.methods import DenseConfig, HashConfig, Int8Config, MEmComConfig, PQConfig, QRConfig, RobeConfig
+from torchrec_compress.methods import (
+    DenseConfig,
+    HashConfig,
+    HashEmbeddingsConfig,
+    Int8Config,
+    MEmComConfig,
+    PQConfig,
+    QRConfig,
+    RobeConfig,
+)
 from torchrec_compress.methods.base import stored_together
 
 D = 16
@@ -81,6 +90,49 @@ def test_what_tables_share_has_one_size_for_all():
 def test_what_cannot_be_is_told(config, budget, said):
     with pytest.raises(ValueError, match=rf"sized: .*{said}|sized: {said}"):
         sized(tables(), config, budget)
+
+
+def test_hashes_into_one_table_of_its_own_are_not_shared():
+    for config, field in (
+        (HashEmbeddingsConfig(num_buckets=1), "num_buckets"),
+        (RobeConfig(num_blocks=1, block_size=8, memory=None), "num_blocks"),
+    ):
+        chosen = sized(tables(), config, DENSE // 3)
+        sizes = [getattr(chosen[name], field) for name in ("user", "item", "place")]
+        assert sizes[0] > 3 * sizes[1] > 3 * sizes[2]
+        made = CompressedEmbeddingBagCollection(tables(), compression=chosen)
+        assert made.footprint().total_bytes == total(chosen) <= DENSE // 3
+
+
+def test_no_size_is_larger_than_the_table():
+    for config in (
+        RobeConfig(num_blocks=1, block_size=8),
+        HashEmbeddingsConfig(num_buckets=1),
+        HashConfig(num_buckets=1),
+    ):
+        assert total(sized(tables(), config, 10 * DENSE)) <= DENSE
+
+
+@pytest.mark.parametrize(
+    ("asked", "config", "said"),
+    [
+        ([], HashConfig(num_buckets=1), "tables must have different names, one at least"),
+        ([*tables(), tables()[0]], HashConfig(num_buckets=1), "tables must have different names"),
+        (None, HashConfig(num_buckets=1), "tables must be a list of TorchRec's configs, got NoneType"),
+        (["user"], HashConfig(num_buckets=1), "tables must be a list of TorchRec's configs, got list"),
+        (tables(), {"method": "hash"}, "method must be one such as"),
+        (tables(), HashConfig, "method must be one such as"),
+    ],
+)
+def test_what_is_asked_is_looked_over(asked, config, said):
+    with pytest.raises(ValueError, match=f"sized: {said}"):
+        sized(asked, config, 1000)
+
+
+@pytest.mark.parametrize("size", [0, 3, -4])
+def test_a_method_that_can_store_none_says_why(size):
+    with pytest.raises(ValueError, match=f"block_size must be a multiple of 4 .*got {size}"):
+        sized(tables(), RobeConfig(num_blocks=1, block_size=size), 1000)
 
 
 def test_other_settings_stay():

@@ -164,7 +164,9 @@ def test_how_the_array_starts():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bound": 0.0}, "bound must be above 0, got 0"),
+        ({"bound": 0.0}, r"bound must be in \(0, 1e\+18\], got 0"),
+        ({"bound": 1e300}, r"bound must be in \(0, 1e\+18\], got 1e\+300"),
+        ({"memory": 3.5}, "robe: memory must be a name or None, got 3.5"),
         ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
         ({"block_size": 6}, "multiple of 4 that divides embedding_dim = 16, got 6; the nearest is 4"),
         ({"block_size": 12}, "got 12; the nearest is 8"),

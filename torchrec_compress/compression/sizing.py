@@ -38,7 +38,8 @@ def sized(tables: Sequence[BaseEmbeddingConfig], method: MethodConfig, budget_by
         The method by table name, as `compress` and compressed collections take it.
 
     Raises:
-        ValueError: the budget is no number of bytes, or below the least that the method can do, which is named.
+        ValueError: no tables, two of one name; no method, or one that can store none of them at any size; the budget is
+            no number of bytes, or below the least that the method can do, which is named.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig
@@ -49,7 +50,8 @@ def sized(tables: Sequence[BaseEmbeddingConfig], method: MethodConfig, budget_by
         {'user': 998, 'day': 1}
     """
     check_budget("sized", budget_bytes)
-    if any(shared_bytes(each, table) for table in tables[:1] for each in list(method.resized(table))[:1]):
+    _check_asked(tables, method)
+    if _share(tables, method):
         return _sized_together(tables, method, budget_bytes)
     found = {table.name: _sizes(table, method) for table in tables}
     full = {table.name: dense_bytes(table) for table in tables}
@@ -71,6 +73,32 @@ def sized(tables: Sequence[BaseEmbeddingConfig], method: MethodConfig, budget_by
         fits = sum(size.num_bytes for size in at(middle).values()) <= budget_bytes
         low, high = (low, middle) if fits else (middle, high)
     return {name: size.method for name, size in at(high).items()}
+
+
+def _check_asked(tables: object, method: object) -> None:
+    """Raise ValueError unless these are tables of different names, of which the method can store one at some size."""
+    if not isinstance(method, MethodConfig):
+        raise ValueError(f"sized: method must be one such as HashConfig(num_buckets=1), got {method!r}")
+    if not isinstance(tables, list | tuple) or not all(isinstance(table, BaseEmbeddingConfig) for table in tables):
+        raise ValueError(f"sized: tables must be a list of TorchRec's configs, got {type(tables).__name__}")
+    names = [table.name for table in tables]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"sized: tables must have different names, one at least, got {names}")
+    if not any(can_store(each, table) for table in tables for each in method.resized(table)):
+        largest = max(tables, key=dense_bytes)
+        for each in list(method.resized(largest))[-1:]:
+            each.check(largest)  # says why
+
+
+def _share(tables: Sequence[BaseEmbeddingConfig], method: MethodConfig) -> bool:
+    """Return whether two tables would store something together."""
+    seen: set[str] = set()
+    for table in tables:
+        mine = next((set(shared_bytes(each, table)) for each in method.resized(table) if can_store(each, table)), set())
+        if seen & mine:
+            return True
+        seen |= mine
+    return False
 
 
 def _sizes(table: BaseEmbeddingConfig, method: MethodConfig) -> list[_Size]:
@@ -95,11 +123,13 @@ def _sized_together(
             table.name: each if can_store(each, table) else DenseConfig() for table in tables
         }
         total = stored_together((chosen[table.name], table) for table in tables)
+        if total >= sum(map(dense_bytes, tables)):
+            continue  # a collection would leave them dense
         least = total if least is None else min(least, total)
         if total <= budget_bytes:
             fitting.append((total, chosen))
     if not fitting:
-        raise _too_little(method, least or 0, budget_bytes)
+        raise _too_little(method, least or sum(map(dense_bytes, tables)), budget_bytes)
     return max(fitting, key=lambda each: each[0])[1]
 
 

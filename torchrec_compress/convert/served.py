@@ -87,10 +87,12 @@ def _fill(target: Any, source: Any, crew: Crew, device: torch.device) -> None:
 
 
 def _fill_table(weight: object, collection: Compressed, name: str, crew: Crew, device: torch.device) -> None:
-    served = _ServedRows(collection, name, device)
+    shards = local_shards(weight)
+    most = crew.most(max((len(local) for local, _ in shards), default=0))
+    served = _ServedRows(collection, name, device, most)
     wanted = [
         (local[first : first + served.at_once], top + first, left)
-        for local, offsets in local_shards(weight)
+        for local, offsets in shards
         for top, left in [(0, 0) if offsets is None else (int(offsets[0]), int(offsets[1]))]
         for first in range(0, len(local), served.at_once)
     ]
@@ -113,19 +115,21 @@ class _ServedRows:
         collection: compressed, its parts sharded or not.
         name: of the table.
         device: of batches.
+        most: rows that a rank wants.
 
     Attributes:
         at_once: how many rows a call gives at most.
     """
 
-    def __init__(self, collection: Compressed, name: str, device: torch.device) -> None:
+    def __init__(self, collection: Compressed, name: str, device: torch.device, most: int) -> None:
         self._collection, self._device = collection, device
         self._feature, self._output = _feature_of(collection, name)
         lookups = collection.blueprint.lookups
         self._keys = sorted({lookup.feature for lookup in lookups})
         self._is_pooled = not isinstance(collection, CompressedEmbeddingCollection)
         self._has_weights = self._is_pooled and collection.is_weighted()
-        self.at_once = max(1, _FLOATS_AT_ONCE // sum(lookup.table.embedding_dim for lookup in lookups))
+        room = _FLOATS_AT_ONCE // sum(lookup.table.embedding_dim for lookup in lookups)
+        self.at_once = max(1, min(room, most))
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Return the rows of ids, (L,) int64, which need not be those of other ranks, as (L, D) float32."""

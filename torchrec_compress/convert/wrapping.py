@@ -34,6 +34,8 @@ def rewrapped(
     Raises:
         ValueError: `wrap` returns something else.
     """
+    if wrap is not None and not callable(wrap):
+        raise ValueError(f"{where}: wrap must be a function of the model, got {wrap!r}")
     inner, modes = model.module, [(each, each.training) for each in model.module.modules()]
     changed = with_modules(inner, {id(place.module): made for place, made in changes}, inplace=True)
     try:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.methods.base import (
     BagDecoder,
@@ -65,14 +65,23 @@ class RobeConfig(MethodConfig):
     signs: bool = False
     bound: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a name that is no text."""
+        super().__post_init__()
+        if not isinstance(self.memory, str | None):
+            raise ValueError(f"robe: memory must be a name or None, got {self.memory!r}")
+
     def check(self, table: BaseEmbeddingConfig) -> None:
         """Raise ValueError unless rows are blocks, and name the nearest size of one."""
         super().check(table)
         where, width = f"table {table.name!r}", table.embedding_dim
         if self.num_blocks < 1:
             raise ValueError(f"{where}: num_blocks must be at least 1, got {self.num_blocks}")
-        if self.bound is not None and self.bound <= 0:
-            raise ValueError(f"{where}: bound must be above 0, got {self.bound}; leave it out for TorchRec's own")
+        most = 65504.0 if table.data_type == DataType.FP16 else 1e18
+        if self.bound is not None and not 0 < self.bound <= most:
+            raise ValueError(
+                f"{where}: bound must be in (0, {most:g}], got {self.bound:g}; leave it out for TorchRec's own"
+            )
         sizes = [size for size in range(LANES, width + 1, LANES) if width % size == 0]
         if self.block_size not in sizes:
             nearest = min(sizes, key=lambda size: abs(size - self.block_size), default=None)
@@ -86,7 +95,7 @@ class RobeConfig(MethodConfig):
         """Yield the same with any number of blocks."""
         return (
             replace(self, num_blocks=number)
-            for number in spread(table.num_embeddings * table.embedding_dim // self.block_size)
+            for number in spread(table.num_embeddings * table.embedding_dim // max(1, self.block_size))
         )
 
     def smaller(self, level: int) -> RobeConfig:
