@@ -80,7 +80,7 @@ def test_the_choice_is_the_best_of_all_that_fit(share):
     }
 
 
-def test_what_is_said_of_it():
+def test_what_is_said_of_it(tmp_path):
     planner, model = make_planner(), make_model()
     ways = ways_of(planner, model)
     int8 = {name: next(way for way in ways[name] if way.method == Int8Config()) for name in LOSSES}
@@ -96,6 +96,7 @@ def test_what_is_said_of_it():
     losses = [loss for _, loss in choice.frontier]
     assert losses == sorted(losses, reverse=True) and losses[-1] == 0.0
     told = json.loads(json.dumps(choice.to_dict()))
+    assert json.loads(choice.save(str(tmp_path / "choice"))[0].read_text()) == told
     assert told["methods"]["user"] == Int8Config().to_dict() and told["tables"]["day"]["larger"] is None
 
 

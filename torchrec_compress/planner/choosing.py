@@ -167,8 +167,9 @@ class PlannedChoice(Mapping[str, MethodConfig]):
             "frontier": [list(point) for point in self.frontier],
         }
 
-    def save(self, folder: Path) -> list[Path]:
+    def save(self, folder: str | Path) -> list[Path]:
         """Write choice.json, choice.md and, where matplotlib is installed, choice.png; return their paths."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / name for name in ("choice.json", "choice.md", "choice.png")]
         paths[0].write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
