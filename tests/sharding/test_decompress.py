@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec import DataType, EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.planner import Topology
@@ -222,3 +222,21 @@ def weighted() -> tuple[Tensor, Tensor]:
     keys = sorted(before.keys())
     assert sorted(after.keys()) == keys == ["item@item", "item@user", "user@item", "user@user"]
     return tuple(torch.cat([found[key] for key in keys], dim=1).detach() for found in (before, after))  # type: ignore[return-value]
+
+
+def half_that_stays() -> Tensor:
+    """Return what a sharded model of FP16 tables serves, of which one stays dense."""
+    tables = [
+        EmbeddingBagConfig(name=n, num_embeddings=N, embedding_dim=D, feature_names=[n], data_type=DataType.FP16)
+        for n in NAMES
+    ]
+    wrapped: Any = DistributedModelParallel(
+        nn.Sequential(EmbeddingBagCollection(tables)), device=CPU, sharders=get_default_sharders()
+    )
+    before = wrapped(batch())["user"].detach()
+    small: Any = compress(wrapped, {"item": PQConfig(num_codes=4), "user": DenseConfig()}, inplace=True)
+    return (small(batch())["user"].detach() - before).abs().max()
+
+
+def test_rows_of_fp16_that_stay_are_kept(two_ranks):
+    assert two_ranks.run(half_that_stays) == [0.0, 0.0]

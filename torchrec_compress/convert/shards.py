@@ -177,7 +177,7 @@ class EncodedRows:
             found = torch.zeros(min(BLOCK_ROWS, self._num_rows - first), width, dtype=dtype)
             if self._rows is not None:
                 mine = slice(*torch.searchsorted(self._numbers, torch.tensor([first, first + len(found)])).tolist())
-                found[self._numbers[mine] - first] = self._rows[mine]
+                found[self._numbers[mine] - first] = self._rows[mine].to(dtype)
             self._crew.join(found)
             yield first, found
 
