@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import Tensor, nn
 from torchrec import DataType, EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
@@ -168,7 +169,8 @@ def refused(kind: str) -> str:
     if kind != "stock":
         model = nn.Sequential(CompressedEmbeddingBagCollection(tables, compression=HashConfig(num_buckets=50)))
     codecs = get_qcomm_codecs_registry(QCommsConfig(forward_precision=CommType.FP16)) if kind == "codecs" else None
-    sharders = get_default_sharders(fused_params={}, qcomm_codecs_registry=codecs)
+    fused: dict[str, Any] = {"output_dtype": SparseType.FP16} if kind == "output" else {}
+    sharders = get_default_sharders(fused_params=fused, qcomm_codecs_registry=codecs)
     wrapped = DistributedModelParallel(model, device=CPU, sharders=sharders).eval()
     before = wrapped(batch()).values().detach()
     options: dict[str, Any] = {"inplace": kind != "copy"}
@@ -188,6 +190,7 @@ def refused(kind: str) -> str:
         ("stock", "the model must hold compressed tables, got none"),
         ("feature", "table 'user' must have a feature that no smaller table has, got none"),
         ("codecs", "0: decompress: rows must travel as they are, got sharders with a qcomm_codecs_registry"),
+        ("output", "0: decompress: rows must be looked up in float32, got sharders with another output_dtype"),
         ("copy", "must be expanded in place, as no copy of its shards is made; pass inplace=True"),
         ("one", "must be expanded in place"),
         ("wrap", "wrap must return a DistributedModelParallel, got Sequential"),

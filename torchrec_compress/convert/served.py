@@ -59,6 +59,12 @@ def _asked(inner: nn.Module, inplace: bool) -> list[Place]:
                     f"{_WHERE}: rows must travel as they are, got sharders with a qcomm_codecs_registry; load the "
                     "state dict into a model whose sharders have none"
                 )
+            told = [getattr(part, "output_dtype", None) for part in place.module.modules()]
+            if any(dtype not in (None, torch.float32) for dtype in told):
+                raise ValueError(
+                    f"{_WHERE}: rows must be looked up in float32, got sharders with another output_dtype, which would "
+                    "round them; load the state dict into a model whose sharders have none"
+                )
             collection = collection_of(place.module)
             for name in place.tables:
                 _feature_of(collection, name)
