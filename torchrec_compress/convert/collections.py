@@ -20,7 +20,7 @@ from torchrec.modules.embedding_modules import (
 
 from torchrec_compress.compression import Compression
 from torchrec_compress.convert.into import check_whole, row_reader
-from torchrec_compress.convert.models import errors_of
+from torchrec_compress.convert.models import Place, errors_of
 from torchrec_compress.methods import DenseConfig
 from torchrec_compress.methods.learned import RowReader
 from torchrec_compress.modules import (
@@ -29,6 +29,7 @@ from torchrec_compress.modules import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
 )
+from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.names import kind_of
 from torchrec_compress.seams import backward_optimizer
 
@@ -113,19 +114,21 @@ def empty_like(source: Stock | Compressed, device: torch.device, compression: Co
 
 
 def take_frozen(before: Mapping[str, Sequence[nn.Parameter]], collection: Compressed) -> None:
-    """Freeze what a collection stores of tables that were frozen; say which optimizers are gone.
+    """Freeze what a collection stores of tables that were frozen.
 
     Args:
         before: what stored each table in the source; it is frozen where nothing of it is trained.
-        collection: fitted to it.
+        collection: of these tables.
     """
-    gone = []
     for name, parameters in before.items():
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             for parameter in parameters_of(collection, name):
                 parameter.requires_grad_(False)
-        if any(backward_optimizer(parameter) for parameter in parameters):
-            gone.append(name)
+
+
+def warn_of_optimizers(before: Mapping[str, Sequence[nn.Parameter]]) -> None:
+    """Say which tables have optimizers in the backward that their successors will not have."""
+    gone = [name for name, parameters in before.items() if any(map(backward_optimizer, parameters))]
     if gone:
         logger.warning(
             "tables %s: the optimizer that trains them in the backward stays with the source; call "
@@ -134,17 +137,30 @@ def take_frozen(before: Mapping[str, Sequence[nn.Parameter]], collection: Compre
         )
 
 
-def parameters_of(collection: Stock | Compressed, name: str) -> list[nn.Parameter]:
-    """Return the parameters of one table; of shared ones, only such as are its own."""
-    if isinstance(collection, EmbeddingBagCollection | EmbeddingCollection):
-        return [stock_weights(collection)[name]]
-    state, trained = collection.table_state(name), collection.trained
-    common = collection.blueprint.common(name)
-    others = {part.name for part in collection.blueprint.parts[name].native if part.shared in common}
-    found: list[Any] = [value for part, value in state.native.items() if part not in others]
-    found += state.decoder.values() if collection.blueprint.banks[name] == name else []
-    found += trained.banks[name].parameters() if trained is not None and name in trained.banks else []
-    return [value for value in found if isinstance(value, nn.Parameter)]
+def parameters_by_table(place: Place) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters of each table of a module, of this rank's shards where it is sharded."""
+    module = place.module
+    if isinstance(module, CompressedParts):
+        return {table.name: parameters_of(module, table.name) for table in module.table_configs()}  # type: ignore[arg-type]
+    found: dict[str, list[nn.Parameter]] = {}
+    for path, parameter in module.named_parameters():  # embedding_bags.<table>.weight; that of a plain one is "weight"
+        found.setdefault(path.split(".")[-2] if "." in path else place.tables[0], []).append(parameter)
+    return found
+
+
+def parameters_of(collection: Compressed, name: str) -> list[nn.Parameter]:
+    """Return the parameters of one table, of this rank's shards where it is sharded; of shared ones, only its own."""
+    # a sharded one has parts of other kinds, by the same names
+    names = empty_like(collection, torch.device("meta"), collection.methods(), collection.seed).state_names(name)
+    common, parts = collection.blueprint.common(name), collection.blueprint.parts[name]
+    others = {("native", part.name) for part in parts.native if part.shared in common}
+    if collection.blueprint.banks[name] != name:
+        others |= {key for key in names if key[0] == "decoder"}
+    found = dict(collection.named_parameters())
+    mine = [found[path] for key, path in names.items() if key not in others and path in found]
+    if collection.trained is not None and name in collection.trained.banks:
+        mine += collection.trained.banks[name].parameters()
+    return mine
 
 
 def stock_like(collection: Compressed, device: torch.device) -> Stock:
@@ -178,12 +194,14 @@ def expand(collection: Compressed) -> Stock:
 
 
 def check_range(name: str, rows: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError where served rows, (L, D), would be infinite in the dtype of a table."""
-    largest = torch.finfo(dtype).max
-    if rows.numel() and float(rows.abs().max()) > largest:
+    """Raise ValueError where finite values of served rows, (L, D) float32, would be infinite in a table's dtype."""
+    if dtype == torch.float32:
+        return
+    lost = rows.isfinite() & rows.to(dtype).isinf()
+    if bool(lost.any()):
         raise ValueError(
-            f"decompress: table {name!r}: rows must be in +-{largest:.0f} to be stored as {dtype}, got up to "
-            f"{float(rows.abs().max()):g}; give the table data_type FP32"
+            f"decompress: table {name!r}: rows must be in +-{torch.finfo(dtype).max:.0f} to be stored as {dtype}, got "
+            f"up to {float(rows[lost].abs().max()):g}; give the table data_type FP32"
         )
 
 
@@ -195,5 +213,12 @@ def fill(weight: nn.Parameter, collection: Compressed, name: str) -> None:
         rows = collection.table_rows(name, ids)
         check_range(name, rows, weight.dtype)
         weight[first : first + len(ids)] = rows
-    stored = parameters_of(collection, name)
-    weight.requires_grad_(not stored or any(parameter.requires_grad for parameter in stored))
+    weight.requires_grad_(not is_frozen(collection, name))
+
+
+def is_frozen(collection: Compressed, name: str) -> bool:
+    """Return whether a table has something that could be trained, and none of it is."""
+    trains = [parameter.requires_grad for parameter in parameters_of(collection, name)]
+    if collection.trained is not None and name in collection.trained.banks:
+        trains.append(collection.trained.trains(name))
+    return bool(trains) and not any(trains)

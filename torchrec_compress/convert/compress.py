@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
 
 import torch
@@ -14,11 +14,13 @@ from torchrec_compress.compression import Compression
 from torchrec_compress.convert.collections import (
     COMPRESSED,
     STOCK,
+    Compressed,
     empty_like,
     expand,
-    parameters_of,
+    parameters_by_table,
     rows_of,
     take_frozen,
+    warn_of_optimizers,
 )
 from torchrec_compress.convert.into import Fits, prepare, run
 from torchrec_compress.convert.models import (
@@ -176,7 +178,7 @@ def _compress_alone(
         given = {what: shared_out(what, mine, [place])[""] for what, mine in given.items()}
     made, fits = _empty(place, compression, given, seed, progress)
     run(fits, progress)
-    take_frozen(_before(place), fits.collection)
+    _take_over(place, fits.collection)
     return made
 
 
@@ -223,7 +225,7 @@ def _compress_model(
     for place, fit in fits:
         with errors_of(place.path):
             run(fit, progress)
-        take_frozen(_before(place), fit.collection)
+        _take_over(place, fit.collection)
     return with_modules(model, made, inplace)
 
 
@@ -252,14 +254,11 @@ def _empty(
     return made, prepare(collection, rows, **given, progress=progress)
 
 
-def _before(place: Place) -> Mapping[str, Sequence[nn.Parameter]]:
-    """Return the parameters of each table of a module."""
-    module: Any = place.module
-    if type(module) in PLAIN:
-        return {place.tables[0]: [module.weight]}
-    configs = module.table_configs() if isinstance(module, COMPRESSED) else None
-    names = [table.name for table in configs] if configs is not None else list(rows_of(module)[0])
-    return {name: parameters_of(module, name) for name in names}
+def _take_over(place: Place, collection: Compressed) -> None:
+    """Freeze what was frozen; say which optimizers are gone."""
+    before = parameters_by_table(place)
+    take_frozen(before, collection)
+    warn_of_optimizers(before)
 
 
 @overload

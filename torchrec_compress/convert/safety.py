@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.types import ShardedModule
 
 from torchrec_compress.convert.models import PLAIN, Place
+from torchrec_compress.seams import has_own_forward
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,10 @@ def _check_module(place: Place) -> None:
             f"{where}: a module that is replaced must have no hooks, on its weight neither, got some; remove them, and "
             "register them on the new one"
         )
-    if "forward" in vars(place.module):
-        raise ValueError(f"{where}: must have the forward of its class, got one of its own; leave the table out")
+    sharded = [part for part in place.module.modules() if isinstance(part, ShardedModule)]
+    if any(has_own_forward(part) for part in [place.module, *sharded]):
+        advice = "detach() train pipelines, or leave the table out" if sharded else "leave the table out"
+        raise ValueError(f"{where}: must have the forward of its class, got one of its own; {advice}")
     if type(place.module) in PLAIN:
         own = [
             name for name, _ in [*place.module.named_parameters(), *place.module.named_buffers()] if name != "weight"

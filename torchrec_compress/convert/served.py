@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,20 +10,28 @@ from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from torchrec_compress.convert.collections import Compressed, check_range, collection_of, stock_like
-from torchrec_compress.convert.models import Place, errors_of, find_places
+from torchrec_compress.convert.collections import (
+    Compressed,
+    check_range,
+    collection_of,
+    is_frozen,
+    stock_like,
+    stock_weights,
+)
+from torchrec_compress.convert.models import PLAIN, Place, errors_of, find_places
 from torchrec_compress.convert.plain import plain_like, put_padding
 from torchrec_compress.convert.safety import check_places
 from torchrec_compress.convert.shards import Crew, raise_first
 from torchrec_compress.convert.wrapping import Wrap, rewrapped
 from torchrec_compress.modules import CompressedEmbedding, CompressedEmbeddingBag, CompressedEmbeddingCollection
-from torchrec_compress.seams import environment_of, forget_inputs, has_codecs, local_shards
+from torchrec_compress.seams import environment_of, forget_inputs, has_codecs, local_shards, steps_uncounted
 
 _WHERE = "decompress"
 _PLAIN = (CompressedEmbedding, CompressedEmbeddingBag)
 _FLOATS_AT_ONCE = 2**24
 
 
+@torch.inference_mode(False)
 def decompress_sharded(model: DistributedModelParallel, inplace: bool, wrap: Wrap | None) -> DistributedModelParallel:
     """Return a model with dense tables, planned and wrapped anew; arguments as in `decompress`.
 
@@ -34,11 +43,16 @@ def decompress_sharded(model: DistributedModelParallel, inplace: bool, wrap: Wra
     crew = Crew(environment.process_group, device)
     places = crew.together(lambda: _asked(model.module, inplace))
     changes = [(place, _empty(place, device)) for place in places]
-    wrapped = rewrapped(_WHERE, model, changes, wrap)
-    for place, _ in changes:
+    for place, made in changes:
         with errors_of(place.path):
-            _fill(wrapped.module.get_submodule(place.path), place.module, crew, device)  # type: ignore[union-attr]
-    return wrapped
+            _try(place.module, made, crew, device)
+
+    def fill(wrapped: DistributedModelParallel) -> None:
+        for place in places:
+            with errors_of(place.path):
+                _fill(wrapped.module.get_submodule(place.path), place.module, crew, device)  # type: ignore[union-attr]
+
+    return rewrapped(_WHERE, model, changes, wrap, fill)
 
 
 def _asked(inner: nn.Module, inplace: bool) -> list[Place]:
@@ -71,75 +85,112 @@ def _asked(inner: nn.Module, inplace: bool) -> list[Place]:
     return places
 
 
+@torch.no_grad()
+def _try(source: nn.Module, made: nn.Module, crew: Crew, device: torch.device) -> None:
+    """Look up what tells whether all rows can be, before anything is changed; all ranks call it.
+
+    Raises:
+        ValueError: on every rank, where rows of a table would be infinite in its data type.
+    """
+    collection, modes = collection_of(source), [(part, part.training) for part in source.modules()]
+    failed: list[ValueError] = []
+    try:
+        with steps_uncounted(collection):
+            collection.eval()
+            for name, weight in _weights(made, collection).items():
+                # a row tells whether there are any; whether they fit, only all of them
+                ids = range(1) if weight.dtype == torch.float32 else crew.share(len(weight))
+                for _, rows in _ServedRows(collection, name, crew, device).blocks([ids]):
+                    try:
+                        check_range(name, rows, weight.dtype)
+                    except ValueError as error:
+                        failed.append(error)
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    crew.together(lambda: raise_first(failed))  # at the end, as the others wait for the look-ups of this rank
+
+
 def _empty(place: Place, device: torch.device) -> nn.Module:
     """Return what comes in place of a compressed module: a collection on the meta device, or a plain module."""
     module: Any = place.module
-    return plain_like(module, device) if isinstance(module, _PLAIN) else stock_like(module, torch.device("meta"))
+    collection = collection_of(module)
+    made = plain_like(module, device) if isinstance(module, _PLAIN) else stock_like(module, torch.device("meta"))
+    for name, weight in _weights(made, collection).items():
+        weight.requires_grad_(not is_frozen(collection, name))
+    return made
+
+
+def _weights(made: Any, collection: Compressed) -> dict[str, nn.Parameter]:
+    """Return the weights of what comes in place of a collection, or of its one table, by table name."""
+    if isinstance(made, PLAIN):
+        return {collection.table_configs()[0].name: made.weight}  # type: ignore[dict-item]
+    return stock_weights(made)
 
 
 @torch.no_grad()
 def _fill(target: Any, source: Any, crew: Crew, device: torch.device) -> None:
     """Write the rows that a compressed module serves into the shards of this rank; all ranks call it."""
     collection = collection_of(source).eval()
-    forget_inputs(collection)
     if isinstance(source, _PLAIN):
-        _fill_table(target.weight, collection, source.name, crew, device)
+        _fill_table(target.weight, _ServedRows(collection, source.name, crew, device))
         put_padding(source, target)
         return
     state = target.state_dict()
     for table in collection.table_configs():
         (weight,) = [value for name, value in state.items() if name.endswith(f".{table.name}.weight")]
-        _fill_table(weight, collection, table.name, crew, device)
+        _fill_table(weight, _ServedRows(collection, table.name, crew, device))
 
 
-def _fill_table(weight: object, collection: Compressed, name: str, crew: Crew, device: torch.device) -> None:
+def _fill_table(weight: object, served: _ServedRows) -> None:
     shards = local_shards(weight)
-    most = crew.most(max((len(local) for local, _ in shards), default=0))
-    served = _ServedRows(collection, name, device, most)
-    wanted = [
-        (local[first : first + served.at_once], top + first, left)
-        for local, offsets in shards
-        for top, left in [(0, 0) if offsets is None else (int(offsets[0]), int(offsets[1]))]
-        for first in range(0, len(local), served.at_once)
-    ]
-    failed: list[ValueError] = []
-    for number in range(crew.most(len(wanted))):  # all ranks look up as often
-        block, first, left = wanted[number] if number < len(wanted) else (torch.empty(0, 0), 0, 0)
-        rows = served(torch.arange(first, first + len(block), device=device))
-        try:
-            check_range(name, rows, block.dtype)
-        except ValueError as error:
-            failed.append(error)
-        block.copy_(rows[:, left : left + block.shape[1]])
-    crew.together(lambda: raise_first(failed))  # at the end, as the others wait for the look-ups of this rank
+    corners = [(0, 0) if offsets is None else (int(offsets[0]), int(offsets[1])) for _, offsets in shards]
+    runs = [range(top, top + len(local)) for (local, _), (top, _) in zip(shards, corners, strict=True)]
+    for (number, ids), rows in served.blocks(runs):
+        local, (top, left) = shards[number][0], corners[number]
+        local[ids.start - top : ids.stop - top] = rows[:, left : left + local.shape[1]]
 
 
 class _ServedRows:
     """The rows of one table, as the look-ups of all ranks find them.
 
     Args:
-        collection: compressed, its parts sharded or not.
+        collection: compressed, its parts sharded or not, in evaluation.
         name: of the table.
+        crew: the ranks.
         device: of batches.
-        most: rows that a rank wants.
-
-    Attributes:
-        at_once: how many rows a call gives at most.
     """
 
-    def __init__(self, collection: Compressed, name: str, device: torch.device, most: int) -> None:
-        self._collection, self._device = collection, device
+    def __init__(self, collection: Compressed, name: str, crew: Crew, device: torch.device) -> None:
+        forget_inputs(collection)
+        self._collection, self._crew, self._device = collection, crew, device
         self._feature, self._output = _feature_of(collection, name)
         lookups = collection.blueprint.lookups
         self._keys = sorted({lookup.feature for lookup in lookups})
         self._is_pooled = not isinstance(collection, CompressedEmbeddingCollection)
         self._has_weights = self._is_pooled and collection.is_weighted()
-        room = _FLOATS_AT_ONCE // sum(lookup.table.embedding_dim for lookup in lookups)
-        self.at_once = max(1, min(room, most))
+        self._room = max(1, _FLOATS_AT_ONCE // sum(lookup.table.embedding_dim for lookup in lookups))
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Return the rows of ids, (L,) int64, which need not be those of other ranks, as (L, D) float32."""
-        lengths = torch.zeros(len(self._keys), self.at_once, dtype=torch.int64, device=self._device)
+    def blocks(self, runs: Sequence[range]) -> Iterator[tuple[tuple[int, range], Tensor]]:
+        """Yield the number of a run of ids, which need not be those of other ranks, a part of it and its rows.
+
+        All ranks call it, and look up as often and as many, whatever they want.
+        """
+        at_once = max(1, min(self._room, self._crew.most(max(map(len, runs), default=0))))
+        wanted = [
+            (number, run[first : first + at_once])
+            for number, run in enumerate(runs)
+            for first in range(0, len(run), at_once)
+        ]
+        for turn in range(self._crew.most(len(wanted))):
+            mine = wanted[turn] if turn < len(wanted) else (0, range(0))
+            rows = self._look_up(torch.arange(mine[1].start, mine[1].stop, device=self._device), at_once)
+            if turn < len(wanted):
+                yield mine, rows
+
+    def _look_up(self, ids: Tensor, num_bags: int) -> Tensor:
+        """Return the rows of ids, (L,) int64, as (L, D) float32."""
+        lengths = torch.zeros(len(self._keys), num_bags, dtype=torch.int64, device=self._device)
         lengths[self._keys.index(self._feature), : len(ids)] = 1  # as many bags on every rank
         weights = torch.ones(len(ids), device=self._device) if self._has_weights else None
         found: Any = self._collection(KeyedJaggedTensor.from_lengths_sync(self._keys, ids, lengths.view(-1), weights))

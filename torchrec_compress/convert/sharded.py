@@ -12,7 +12,13 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from tqdm import tqdm
 
 from torchrec_compress.compression import Compression
-from torchrec_compress.convert.collections import Compressed, collection_of
+from torchrec_compress.convert.collections import (
+    Compressed,
+    collection_of,
+    parameters_by_table,
+    take_frozen,
+    warn_of_optimizers,
+)
 from torchrec_compress.convert.into import checked_inputs, on_cpu
 from torchrec_compress.convert.models import PLAIN, Place, chosen, errors_of, find_places, shared_out
 from torchrec_compress.convert.plain import empty_plain
@@ -60,6 +66,7 @@ class _Change(NamedTuple):
     inputs: Mapping[str, TableData]
 
 
+@torch.inference_mode(False)
 def compress_sharded(
     model: DistributedModelParallel,
     compression: Compression,
@@ -84,10 +91,12 @@ def compress_sharded(
         with errors_of(change.place.path):
             fitted.append(_fit(change, crew, progress and crew.rank == 0))
     names = [{name: change.made.state_names(name) for name in change.rows} for change in changes]
-    wrapped = rewrapped(_WHERE, model, [(change.place, change.module) for change in changes], wrap)
-    for change, each, mine in zip(changes, fitted, names, strict=True):
-        _fill(change.made, each, mine)
-    return wrapped
+
+    def fill(_: DistributedModelParallel) -> None:
+        for change, each, mine in zip(changes, fitted, names, strict=True):
+            _fill(change.made, each, mine)
+
+    return rewrapped(_WHERE, model, [(change.place, change.module) for change in changes], wrap, fill)
 
 
 def _changes(
@@ -103,7 +112,10 @@ def _changes(
     crew.check_same(asked.digests)
     changes = []
     for place, module, mine in asked.wanted:
-        made = collection_of(module)
+        made, before = collection_of(module), parameters_by_table(place)
+        take_frozen(before, made)
+        if crew.rank == 0:
+            warn_of_optimizers(before)
         with errors_of(place.path):
             weights = _weights(place)
             rows = {table.name: SharedRows(table, weights[table.name], crew) for table in made.table_configs()}
@@ -174,11 +186,9 @@ def _empty(place: Place, methods: Mapping[str, MethodConfig], seed: int) -> nn.M
         configs, is_weighted = module.embedding_bag_configs(), module.is_weighted()
     else:
         configs, is_weighted = module.embedding_configs(), False
-    with torch.inference_mode(False):
-        if hasattr(configs[0], "pooling"):
-            return CompressedEmbeddingBagCollection(configs, meta, is_weighted, dict(methods), seed, will_fit=True)
-        kept = needs_indices(module)
-        return CompressedEmbeddingCollection(configs, meta, kept, dict(methods), seed, will_fit=True)
+    if hasattr(configs[0], "pooling"):
+        return CompressedEmbeddingBagCollection(configs, meta, is_weighted, dict(methods), seed, will_fit=True)
+    return CompressedEmbeddingCollection(configs, meta, needs_indices(module), dict(methods), seed, will_fit=True)
 
 
 def _weights(place: Place) -> dict[str, object]:
@@ -193,7 +203,7 @@ def _fit(change: _Change, crew: Crew, progress: bool) -> dict[str, _Fitted]:
     """Fit the tables of a collection, by name."""
     methods, fitted = change.made.methods(), {}
     bar = tqdm(change.made.table_configs(), desc="fitting", unit="table", disable=not progress, leave=False)
-    with bar, torch.inference_mode(False):
+    with bar:
         for table in bar:
             bar.set_postfix_str(f"{table.name}: {methods[table.name].method}")
             rows = change.rows[table.name]

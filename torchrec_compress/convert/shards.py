@@ -47,6 +47,10 @@ class Crew:
         self._reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
+    def share(self, number: int) -> range:
+        """Return which of so many are this rank's, as none is another's."""
+        return range(number * self.rank // self.world_size, number * (self.rank + 1) // self.world_size)
+
     def _reduce(self, tensor: Tensor, how: dist.ReduceOp.RedOpType) -> None:
         there = tensor.to(self._device)
         dist.all_reduce(there, how, group=self._group)

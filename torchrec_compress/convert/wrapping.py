@@ -9,10 +9,11 @@ from typing import TypeAlias
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import Topology
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_compress.convert.models import PLAIN, Place, with_modules
 from torchrec_compress.planner import EmbeddingShardingPlanner
-from torchrec_compress.seams import environment_of, let_go
+from torchrec_compress.seams import environment_of, hold_still, let_go
 from torchrec_compress.sharding import get_default_sharders
 
 logger = logging.getLogger(__name__)
@@ -21,15 +22,20 @@ Wrap: TypeAlias = Callable[[nn.Module], DistributedModelParallel]
 
 
 def rewrapped(
-    where: str, model: DistributedModelParallel, changes: Sequence[tuple[Place, nn.Module]], wrap: Wrap | None
+    where: str,
+    model: DistributedModelParallel,
+    changes: Sequence[tuple[Place, nn.Module]],
+    wrap: Wrap | None,
+    fill: Callable[[DistributedModelParallel], None],
 ) -> DistributedModelParallel:
-    """Return a model in a new wrapper, in the same modes; all ranks call it.
+    """Return a model in a new wrapper, in the same modes, what is frozen still so; all ranks call it.
 
     Args:
         where: names the caller in errors.
-        model: whose wrapper is used up; as before where wrapping fails.
+        model: whose wrapper is used up; as before where wrapping or filling fails.
         changes: places and what comes there, which may be on the meta device.
         wrap: plans and wraps; None does so by default, on the ranks and the device that the model was on.
+        fill: writes values into what came there.
 
     Raises:
         ValueError: `wrap` returns something else.
@@ -37,21 +43,30 @@ def rewrapped(
     if wrap is not None and not callable(wrap):
         raise ValueError(f"{where}: wrap must be a function of the model, got {wrap!r}")
     inner, modes = model.module, [(each, each.training) for each in model.module.modules()]
-    changed = with_modules(inner, {id(place.module): made for place, made in changes}, inplace=True)
+    # wrapping puts others in the place of modules, not only of those that are changed
+    children = [(each, dict(each._modules)) for each in inner.modules()]
+    frozen = [(place.path, _hold_frozen(made)) for place, made in changes]
     try:
+        changed = with_modules(inner, {id(place.module): made for place, made in changes}, inplace=True)
         wrapped = _wrap(changed, model) if wrap is None else wrap(changed)
         if not isinstance(wrapped, DistributedModelParallel):
             raise ValueError(f"{where}: wrap must return a DistributedModelParallel, got {type(wrapped).__name__}")
+        fill(wrapped)
     except BaseException:
-        with_modules(changed, {id(made): place.module for place, made in changes}, inplace=True)
+        for module, held in children:
+            module._modules.clear()
+            module._modules.update(held)
+        _set_modes(modes)
         raise
     let_go(model)
     wrapped.train(model.training)
-    for module, mode in modes:
-        module.training = mode
-    for place, _ in changes:
-        now = wrapped.module.get_submodule(place.path)  # type: ignore[union-attr]
+    _set_modes(modes)
+    for (place, _), (path, names) in zip(changes, frozen, strict=True):
+        now = wrapped.module.get_submodule(path)  # type: ignore[union-attr]
         now.train(place.module.training)
+        for name, parameter in now.named_parameters():
+            if name in names:
+                parameter.requires_grad_(False)
     gone = [place.path for place, _ in changes if type(place.module) not in PLAIN]
     if gone and wrap is None and environment_of(model).rank == 0:
         logger.warning(
@@ -60,6 +75,20 @@ def rewrapped(
             gone,
         )
     return wrapped
+
+
+def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    for module, mode in modes:
+        module.training = mode
+
+
+def _hold_frozen(module: nn.Module) -> set[str]:
+    """Have no sharder train what is frozen in a module that is not sharded yet; return its names."""
+    for part in module.modules():
+        if isinstance(part, EmbeddingBagCollection | EmbeddingCollection):
+            for parameter in part.parameters():
+                hold_still(parameter)
+    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
 
 
 def _wrap(inner: nn.Module, model: DistributedModelParallel) -> DistributedModelParallel:

@@ -60,6 +60,10 @@ class TrainedCollection(nn.Module):
         part = self.table(name).part
         return part.format(RowOptimizer.of(optimizer or "exact_sgd", {}, part, f"table {name!r}").kind).state_bytes
 
+    def trains(self, table: str) -> bool:
+        """Return whether the rows of a table are trained."""
+        return self.banks[table].handle.requires_grad
+
     def reset_parameters(self) -> None:
         """Draw all rows anew."""
         for rows in self.banks.values():

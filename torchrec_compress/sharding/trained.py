@@ -147,6 +147,10 @@ class ShardedTrainedCollection(ShardedRowCollection[TrainedTable], FusedOptimize
         """What trains the rows of this rank."""
         return self._optim
 
+    def trains(self, table: str) -> bool:
+        """Return whether the rows of a table are trained: whether they were before they were sharded."""
+        return self._trains[table]
+
     def asked(self, ctx: RowContext, table: TrainedTable, ids: Tensor) -> Tensor:
         """Return the ids, marked where owners sum them, or raise what was wrong with the last batch's gradients."""
         self.banks[table.name].raise_fault()
@@ -174,7 +178,7 @@ class ShardedTrainedCollection(ShardedRowCollection[TrainedTable], FusedOptimize
         Steps number the dither, which must not depend on who holds what.
         """
         rows = self.banks[table.name]
-        trains = self.training and torch.is_grad_enabled() and self._trains[table.name]
+        trains = self.training and torch.is_grad_enabled() and self.trains(table.name)
         look_up = rows.look_up_to_train if trains else rows.look_up
         ids, offsets = opened(asked) if self._sums_here else (asked, None)
         return look_up(ids, offsets, None, table.where)

@@ -1,0 +1,89 @@
+"""Every seam of TorchRec that is not in its documented interface, in one place.
+
+Checked on TorchRec 1.6 to 1.9; where a release moves one, this is the folder to change.
+"""
+
+from __future__ import annotations
+
+from torchrec.distributed.embedding import EmbeddingCollectionContext
+from torchrec.distributed.embedding_sharding import KJTListSplitsAwaitable
+from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.sharding.sequence_sharding import SequenceShardingContext
+
+from torchrec_compress.seams.backward import (
+    backward_optimizer,
+    backward_settings,
+    copy_backward_optimizer,
+    hold_still,
+    num_backward_optimizers,
+    optimizers_in_backward,
+    steps_in_backward,
+    steps_uncounted,
+)
+from torchrec_compress.seams.exchange import (
+    RowTable,
+    fused_rows,
+    look_up_local,
+    rescaled,
+    row_exchange,
+    sequence_context,
+    shard_bounds,
+    without_input_exchange,
+)
+from torchrec_compress.seams.planner import (
+    plan_as,
+    planner_parts,
+    reserved_share,
+)
+from torchrec_compress.seams.sharded import (
+    copy_to_host,
+    environment_of,
+    forget_inputs,
+    has_codecs,
+    has_own_forward,
+    is_cut_by_rows,
+    let_go,
+    local_shards,
+    needs_indices,
+    shape_and_dtype,
+    sharded_configs,
+    sharded_tensor,
+)
+
+__all__ = [
+    "EmbeddingCollectionContext",
+    "KJTList",
+    "KJTListSplitsAwaitable",
+    "RowTable",
+    "SequenceShardingContext",
+    "backward_optimizer",
+    "backward_settings",
+    "copy_backward_optimizer",
+    "copy_to_host",
+    "environment_of",
+    "forget_inputs",
+    "fused_rows",
+    "has_codecs",
+    "has_own_forward",
+    "hold_still",
+    "is_cut_by_rows",
+    "let_go",
+    "local_shards",
+    "look_up_local",
+    "needs_indices",
+    "num_backward_optimizers",
+    "optimizers_in_backward",
+    "plan_as",
+    "planner_parts",
+    "rescaled",
+    "reserved_share",
+    "row_exchange",
+    "sequence_context",
+    "shape_and_dtype",
+    "shard_bounds",
+    "sharded_configs",
+    "sharded_tensor",
+    "steps_in_backward",
+    "steps_uncounted",
+    "without_input_exchange",
+]
