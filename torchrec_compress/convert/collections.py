@@ -31,7 +31,7 @@ from torchrec_compress.modules import (
 )
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.names import kind_of
-from torchrec_compress.seams import backward_optimizer
+from torchrec_compress.seams import backward_optimizer, is_frozen
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def take_frozen(before: Mapping[str, Sequence[nn.Parameter]], collection: Compre
         collection: of these tables.
     """
     for name, parameters in before.items():
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
+        if parameters and all(map(is_frozen, parameters)):
             for parameter in parameters_of(collection, name):
                 parameter.requires_grad_(False)
 
@@ -213,12 +213,12 @@ def fill(weight: nn.Parameter, collection: Compressed, name: str) -> None:
         rows = collection.table_rows(name, ids)
         check_range(name, rows, weight.dtype)
         weight[first : first + len(ids)] = rows
-    weight.requires_grad_(not is_frozen(collection, name))
+    weight.requires_grad_(not is_frozen_table(collection, name))
 
 
-def is_frozen(collection: Compressed, name: str) -> bool:
+def is_frozen_table(collection: Compressed, name: str) -> bool:
     """Return whether a table has something that could be trained, and none of it is."""
-    trains = [parameter.requires_grad for parameter in parameters_of(collection, name)]
+    found = [is_frozen(parameter) for parameter in parameters_of(collection, name)]
     if collection.trained is not None and name in collection.trained.banks:
-        trains.append(collection.trained.trains(name))
-    return bool(trains) and not any(trains)
+        found.append(not collection.trained.trains(name))
+    return bool(found) and all(found)

@@ -219,5 +219,6 @@ def errors_of(path: str) -> Iterator[None]:
     """Have errors name the module that they are about."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}" if path else str(error)) from error
+    except (ValueError, RuntimeError) as error:
+        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        raise kind(f"{path}: {error}" if path else str(error)) from error

@@ -109,7 +109,10 @@ def _values_of(parameter: Tensor) -> Any:
 def _check_references(model: nn.Module, places: Sequence[Place]) -> None:
     """Raise ValueError where a module is held where no other can be put in its place."""
     old = {id(place.module): place.path for place in places}
+    going = {id(part) for place in places for part in place.module.modules()}  # which may hold each other
     for path, module in model.named_modules():
+        if id(module) in going:
+            continue
         for name, value in vars(module).items():
             if name == "_modules":
                 continue

@@ -14,7 +14,7 @@ from torchrec_compress.convert.collections import (
     Compressed,
     check_range,
     collection_of,
-    is_frozen,
+    is_frozen_table,
     stock_like,
     stock_weights,
 )
@@ -117,7 +117,7 @@ def _empty(place: Place, device: torch.device) -> nn.Module:
     collection = collection_of(module)
     made = plain_like(module, device) if isinstance(module, _PLAIN) else stock_like(module, torch.device("meta"))
     for name, weight in _weights(made, collection).items():
-        weight.requires_grad_(not is_frozen(collection, name))
+        weight.requires_grad_(not is_frozen_table(collection, name))
     return made
 
 

@@ -13,7 +13,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from torchrec_compress.convert.models import PLAIN, Place, with_modules
 from torchrec_compress.planner import EmbeddingShardingPlanner
-from torchrec_compress.seams import environment_of, hold_still, let_go
+from torchrec_compress.seams import environment_of, freeze, hold_still, let_go
 from torchrec_compress.sharding import get_default_sharders
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def rewrapped(
         now.train(place.module.training)
         for name, parameter in now.named_parameters():
             if name in names:
-                parameter.requires_grad_(False)
+                freeze(parameter)
     gone = [place.path for place, _ in changes if type(place.module) not in PLAIN]
     if gone and wrap is None and environment_of(model).rank == 0:
         logger.warning(

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 # what `apply_optimizer_in_backward` leaves on a parameter for TorchRec's sharders
 _READ_BY_SHARDERS = ("_optimizer_classes", "_optimizer_kwargs")
+# what tells a shard that is held still from others: its own flag cannot be changed
+_FROZEN = "_is_held_still"
 
 
 @contextmanager
@@ -77,3 +79,16 @@ def hold_still(parameter: nn.Parameter) -> None:
     if not parameter.requires_grad and not hasattr(parameter, _READ_BY_SHARDERS[0]):
         for mark, value in zip(_READ_BY_SHARDERS, (torch.optim.SGD, {"lr": 0.0}), strict=True):
             setattr(parameter, mark, [value])
+
+
+def freeze(parameter: Tensor) -> None:
+    """Freeze a parameter; of a shard in a fused kernel, which is a view and trained at rate 0, note that it is."""
+    if parameter.is_leaf:
+        parameter.requires_grad_(False)
+    else:
+        setattr(parameter, _FROZEN, True)
+
+
+def is_frozen(parameter: Tensor) -> bool:
+    """Return whether a parameter is frozen, or a shard that `freeze` noted so."""
+    return not parameter.requires_grad or getattr(parameter, _FROZEN, False)
