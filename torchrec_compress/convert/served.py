@@ -92,22 +92,17 @@ def _try(source: nn.Module, made: nn.Module, crew: Crew, device: torch.device) -
     Raises:
         ValueError: on every rank, where rows of a table would be infinite in its data type.
     """
-    collection, modes = collection_of(source), [(part, part.training) for part in source.modules()]
+    collection = collection_of(source)
     failed: list[ValueError] = []
-    try:
-        with steps_uncounted(collection):
-            collection.eval()
-            for name, weight in _weights(made, collection).items():
-                # a row tells whether there are any; whether they fit, only all of them
-                ids = range(1) if weight.dtype == torch.float32 else crew.share(len(weight))
-                for _, rows in _ServedRows(collection, name, crew, device).blocks([ids]):
-                    try:
-                        check_range(name, rows, weight.dtype)
-                    except ValueError as error:
-                        failed.append(error)
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    with steps_uncounted(collection):
+        for name, weight in _weights(made, collection).items():
+            # a row tells whether there are any; whether they fit, only all of them
+            ids = range(1) if weight.dtype == torch.float32 else crew.share(len(weight))
+            for _, rows in _ServedRows(collection, name, crew, device).blocks([ids]):
+                try:
+                    check_range(name, rows, weight.dtype)
+                except ValueError as error:
+                    failed.append(error)
     crew.together(lambda: raise_first(failed))  # at the end, as the others wait for the look-ups of this rank
 
 
@@ -131,7 +126,7 @@ def _weights(made: Any, collection: Compressed) -> dict[str, nn.Parameter]:
 @torch.no_grad()
 def _fill(target: Any, source: Any, crew: Crew, device: torch.device) -> None:
     """Write the rows that a compressed module serves into the shards of this rank; all ranks call it."""
-    collection = collection_of(source).eval()
+    collection = collection_of(source)
     if isinstance(source, _PLAIN):
         _fill_table(target.weight, _ServedRows(collection, source.name, crew, device))
         put_padding(source, target)
@@ -155,7 +150,7 @@ class _ServedRows:
     """The rows of one table, as the look-ups of all ranks find them.
 
     Args:
-        collection: compressed, its parts sharded or not, in evaluation.
+        collection: compressed, its parts sharded or not; without gradients, no look-up is one of training.
         name: of the table.
         crew: the ranks.
         device: of batches.
