@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torchrec import DataType, EmbeddingBagCollection
 
 from tests.cases import CONFIGS, IDS, NUM_ROWS, batch, contexts, counts, fresh, is_managed, rows, table
 from torchrec_compress import compress, decompress
-from torchrec_compress.methods import HashConfig, MEmComConfig, MethodConfig, NarrowConfig, PQConfig, TableData
+from torchrec_compress.methods import (
+    DenseConfig,
+    HashConfig,
+    MEmComConfig,
+    MethodConfig,
+    NarrowConfig,
+    PQConfig,
+    QRConfig,
+    TableData,
+)
 
 BAGS = [[1, 2, 2], [], [402, 0], [7]]
 GIVEN = {"counts": {"item": counts()}, "contexts": {"item": contexts()}}
@@ -101,6 +112,58 @@ def test_what_fp16_cannot_hold_is_told():
         ValueError, match=r"decompress: table 'item': rows must be in \+-65504 to be stored as torch.fl"
     ):
         decompress(codes)
+
+
+LOADED = (
+    HashConfig(num_buckets=40),
+    NarrowConfig(width=4),
+    MEmComConfig(num_buckets=40),
+    QRConfig(num_buckets=20),
+    DenseConfig(),
+)
+
+
+@pytest.mark.parametrize("config", LOADED, ids=lambda config: config.method)
+def test_a_checkpoint_of_another_type_is_loaded(config: MethodConfig, caplog):
+    """TorchRec copies whatever there is; what is rounded is said, what would be infinite refused."""
+    wide, half = fresh(config), fresh(config, data_type=DataType.FP16)
+    with torch.no_grad():
+        for value in wide.parameters():
+            value.normal_()
+    half.load_state_dict(wide.state_dict())
+    assert "wider numbers than these, which are rounded" in caplog.text
+    for (name, found), given in zip(half.named_parameters(), wide.parameters(), strict=True):
+        assert torch.equal(found, given.to(found.dtype)), name
+    caplog.clear()
+    again = fresh(config)
+    again.load_state_dict(half.state_dict())
+    assert not caplog.text
+    for found, given in zip(again.parameters(), half.parameters(), strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found, given.float())
+    half.load_state_dict(again.state_dict())  # a state dict that was loaded says what it holds
+    with torch.no_grad():
+        next(value for name, value in wide.named_parameters() if half.get_parameter(name).dtype != value.dtype)[3] = 7e4
+    before = {name: value.clone() for name, value in half.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"values must be in \+-65504 to be stored as torch.float16, got 70000 in row 3"
+    ):
+        half.load_state_dict(wide.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in half.state_dict().items())
+
+
+def test_a_checkpoint_of_another_size_is_refused_whatever_its_type():
+    half = fresh(HashConfig(num_buckets=40), data_type=DataType.FP16)
+    with pytest.raises(ValueError, match="table 'item': the checkpoint's sizes must be those of"):
+        half.load_state_dict(fresh(HashConfig(num_buckets=41)).state_dict())
+
+
+def test_a_fitted_table_must_fit():
+    half = fresh(HashConfig(num_buckets=40), data_type=DataType.FP16)
+    state = half.table_state("item")
+    large = {name: torch.full(value.shape, -7e4) for name, value in state.native.items()}
+    with pytest.raises(ValueError, match=r"table 'item', 'buckets': values must be in \+-65504 .*, got 70000 in row 0"):
+        half.load_table("item", dataclasses.replace(state, native=large))
+    assert torch.isfinite(half.table_rows("item", torch.arange(3))).all()
 
 
 def test_bf16_is_not_expanded_to_another_type():

@@ -13,6 +13,9 @@ def test_whole_tensors_must_fit():
     assert torch.equal(model.weight, torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"'weight' must have shape \(2, 3\), got \(1, 3\)"):
         load_plain(model, {"weight": torch.ones(1, 3), "bias": torch.zeros(2)})
+    half = nn.Linear(3, 2).half()
+    with pytest.raises(ValueError, match=r"weight: values must be in \+-65504 .*, got 70000 in row 0; give the table"):
+        load_plain(half, {"weight": torch.full((2, 3), 7e4), "bias": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"names must fit, got \['bias', 'weight'\]"):
         load_plain(model, {})
 

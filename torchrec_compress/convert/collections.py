@@ -31,6 +31,7 @@ from torchrec_compress.modules import (
 )
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.names import kind_of
+from torchrec_compress.ops import first_infinite
 from torchrec_compress.seams import backward_optimizer, is_frozen
 
 logger = logging.getLogger(__name__)
@@ -195,13 +196,10 @@ def expand(collection: Compressed) -> Stock:
 
 def check_range(name: str, rows: Tensor, dtype: torch.dtype) -> None:
     """Raise ValueError where finite values of served rows, (L, D) float32, would be infinite in a table's dtype."""
-    if dtype == torch.float32:
-        return
-    lost = rows.isfinite() & rows.to(dtype).isinf()
-    if bool(lost.any()):
+    if (found := first_infinite(rows, dtype)) is not None:
         raise ValueError(
             f"decompress: table {name!r}: rows must be in +-{torch.finfo(dtype).max:.0f} to be stored as {dtype}, got "
-            f"up to {float(rows[lost].abs().max()):g}; give the table data_type FP32"
+            f"up to {found[1]:g}; give the table data_type FP32"
         )
 
 

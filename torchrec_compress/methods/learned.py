@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.fit.kmeans import sample_points
+from torchrec_compress.ops import first_infinite
 
 # Rows that are encoded at once. A multiple of every block that rows are compared with codewords in.
 BLOCK_ROWS = 65536
@@ -241,14 +242,12 @@ class Learned(ABC):
 
     def _check_range(self, values: Tensor, where: Callable[[int], str]) -> None:
         """Raise ValueError where a table of FP16 would hold an infinity."""
-        largest = torch.finfo(torch.float16).max
-        if self._table.data_type != DataType.FP16 or not len(values) or float(values.abs().max()) <= largest:
-            return
-        first = int((values.abs() > largest).any(dim=1).nonzero()[0])
-        raise ValueError(
-            f"table {self._table.name!r}: pre-trained values must be in +-{largest:.0f} for data_type FP16, got "
-            f"{float(values[first].abs().max()):g} {where(first)}; use FP32, or scale the table"
-        )
+        found = first_infinite(values, torch.float16) if self._table.data_type == DataType.FP16 else None
+        if found is not None:
+            raise ValueError(
+                f"table {self._table.name!r}: pre-trained values must be in +-{torch.finfo(torch.float16).max:.0f} for "
+                f"data_type FP16, got {found[1]:g} {where(found[0])}; use FP32, or scale the table"
+            )
 
     def _check_new(self, ids: Tensor) -> None:
         """Raise ValueError unless these are ids of the table of which none was encoded yet."""

@@ -20,6 +20,7 @@ from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.decoder import Decoder, decode_pooled
 from torchrec_compress.modules.features import IdRange
 from torchrec_compress.modules.footprint import Footprint, count
+from torchrec_compress.modules.format import check_fits, check_loaded_fit
 from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.modules.remapped import RemappedEmbeddingCollection, found_rows
 from torchrec_compress.modules.replicated import strip_where_replicated
@@ -91,6 +92,7 @@ class CompressedParts(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         self._refuse_others(state_dict, prefix)  # before any part takes its tensors
         self.decoder.check_format(state_dict, prefix + "decoder.")
+        check_loaded_fit(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedParts:
@@ -224,6 +226,7 @@ class CompressedParts(nn.Module):
                 raise ValueError(
                     f"table {name!r}: stored tensors are {have}, got {key!r} of shape {tuple(value.shape)}"
                 )
+            check_fits(f"table {name!r}, {key!r}", value, targets[key].dtype)
         if state.codes is not None:
             if bank is None:
                 raise ValueError(

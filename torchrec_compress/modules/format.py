@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.methods.base import TableDecoder
 from torchrec_compress.methods.storage import CodePart, NativePart
 from torchrec_compress.modules.blueprint import Blueprint
-from torchrec_compress.ops import SCALE_BYTES
+from torchrec_compress.ops import SCALE_BYTES, first_infinite
+from torchrec_compress.seams import local_shards, shape_and_dtype
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 # what a checkpoint and a collection must agree on, table by table; their fingerprints are stored
 LAYOUT = ("method", "sizes", "seed")
+# what rows may be loaded as, whatever they were saved as
+_NATIVE_TYPES = (DataType.FP32, DataType.FP16)
 
 
 class StateFormat:
@@ -51,23 +57,24 @@ class StateFormat:
         if layout is not None and not layout.is_meta:
             if layout.shape[1:] != (len(LAYOUT),):
                 raise ValueError(f"{prefix}layout: must be of {len(LAYOUT)} columns, got {tuple(layout.shape)}")
-            unsaid = self._check_layout(layout.tolist(), prefix)
+            unsaid, other_type = self._check_layout(layout.tolist(), prefix)
             if unsaid:
                 logger.warning(
                     "tables %s: the state dict, of an earlier version, does not say which rows of a block are what "
                     "(hot, cold or medium); taken as those of this compression, unchecked",
                     [self._blueprint.tables[number].name for number in unsaid],
                 )
+            if unsaid or other_type:
                 said = layout.clone()
-                for number in unsaid:
+                for number in unsaid + other_type:
                     said[number] = said.new_tensor(self.layout[number])
                 state_dict[prefix + "layout"] = said
 
-    def _check_layout(self, found: list[list[int]], prefix: str) -> list[int]:
-        """Raise as `check`; return the numbers of tables of which an earlier version said less."""
+    def _check_layout(self, found: list[list[int]], prefix: str) -> tuple[list[int], list[int]]:
+        """Raise as `check`; return tables of which an earlier version said less, and those of another data type."""
         if len(found) != len(self.layout):
             raise ValueError(f"{prefix}layout: must be of {len(self.layout)} tables, got {len(found)}")
-        unsaid = []
+        unsaid, other_type = [], []
         for number, (table, theirs, ours) in enumerate(zip(self._blueprint.tables, found, self.layout, strict=True)):
             part = self._blueprint.parts[table.name].codes
             num_packed = 0 if part is None else part.num_packed
@@ -88,6 +95,9 @@ class StateFormat:
             if theirs != ours and theirs == self._fingerprints(table, part, says_layout=False):
                 unsaid.append(number)
                 continue
+            if theirs != ours and theirs in self._of_other_types(table):
+                other_type.append(number)
+                continue
             differ = [field for field, a, b in zip(LAYOUT, theirs, ours, strict=True) if a != b]
             if differ:
                 raise ValueError(
@@ -95,7 +105,18 @@ class StateFormat:
                     f"{self._blueprint.methods[table.name]} with seed {self._blueprint.seed}, got others; build the "
                     "collection with the compression, table sizes and seed that the checkpoint was saved with"
                 )
-        return unsaid
+        return unsaid, other_type
+
+    def _of_other_types(self, table: BaseEmbeddingConfig) -> list[list[int]]:
+        """Return the fingerprints of a table whose rows in tables of TorchRec's are of another data type."""
+        parts, method = self._blueprint.parts[table.name], self._blueprint.methods[table.name]
+        if not parts.native or parts.managed is not None:
+            return []
+        tables = [copy.copy(table) for _ in _NATIVE_TYPES]
+        for each, data_type in zip(tables, _NATIVE_TYPES, strict=True):
+            each.data_type = data_type
+        others = [method.parts(each, self._blueprint.seed).native for each in tables]
+        return [self._fingerprints(table, parts.codes, native=native) for native in others]
 
     def _fingerprints(
         self,
@@ -103,13 +124,15 @@ class StateFormat:
         code_part: CodePart | None,
         low_bit: str = "scale first",
         says_layout: bool = True,
+        native: Sequence[NativePart] | None = None,
     ) -> list[int]:
         """Return a hash of each `LAYOUT` field of a table with this code table and format of low-bit rows.
 
-        Without `says_layout` as an earlier version did, which said nothing of the layout of a manager.
+        Without `says_layout` as an earlier version did, which said nothing of the layout of a manager; `native` are
+        its rows in tables of TorchRec's, where they are not what the table has.
         """
         parts = self._blueprint.parts[table.name]
-        native = parts.native
+        native = parts.native if native is None else native
         bank: TableDecoder | None = self._banks[table.name]
         tensors = [] if bank is None else [*bank.named_parameters(), *bank.named_buffers()]
         codes = None
@@ -139,6 +162,39 @@ class StateFormat:
             method += ("trained",)
             sizes += (parts.trained.width, parts.trained.bits)
         return [zlib.crc32(repr(field).encode()) for field in (method, sizes, [p.remap.salt for p in native])]
+
+
+def check_loaded_fit(module: nn.Module, state_dict: dict, prefix: str) -> None:
+    """Raise ValueError where a parameter would be infinite in its dtype; say which ones are rounded to it.
+
+    Args:
+        module: that is loaded.
+        state_dict: of any other dtypes.
+        prefix: of its names there.
+    """
+    rounded = []
+    for name, parameter in module.named_parameters():
+        found = state_dict.get(prefix + name)
+        if isinstance(found, Tensor) and parameter.is_floating_point():
+            dtype = shape_and_dtype(found)[1]
+            if torch.promote_types(dtype, parameter.dtype) != parameter.dtype:
+                rounded.append(name)
+                for local, _ in local_shards(found):
+                    check_fits(prefix + name, local, parameter.dtype)
+    if rounded:
+        logger.warning("%s: the state dict has wider numbers than these, which are rounded as they are loaded", rounded)
+
+
+def check_fits(where: str, values: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError where values would be infinite in the dtype of what they are copied to."""
+    if not values.is_floating_point() or not dtype.is_floating_point or values.is_meta:
+        return
+    rows = values.reshape(len(values), -1) if values.dim() else values.reshape(1, 1)
+    if (found := first_infinite(rows, dtype)) is not None:
+        raise ValueError(
+            f"{where}: values must be in +-{torch.finfo(dtype).max:.0f} to be stored as {dtype}, got {found[1]:g} in "
+            f"row {found[0]}; give the table data_type FP32"
+        )
 
 
 def _half(part: NativePart) -> list[str]:

@@ -35,6 +35,27 @@ def check_one_device(where: str, tensors: dict[str, Tensor | None]) -> None:
         raise ValueError(f"{where}: all tensors must be on one device, got {found}; move them to one")
 
 
+def first_infinite(values: Tensor, dtype: torch.dtype) -> tuple[int, float] | None:
+    """Return the first row that would be infinite in a dtype, and its largest value that is finite yet; or None.
+
+    Args:
+        values: (L, D) floating point.
+        dtype: floating point.
+
+    Example:
+        >>> first_infinite(torch.tensor([[65504.0], [65519.0], [-7e4]]), torch.float16)
+        (2, 70000.0)
+    """
+    if not values.numel() or torch.finfo(dtype).max >= torch.finfo(values.dtype).max:
+        return None
+    lost = (values.to(dtype).isinf() & values.isfinite()).any(dim=1)
+    if not bool(lost.any()):
+        return None
+    first = int(lost.nonzero()[0])
+    row = values[first]
+    return first, float(row[row.isfinite()].abs().max())
+
+
 def check_index(name: str, index: Tensor, where: str) -> None:
     """Raise ValueError unless ids or offsets are of a type that kernels read.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from torchrec_compress.modules.format import check_fits
 from torchrec_compress.modules.trained_rows import note_rows
 from torchrec_compress.seams import local_shards
 
@@ -18,7 +19,7 @@ def load_plain(module: nn.Module, state: dict[str, Tensor]) -> None:
         state: whole tensors by the module's own names.
 
     Raises:
-        ValueError: names or shapes do not fit.
+        ValueError: names or shapes do not fit, or values do not fit into a dtype.
     """
     own = module.state_dict()
     if set(own) != set(state):
@@ -38,7 +39,7 @@ def copy_whole(name: str, source: Tensor, target: object) -> None:
         target: a tensor, or one that is sharded, as a state dict holds it.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or values do not fit into the dtype.
     """
     for local, offsets in local_shards(target):
         part = source
@@ -46,6 +47,7 @@ def copy_whole(name: str, source: Tensor, target: object) -> None:
             part = part.narrow(axis, int(first), local.shape[axis])
         if part.shape != local.shape:
             raise ValueError(f"load_plain: {name!r} must have shape {tuple(local.shape)}, got {tuple(part.shape)}")
+        check_fits(name, part, local.dtype)
         local.copy_(part)
 
 
