@@ -190,7 +190,7 @@ def refused(kind: str) -> str:
         ("stock", "the model must hold compressed tables, got none"),
         ("feature", "table 'user' must have a feature that no smaller table has, got none"),
         ("codecs", "0: decompress: rows must travel as they are, got sharders with a qcomm_codecs_registry"),
-        ("output", "0: decompress: rows must be looked up in float32, got sharders with another output_dtype"),
+        ("output", "0: decompress: table 'item': rows must be looked up in float32, got torch.float16 of sharders"),
         ("copy", "must be expanded in place, as no copy of its shards is made; pass inplace=True"),
         ("one", "must be expanded in place"),
         ("wrap", "wrap must return a DistributedModelParallel, got Sequential"),

@@ -24,7 +24,7 @@ from torchrec.distributed.planner import ParameterConstraints, Topology
 
 from tests.cases import CONFIGS, IDS, NUM_ROWS
 from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, get_default_sharders
-from torchrec_compress.methods import HashConfig, MethodConfig, NarrowConfig, PQConfig
+from torchrec_compress.methods import DenseConfig, HashConfig, MethodConfig, NarrowConfig, PQConfig
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.sharding import compressed_sharders
 from torchrec_compress.sharding.sharders import DecoderSharder
@@ -38,7 +38,7 @@ def batch() -> KeyedJaggedTensor:
 
 
 def served(pooled: bool, config: Any, wishes: dict[str, Any], constraints: Any = None) -> tuple[Tensor, bool]:
-    """Return what a sharded collection serves, and whether gradients come back as they should."""
+    """Return what a sharded collection serves, and whether all is of one type and gradients are as they should."""
     options: dict[str, Any] = {"num_embeddings": NUM_ROWS, "embedding_dim": 16}
     kind: Any = EmbeddingBagConfig if pooled else EmbeddingConfig
     tables = [kind(name=name, feature_names=[feature], **options) for name, feature in (("a", "f"), ("b", "g"))]
@@ -56,12 +56,14 @@ def served(pooled: bool, config: Any, wishes: dict[str, Any], constraints: Any =
     trains = isinstance(config, PQConfig)
     wrapped.train(trains)
     found = wrapped(batch())
-    values = found.values() if pooled else torch.cat([found[name].values() for name in ("f", "g")])
+    parts = [found[name] if pooled else found[name].values() for name in ("f", "g")]
+    values = torch.cat(parts, dim=1) if pooled else torch.cat(parts)
     if trains and values.requires_grad:
         values.float().square().sum().backward()
     trained = [each for name, each in wrapped.named_parameters() if trains and "codebooks" in name]
     gradients = [each.grad for each in trained if each.requires_grad]
-    is_right = all(each is not None and each.dtype == torch.float32 and bool(each.any()) for each in gradients)
+    is_right = len({each.dtype for each in parts}) == 1
+    is_right &= all(each is not None and each.dtype == torch.float32 and bool(each.any()) for each in gradients)
     return values.detach(), is_right
 
 
@@ -104,12 +106,20 @@ def test_codewords_are_read_in_the_type_of_the_output():
 
 
 def test_constraints_come_first_and_the_widest_counts(two_ranks):
-    config = {"a": PQConfig(num_codes=4, codebook_size=16), "b": HashConfig(num_buckets=50)}
-    half = ParameterConstraints(output_dtype=DataType.FP16)
-    for pooled in (True, False):
-        for mine, wanted in (({"a": half, "b": half}, torch.float16), ({"a": half}, torch.float32)):
-            for values, _ in two_ranks.run(served, pooled, config, {}, mine):
-                assert values.dtype == wanted
+    half, full = (ParameterConstraints(output_dtype=each) for each in (DataType.FP16, DataType.FP32))
+    of_all = {"output_dtype": SparseType.FP16}
+    for other in (HashConfig(num_buckets=50), DenseConfig()):
+        config = {"a": PQConfig(num_codes=4, codebook_size=16), "b": other}
+        for pooled in (True, False):
+            for mine, fused, wanted in (
+                ({"a": half, "b": half}, {}, torch.float16),
+                ({"a": half}, {}, torch.float32),
+                ({"b": half}, {}, torch.float32),
+                ({"a": full, "b": full}, of_all, torch.float32),
+                ({"b": full}, of_all, torch.float32),
+            ):
+                for values, is_right in two_ranks.run(served, pooled, config, fused, mine):
+                    assert values.dtype == wanted and is_right
 
 
 def refused(wish: Any) -> str:

@@ -73,12 +73,6 @@ def _asked(inner: nn.Module, inplace: bool) -> list[Place]:
                     f"{_WHERE}: rows must travel as they are, got sharders with a qcomm_codecs_registry; load the "
                     "state dict into a model whose sharders have none"
                 )
-            told = [getattr(part, "output_dtype", None) for part in place.module.modules()]
-            if any(dtype not in (None, torch.float32) for dtype in told):
-                raise ValueError(
-                    f"{_WHERE}: rows must be looked up in float32, got sharders with another output_dtype, which would "
-                    "round them; load the state dict into a model whose sharders have none"
-                )
             collection = collection_of(place.module)
             for name in place.tables:
                 _feature_of(collection, name)
@@ -100,10 +94,20 @@ def _try(source: nn.Module, made: nn.Module, crew: Crew, device: torch.device) -
             ids = range(1) if weight.dtype == torch.float32 else crew.share(len(weight))
             for _, rows in _ServedRows(collection, name, crew, device).blocks([ids]):
                 try:
-                    check_range(name, rows, weight.dtype)
+                    _check_rows(name, rows, weight.dtype)
                 except ValueError as error:
                     failed.append(error)
     crew.together(lambda: raise_first(failed))  # at the end, as the others wait for the look-ups of this rank
+
+
+def _check_rows(name: str, rows: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError where rows that are served, (L, D), are rounded, or would be infinite in a table's dtype."""
+    if rows.dtype != torch.float32:
+        raise ValueError(
+            f"{_WHERE}: table {name!r}: rows must be looked up in float32, got {rows.dtype} of sharders with an "
+            "output_dtype, which rounds them; load the state dict into a model whose sharders have none"
+        )
+    check_range(name, rows, dtype)
 
 
 def _empty(place: Place, device: torch.device) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +21,7 @@ from torchrec_compress.modules.features import IdRange
 from torchrec_compress.modules.footprint import Footprint, count
 from torchrec_compress.modules.format import check_fits, check_loaded_fit
 from torchrec_compress.modules.managed import ManagedCollection
+from torchrec_compress.modules.outputs import output_dtype
 from torchrec_compress.modules.remapped import RemappedEmbeddingCollection, found_rows
 from torchrec_compress.modules.replicated import strip_where_replicated
 from torchrec_compress.modules.trained import TrainedCollection
@@ -78,12 +78,9 @@ class CompressedParts(nn.Module):
         return rows
 
     def _output_dtype(self) -> torch.dtype | None:
-        """Return the dtype of embeddings that the sharders of the parts were told, the widest, or None."""
+        """Return the dtype of embeddings that the sharders of the parts were told, or None."""
         parts = [self.code_tables, *self.rows.values(), self.managed, self.trained, getattr(self, "bags", None)]
-        told = [part.output_dtype for part in parts if hasattr(part, "output_dtype")]
-        if not any(told):
-            return None
-        return reduce(torch.promote_types, [torch.float32 if dtype is None else dtype for dtype in told])
+        return output_dtype(parts, self.dense)
 
     def _code_banks(self) -> dict[str, Any]:
         """Return the code tables of this rank, whole or not, by table name."""

@@ -93,12 +93,12 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         codes = self.code_tables(features) if self.code_tables is not None else None
         rows = self._unpooled_rows(features)
         jagged = split_features(features)
+        dense = self.dense(features) if self.dense is not None else {}
         asked = self._output_dtype()
         dtype = asked or torch.float32  # whatever the parameters are cast to, as TorchRec's own do
-        found: dict[str, Tensor] = {}
-        if self.dense is not None:
-            dense = self.dense(features)
-            found = {key: dense[name].values() for key, name in self._dense_lookups.items()}
+        found = {key: dense[name].values() for key, name in self._dense_lookups.items()}
+        if len(found) < len(self.blueprint.lookups):  # alone they are what TorchRec makes them
+            found = {key: values.to(dtype) for key, values in found.items()}
         decoded = self.decoder.unpooled(features, codes, rows, asked)
         for lookup, values in zip(self.decoder.lookups, decoded, strict=True):
             found[lookup.key] = values.to(dtype)

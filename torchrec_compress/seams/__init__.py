@@ -38,6 +38,7 @@ from torchrec_compress.seams.planner import (
     reserved_share,
 )
 from torchrec_compress.seams.sharded import (
+    as_dtype,
     copy_to_host,
     environment_of,
     forget_inputs,
@@ -47,6 +48,7 @@ from torchrec_compress.seams.sharded import (
     let_go,
     local_shards,
     needs_indices,
+    output_types,
     shape_and_dtype,
     sharded_configs,
     sharded_tensor,
@@ -58,6 +60,7 @@ __all__ = [
     "KJTListSplitsAwaitable",
     "RowTable",
     "SequenceShardingContext",
+    "as_dtype",
     "backward_optimizer",
     "backward_settings",
     "copy_backward_optimizer",
@@ -77,6 +80,7 @@ __all__ = [
     "needs_indices",
     "num_backward_optimizers",
     "optimizers_in_backward",
+    "output_types",
     "plan_as",
     "planner_parts",
     "rescaled",

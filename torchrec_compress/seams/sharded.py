@@ -16,7 +16,7 @@ from torchrec.distributed.types import (
     ShardedModule,
     ShardingEnv,
 )
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, data_type_to_sparse_type
 from torchrec.modules.embedding_modules import EmbeddingCollection
 
 
@@ -30,6 +30,19 @@ def sharded_configs(module: nn.Module) -> tuple[list[BaseEmbeddingConfig], bool]
     if isinstance(module, ShardedEmbeddingCollection):
         return list(module._embedding_configs), False
     return None
+
+
+def output_types(module: nn.Module | None) -> list[torch.dtype | None]:
+    """Return the dtypes that a plan says of the outputs of a stock collection that is sharded; else none at all."""
+    if not isinstance(module, ShardedEmbeddingBagCollection | ShardedEmbeddingCollection):
+        return []
+    return [as_dtype(sharding.output_dtype) for sharding in module.module_sharding_plan.values()]
+
+
+def as_dtype(kind: Any) -> torch.dtype | None:
+    """Return the dtype that is meant by one of TorchRec's data types, or of FBGEMM's; anything else as it is."""
+    kind = data_type_to_sparse_type(kind) if isinstance(kind, DataType) else kind
+    return kind.as_dtype() if hasattr(kind, "as_dtype") else kind
 
 
 def needs_indices(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_compress.modules.code_bank import CodeTableConfig
 from torchrec_compress.modules.features import LookedUpTable
+from torchrec_compress.modules.outputs import OutputType
 from torchrec_compress.seams import (
     EmbeddingCollectionContext,
     KJTList,
@@ -50,10 +51,10 @@ class ShardedExchange(ShardedEmbeddingModule[KJTList, list[Tensor], Found, Conte
         device: of the shards.
 
     Attributes:
-        output_dtype: that embeddings shall have, where something is said of it.
+        output_type: what is said of the dtype that embeddings shall have.
     """
 
-    output_dtype: torch.dtype | None = None
+    output_type: OutputType = OutputType()
 
     def __init__(
         self,

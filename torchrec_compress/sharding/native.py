@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from functools import reduce
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -13,9 +12,10 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ParameterSharding, QuantizedCommCodecs, ShardingEnv
-from torchrec.modules.embedding_configs import DataType, data_type_to_sparse_type
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from torchrec_compress.modules.outputs import OutputType
+from torchrec_compress.seams import as_dtype
 from torchrec_compress.sharding.checks import check_env, check_names, tell_of_defaults, tell_of_missing_codec
 from torchrec_compress.sharding.rows import SHARDING_TYPES, ShardedRowCollection
 
@@ -51,10 +51,10 @@ def rows_of_bags(bags: BaseEmbeddingSharder[EmbeddingBagCollection] | None) -> E
     return EmbeddingCollectionSharder(bags.fused_params, bags.qcomm_codecs_registry)
 
 
-def output_dtype(
+def output_type(
     where: str, fused_params: Mapping[str, Any] | None, params: Mapping[str, ParameterSharding]
-) -> torch.dtype | None:
-    """Return the dtype that embeddings of these tables shall have, or None where nothing is said of it.
+) -> OutputType:
+    """Return what is said of the dtype that embeddings of these tables shall have.
 
     Args:
         where: names the module in errors.
@@ -66,14 +66,11 @@ def output_dtype(
         ValueError: it is none of float32, float16 and bfloat16.
     """
     of_all = (fused_params or {}).get("output_dtype")
-    asked = [each for sharding in params.values() if (each := sharding.output_dtype or of_all) is not None]
-    kinds: list[Any] = [data_type_to_sparse_type(each) if isinstance(each, DataType) else each for each in asked]
-    found = [kind.as_dtype() if hasattr(kind, "as_dtype") else kind for kind in kinds]
-    if wrong := [kind for kind, dtype in zip(kinds, found, strict=True) if dtype not in _OUTPUTS]:
-        raise ValueError(f"{where}: output_dtype must be FP32, FP16 or BF16, got {wrong[0]}")
-    if not found:
-        return None
-    return reduce(torch.promote_types, found if len(found) == len(params) else [*found, torch.float32])
+    kinds = [sharding.output_dtype or of_all for sharding in params.values()]
+    for kind in kinds:
+        if as_dtype(kind) not in (None, *_OUTPUTS):
+            raise ValueError(f"{where}: output_dtype must be FP32, FP16 or BF16, got {kind}")
+    return OutputType([as_dtype(kind) for kind in kinds], as_dtype(of_all))
 
 
 class RowSharder(NativeSharder[Module]):
@@ -117,7 +114,7 @@ class RowSharder(NativeSharder[Module]):
         if self.of_bags:
             tell_of_missing_codec(self.qcomm_codecs_registry, params)
         made = self.make(module, params, env, torch.device("cpu") if device is None else device)
-        made.output_dtype = output_dtype(where, self.fused_params, params)
+        made.output_type = output_type(where, self.fused_params, params)
         return made
 
     def sharding_types(self, compute_device_type: str) -> list[str]:

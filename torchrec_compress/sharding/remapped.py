@@ -16,6 +16,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_compress.modules.features import check_ranges, split_features
+from torchrec_compress.modules.outputs import OutputType
 from torchrec_compress.modules.remapped import (
     FoundRows,
     RemappedEmbeddingBagCollection,
@@ -44,10 +45,10 @@ class ShardedRemappedEmbeddingBagCollection(ShardedEmbeddingModule[Any, Any, Key
         sharder: TorchRec's own, with the fused parameters.
 
     Attributes:
-        output_dtype: that embeddings shall have, where something is said of it.
+        output_type: what is said of the dtype that embeddings shall have.
     """
 
-    output_dtype: torch.dtype | None = None
+    output_type: OutputType = OutputType()
 
     def __init__(
         self,
@@ -155,10 +156,10 @@ class ShardedRemappedEmbeddingCollection(ShardedEmbeddingModule[Any, Any, dict[s
         sharder: TorchRec's own, with the fused parameters.
 
     Attributes:
-        output_dtype: that embeddings shall have, where something is said of it.
+        output_type: what is said of the dtype that embeddings shall have.
     """
 
-    output_dtype: torch.dtype | None = None
+    output_type: OutputType = OutputType()
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ from torchrec_compress.sharding.checks import (
     tell_of_missing_codec,
 )
 from torchrec_compress.sharding.code_tables import ShardedCodeTableCollection
-from torchrec_compress.sharding.native import Module, NativeSharder, output_dtype, rows_of_bags
+from torchrec_compress.sharding.native import Module, NativeSharder, output_type, rows_of_bags
 from torchrec_compress.sharding.remapped import (
     ShardedRemappedEmbeddingBagCollection,
     ShardedRemappedEmbeddingCollection,
@@ -75,7 +75,7 @@ class CodeTableCollectionSharder(BaseEmbeddingSharder[CodeTableCollection]):
         where = module_fqn or "code tables"
         check_names(where, params, module.banks.keys(), optional=False)
         made = ShardedCodeTableCollection(module, params, env, _device(device), self._deduplicate)
-        made.output_dtype = output_dtype(where, self._settings, params)
+        made.output_type = output_type(where, self._settings, params)
         return made
 
     def shardable_parameters(self, module: CodeTableCollection) -> dict[str, nn.Parameter]:
@@ -159,7 +159,7 @@ class RemappedEmbeddingBagCollectionSharder(_RemappedSharder[RemappedEmbeddingBa
         plan = self._native_plan(module, params, _device(device), module_fqn)
         check_means(module_fqn or "native tables", module.native.embedding_bag_configs(), plan)
         made = ShardedRemappedEmbeddingBagCollection(module, plan, env, _device(device), self._stock)
-        made.output_dtype = output_dtype(module_fqn or "native tables", self.fused_params, plan)
+        made.output_type = output_type(module_fqn or "native tables", self.fused_params, plan)
         return made
 
     @property
@@ -190,7 +190,7 @@ class RemappedEmbeddingCollectionSharder(_RemappedSharder[RemappedEmbeddingColle
         check_env(env, "native tables")
         plan = self._native_plan(module, params, _device(device), module_fqn)
         made = ShardedRemappedEmbeddingCollection(module, plan, env, _device(device), self._stock)
-        made.output_dtype = output_dtype(module_fqn or "native tables", self.fused_params, plan)
+        made.output_type = output_type(module_fqn or "native tables", self.fused_params, plan)
         return made
 
     @property
