@@ -201,23 +201,24 @@ def test_what_cannot_be_expanded_is_told_on_all_ranks(two_ranks, kind, message):
         assert re.search(message, said), said
 
 
-def test_weighted_bags(two_ranks):
-    for before, after in two_ranks.run(weighted):
-        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("data_type", [DataType.FP32, DataType.FP16], ids=lambda each: each.value)
+@pytest.mark.parametrize("is_copied", [False, True], ids=["sharded", "copied"])
+def test_weighted_bags(two_ranks, data_type, is_copied):
+    for before, after in two_ranks.run(weighted, data_type, is_copied):
+        torch.testing.assert_close(after, before, rtol=2e-3 if is_copied else 1e-5, atol=1e-4 if is_copied else 1e-6)
 
 
-def weighted() -> tuple[Tensor, Tensor]:
-    """Return what weighted bags of two tables serve, compressed and expanded."""
-    tables = [
-        EmbeddingBagConfig(
-            name=n, num_embeddings=N, embedding_dim=D, feature_names=["item", "user"], pooling=PoolingType.SUM
-        )
-        for n in NAMES
-    ]
+def weighted(data_type: DataType, is_copied: bool) -> tuple[Tensor, Tensor]:
+    """Return what weighted bags of two tables, sharded or whole on every rank, serve, compressed and expanded."""
+    options: dict[str, Any] = {"num_embeddings": N, "embedding_dim": D, "feature_names": ["item", "user"]}
+    tables = [EmbeddingBagConfig(name=n, pooling=PoolingType.SUM, data_type=data_type, **options) for n in NAMES]
     made = CompressedEmbeddingBagCollection(tables, is_weighted=True, compression=HashConfig(num_buckets=50))
-    wrapped: Any = DistributedModelParallel(nn.Sequential(made), device=CPU, sharders=get_default_sharders())
+    sharders = [] if is_copied else get_default_sharders()
+    wrapped: Any = DistributedModelParallel(nn.Sequential(made), device=CPU, sharders=sharders)
     ids = batch()
     weights = torch.linspace(-1, 1, len(ids.values()))
+    if is_copied and data_type == DataType.FP16:
+        weights = weights.half()
     asked = KeyedJaggedTensor(ids.keys(), ids.values(), weights, ids.lengths())
     before = wrapped(asked)
     dense = decompress(wrapped, inplace=True)

@@ -23,7 +23,13 @@ from torchrec_compress.convert.plain import plain_like, put_padding
 from torchrec_compress.convert.safety import check_places
 from torchrec_compress.convert.shards import Crew, raise_first
 from torchrec_compress.convert.wrapping import Wrap, rewrapped
-from torchrec_compress.modules import CompressedEmbedding, CompressedEmbeddingBag, CompressedEmbeddingCollection
+from torchrec_compress.modules import (
+    CompressedEmbedding,
+    CompressedEmbeddingBag,
+    CompressedEmbeddingBagCollection,
+    CompressedEmbeddingCollection,
+)
+from torchrec_compress.modules.embedding_bag import weight_dtypes
 from torchrec_compress.seams import environment_of, forget_inputs, has_codecs, local_shards, steps_uncounted
 
 _WHERE = "decompress"
@@ -167,7 +173,9 @@ class _ServedRows:
         lookups = collection.blueprint.lookups
         self._keys = sorted({lookup.feature for lookup in lookups})
         self._is_pooled = not isinstance(collection, CompressedEmbeddingCollection)
-        self._has_weights = self._is_pooled and collection.is_weighted()
+        self._weights: torch.dtype | None = None  # their dtype
+        if isinstance(collection, CompressedEmbeddingBagCollection) and collection.is_weighted():
+            self._weights = next(iter(weight_dtypes(collection)), torch.float32)
         self._room = max(1, _FLOATS_AT_ONCE // sum(lookup.table.embedding_dim for lookup in lookups))
 
     def blocks(self, runs: Sequence[range]) -> Iterator[tuple[tuple[int, range], Tensor]]:
@@ -191,7 +199,7 @@ class _ServedRows:
         """Return the rows of ids, (L,) int64, as (L, D) float32."""
         lengths = torch.zeros(len(self._keys), num_bags, dtype=torch.int64, device=self._device)
         lengths[self._keys.index(self._feature), : len(ids)] = 1  # as many bags on every rank
-        weights = torch.ones(len(ids), device=self._device) if self._has_weights else None
+        weights = None if self._weights is None else torch.ones(len(ids), dtype=self._weights, device=self._device)
         found: Any = self._collection(KeyedJaggedTensor.from_lengths_sync(self._keys, ids, lengths.view(-1), weights))
         return found[self._output][: len(ids)] if self._is_pooled else found[self._output].values()
 

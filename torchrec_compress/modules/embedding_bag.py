@@ -116,7 +116,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         features = maybe_td_to_kjt(features, None)
         check_features(features, self._features, type(self).__name__)
         if self._is_weighted:
-            check_batch_weights(features, type(self).__name__, self._native_dtypes())
+            check_batch_weights(features, type(self).__name__, weight_dtypes(self))
         codes = self.code_tables(features) if self.code_tables is not None else None
         rows = self._unpooled_rows(features)
         pooled: list[KeyedTensor] = []
@@ -139,12 +139,6 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
             [lookup.table.embedding_dim for lookup in self.blueprint.lookups],
             dtype,
         )
-
-    def _native_dtypes(self) -> list[torch.dtype]:
-        """Return the dtypes of the tables that torch pools, which takes weights of no other dtype."""
-        stock = [self.dense, None if self.bags is None else self.bags.native]
-        bags = [bag for part in stock if type(part) is EmbeddingBagCollection for bag in part.embedding_bags.values()]
-        return list(dict.fromkeys(bag.weight.dtype for bag in bags))  # type: ignore[union-attr]
 
     def _find_sources(self, dense: list[EmbeddingBagConfig]) -> list[tuple[int, str | int]]:
         """Return the piece that each output is in, and where it is there, as `assemble` wants it."""
@@ -171,6 +165,13 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
     def is_weighted(self) -> bool:
         """Return whether batches carry weights."""
         return self._is_weighted
+
+
+def weight_dtypes(collection: CompressedEmbeddingBagCollection) -> list[torch.dtype]:
+    """Return the dtypes of the tables that torch pools, which takes weights of no other dtype."""
+    stock = [collection.dense, None if collection.bags is None else collection.bags.native]
+    bags = [bag for part in stock if type(part) is EmbeddingBagCollection for bag in part.embedding_bags.values()]
+    return list(dict.fromkeys(bag.weight.dtype for bag in bags))  # type: ignore[union-attr]
 
 
 @torch.fx.wrap

@@ -19,7 +19,7 @@ from torchrec_compress.methods import MethodConfig
 from torchrec_compress.modules.collection import CompressedParts, as_device
 from torchrec_compress.modules.decoder import bag_means
 from torchrec_compress.modules.embedding import CompressedEmbeddingCollection
-from torchrec_compress.modules.embedding_bag import CompressedEmbeddingBagCollection
+from torchrec_compress.modules.embedding_bag import CompressedEmbeddingBagCollection, weight_dtypes
 from torchrec_compress.modules.footprint import Footprint
 from torchrec_compress.ops import check_ids, check_offsets
 
@@ -253,7 +253,7 @@ class CompressedEmbeddingBag(_OneTable):
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Return the bags of ids, (B, N), or (L,) cut at offsets, as (B, D)."""
         # made weights are what torch wants of a dense table that the user has cast
-        dtype = next(iter(self.collection._native_dtypes()), torch.float32)
+        dtype = next(iter(weight_dtypes(self.collection)), torch.float32)  # type: ignore[arg-type]
         features = batch_of_bags(input, offsets, per_sample_weights, self._call, dtype)
         return finished_bags(self.collection(features).values(), features, input, offsets, self._call)
 
