@@ -122,15 +122,19 @@ def test_constraints_come_first_and_the_widest_counts(two_ranks):
                     assert values.dtype == wanted and is_right
 
 
-def refused(wish: Any) -> str:
+def refused(wish: Any, constraints: Any = None) -> str:
     with pytest.raises(ValueError) as error:
-        served(True, PQConfig(num_codes=4, codebook_size=16), {"output_dtype": wish})
+        wishes = {} if wish is None else {"output_dtype": wish}
+        served(True, PQConfig(num_codes=4, codebook_size=16), wishes, constraints)
     return str(error.value)
 
 
 def test_other_types_are_refused(two_ranks):
     for said in two_ranks.run(refused, SparseType.INT8):
-        assert re.search("code_tables: output_dtype must be FP32, FP16 or BF16, got int8", said), said
+        assert re.search("compressed_sharders: output_dtype must be FP32, FP16 or BF16, got int8", said), said
+    wish = {name: ParameterConstraints(output_dtype=DataType.INT8) for name in "ab"}
+    for said in two_ranks.run(refused, None, wish):
+        assert re.search("[ab]: output_dtype must be FP32, FP16 or BF16, got INT8", said), said
 
 
 def test_code_tables_are_told_one_type():

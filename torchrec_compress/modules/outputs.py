@@ -9,7 +9,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from torchrec_compress.seams import output_types
+from torchrec_compress.seams import as_dtype, output_types
+
+_ALLOWED = (None, torch.float32, torch.float16, torch.bfloat16)
+
+
+def dtype_asked(where: str, kind: Any) -> torch.dtype | None:
+    """Return the dtype of embeddings that is asked for by one of TorchRec's data types, or of FBGEMM's; None stays.
+
+    Raises:
+        ValueError: it is none of float32, float16 and bfloat16.
+    """
+    dtype = as_dtype(kind)
+    if dtype not in _ALLOWED:
+        raise ValueError(f"{where}: output_dtype must be FP32, FP16 or BF16, got {kind}")
+    return dtype
 
 
 class OutputType(NamedTuple):

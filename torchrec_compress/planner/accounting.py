@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import Shard, ShardingOption
 from torchrec.distributed.types import ShardingType
+from torchrec.modules.embedding_configs import DataType
 from torchrec.optim import RowWiseAdagrad
 
 from torchrec_compress.modules.managed import ManagedCollection
@@ -18,6 +21,7 @@ from torchrec_compress.seams import backward_optimizer
 DenseOptimizer: TypeAlias = str | float
 """Name of a dense optimizer, or its bytes of state per parameter."""
 
+_DATA_TYPES = {torch.float32: DataType.FP32, torch.float16: DataType.FP16, torch.bfloat16: DataType.BF16}
 # what native tables may be trained with in their backward, by the names in configs
 FUSED_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
@@ -187,3 +191,9 @@ def managed_bytes(option: ShardingOption) -> int:
     """Return the bytes that the manager of a table keeps beside its rows; none where it has none."""
     part = option.module[1]
     return part.managed_bytes(option.name) if isinstance(part, ManagedCollection) else 0
+
+
+def widest_type(dtypes: Iterable[torch.dtype | None]) -> DataType:
+    """Return the data type that can hold all of some dtypes; None is float32."""
+    found = {dtype or torch.float32 for dtype in dtypes}
+    return _DATA_TYPES[reduce(torch.promote_types, found)]

@@ -27,11 +27,12 @@ from torchrec.distributed.planner.types import (
     Topology,
 )
 from torchrec.distributed.types import ShardingType
-from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, BaseEmbeddingConfig, DataType, EmbeddingBagConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, EmbeddingBagConfig
 
 from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.decoder import Decoder
 from torchrec_compress.modules.managed import ManagedCollection
+from torchrec_compress.modules.outputs import dtype_asked
 from torchrec_compress.modules.remapped import RemappedEmbeddingBagCollection, RemappedEmbeddingCollection
 from torchrec_compress.modules.trained import TrainedCollection
 from torchrec_compress.ops import SCALE_BYTES, requested_backend
@@ -41,6 +42,7 @@ from torchrec_compress.planner.accounting import (
     is_exact,
     is_replicated,
     shard_bytes,
+    widest_type,
 )
 from torchrec_compress.planner.lookups import Lookups
 from torchrec_compress.seams import plan_as
@@ -93,13 +95,13 @@ class _Estimator(ShardEstimator):
     def estimate(self, sharding_options: list[ShardingOption], *args: Any, **kwargs: Any) -> None:
         """Estimate every shard in place; further arguments, which differ over TorchRec's releases, are handed on."""
         sharders: dict[str, Any] = next(iter([*args, *kwargs.values()]), None) or {}
-        stand_ins = [self._stand_in(option) for option in sharding_options]
+        settings = [getattr(sharders.get(option.module_type_key), "fused_params", None) for option in sharding_options]
+        stand_ins = [self._stand_in(*each) for each in zip(sharding_options, settings, strict=True)]
         self._ask(stand_ins, *args, **kwargs)
-        for option, stand_in in zip(sharding_options, stand_ins, strict=True):
+        for option, stand_in, params in zip(sharding_options, stand_ins, settings, strict=True):
             # by the real size: a stand-in's may be padded
             by_size = dict(zip(_distinct(option), stand_in.shards, strict=True))
             option.is_weighted = stand_in.is_weighted
-            params = getattr(sharders.get(option.module_type_key), "fused_params", None)
             for size, estimated in by_size.items():
                 self._correct(option, Shard(list(size), [0, 0]), stand_in, estimated, params)
             for shard in option.shards:  # shards of one size share the estimate, which nothing writes to
@@ -109,9 +111,9 @@ class _Estimator(ShardEstimator):
         """Have the inner estimator estimate them."""
         self._inner.estimate(stand_ins, *args, **kwargs)
 
-    def _stand_in(self, option: ShardingOption) -> ShardingOption:
+    def _stand_in(self, option: ShardingOption, fused_params: dict[str, Any] | None) -> ShardingOption:
         """Return the option as the inner estimator should see it."""
-        stand_in = copy.copy(option)
+        stand_in, of_all = copy.copy(option), (fused_params or {}).get("output_dtype")
         stand_in.shards = [Shard(list(size), [0, 0]) for size in _distinct(option)]
         if is_exact(option):
             # a bare tensor: without the mark of an optimizer, whose state is counted in `accounting`
@@ -125,7 +127,7 @@ class _Estimator(ShardEstimator):
                 shard.size = [shard.size[0], row_bytes]
         elif isinstance(part, RemappedEmbeddingBagCollection | RemappedEmbeddingCollection | ManagedCollection):
             # FBGEMM's kernels make float32 of a table in half precision
-            stand_in.output_dtype = option.output_dtype or DataType.FP32
+            stand_in.output_dtype = widest_type([dtype_asked(option.name, option.output_dtype or of_all)])
             if not isinstance(part, RemappedEmbeddingBagCollection):
                 plan_as(stand_in, is_pooled=False)
         elif isinstance(part, TrainedCollection):  # its rows travel as floats
@@ -137,23 +139,21 @@ class _Estimator(ShardEstimator):
         elif isinstance(part, Decoder):
             stand_in.name, _, tensor = option.name.partition(".")
             table = _table_of(part, stand_in.name)
-            stand_in.output_dtype = self._output_type(part)
+            stand_in.output_dtype = self._output_type(part, dtype_asked(option.name, of_all))
             lookups = self._decoder_lookups(part, table, tensor, option.batch_size)
             stand_in.input_lengths, stand_in.num_poolings = lookups.pooling_factors, lookups.num_poolings
         return stand_in
 
-    def _output_type(self, decoder: Decoder) -> DataType | None:
-        """Return the data type that kernels write embeddings in, where constraints ask for fewer bytes.
+    def _output_type(self, decoder: Decoder, of_all: torch.dtype | None) -> DataType | None:
+        """Return the data type that kernels write embeddings in, where constraints or `of_all` ask for fewer bytes.
 
         Of tables that ask for different ones the widest counts; sums that a projection or weights go into are float32.
         """
-        if not decoder.sums_are_outputs:
-            return None
         names, known = decoder.blueprint.methods, self._constraints or {}
-        if any(name not in known or known[name].output_dtype is None for name in names):  # most often the first
+        if not decoder.sums_are_outputs or (of_all is None and not any(name in known for name in names)):
             return None
-        asked = [known[name].output_dtype or DataType.FP32 for name in names]
-        return max(asked, key=DATA_TYPE_NUM_BITS.__getitem__)
+        asked = [dtype_asked(name, known[name].output_dtype) if name in known else None for name in names]
+        return widest_type([dtype or of_all for dtype in asked])
 
     def _adds_up(self, part: TrainedCollection, option: ShardingOption) -> bool:
         """Return whether TorchRec's estimate of pooled tables is that of trained rows.

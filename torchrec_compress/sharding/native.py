@@ -14,13 +14,11 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ParameterSharding, QuantizedCommCodecs, ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_compress.modules.outputs import OutputType
-from torchrec_compress.seams import as_dtype
+from torchrec_compress.modules.outputs import OutputType, dtype_asked
 from torchrec_compress.sharding.checks import check_env, check_names, tell_of_defaults, tell_of_missing_codec
 from torchrec_compress.sharding.rows import SHARDING_TYPES, ShardedRowCollection
 
 Module = TypeVar("Module", bound=nn.Module)
-_OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class NativeSharder(BaseEmbeddingSharder[Module]):
@@ -65,12 +63,8 @@ def output_type(
     Raises:
         ValueError: it is none of float32, float16 and bfloat16.
     """
-    of_all = (fused_params or {}).get("output_dtype")
-    kinds = [sharding.output_dtype or of_all for sharding in params.values()]
-    for kind in kinds:
-        if as_dtype(kind) not in (None, *_OUTPUTS):
-            raise ValueError(f"{where}: output_dtype must be FP32, FP16 or BF16, got {kind}")
-    return OutputType([as_dtype(kind) for kind in kinds], as_dtype(of_all))
+    of_all = dtype_asked(where, (fused_params or {}).get("output_dtype"))
+    return OutputType([dtype_asked(where, each.output_dtype) or of_all for each in params.values()], of_all)
 
 
 class RowSharder(NativeSharder[Module]):

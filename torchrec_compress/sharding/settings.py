@@ -14,6 +14,7 @@ from torchrec.distributed.model_parallel import get_default_sharders as get_stoc
 from torchrec.distributed.types import ModuleSharder, QuantizedCommCodecs
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from torchrec_compress.modules.outputs import dtype_asked
 from torchrec_compress.sharding.managed_sharders import ManagedBagRowsSharder, ManagedCollectionSharder
 from torchrec_compress.sharding.sharders import (
     CodeTableCollectionSharder,
@@ -77,8 +78,9 @@ def compressed_sharders(
         )
     bags = bags or EmbeddingBagCollectionSharder(either.fused_params, either.qcomm_codecs_registry)
     rows = rows or EmbeddingCollectionSharder(either.fused_params, either.qcomm_codecs_registry)
+    outputs = _of_outputs(bags, rows)
     return [
-        CodeTableCollectionSharder(fused_params=_of_outputs(bags, rows)),
+        CodeTableCollectionSharder(fused_params=outputs),
         RemappedEmbeddingBagCollectionSharder(bags),
         RemappedEmbeddingCollectionSharder(rows),
         RemappedEmbeddingBagRowsSharder(bags),
@@ -86,7 +88,7 @@ def compressed_sharders(
         ManagedBagRowsSharder(bags),
         TrainedCollectionSharder(rows),
         TrainedBagsSharder(bags),
-        DecoderSharder(_of_tables(rows) | _of_tables(bags)),
+        DecoderSharder(_of_tables(rows) | _of_tables(bags), outputs),
     ]  # type: ignore[list-item]
 
 
@@ -99,7 +101,7 @@ def _of_outputs(bags: Any, rows: Any) -> dict[str, Any]:
     """Return the setting of what look-ups return, which code tables of pooled and unpooled collections have alike.
 
     Raises:
-        ValueError: the two sharders have different ones.
+        ValueError: the two sharders have different ones, or one that embeddings cannot have.
     """
     found = [(sharder.fused_params or {}).get(_OUTPUT) for sharder in (bags, rows)]
     if found[0] != found[1]:
@@ -107,6 +109,7 @@ def _of_outputs(bags: Any, rows: Any) -> dict[str, Any]:
             f"compressed_sharders: {_OUTPUT} must be the same in the sharders of EmbeddingBagCollection and of "
             f"EmbeddingCollection, got {found[0]} and {found[1]}; give both the same"
         )
+    dtype_asked("compressed_sharders", found[0])
     return {} if found[0] is None else {_OUTPUT: found[0]}
 
 

@@ -232,11 +232,17 @@ class DecoderSharder(BaseEmbeddingSharder[Decoder]):
 
     Args:
         ignored: fused parameters of the native tables, which a decoder's do not take: the log says so.
+        outputs: what they say of the embeddings that are decoded.
     """
 
-    def __init__(self, ignored: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, ignored: Mapping[str, Any] | None = None, outputs: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self._ignored = dict(ignored or {})
+        self._ignored, self._outputs = dict(ignored or {}), outputs
+
+    @property
+    def fused_params(self) -> dict[str, Any] | None:
+        """What the planner reads: parameters of the embeddings that are decoded."""
+        return self._outputs
 
     def shard(
         self,
