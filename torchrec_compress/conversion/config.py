@@ -27,6 +27,8 @@ class TableEntry:
         padding_idx: of a plain module.
         name: that the table of a plain module shall have; its path otherwise.
         num_embeddings, embedding_dim: of a table that is compressed in the checkpoint, which does not say them.
+        data_type: of the table's config, of its rows where they are dense; None: what they are in the checkpoint, of a
+            table that is compressed there FP32.
     """
 
     pooled: bool | None = None
@@ -36,6 +38,7 @@ class TableEntry:
     name: str | None = None
     num_embeddings: Positive | None = None
     embedding_dim: Positive | None = None
+    data_type: Literal["FP32", "FP16", "BF16"] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.conversion.work import Work
+from torchrec_compress.convert.collections import check_range
 from torchrec_compress.methods import MethodConfig, TableData, TableState
 from torchrec_compress.methods.learned import BLOCK_ROWS, Learned, RowReader
 from torchrec_compress.ops import mark_of, total_of
@@ -78,7 +79,9 @@ def _expand(job: Job, work: Work, step: Callable[[int], object]) -> dict[str, Te
     first, last_note = _noted(work, note), time.monotonic()
     step(first)
     for ids in _blocks(first, job.num_rows):
-        target[int(ids[0]) : int(ids[0]) + len(ids)] = job.read(ids)
+        rows = job.read(ids)
+        check_range(job.label, rows, target.dtype)
+        target[int(ids[0]) : int(ids[0]) + len(ids)] = rows
         step(len(ids))
         if time.monotonic() - last_note >= NOTE_EVERY:
             work.sync(name)
@@ -169,7 +172,9 @@ def _encode(
     for ids in _blocks(first, job.num_rows):
         block = learned.encode(ids, job.read(ids) if learned.needs_rows else None)
         if block is not None:
-            assert kept is not None and kept.dtype == block.dtype
+            assert kept is not None
+            # floats fit, which the fit has looked at
+            assert kept.dtype == block.dtype or (kept.is_floating_point() and block.is_floating_point())
             numbers = learned.row_numbers(ids)
             if len(numbers) and torch.equal(numbers, ids):
                 kept[int(ids[0]) : int(ids[0]) + len(ids)] = block

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from torchrec import DataType
 
 from torchrec_compress.conversion.checkpoints import Checkpoint
 from torchrec_compress.conversion.config import ConversionConfig
@@ -97,14 +99,15 @@ def find_changes(checkpoint: Checkpoint, config: ConversionConfig) -> tuple[list
             raise ValueError(f"{checkpoint.path}: 'from' must fit every table with sizes, got none for {left[:3]}")
     changes = []
     for home, methods in choose([*dense, *packed], config.compression):
-        old = home.compressed(stored[home.path], config.source_seed) if home.path in stored else None
-        new: nn.Module | None = home.compressed(methods, config.seed)
+        old = _made(checkpoint, home, stored[home.path], config.source_seed) if home.path in stored else None
+        new: nn.Module | None = _made(checkpoint, home, methods, config.seed)
         if not any(each.is_compressed for each in collection_of(new).methods().values()):
             if old is None and not home.kind:
                 continue  # it would not get smaller
             new = new if old is None else None
         change = Change(home, old, new, config.source_seed, config.seed)
         _check_old(checkpoint, change)
+        _check_types(checkpoint, change)
         _check_shared(change)
         changes.append(change)
     if not changes:
@@ -112,6 +115,30 @@ def find_changes(checkpoint: Checkpoint, config: ConversionConfig) -> tuple[list
     _check_ties(checkpoint, changes)
     _check_new(checkpoint, changes)
     return changes, [*dense, *packed]
+
+
+def _made(checkpoint: Checkpoint, home: Home, methods: Mapping[str, MethodConfig], seed: int) -> nn.Module:
+    """Return the module with compressed tables, or raise ValueError with what the config can say of their types."""
+    try:
+        return home.compressed(methods, seed)
+    except ValueError as error:
+        if all(table.data_type == DataType.FP32 for table in home.tables):
+            raise
+        told = {table.key: table.data_type.name for table in home.tables}
+        raise ValueError(
+            f"{checkpoint.path}: {error}; the tables are {told}, of which data_type in 'tables' may say otherwise"
+        ) from None
+
+
+def _check_types(checkpoint: Checkpoint, change: Change) -> None:
+    """Raise ValueError where a dense table that stays would have to be of another type."""
+    for table in change.home.tables:
+        found = checkpoint.tensors.get(table.key)
+        if found is not None and change.stays(table) and table.entry.data_type and found.dtype != table.dtype:
+            raise ValueError(
+                f"{checkpoint.path}: tables.{table.key}: data_type must be that of a table that stays as it is, "
+                f"{found.dtype}, got {table.entry.data_type}; leave it out, or compress the table"
+            )
 
 
 def _check_old(checkpoint: Checkpoint, change: Change) -> None:
@@ -129,6 +156,12 @@ def _check_old(checkpoint: Checkpoint, change: Change) -> None:
             raise ValueError(
                 f"{checkpoint.path}: {name!r} must be {tuple(value.shape)}, as 'from' and the sizes say, got "
                 f"{entry.shape}"
+            )
+        halves = (torch.float16, torch.bfloat16)
+        if (entry.dtype in halves) != (value.dtype in halves) and value.is_floating_point():
+            raise ValueError(
+                f"{checkpoint.path}: {name!r} must be {value.dtype}, as 'from' and 'tables' say, got {entry.dtype}; "
+                "set data_type of its table to what its config had"
             )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torchrec import DataType
+
 from torchrec_compress.conversion.optimizer import Fate
 from torchrec_compress.conversion.plan import Change
 from torchrec_compress.conversion.tables import Table
@@ -31,6 +33,7 @@ def build_report(
                 "name": table.name,
                 "rows": table.num_embeddings,
                 "columns": table.embedding_dim,
+                "data_type": table.data_type.name,
                 "from": said(change.method(table, False)),
                 "to": said(change.method(table, True)),
                 "kept_bit_for_bit": change.stays(table),
@@ -75,6 +78,7 @@ def _name(change: Change, table: Table) -> str:
 
 def _entry(change: Change, table: Table) -> dict[str, Any]:
     said_of: dict[str, Any] = {"num_embeddings": table.num_embeddings, "embedding_dim": table.embedding_dim}
+    said_of |= {} if table.data_type == DataType.FP32 else {"data_type": table.data_type.name}
     if not change.home.kind:
         entry = table.entry
         said_of |= {"pooled": change.home.is_pooled, "plain": entry.plain, "name": table.name}
@@ -90,8 +94,9 @@ def as_text(report: Mapping[str, Any]) -> str:
         how = (
             "kept bit for bit" if about["kept_bit_for_bit"] else f"{about['from']['method']} -> {about['to']['method']}"
         )
+        kind = "" if about["data_type"] == "FP32" else f" {about['data_type']}"
         lines.append(
-            f"{key}: {about['rows']:,} x {about['columns']}, {how}, {about['bytes_before']:,} -> "
+            f"{key}: {about['rows']:,} x {about['columns']}{kind}, {how}, {about['bytes_before']:,} -> "
             f"{about['bytes_after']:,} bytes"
         )
     lines.append(f"{report['copied_bit_for_bit']} other entries copied bit for bit")

@@ -266,7 +266,7 @@ class _Conversion:
 
     def _job(self, number: int, change: Change, table: Table, sources: Sources) -> Job:
         if change.new is None:
-            like = {table.key: torch.empty(table.num_embeddings, table.embedding_dim, device="meta")}
+            like = {table.key: torch.empty(table.num_embeddings, table.embedding_dim, dtype=table.dtype, device="meta")}
         else:
             like = {change.home.prefix + key: value for key, value in change.new.state_dict().items()}
         config, keys = _config_of(change, table), change.keys_of(table, True)

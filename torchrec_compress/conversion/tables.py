@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
+from torchrec import DataType, EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
 
 from torchrec_compress.conversion.checkpoints import Checkpoint
 from torchrec_compress.conversion.config import TableEntry
@@ -25,6 +25,8 @@ from torchrec_compress.modules import (
 from torchrec_compress.schema import nearest
 
 _META = torch.device("meta")
+_DTYPES = {DataType.FP32: torch.float32, DataType.FP16: torch.float16, DataType.BF16: torch.bfloat16}
+_DATA_TYPES = {dtype: data_type for data_type, dtype in _DTYPES.items()}
 _STOCK = re.compile(r"(?:(?P<path>.+)\.)?(?P<kind>embedding_bags|embeddings)\.(?P<name>[^.]+)\.weight$")
 _MARK = "decoder.format_version"  # what every compressed collection has
 _WRAPPED = "module."  # what DistributedDataParallel puts in front of all names
@@ -39,6 +41,7 @@ class Table:
         name: of the table.
         num_embeddings, embedding_dim: its sizes.
         entry: what the config says of it.
+        data_type: of its config.
     """
 
     key: str
@@ -46,6 +49,12 @@ class Table:
     num_embeddings: int
     embedding_dim: int
     entry: TableEntry
+    data_type: DataType
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its rows where they are dense."""
+        return _DTYPES[self.data_type]
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ class Home:
                 num_embeddings=table.num_embeddings,
                 embedding_dim=table.embedding_dim,
                 feature_names=[table.name],
+                data_type=table.data_type,
             )
             for table in self.tables
         ]
@@ -98,7 +108,12 @@ class Home:
         """Return the module with compressed tables, on the meta device."""
         if self.kind:
             kind: Any = CompressedEmbeddingBagCollection if self.is_pooled else CompressedEmbeddingCollection
-            return kind(self.configs(), _META, compression=dict(methods), seed=seed, will_fit=True)
+            configs = self.configs()
+            for config in configs:
+                method = methods.get(config.name)
+                if config.data_type == DataType.BF16 and (method is None or not method.is_compressed):
+                    config.data_type = DataType.FP32  # it is copied as it is, for which TorchRec has no type
+            return kind(configs, _META, compression=dict(methods), seed=seed, will_fit=True)
         (table,) = self.tables
         given = {"compression": methods[table.name], "name": table.name, "device": _META, "seed": seed}
         sizes = (table.num_embeddings, table.embedding_dim)
@@ -192,6 +207,9 @@ def _entries_by_key(
 
 
 def _table(where: str, checkpoint: Checkpoint, key: str, rows: int, width: int, entry: TableEntry) -> Table:
+    found = checkpoint.tensors.get(key)  # of a dense one
+    as_it_is = DataType.FP32 if found is None else _DATA_TYPES.get(found.dtype, DataType.FP32)
+    data_type = DataType[entry.data_type] if entry.data_type else as_it_is
     stock = None if entry.plain else _STOCK.match(key)
     if stock is not None:
         is_pooled = stock["kind"] == "embedding_bags"
@@ -200,7 +218,7 @@ def _table(where: str, checkpoint: Checkpoint, key: str, rows: int, width: int, 
                 f"{where}: tables.{key} must not set pooled to {entry.pooled}, padding_idx or name of a table of "
                 f"TorchRec's {stock['kind']}; set plain: true where it is a module of its own"
             )
-        return Table(key, stock["name"], rows, width, entry)
+        return Table(key, stock["name"], rows, width, entry, data_type)
     if not key.endswith(".weight") and key != "weight":
         raise ValueError(
             f"{where}: tables.{key} must name the weight of a module, as 'item_emb.weight', got another name"
@@ -208,7 +226,7 @@ def _table(where: str, checkpoint: Checkpoint, key: str, rows: int, width: int, 
     place = checkpoint.places.get(key, (key,))
     own = str(place[-1]) if place else key
     path = _unwrapped(own.removesuffix("weight").removesuffix("."))
-    return Table(key, entry.name or table_name(path), rows, width, entry)
+    return Table(key, entry.name or table_name(path), rows, width, entry, data_type)
 
 
 def _unwrapped(path: str) -> str:

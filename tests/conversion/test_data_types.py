@@ -1,0 +1,160 @@
+"""Tables of FP16 and BF16: the result is what `compress` makes of such tables, and the way back gives their type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torchrec import DataType, EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
+
+from tests.cases import CONFIGS, DIM, IDS, NUM_ROWS, contexts, counts, is_managed, rows
+from tests.conversion.made import assert_same, given_files, load_folder, run
+from torchrec_compress import CompressedEmbedding, compress, decompress
+from torchrec_compress.methods import HashConfig, PQConfig
+
+PQ, HASH = PQConfig(num_codes=4, codebook_size=16), HashConfig(num_buckets=40)
+NAMES = ("bags.user", "words.word")
+
+
+class Half(nn.Module):
+    """Tables of FP16, pooled and not, and a net in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sizes: dict[str, Any] = {"num_embeddings": NUM_ROWS, "embedding_dim": DIM, "data_type": DataType.FP16}
+        self.bags = EmbeddingBagCollection([EmbeddingBagConfig(name="user", feature_names=["user"], **sizes)])
+        self.words = EmbeddingCollection([EmbeddingConfig(name="word", feature_names=["word"], **sizes)])
+        self.net = nn.Linear(DIM, 1)
+        with torch.no_grad():
+            self.bags.embedding_bags["user"].weight.copy_(rows())  # type: ignore[operator]
+            self.words.embeddings["word"].weight.copy_(rows() + 1)  # type: ignore[operator]
+
+
+def files(folder: Path) -> dict[str, Any]:
+    """Return what a config says of counts and contexts, those of the other tests."""
+    found = given_files(folder)
+    return {what: dict.fromkeys(NAMES, next(iter(each.values()))) for what, each in found.items()}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_all_methods_there_and_back(config, tmp_path):
+    model = Half()
+    torch.save(model.state_dict(), tmp_path / "dense.pt")
+    given = {"counts": dict.fromkeys(NAMES, counts()), "contexts": dict.fromkeys(NAMES, contexts())}
+    told = {"compression": {"*": config.to_dict()}, "seed": 3, **files(tmp_path)}
+    if is_managed(config):
+        with pytest.raises(
+            ValueError, match=r"dense.pt: .*data_type must be FP32.*data_type in 'tables' may say other"
+        ):
+            run(tmp_path / "dense.pt", tmp_path / "small.pt", told)
+        return
+    small = compress(model, config, seed=3, **given)
+    report = run(tmp_path / "dense.pt", tmp_path / "small.pt", told)
+    assert {about["data_type"] for about in report["tables"].values()} == {"FP16"}
+    got = torch.load(tmp_path / "small.pt")
+    assert_same(got, small.state_dict())
+    assert report["tables"]["bags.embedding_bags.user.weight"]["bytes_before"] == NUM_ROWS * DIM * 2
+    small.load_state_dict(got)
+    if not any(method.is_compressed for method in small.bags.methods().values()):
+        return
+    run(tmp_path / "small.pt", tmp_path / "back.pt", report["back"])
+    back = torch.load(tmp_path / "back.pt")
+    assert back["bags.embedding_bags.user.weight"].dtype == torch.float16
+    assert_same(back, decompress(small).state_dict())
+
+
+def test_a_folder_of_many_pieces_too(tmp_path):
+    model = Half()
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path / "dense", no_dist=True)
+    small = compress(model, HASH)
+    report = run(tmp_path / "dense", tmp_path / "small", {"compression": {"*": HASH.to_dict()}})
+    assert_same(load_folder(tmp_path / "small", small.state_dict()), small.state_dict())
+    run(tmp_path / "small", tmp_path / "back", report["back"])
+    wanted = decompress(small).state_dict()
+    assert_same(load_folder(tmp_path / "back", wanted), wanted)
+
+
+def saved(folder: Path, value: torch.Tensor) -> Path:
+    torch.save({"sparse.embedding_bags.user.weight": value}, folder / "dense.pt")
+    return folder / "dense.pt"
+
+
+def test_bf16_has_codes_and_no_table_of_torchrecs(tmp_path):
+    weight = rows().bfloat16()
+    path = saved(tmp_path, weight)
+    report = run(path, tmp_path / "codes.pt", {"compression": {"*": PQ.to_dict()}})
+    tables = [EmbeddingBagConfig(name="user", num_embeddings=NUM_ROWS, embedding_dim=DIM, feature_names=["user"])]
+    stock = EmbeddingBagCollection(tables)
+    with torch.no_grad():
+        stock.embedding_bags["user"].weight.copy_(weight.float())  # type: ignore[operator]
+    wide = compress(stock, PQ)
+    got = {key.removeprefix("sparse."): value for key, value in torch.load(tmp_path / "codes.pt").items()}
+    assert_same(got, wide.state_dict())
+    run(tmp_path / "codes.pt", tmp_path / "back.pt", report["back"])
+    back = torch.load(tmp_path / "back.pt")["sparse.embedding_bags.user.weight"]
+    assert torch.equal(back, decompress(wide).embedding_bags["user"].weight.bfloat16())  # type: ignore[operator]
+    hashed = {"compression": {"*": HASH.to_dict()}}
+    with pytest.raises(
+        ValueError, match=r"got BF16; TorchRec would .*; the tables are .*BF16.*, of which data_type in"
+    ):
+        run(path, tmp_path / "hash.pt", hashed)
+    run(path, tmp_path / "hash.pt", {**hashed, "tables": {"sparse.*": {"data_type": "FP32"}}})
+    found = torch.load(tmp_path / "hash.pt")
+    assert {value.dtype for value in found.values() if value.is_floating_point()} == {torch.float32}
+
+
+def test_what_fp16_cannot_hold_is_told(tmp_path):
+    large = rows() + 7e4
+    path = saved(tmp_path, large)
+    half = {"tables": {"sparse.*": {"data_type": "FP16"}}}
+    few = HashConfig(num_buckets=400).to_dict()
+    with pytest.raises(ValueError, match=r"table 'user': pre-trained values must be in \+-65504 for data_type FP16"):
+        run(path, tmp_path / "hash.pt", {"compression": {"*": few}, **half})
+    report = run(path, tmp_path / "codes.pt", {"compression": {"*": PQ.to_dict()}})
+    way = report["back"]
+    way["tables"]["sparse.embedding_bags.user.weight"]["data_type"] = "FP16"
+    with pytest.raises(
+        ValueError, match=r"table 'user': rows must be in \+-65504 to be stored as torch.float16, got up"
+    ):
+        run(tmp_path / "codes.pt", tmp_path / "back.pt", way)
+
+
+def test_types_that_are_not_so_are_refused(tmp_path):
+    path = saved(tmp_path, rows().half())
+    kept = {"sparse.*": {"data_type": "FP32"}}
+    torch.save({**torch.load(path), "sparse.embedding_bags.item.weight": rows().half()}, path)
+    mixed = {"compression": {"user": HASH.to_dict(), "item": {"method": "dense"}}}
+    with pytest.raises(
+        ValueError, match=r"item.weight: data_type must be that of a table that stays as it is, torch.fl"
+    ):
+        run(path, tmp_path / "small.pt", {**mixed, "tables": kept})
+    report = run(path, tmp_path / "small.pt", mixed)
+    assert torch.load(tmp_path / "small.pt")["sparse.dense.embedding_bags.item.weight"].dtype == torch.float16
+    way = report["back"]
+    del way["tables"]["sparse.embedding_bags.user.weight"]["data_type"]
+    with pytest.raises(
+        ValueError, match=r"user__buckets.weight' must be torch.float32, .* got torch.float16; set data_"
+    ):
+        run(tmp_path / "small.pt", tmp_path / "back.pt", way)
+
+
+def test_a_plain_module_in_half_precision(tmp_path):
+    """Compressed as float32, as the module that is to load it is; expanded as it was."""
+    plain = nn.Embedding(NUM_ROWS, DIM).half()
+    torch.save({"item.weight": plain.weight.detach()}, tmp_path / "dense.pt")
+    report = run(
+        tmp_path / "dense.pt",
+        tmp_path / "small.pt",
+        {"compression": {"*": PQ.to_dict()}, "tables": {"item.weight": {}}},
+    )
+    module = CompressedEmbedding(NUM_ROWS, DIM, compression=PQ, name="item", will_fit=True)
+    got = {key.removeprefix("item."): value for key, value in torch.load(tmp_path / "small.pt").items()}
+    module.load_state_dict(got)
+    run(tmp_path / "small.pt", tmp_path / "back.pt", report["back"])
+    back = torch.load(tmp_path / "back.pt")["item.weight"]
+    assert back.dtype == torch.float16 and torch.equal(back, module.weight.detach().half())
