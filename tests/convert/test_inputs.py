@@ -1,5 +1,7 @@
 """What `compress`, `compress_into` and `for_budget` are given is checked before anything is fitted."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -378,3 +380,17 @@ def test_half_precision_tables_hold_what_they_are_given():
 def test_a_table_without_rows():
     with pytest.raises(ValueError, match="table 'item' must have rows and columns, got 0 x 16; leave it out"):
         fresh(PQ, num_embeddings=0, init_fn=nn.init.zeros_)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_counts_that_change_nothing_are_told(config: MethodConfig, caplog):
+    """What a method says of itself is so: its fit is another one where ids were looked up otherwise."""
+    seen = torch.arange(1, NUM_ROWS + 1) ** 2
+    both = []
+    for each in (seen, seen.flip(0)):
+        with caplog.at_level(logging.INFO):
+            made = compress(dense_collection(), config, counts={"item": each}, contexts={"item": contexts()}, seed=3)
+        both.append(made.eval().table_rows("item", torch.arange(NUM_ROWS)))
+    assert torch.equal(*both) != config.fits_by_counts(table())
+    is_told = "counts change nothing in the fits of tables ['item']" in caplog.text
+    assert is_told != config.fits_by_counts(table())

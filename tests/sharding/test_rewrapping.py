@@ -142,8 +142,7 @@ def frozen(config: Any, kind: str, own_wrap: bool) -> list[list[Tensor]]:
     """Return what a model whose items are frozen serves: compressed and after a step, expanded and after a step."""
 
     def again(changed: nn.Module) -> DistributedModelParallel:
-        trained = [each for each in native_parameters(changed) if each.requires_grad]
-        apply_optimizer_in_backward(torch.optim.SGD, trained, {"lr": 0.5})
+        apply_optimizer_in_backward(torch.optim.SGD, native_parameters(changed), {"lr": 0.5})
         return DistributedModelParallel(changed, device=CPU, sharders=get_default_sharders())
 
     options: dict[str, Any] = {"wrap": again} if own_wrap else {}

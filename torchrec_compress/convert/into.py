@@ -140,6 +140,10 @@ def checked_inputs(
         )
         if name in known or methods[name].needs != "nothing":
             methods[name].check_fit(table, inputs[name])
+    told = [name for name in tables if name in counts and name in known]
+    idle = [name for name in told if not methods[name].fits_by_counts(tables[name])]
+    if idle:
+        logger.info("counts change nothing in the fits of tables %s, as their methods are set", idle)
     return inputs
 
 

@@ -199,6 +199,10 @@ class MethodConfig(ABC):
         """Return what each id weighs in `learn`, (N,) float32, by which a sample is drawn: its look-ups."""
         return popularity_weights(data.counts, "none" if data.counts is None else "count", table.num_embeddings)
 
+    def fits_by_counts(self, table: BaseEmbeddingConfig) -> bool:
+        """Return whether look-ups per id change the fit of a table, where there are some."""
+        return True
+
     def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:
         """Raise ValueError where a fit to counts, contexts and seed would fail; rows are checked as they are read.
 

@@ -34,6 +34,10 @@ class DenseConfig(MethodConfig):
         """Raise ValueError for a data type that TorchRec would change without a word."""
         native_type(table)
 
+    def fits_by_counts(self, table: BaseEmbeddingConfig) -> bool:
+        """Return whether look-ups change the fit: no."""
+        return False
+
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the untouched table."""
         return Parts(dense=True)

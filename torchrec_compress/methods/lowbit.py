@@ -47,6 +47,10 @@ class LowBitConfig(MethodConfig):
         super().check(table)
         check_low_bit_width(table, self.dtype)
 
+    def fits_by_counts(self, table: BaseEmbeddingConfig) -> bool:
+        """Return whether look-ups change the fit: no, each row is rounded alone."""
+        return False
+
     def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
         """Return the code table of quantised rows."""
         start = partial(_start_rows, table=table, dtype=self.dtype, salt=stable_salt(seed, table.name))

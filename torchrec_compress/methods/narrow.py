@@ -138,6 +138,10 @@ class NarrowConfig(MethodConfig):
         """Whether errors count as the loss feels them: where directions are left out, in their choice."""
         return True
 
+    def fits_by_counts(self, table: BaseEmbeddingConfig) -> bool:
+        """Return whether look-ups change the fit: where directions are left out, in their choice."""
+        return self.width < table.embedding_dim
+
     def fits(self, table: BaseEmbeddingConfig) -> bool:
         """Return whether there are rows enough to make up for the projection; a width too large is an error instead."""
         if self.width > table.embedding_dim or self.width % LANES or self.width < LANES:

@@ -50,6 +50,10 @@ class PQConfig(CodebookConfig):
         """Return the popularity asked for."""
         return self.popularity
 
+    def fits_by_counts(self, table: BaseEmbeddingConfig) -> bool:
+        """Return whether look-ups change the fit: where rows weigh by them, or chosen ids are stored otherwise."""
+        return self.popularity != "none" or self.num_hot_rows > 0 or self.num_coded is not None
+
     @property
     def uses_curvature(self) -> bool:
         """Whether errors count as the loss feels them: yes, of product codes within each slice."""

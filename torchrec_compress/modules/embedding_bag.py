@@ -247,7 +247,8 @@ def native_parameters(module: nn.Module) -> list[nn.Parameter]:
 
     And those that stand for tables of trained rows, which train in the backward alone; they have no elements.
 
-    Codebooks and other replicated parameters are not among them; they belong to the dense optimizer.
+    Codebooks and other replicated parameters are not among them; they belong to the dense optimizer. Nor is what is
+    frozen.
 
     Raises:
         ValueError: the model is sharded already, so that a fused optimizer comes too late.
@@ -273,4 +274,4 @@ def native_parameters(module: nn.Module) -> list[nn.Parameter]:
         for child in module.modules()
         if isinstance(child, EmbeddingBagCollection | EmbeddingCollection | TrainedCollection)
     ]
-    return [parameter for child in stock for parameter in child.parameters()]
+    return [parameter for child in stock for parameter in child.parameters() if parameter.requires_grad]

@@ -78,6 +78,7 @@ class Trainable:
         self.ranks, self._rarity = ranks, rarity
         is_meta = any(parameter.is_meta for parameter in model.parameters())
         before = {} if is_meta else {name: value.detach().clone() for name, value in model.state_dict().items()}
+        model.requires_grad_(True)  # whatever an earlier stage left out
         weights = native_parameters(model)
         fused = config.tables in _FUSED and bool(weights)
         if fused:
