@@ -12,8 +12,9 @@ from torch import nn
 from torchrec import DataType, EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
 
 from tests.cases import CONFIGS, DIM, IDS, NUM_ROWS, contexts, counts, is_managed, rows
-from tests.conversion.made import assert_same, given_files, load_folder, run
+from tests.conversion.made import MEMORY, assert_same, given_files, load_folder, run
 from torchrec_compress import CompressedEmbedding, compress, decompress
+from torchrec_compress.conversion.run import convert
 from torchrec_compress.methods import HashConfig, PQConfig
 
 PQ, HASH = PQConfig(num_codes=4, codebook_size=16), HashConfig(num_buckets=40)
@@ -158,3 +159,23 @@ def test_a_plain_module_in_half_precision(tmp_path):
     run(tmp_path / "small.pt", tmp_path / "back.pt", report["back"])
     back = torch.load(tmp_path / "back.pt")["item.weight"]
     assert back.dtype == torch.float16 and torch.equal(back, module.weight.detach().half())
+
+
+def test_the_report_is_the_config_of_the_way_back(tmp_path):
+    path = saved(tmp_path, rows())
+    run(path, tmp_path / "small.pt", {"compression": {"*": PQ.to_dict()}})
+    report = tmp_path / "small.pt.report.json"
+    convert(tmp_path / "small.pt", tmp_path / "back.pt", report, MEMORY, progress=False)
+    assert list(torch.load(tmp_path / "back.pt")) == ["sparse.embedding_bags.user.weight"]
+    with pytest.raises(
+        ValueError, match=r"back.pt.report.json: must hold a way back, got the report of a conversion to"
+    ):
+        convert(tmp_path / "back.pt", tmp_path / "x.pt", tmp_path / "back.pt.report.json", MEMORY, progress=False)
+    state = {**torch.load(tmp_path / "small.pt"), "optim.state.item.exp_avg": rows(), "item.weight": rows()}
+    torch.save(state, tmp_path / "mixed.pt")
+    with pytest.raises(ValueError) as error:
+        run(
+            tmp_path / "mixed.pt", tmp_path / "x.pt", {"compression": {"*": PQ.to_dict()}, "tables": {"itm.weight": {}}}
+        )
+    said = str(error.value)
+    assert "did you mean 'item.weight'?; they are ['item.weight']; what is compressed, at ['sparse.'], must" in said

@@ -83,7 +83,7 @@ def read_config(path: Path) -> ConversionConfig:
     """Return what a file says.
 
     Args:
-        path: of a YAML file.
+        path: of a YAML file, or of the report of a conversion, whose way back it is then.
 
     Raises:
         ValueError: it is missing, a link or no YAML; an unknown key (the nearest one is named), method or value.
@@ -92,7 +92,12 @@ def read_config(path: Path) -> ConversionConfig:
     if problem is not None:
         raise ValueError(f"{path}: {problem}; name the YAML file of the conversion")
     try:
-        return parse_config(read_file(path))
+        values = read_file(path)
+        if {"identity", "back"} <= set(values):  # the report of a conversion, whose way back is meant
+            values = values["back"]
+            if not isinstance(values, Mapping):
+                raise ValueError(f"{path}: must hold a way back, got the report of a conversion to dense tables")
+        return parse_config(values)
     except ValueError as error:
         said = str(error)
         raise ValueError(said if said.startswith(f"{path}:") else f"{path}: {said}") from error

@@ -28,6 +28,8 @@ _META = torch.device("meta")
 _DTYPES = {DataType.FP32: torch.float32, DataType.FP16: torch.float16, DataType.BF16: torch.bfloat16}
 _DATA_TYPES = {dtype: data_type for data_type, dtype in _DTYPES.items()}
 _STOCK = re.compile(r"(?:(?P<path>.+)\.)?(?P<kind>embedding_bags|embeddings)\.(?P<name>[^.]+)\.weight$")
+_LAST = re.compile(r"(^|\.)weight$")
+_TOLD = 20
 _MARK = "decoder.format_version"  # what every compressed collection has
 _WRAPPED = "module."  # what DistributedDataParallel puts in front of all names
 
@@ -151,7 +153,7 @@ def find_homes(checkpoint: Checkpoint, entries: Mapping[str, TableEntry], has_so
         for key, entry in checkpoint.tensors.items()
         if len(entry.shape) == 2 and entry.dtype.is_floating_point and not _is_within(key, compressed)
     }
-    said, exact = _entries_by_key(where, tensors, entries)
+    said, exact = _entries_by_key(where, tensors, entries, compressed)
     dense: dict[str, Table] = {}
     for key in [key for key in exact if key in tensors] + [key for key in tensors if key not in exact]:
         entry = said.get(key)
@@ -179,7 +181,7 @@ def _is_within(key: str, prefixes: Sequence[str]) -> bool:
 
 
 def _entries_by_key(
-    where: str, tensors: Mapping[str, Any], entries: Mapping[str, TableEntry]
+    where: str, tensors: Mapping[str, Any], entries: Mapping[str, TableEntry], compressed: Sequence[str]
 ) -> tuple[dict[str, TableEntry], list[str]]:
     """Return what is said of each weight, and the keys that are named exactly, in their order."""
     by_pattern: dict[str, list[str]] = {}
@@ -193,9 +195,16 @@ def _entries_by_key(
             continue
         fitting = [pattern] if pattern in tensors else [key for key in tensors if fnmatchcase(key, pattern)]
         if not fitting:
+            weights = sorted(key for key in tensors if _LAST.search(key)) or sorted(tensors)
+            told = f"{weights[:_TOLD]}" + (f" and {len(weights) - _TOLD} more" if len(weights) > _TOLD else "")
+            if compressed:
+                told += (
+                    f"; what is compressed, at {sorted(compressed)[:3]}, must come with 'from' and its sizes, as the "
+                    "report of its conversion has under 'back'"
+                )
             raise ValueError(
-                f"{where}: tables.{pattern} must fit the weight of a table, got none{nearest(pattern, tensors)}; they "
-                f"are {sorted(tensors)[:20]}"
+                f"{where}: tables.{pattern} must fit the weight of a table, got none{nearest(pattern, weights)}; they "
+                f"are {told}"
             )
         for key in fitting:
             by_pattern.setdefault(key, []).append(pattern)

@@ -143,6 +143,7 @@ def chosen(places: Sequence[Place], compression: Compression) -> list[tuple[Plac
         if methods:
             found.append((place, methods))
     known = [name for place in places for table in place.tables for name in place.names(table)]
+    first = [place.names(table)[0] for place in places for table in place.tables]
     if not known:
         raise ValueError(
             "compress: the model must hold embedding tables, got none; TorchRec's or PyTorch's own are seen"
@@ -150,10 +151,10 @@ def chosen(places: Sequence[Place], compression: Compression) -> list[tuple[Plac
     if unused and isinstance(compression, Mapping):
         raise ValueError(
             f"compression: every key must fit a table, got {sorted(unused)}{nearest(next(iter(unused)), known)}; the "
-            f"tables are {known}"
+            f"tables are {first}"
         )
     if not found:
-        raise ValueError(f"compress: a table must be left to compress, got only compressed ones, {known}; name one")
+        raise ValueError(f"compress: a table must be left to compress, got only compressed ones, {first}; name one")
     return found
 
 

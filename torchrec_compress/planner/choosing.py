@@ -356,7 +356,8 @@ def choose(
             f"choose: budget_bytes must be at least the {ways.least_bytes:,} bytes ({size(ways.least_bytes)}) of the "
             f"smallest way of every table, over all ranks, got {budget:,}"
             + (f", all that {settings.topology.world_size} ranks have left" if budget == room else "")
-            + "; give more, or measure smaller ways"
+            + f", of weights, states and what batches of {settings.batch_size} make; give more, measure smaller ways, "
+            "or plan smaller batches"
         )
     most = min(budget, ways.most_bytes)
     # what fits in all may not fit on each: less, until it does
