@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,7 +17,7 @@ from tests.cases import CONFIGS, DIM, IDS, NUM_ROWS, contexts, counts, is_manage
 from tests.conversion.made import MEMORY, assert_same, given_files, load_folder, run
 from torchrec_compress import CompressedEmbedding, compress, decompress
 from torchrec_compress.conversion.run import convert
-from torchrec_compress.methods import HashConfig, PQConfig
+from torchrec_compress.methods import CafeConfig, HashConfig, PQConfig
 
 PQ, HASH = PQConfig(num_codes=4, codebook_size=16), HashConfig(num_buckets=40)
 NAMES = ("bags.user", "words.word")
@@ -204,21 +205,24 @@ def test_a_model_that_was_cast_is_refused(tmp_path):
         run(tmp_path / "small.pt", tmp_path / "back.pt", way)
 
 
-def test_a_plain_module_in_half_precision(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("config", [PQ, HASH, CafeConfig(num_hot_rows=16, num_cold_rows=40, num_blocks=4)])
+def test_a_plain_module_in_half_precision(config, dtype, tmp_path):
     """Compressed as float32, as the module that is to load it is; expanded as it was."""
-    plain = nn.Embedding(NUM_ROWS, DIM).half()
+    plain = nn.Embedding(NUM_ROWS, DIM).to(dtype)
     torch.save({"item.weight": plain.weight.detach()}, tmp_path / "dense.pt")
-    report = run(
-        tmp_path / "dense.pt",
-        tmp_path / "small.pt",
-        {"compression": {"*": PQ.to_dict()}, "tables": {"item.weight": {}}},
-    )
-    module = CompressedEmbedding(NUM_ROWS, DIM, compression=PQ, name="item", will_fit=True)
+    np.save(tmp_path / "counts.npy", counts().numpy())
+    told = {"tables": {"item.weight": {}}, "counts": {"item": str(tmp_path / "counts.npy")}}
+    report = run(tmp_path / "dense.pt", tmp_path / "small.pt", {"compression": {"*": config.to_dict()}, **told})
+    wide = nn.ModuleDict({"item": nn.Embedding.from_pretrained(plain.weight.detach().float(), freeze=False)})
+    wide = compress(wide, config, counts={"item": counts()})
+    assert_same(torch.load(tmp_path / "small.pt"), wide.state_dict())
+    module = CompressedEmbedding(NUM_ROWS, DIM, compression=config, name="item", will_fit=True)
     got = {key.removeprefix("item."): value for key, value in torch.load(tmp_path / "small.pt").items()}
     module.load_state_dict(got)
     run(tmp_path / "small.pt", tmp_path / "back.pt", report["back"])
     back = torch.load(tmp_path / "back.pt")["item.weight"]
-    assert back.dtype == torch.float16 and torch.equal(back, module.weight.detach().half())
+    assert back.dtype == dtype and torch.equal(back, module.weight.detach().to(dtype))
 
 
 def test_the_report_is_the_config_of_the_way_back(tmp_path):
