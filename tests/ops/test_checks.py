@@ -13,6 +13,7 @@ from torchrec_compress.ops import (
     codebook_bag,
     codebook_bags,
     dequantize_rows,
+    first_infinite,
     lookup_codes,
     low_bit_bag,
     pool_rows,
@@ -214,3 +215,12 @@ def test_gathered_rows(backend):
             code_gather(wrong_codes, wrong_ids, "t", backend=backend)
         with pytest.raises(ValueError, match=r"^t: (codes must have 2|all tensors must be on|ids must be int32)"):
             lookup_codes(wrong_codes, is_set, wrong_ids, "t")
+
+
+@pytest.mark.parametrize("at", [0, 65535, 65536])
+def test_the_first_row_that_would_be_infinite_is_found_by_blocks(at):
+    values = torch.zeros(70001, 2)
+    assert first_infinite(values, torch.float16) is None
+    values[at, 1], values[at, 0], values[-1, 0] = -7e4, torch.inf, 8e4
+    assert first_infinite(values, torch.float16) == (at, 7e4)
+    assert first_infinite(values, torch.bfloat16) is None and first_infinite(values.half(), torch.float32) is None

@@ -147,13 +147,17 @@ def frozen(config: Any, kind: str, own_wrap: bool) -> list[list[Tensor]]:
 
     options: dict[str, Any] = {"wrap": again} if own_wrap else {}
     inner: Any = Model(True)
-    inner.sparse = Bags() if kind == "plain" else inner.sparse
+    methods = {"*item*": config, "*user*": HASH}
+    if kind != "unsharded":
+        inner.sparse = Bags() if kind == "plain" else CompressedEmbeddingBagCollection(tables(), compression=methods)
     for name, parameter in inner.sparse.named_parameters():
         parameter.requires_grad_("item" not in name)
-    model: Any = DistributedModelParallel(inner, device=CPU, sharders=[] if kind == "unsharded" else None)
-    methods = {"*item*": config, "*user*": HASH}
+    model: Any = DistributedModelParallel(
+        inner, device=CPU, sharders=[] if kind == "unsharded" else get_default_sharders()
+    )
     given = {f"sparse.{name}": counts() for name in NAMES}
-    model = compress(model, methods, inplace=True, seed=3, counts=given, **options)
+    if kind != "compressed":
+        model = compress(model, methods, inplace=True, seed=3, counts=given, **options)
     found = []
     for how in ("compressed", "expanded"):
         if how == "expanded":
@@ -164,7 +168,9 @@ def frozen(config: Any, kind: str, own_wrap: bool) -> list[list[Tensor]]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "own_wrap"), [("unsharded", False), ("unsharded", True), ("plain", False)])
+@pytest.mark.parametrize(
+    ("kind", "own_wrap"), [("unsharded", False), ("unsharded", True), ("plain", False), ("compressed", False)]
+)
 @pytest.mark.parametrize(
     "config",
     [

@@ -9,7 +9,6 @@ from typing import TypeAlias
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import Topology
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_compress.convert.models import PLAIN, Place, with_modules
 from torchrec_compress.planner import EmbeddingShardingPlanner
@@ -45,7 +44,7 @@ def rewrapped(
     inner, modes = model.module, [(each, each.training) for each in model.module.modules()]
     # wrapping puts others in the place of modules, not only of those that are changed
     children = [(each, dict(each._modules)) for each in inner.modules()]
-    frozen = [(place.path, _hold_frozen(made)) for place, made in changes]
+    frozen = [(place.path, hold_still(made)) for place, made in changes]
     try:
         changed = with_modules(inner, {id(place.module): made for place, made in changes}, inplace=True)
         wrapped = _wrap(changed, model) if wrap is None else wrap(changed)
@@ -64,9 +63,7 @@ def rewrapped(
     for (place, _), (path, names) in zip(changes, frozen, strict=True):
         now = wrapped.module.get_submodule(path)  # type: ignore[union-attr]
         now.train(place.module.training)
-        for name, parameter in now.named_parameters():
-            if name in names:
-                freeze(parameter)
+        freeze(now, names)
     gone = [place.path for place, _ in changes if type(place.module) not in PLAIN]
     if gone and wrap is None and environment_of(model).rank == 0:
         logger.warning(
@@ -80,15 +77,6 @@ def rewrapped(
 def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
     for module, mode in modes:
         module.training = mode
-
-
-def _hold_frozen(module: nn.Module) -> set[str]:
-    """Have no sharder train what is frozen in a module that is not sharded yet; return its names."""
-    for part in module.modules():
-        if isinstance(part, EmbeddingBagCollection | EmbeddingCollection):
-            for parameter in part.parameters():
-                hold_still(parameter)
-    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
 
 
 def _wrap(inner: nn.Module, model: DistributedModelParallel) -> DistributedModelParallel:

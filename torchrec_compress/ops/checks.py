@@ -14,6 +14,7 @@ from torchrec_compress.ops.codebooks import num_escape_codes, packed_width
 from torchrec_compress.ops.types import BagLookup, IdBags, Span
 
 INDICES = (torch.int32, torch.int64)
+_ROWS_AT_ONCE = 65536
 
 
 def check_one_device(where: str, tensors: dict[str, Tensor | None]) -> None:
@@ -48,12 +49,13 @@ def first_infinite(values: Tensor, dtype: torch.dtype) -> tuple[int, float] | No
     """
     if not values.numel() or torch.finfo(dtype).max >= torch.finfo(values.dtype).max:
         return None
-    lost = (values.to(dtype).isinf() & values.isfinite()).any(dim=1)
-    if not bool(lost.any()):
-        return None
-    first = int(lost.nonzero()[0])
-    row = values[first]
-    return first, float(row[row.isfinite()].abs().max())
+    for start, block in zip(range(0, len(values), _ROWS_AT_ONCE), values.split(_ROWS_AT_ONCE), strict=True):
+        lost = (block.to(dtype).isinf() & block.isfinite()).any(dim=1)
+        if bool(lost.any()):
+            first = int(lost.nonzero()[0])
+            row = block[first]
+            return start + first, float(row[row.isfinite()].abs().max())
+    return None
 
 
 def check_index(name: str, index: Tensor, where: str) -> None:

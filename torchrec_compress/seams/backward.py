@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 # what `apply_optimizer_in_backward` leaves on a parameter for TorchRec's sharders
 _READ_BY_SHARDERS = ("_optimizer_classes", "_optimizer_kwargs")
@@ -71,22 +72,34 @@ def optimizers_in_backward(parameter: Tensor) -> list[torch.optim.Optimizer]:
     return list(getattr(parameter, "_in_backward_optimizers", ()))
 
 
-def hold_still(parameter: nn.Parameter) -> None:
-    """Have TorchRec's sharders train a frozen parameter at rate 0, unless another optimizer was given to it.
+def hold_still(module: nn.Module) -> set[str]:
+    """Have TorchRec's sharders train what is frozen at rate 0, unless an optimizer was given to it; return its names.
 
-    They do not ask whether it is frozen, and train what has no optimizer by one of their own.
+    They do not ask whether a table is frozen, and train what has no optimizer by one of their own.
+
+    Args:
+        module: not sharded yet.
     """
-    if not parameter.requires_grad and not hasattr(parameter, _READ_BY_SHARDERS[0]):
-        for mark, value in zip(_READ_BY_SHARDERS, (torch.optim.SGD, {"lr": 0.0}), strict=True):
-            setattr(parameter, mark, [value])
+    for part in module.modules():
+        for parameter in part.parameters() if isinstance(part, EmbeddingBagCollection | EmbeddingCollection) else ():
+            if not parameter.requires_grad and not hasattr(parameter, _READ_BY_SHARDERS[0]):
+                for mark, value in zip(_READ_BY_SHARDERS, (torch.optim.SGD, {"lr": 0.0}), strict=True):
+                    setattr(parameter, mark, [value])
+    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
 
 
-def freeze(parameter: Tensor) -> None:
-    """Freeze a parameter; of a shard in a fused kernel, which is a view and trained at rate 0, note that it is."""
-    if parameter.is_leaf:
-        parameter.requires_grad_(False)
-    else:
-        setattr(parameter, _FROZEN, True)
+def freeze(module: nn.Module, names: Collection[str]) -> None:
+    """Freeze what was frozen before it was sharded.
+
+    Args:
+        module: sharded. A shard in a fused kernel is a view, whose flag cannot be changed: it is noted there.
+        names: that `hold_still` returned.
+    """
+    for name, parameter in module.named_parameters():
+        if name in names and parameter.is_leaf:
+            parameter.requires_grad_(False)
+        elif name in names:
+            setattr(parameter, _FROZEN, True)
 
 
 def is_frozen(parameter: Tensor) -> bool:

@@ -15,6 +15,7 @@ from torchrec.distributed.types import ParameterSharding, QuantizedCommCodecs, S
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.modules.outputs import OutputType, dtype_asked
+from torchrec_compress.seams import freeze, hold_still
 from torchrec_compress.sharding.checks import check_env, check_names, tell_of_defaults, tell_of_missing_codec
 from torchrec_compress.sharding.rows import SHARDING_TYPES, ShardedRowCollection
 
@@ -104,10 +105,12 @@ class RowSharder(NativeSharder[Module]):
         where = module_fqn or self.module_type.__name__
         check_env(env, where)
         check_names(where, params, self.shardable_parameters(module), optional=False)
+        frozen = hold_still(module)
         tell_of_defaults(self.marked(module), sorted(params), self.fused_params)
         if self.of_bags:
             tell_of_missing_codec(self.qcomm_codecs_registry, params)
         made = self.make(module, params, env, torch.device("cpu") if device is None else device)
+        freeze(made, frozen)
         made.output_type = output_type(where, self.fused_params, params)
         return made
 

@@ -26,6 +26,7 @@ from torchrec_compress.modules.remapped import (
     RemappedEmbeddingCollection,
 )
 from torchrec_compress.modules.replicated import strip_in_backward_optimizers
+from torchrec_compress.seams import freeze, hold_still
 from torchrec_compress.sharding.checks import (
     check_env,
     check_means,
@@ -156,9 +157,11 @@ class RemappedEmbeddingBagCollectionSharder(_RemappedSharder[RemappedEmbeddingBa
     ) -> ShardedRemappedEmbeddingBagCollection:
         """Return the sharded collection."""
         check_env(env, "native tables")
+        frozen = hold_still(module)
         plan = self._native_plan(module, params, _device(device), module_fqn)
         check_means(module_fqn or "native tables", module.native.embedding_bag_configs(), plan)
         made = ShardedRemappedEmbeddingBagCollection(module, plan, env, _device(device), self._stock)
+        freeze(made, frozen)
         made.output_type = output_type(module_fqn or "native tables", self.fused_params, plan)
         return made
 
@@ -188,8 +191,10 @@ class RemappedEmbeddingCollectionSharder(_RemappedSharder[RemappedEmbeddingColle
     ) -> ShardedRemappedEmbeddingCollection:
         """Return the sharded collection."""
         check_env(env, "native tables")
+        frozen = hold_still(module)
         plan = self._native_plan(module, params, _device(device), module_fqn)
         made = ShardedRemappedEmbeddingCollection(module, plan, env, _device(device), self._stock)
+        freeze(made, frozen)
         made.output_type = output_type(module_fqn or "native tables", self.fused_params, plan)
         return made
 
