@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -15,7 +17,7 @@ from tests.cases import CONFIGS, DIM, IDS, NUM_ROWS, contexts, counts, is_manage
 from tests.conversion.made import MEMORY, assert_same, given_files, load_folder, run
 from torchrec_compress import CompressedEmbedding, compress, decompress
 from torchrec_compress.conversion.run import convert
-from torchrec_compress.methods import HashConfig, PQConfig
+from torchrec_compress.methods import CafeConfig, HashConfig, PQConfig
 
 PQ, HASH = PQConfig(num_codes=4, codebook_size=16), HashConfig(num_buckets=40)
 NAMES = ("bags.user", "words.word")
@@ -120,7 +122,7 @@ def test_what_fp16_cannot_hold_is_told(tmp_path):
     way = report["back"]
     way["tables"]["sparse.embedding_bags.user.weight"]["data_type"] = "FP16"
     with pytest.raises(
-        ValueError, match=r"table 'user': rows must be in \+-65504 to be stored as torch.float16, got up"
+        ValueError, match=r"table 'user': rows must be in .* torch.float16, got up .*; the first is that of id 0"
     ):
         run(tmp_path / "codes.pt", tmp_path / "back.pt", way)
 
@@ -137,28 +139,90 @@ def test_types_that_are_not_so_are_refused(tmp_path):
     report = run(path, tmp_path / "small.pt", mixed)
     assert torch.load(tmp_path / "small.pt")["sparse.dense.embedding_bags.item.weight"].dtype == torch.float16
     way = report["back"]
-    del way["tables"]["sparse.embedding_bags.user.weight"]["data_type"]
+    way["tables"]["sparse.embedding_bags.item.weight"]["data_type"] = "FP32"
+    with pytest.raises(ValueError, match=r"item.weight: data_type must be that of a table that stays as it is"):
+        run(tmp_path / "small.pt", tmp_path / "back.pt", way)
+
+
+@pytest.mark.parametrize("compression", [{"user": PQ.to_dict()}, {"user": PQ.to_dict(), "shop": {"method": "dense"}}])
+def test_a_type_that_nothing_is_stored_in_is_refused(compression, tmp_path):
+    """Of a table that no key fits, and of a plain module that stays."""
+    torch.save({"sparse.embedding_bags.user.weight": rows(), "shop.weight": rows().half()}, tmp_path / "dense.pt")
+    told = {"compression": compression, "tables": {"shop.weight": {"data_type": "FP32"}}}
+    with pytest.raises(ValueError, match=r"tables.shop.weight: data_type must be that of a table that stays as it is"):
+        run(tmp_path / "dense.pt", tmp_path / "small.pt", told)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_table_that_stays_beside_compressed_ones_keeps_its_bits_on_the_way_back(dtype, tmp_path):
+    names = {name: f"sparse.embedding_bags.{name}.weight" for name in ("user", "item")}
+    torch.save({key: rows().to(dtype) for key in names.values()}, tmp_path / "dense.pt")
+    mixed = {"compression": {"user": PQ.to_dict(), "item": {"method": "dense"}}}
+    report = run(tmp_path / "dense.pt", tmp_path / "small.pt", mixed)
+    report = run(tmp_path / "small.pt", tmp_path / "back.pt", report["back"])
+    got = torch.load(tmp_path / "back.pt")
+    assert torch.equal(got[names["item"]], rows().to(dtype)) and got[names["item"]].dtype == dtype
+    assert got[names["user"]].dtype == dtype
+    told = report["tables"][names["item"]]
+    assert told["kept_bit_for_bit"] and told["rounding"] is None
+    told = report["tables"][names["user"]]
+    assert told["types_after"] == [str(dtype)[6:]] and told["rounding"] == f"to nearest {str(dtype)[6:]}"
+
+
+@pytest.mark.parametrize("before", [torch.float32, torch.float16])
+@pytest.mark.parametrize("after", ["FP32", "FP16"])
+def test_another_type_is_asked_for_on_the_way_back(before, after, tmp_path):
+    """The checkpoint shows what rows in a table of TorchRec's are; nothing else needs to be said of that."""
+    key, wanted = "sparse.embedding_bags.user.weight", {"FP32": torch.float32, "FP16": torch.float16}[after]
+    report = run(saved(tmp_path, rows().to(before)), tmp_path / "small.pt", {"compression": {"user": HASH.to_dict()}})
+    way = report["back"]
+    way["tables"][key]["data_type"] = None
+    run(tmp_path / "small.pt", tmp_path / "own.pt", way)
+    own = torch.load(tmp_path / "own.pt")[key]
+    assert own.dtype == before
+    way["tables"][key]["data_type"] = after
+    told = run(tmp_path / "small.pt", tmp_path / "back.pt", way)["tables"][key]
+    assert told["types_before"] == [str(before)[6:]] and told["types_after"] == [str(wanted)[6:]]
+    assert told["bytes_after"] == NUM_ROWS * DIM * wanted.itemsize
+    assert told["rounding"] == (f"to nearest {str(wanted)[6:]}" if after == "FP16" else None)
+    got = torch.load(tmp_path / "back.pt")[key]
+    assert got.dtype == wanted and torch.equal(got.float(), own.to(wanted).float())
+    again = run(tmp_path / "small.pt", tmp_path / "again.pt", {**way, "compression": {"user": HASH.to_dict()}})
+    assert again["tables"][key]["kept_bit_for_bit"] == (before == wanted)
+    (bucket,) = [value for name, value in torch.load(tmp_path / "again.pt").items() if name.endswith("buckets.weight")]
+    assert bucket.dtype == wanted
+
+
+def test_a_model_that_was_cast_is_refused(tmp_path):
+    run(saved(tmp_path, rows()), tmp_path / "small.pt", {"compression": {"user": PQ.to_dict()}})
+    way = json.loads((tmp_path / "small.pt.report.json").read_text())["back"]
+    state = torch.load(tmp_path / "small.pt")
+    cast = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    torch.save(cast, tmp_path / "small.pt")
     with pytest.raises(
-        ValueError, match=r"user__buckets.weight' must be torch.float32, .* got torch.float16; set data_"
+        ValueError, match=r"codebooks' must be torch.float32, .* got torch.float16, of a model that was cast"
     ):
         run(tmp_path / "small.pt", tmp_path / "back.pt", way)
 
 
-def test_a_plain_module_in_half_precision(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("config", [PQ, HASH, CafeConfig(num_hot_rows=16, num_cold_rows=40, num_blocks=4)])
+def test_a_plain_module_in_half_precision(config, dtype, tmp_path):
     """Compressed as float32, as the module that is to load it is; expanded as it was."""
-    plain = nn.Embedding(NUM_ROWS, DIM).half()
+    plain = nn.Embedding(NUM_ROWS, DIM).to(dtype)
     torch.save({"item.weight": plain.weight.detach()}, tmp_path / "dense.pt")
-    report = run(
-        tmp_path / "dense.pt",
-        tmp_path / "small.pt",
-        {"compression": {"*": PQ.to_dict()}, "tables": {"item.weight": {}}},
-    )
-    module = CompressedEmbedding(NUM_ROWS, DIM, compression=PQ, name="item", will_fit=True)
+    np.save(tmp_path / "counts.npy", counts().numpy())
+    told = {"tables": {"item.weight": {}}, "counts": {"item": str(tmp_path / "counts.npy")}}
+    report = run(tmp_path / "dense.pt", tmp_path / "small.pt", {"compression": {"*": config.to_dict()}, **told})
+    wide = nn.ModuleDict({"item": nn.Embedding.from_pretrained(plain.weight.detach().float(), freeze=False)})
+    wide = compress(wide, config, counts={"item": counts()})
+    assert_same(torch.load(tmp_path / "small.pt"), wide.state_dict())
+    module = CompressedEmbedding(NUM_ROWS, DIM, compression=config, name="item", will_fit=True)
     got = {key.removeprefix("item."): value for key, value in torch.load(tmp_path / "small.pt").items()}
     module.load_state_dict(got)
     run(tmp_path / "small.pt", tmp_path / "back.pt", report["back"])
     back = torch.load(tmp_path / "back.pt")["item.weight"]
-    assert back.dtype == torch.float16 and torch.equal(back, module.weight.detach().half())
+    assert back.dtype == dtype and torch.equal(back, module.weight.detach().to(dtype))
 
 
 def test_the_report_is_the_config_of_the_way_back(tmp_path):
@@ -178,4 +242,6 @@ def test_the_report_is_the_config_of_the_way_back(tmp_path):
             tmp_path / "mixed.pt", tmp_path / "x.pt", {"compression": {"*": PQ.to_dict()}, "tables": {"itm.weight": {}}}
         )
     said = str(error.value)
-    assert "did you mean 'item.weight'?; they are ['item.weight']; what is compressed, at ['sparse.'], must" in said
+    assert (
+        "did you mean 'item.weight'?; they are ['item.weight']; what is compressed, at ['sparse.'], is expanded" in said
+    )

@@ -15,6 +15,9 @@ from tests.cases import DIM, NUM_ROWS, counts, rows
 from tests.conversion.made import PLAIN, Model, assert_same, digest, load_folder, run
 from torchrec_compress import CompressedEmbedding, compress, decompress
 from torchrec_compress.conversion import outputs
+from torchrec_compress.conversion.checkpoints import open_checkpoint
+from torchrec_compress.conversion.counts import counts_of_optimizer
+from torchrec_compress.fit.checks import check_counts
 from torchrec_compress.methods import HashConfig, Int8Config, PQConfig
 from torchrec_compress.train.engine.checkpoint import Checkpoints
 from torchrec_compress.train.ranks import Ranks
@@ -213,6 +216,18 @@ def test_counts_come_from_files_or_from_an_optimizer(given, tmp_path):
     used = used / used[used > 0].mean() if given == "optimizer" else seen
     wanted = compress(stock, method, counts={"item": used}).state_dict()
     assert_same({name.removeprefix("sparse."): value for name, value in got.items()}, wanted)
+
+
+@pytest.mark.parametrize("num_columns", [0, DIM])
+def test_equal_sums_of_an_optimizer_are_counts(num_columns, tmp_path):
+    """Their mean, added up in float32, is above each of them."""
+    key, shape = "sparse.embedding_bags.item.weight", (NUM_ROWS, num_columns) if num_columns else (NUM_ROWS,)
+    for number in torch.linspace(0.1, 0.3, 20).tolist():
+        state = {key: {"item.momentum1": torch.full(shape, number)}}
+        torch.save({"model": {key: rows()}, "optimizer": {"state": state}}, tmp_path / "dense.pt")
+        checkpoint = open_checkpoint(tmp_path / "dense.pt")
+        found = counts_of_optimizer("table", checkpoint, {f"optimizer.state.{key}.item.momentum1": None}, NUM_ROWS)
+        check_counts("table", found, NUM_ROWS)
 
 
 def test_compressed_tables_become_others_and_those_that_stay_keep_their_bits(tmp_path):

@@ -29,8 +29,8 @@ CONFIG = {
 
 def make(path: Path) -> None:
     torch.manual_seed(1)
-    names = ("user", "item", "shop")
-    state = {f"sparse.embedding_bags.{name}.weight": torch.randn(ROWS, WIDTH) for name in names}
+    types = {"user": torch.float32, "item": torch.float16, "shop": torch.float32}
+    state = {f"sparse.embedding_bags.{name}.weight": torch.randn(ROWS, WIDTH).to(each) for name, each in types.items()}
     torch.save({**state, "net.weight": torch.randn(3, 3)}, path)
 
 

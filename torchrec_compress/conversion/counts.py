@@ -155,7 +155,9 @@ def counts_of_optimizer(where: str, checkpoint: Checkpoint, keys: Mapping[str, A
             f"{where}: counts: {found[0]!r} must be finite and not negative, got others; give files, or null"
         )
     used = sums > 0
-    return sums / sums[used].mean() if bool(used.any()) else sums + 1
+    if not bool(used.any()):
+        return sums + 1
+    return sums / sums[used].mean().clamp(max=sums.max())  # rounded, the mean of equal sums may be above all of them
 
 
 def _last(key: str) -> str:

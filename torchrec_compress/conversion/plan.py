@@ -12,7 +12,7 @@ from torchrec import DataType
 
 from torchrec_compress.conversion.checkpoints import Checkpoint
 from torchrec_compress.conversion.config import ConversionConfig
-from torchrec_compress.conversion.tables import Home, Table, choose, collection_of, find_homes
+from torchrec_compress.conversion.tables import DATA_TYPES, Home, Table, choose, collection_of, find_homes
 from torchrec_compress.methods import MethodConfig
 from torchrec_compress.schema import nearest
 
@@ -69,7 +69,14 @@ class Change:
         if old is None or new is None:
             return old is new
         same_keys = self.keys_of(table, False).keys() == self.keys_of(table, True).keys()
-        return old == new and self.old_seed == self.new_seed and same_keys
+        same_types = self.native_types(table, False) == self.native_types(table, True)
+        return old == new and self.old_seed == self.new_seed and same_keys and same_types
+
+    def native_types(self, table: Table, is_new: bool) -> list[DataType]:
+        """Return the types of a compressed table's rows that lie in tables of TorchRec's, part by part."""
+        module = self.new if is_new else self.old
+        parts = None if module is None else collection_of(module).blueprint.parts[table.name]
+        return [] if parts is None else [part.data_type for part in parts.native]
 
 
 def _keys_of(home: Home, module: nn.Module | None) -> list[str]:
@@ -87,19 +94,21 @@ def find_changes(checkpoint: Checkpoint, config: ConversionConfig) -> tuple[list
     """
     dense, packed = find_homes(checkpoint, config.tables, config.source is not None)
     stored: dict[str, dict[str, MethodConfig]] = {}
+    has_source = config.source is not None
     if config.source is not None:
         if not packed:
             raise ValueError(
                 f"{checkpoint.path}: 'from' must come with the sizes of its tables, got none; set num_embeddings and "
                 "embedding_dim in tables, by the key that the dense weight would have"
             )
-        stored = {home.path: methods for home, methods in choose(packed, config.source)}
+        stored = {home.path: methods for home, methods in choose(checkpoint, packed, config.source, has_source)}
         left = [home.path for home in packed if home.path not in stored]
         if left:
             raise ValueError(f"{checkpoint.path}: 'from' must fit every table with sizes, got none for {left[:3]}")
+        packed = [_as_stored(checkpoint, home, stored[home.path], config.source_seed) for home in packed]
     changes = []
-    for home, methods in choose([*dense, *packed], config.compression):
-        old = _made(checkpoint, home, stored[home.path], config.source_seed) if home.path in stored else None
+    for home, methods in choose(checkpoint, [*dense, *packed], config.compression, has_source):
+        old = home.compressed(stored[home.path], config.source_seed, is_old=True) if home.path in stored else None
         new: nn.Module | None = _made(checkpoint, home, methods, config.seed)
         if not any(each.is_compressed for each in collection_of(new).methods().values()):
             if old is None and not home.kind:
@@ -107,11 +116,11 @@ def find_changes(checkpoint: Checkpoint, config: ConversionConfig) -> tuple[list
             new = new if old is None else None
         change = Change(home, old, new, config.source_seed, config.seed)
         _check_old(checkpoint, change)
-        _check_types(checkpoint, change)
         _check_shared(change)
         changes.append(change)
     if not changes:
         raise ValueError(f"{checkpoint.path}: a table must be left to convert, got none that would be stored otherwise")
+    _check_types(checkpoint, changes, [*dense, *packed])
     _check_ties(checkpoint, changes)
     _check_new(checkpoint, changes)
     return changes, [*dense, *packed]
@@ -130,21 +139,43 @@ def _made(checkpoint: Checkpoint, home: Home, methods: Mapping[str, MethodConfig
         ) from None
 
 
-def _check_types(checkpoint: Checkpoint, change: Change) -> None:
+def _as_stored(checkpoint: Checkpoint, home: Home, methods: Mapping[str, MethodConfig], seed: int) -> Home:
+    """Return a compressed home of which tables know their types: those of their rows in tables of TorchRec's.
+
+    Codes do not show of which type a table was; of FP32 they are the same.
+    """
+    if not home.kind:
+        return home
+    kept = {table.name: checkpoint.tensors.get(home.dense_key(table)) for table in home.tables}
+    types = {name: DATA_TYPES.get(entry.dtype, DataType.FP32) for name, entry in kept.items() if entry is not None}
+    collection = collection_of(home.stored_as(types).compressed(methods, seed, is_old=True))
+    for table in home.tables:
+        names = collection.state_names(table.name)
+        found = {checkpoint.tensors.get(home.prefix + key) for (field, _), key in names.items() if field == "native"}
+        if table.name not in types and any(entry and entry.dtype == torch.float16 for entry in found):
+            types[table.name] = DataType.FP16
+    return home.stored_as(types)
+
+
+def _check_types(checkpoint: Checkpoint, changes: Sequence[Change], homes: Sequence[Home]) -> None:
     """Raise ValueError where a dense table that stays would have to be of another type."""
-    for table in change.home.tables:
-        found = checkpoint.tensors.get(table.key)
-        if found is not None and change.stays(table) and table.entry.data_type and found.dtype != table.dtype:
-            raise ValueError(
-                f"{checkpoint.path}: tables.{table.key}: data_type must be that of a table that stays as it is, "
-                f"{found.dtype}, got {table.entry.data_type}; leave it out, or compress the table"
-            )
+    anew = {table.key for change in changes for table in change.home.tables if not change.stays(table)}
+    for home in homes:
+        for table in home.tables:
+            found = checkpoint.tensors.get(table.key) or checkpoint.tensors.get(home.dense_key(table))
+            if table.entry.data_type and table.key not in anew and found and found.dtype != table.dtype:
+                raise ValueError(
+                    f"{checkpoint.path}: tables.{table.key}: data_type must be that of a table that stays as it is, "
+                    f"{found.dtype}, got {table.entry.data_type}; leave it out, or compress the table"
+                )
 
 
 def _check_old(checkpoint: Checkpoint, change: Change) -> None:
     """Raise ValueError where the checkpoint lacks what it must have of a compressed module."""
     if change.old is None:
         return
+    dense = [table for table in change.home.tables if change.method(table, False) is None]
+    copied = {key for table in dense for key in change.keys_of(table, False).values()}
     for key, value in change.old.state_dict().items():
         name = change.home.prefix + key
         entry = checkpoint.tensors.get(name)
@@ -158,10 +189,10 @@ def _check_old(checkpoint: Checkpoint, change: Change) -> None:
                 f"{entry.shape}"
             )
         halves = (torch.float16, torch.bfloat16)
-        if (entry.dtype in halves) != (value.dtype in halves) and value.is_floating_point():
+        if (entry.dtype in halves) != (value.dtype in halves) and value.is_floating_point() and name not in copied:
             raise ValueError(
-                f"{checkpoint.path}: {name!r} must be {value.dtype}, as 'from' and 'tables' say, got {entry.dtype}; "
-                "set data_type of its table to what its config had"
+                f"{checkpoint.path}: {name!r} must be {value.dtype}, as 'from' says, got {entry.dtype}, of a model "
+                "that was cast; save it as it was made"
             )
 
 

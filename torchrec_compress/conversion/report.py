@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from torchrec import DataType
 
+from torchrec_compress.conversion.entries import Entry
 from torchrec_compress.conversion.optimizer import Fate
 from torchrec_compress.conversion.plan import Change
 from torchrec_compress.conversion.tables import Table
@@ -16,19 +19,26 @@ _SHOWN = 5
 
 
 def build_report(
-    changes: Sequence[Change], fate: Fate, sizes: Mapping[str, int], more: Mapping[str, Any]
+    changes: Sequence[Change],
+    fate: Fate,
+    before: Mapping[str, Entry],
+    after: Mapping[str, Any],
+    more: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the report.
 
     Args:
         changes: what is stored otherwise.
         fate: what became of the rest.
-        sizes: bytes of every tensor, before and after, by name; a name that stays has the same.
+        before: tensors of the checkpoint by name.
+        after: values of the result by name.
         more: further entries, as they are.
     """
     tables = {}
     for change in changes:
         for table in change.home.tables:
+            old = [before[key] for key in set(change.keys_of(table, False).values()) if key in before]
+            new = [after[key] for key in set(change.keys_of(table, True).values()) if key in after]
             tables[table.key] = {
                 "name": table.name,
                 "rows": table.num_embeddings,
@@ -37,8 +47,11 @@ def build_report(
                 "from": said(change.method(table, False)),
                 "to": said(change.method(table, True)),
                 "kept_bit_for_bit": change.stays(table),
-                "bytes_before": sum(sizes.get(key, 0) for key in set(change.keys_of(table, False).values())),
-                "bytes_after": sum(sizes.get(key, 0) for key in set(change.keys_of(table, True).values())),
+                "types_before": _types(old),
+                "types_after": _types(new),
+                "rounding": _rounding(change, table, old),
+                "bytes_before": sum(each.nbytes for each in old),
+                "bytes_after": sum(each.nbytes for each in new),
             }
     return {
         "tables": tables,
@@ -49,6 +62,23 @@ def build_report(
         "back": way_back(changes),
         **more,
     }
+
+
+def _types(tensors: Sequence[Entry | Tensor]) -> list[str]:
+    return sorted({str(each.dtype).removeprefix("torch.") for each in tensors})
+
+
+def _rounding(change: Change, table: Table, old: Sequence[Entry]) -> str | None:
+    """Return how rows are rounded, beside what a method does to them; None where they are not."""
+    if change.stays(table):
+        return None
+    found, types = torch.float32, change.native_types(table, True)
+    if change.method(table, False) is None:
+        found = torch.promote_types(old[0].dtype, found)  # what a fit computes in, of wider rows than it reads
+    target = table.dtype if change.method(table, True) is None or DataType.FP16 in types else torch.float32
+    if torch.promote_types(found, target) == target:
+        return None
+    return f"to nearest {str(target).removeprefix('torch.')}"
 
 
 def said(method: MethodConfig | None) -> dict[str, Any]:
@@ -97,8 +127,10 @@ def as_text(report: Mapping[str, Any]) -> str:
         kind = "" if about["data_type"] == "FP32" else f" {about['data_type']}"
         lines.append(
             f"{key}: {about['rows']:,} x {about['columns']}{kind}, {how}, {about['bytes_before']:,} -> "
-            f"{about['bytes_after']:,} bytes"
+            f"{about['bytes_after']:,} bytes" + (f", rounded {about['rounding']}" if about["rounding"] else "")
         )
+    if report["counts_change_nothing"]:
+        lines.append(f"counts change nothing, as methods are set, of {', '.join(report['counts_change_nothing'])}")
     lines.append(f"{report['copied_bit_for_bit']} other entries copied bit for bit")
     for what, told in (("renamed", "renamed with their tables"), ("dropped", "left out, of weights that are gone")):
         names = report[what]

@@ -38,7 +38,7 @@ from torchrec_compress.methods import TableData
 from torchrec_compress.modules.format import FORMAT_VERSION, StateFormat
 from torchrec_compress.train.sealed import check_regular
 
-_FORMAT = 1  # of the folder that a killed conversion leaves
+_FORMAT = 2  # of the folder that a killed conversion leaves
 
 
 def convert(source: Path, target: Path, config_path: Path, memory: int, progress: bool = True) -> str:
@@ -83,9 +83,11 @@ def convert(source: Path, target: Path, config_path: Path, memory: int, progress
                 report = build_report(
                     changes,
                     conversion.fate,
-                    {**{key: entry.nbytes for key, entry in checkpoint.tensors.items()}, **_sizes(values)},
+                    checkpoint.tensors,
+                    values,
                     {
                         "identity": _digest(identity),
+                        "counts_change_nothing": conversion.idle,
                         "seconds": seconds,
                         "rows_per_second": int(num_rows / seconds),
                         "memory": memory,
@@ -97,7 +99,8 @@ def convert(source: Path, target: Path, config_path: Path, memory: int, progress
             path, told = work.finish()
         finally:
             work.close()
-    return f"{as_text(told)}\n{target}, and {path}"
+    back = ", which --to takes for the way back" if told["back"] else ""
+    return f"{as_text(told)}\n{target}, and {path}{back}"
 
 
 def _measured(report: Mapping[str, Any], meter: Meter, began: float) -> dict[str, Any]:
@@ -159,10 +162,6 @@ def _check_report(target: Path) -> None:
         raise ValueError(f"{path}: must be free for the report, got something else there; move it away")
 
 
-def _sizes(values: Mapping[str, Any]) -> dict[str, int]:
-    return {key: value.nbytes for key, value in values.items() if isinstance(value, Tensor)}
-
-
 class _Conversion:
     """What is to be done, looked over before a row is read.
 
@@ -174,6 +173,7 @@ class _Conversion:
 
     Attributes:
         fate: what becomes of all that is no table.
+        idle: keys of tables whose look-ups were given, and change nothing as their methods are set.
     """
 
     def __init__(
@@ -196,6 +196,7 @@ class _Conversion:
         self._tables = [
             (change, table) for change in changes for table in change.home.tables if not change.stays(table)
         ]
+        self.idle: list[str] = []
         self._data = self._inputs(homes)
         self._check_memory(memory)
         self._check_fits()
@@ -206,6 +207,12 @@ class _Conversion:
         places = [home.place() for home in homes]
         given = config.counts if isinstance(config.counts, dict) else None
         counts, contexts = shared_out("counts", given, places), shared_out("contexts", config.contexts, places)
+        keys = {
+            (place.path, table.name): table.key
+            for place, home in zip(places, homes, strict=True)
+            for table in home.tables
+        }
+        idle = {keys[path, name] for path, each in counts.items() for name in each}
         found = {}
         for change, table in self._tables:
             path, where = change.home.place().path, f"table {table.name!r}"
@@ -217,6 +224,12 @@ class _Conversion:
             pairs = contexts[path].get(table.name)
             both = None if pairs is None else read_contexts(where, pairs)
             found[table.key] = TableData(None, mine, both, config.seed)
+            method = change.method(table, True)
+            if method is not None and method.fits_by_counts(_config_of(change, table)):
+                idle.discard(table.key)
+            elif mine is not None:
+                idle.add(table.key)
+        self.idle = sorted(idle)
         return found
 
     def _of_optimizer(self, where: str, change: Change, table: Table) -> Tensor | None:

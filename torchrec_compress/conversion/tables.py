@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,7 +26,7 @@ from torchrec_compress.schema import nearest
 
 _META = torch.device("meta")
 _DTYPES = {DataType.FP32: torch.float32, DataType.FP16: torch.float16, DataType.BF16: torch.bfloat16}
-_DATA_TYPES = {dtype: data_type for data_type, dtype in _DTYPES.items()}
+DATA_TYPES = {dtype: data_type for data_type, dtype in _DTYPES.items()}
 _STOCK = re.compile(r"(?:(?P<path>.+)\.)?(?P<kind>embedding_bags|embeddings)\.(?P<name>[^.]+)\.weight$")
 _LAST = re.compile(r"(^|\.)weight$")
 _TOLD = 20
@@ -43,7 +43,8 @@ class Table:
         name: of the table.
         num_embeddings, embedding_dim: its sizes.
         entry: what the config says of it.
-        data_type: of its config.
+        data_type: of its config in the result.
+        stored: of the config that it was compressed with in the checkpoint.
     """
 
     key: str
@@ -52,6 +53,7 @@ class Table:
     embedding_dim: int
     entry: TableEntry
     data_type: DataType
+    stored: DataType = DataType.FP32
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,8 +85,25 @@ class Home:
         """What stands before its keys."""
         return f"{self.path}." if self.path else ""
 
-    def configs(self) -> list[Any]:
-        """Return the configs of its tables; a state dict says nothing of features and pooling."""
+    def dense_key(self, table: Table) -> str:
+        """Return the key of a table that a compressed collection keeps dense."""
+        return f"{self.prefix}dense.{self.kind}.{table.name}.weight"
+
+    def stored_as(self, types: Mapping[str, DataType]) -> Home:
+        """Return the same, of tables that were compressed with configs of these types, which they keep unless asked."""
+        tables = [
+            replace(table, stored=found, data_type=table.data_type if table.entry.data_type else found)
+            for table in self.tables
+            for found in [types.get(table.name, DataType.FP32)]
+        ]
+        return replace(self, tables=tuple(tables))
+
+    def configs(self, is_old: bool = False) -> list[Any]:
+        """Return the configs of its tables; a state dict says nothing of features and pooling.
+
+        Args:
+            is_old: whether those that the checkpoint was made with; a plain module is compressed as one of FP32.
+        """
         kind: Any = EmbeddingBagConfig if self.is_pooled else EmbeddingConfig
         return [
             kind(
@@ -92,7 +111,7 @@ class Home:
                 num_embeddings=table.num_embeddings,
                 embedding_dim=table.embedding_dim,
                 feature_names=[table.name],
-                data_type=table.data_type,
+                data_type=(table.stored if is_old else table.data_type) if self.kind else DataType.FP32,
             )
             for table in self.tables
         ]
@@ -106,11 +125,11 @@ class Home:
         plain: Any = nn.EmbeddingBag if self.is_pooled else nn.Embedding
         return plain(table.num_embeddings, table.embedding_dim, device=_META)
 
-    def compressed(self, methods: Mapping[str, MethodConfig], seed: int) -> nn.Module:
-        """Return the module with compressed tables, on the meta device."""
+    def compressed(self, methods: Mapping[str, MethodConfig], seed: int, is_old: bool = False) -> nn.Module:
+        """Return the module with compressed tables, on the meta device: as the checkpoint has it, or the result."""
         if self.kind:
             kind: Any = CompressedEmbeddingBagCollection if self.is_pooled else CompressedEmbeddingCollection
-            configs = self.configs()
+            configs = self.configs(is_old)
             for config in configs:
                 method = methods.get(config.name)
                 if config.data_type == DataType.BF16 and (method is None or not method.is_compressed):
@@ -147,7 +166,7 @@ def find_homes(checkpoint: Checkpoint, entries: Mapping[str, TableEntry], has_so
         ValueError: an entry fits no table, two fit one, sizes are missing or wrong, or there is no table at all.
     """
     where = f"{checkpoint.path}"
-    compressed = tuple(key.removesuffix(_MARK) for key in checkpoint.tensors if key.endswith(_MARK))
+    compressed = _compressed(checkpoint)
     tensors = {
         key: entry.shape
         for key, entry in checkpoint.tensors.items()
@@ -169,11 +188,23 @@ def find_homes(checkpoint: Checkpoint, entries: Mapping[str, TableEntry], has_so
         if entry.num_embeddings is not None and entry.embedding_dim is not None
     }
     if compressed and not has_source and not dense:
-        raise ValueError(
-            f"{where}: must hold dense tables, got compressed ones at {sorted(compressed)[:3]}; say in 'from' and "
-            "'tables' how they are stored and how large they are"
-        )
+        raise ValueError(f"{where}: must hold dense tables, got compressed ones{_how(compressed)}")
     return _homes(where, dense), _homes(where, packed)
+
+
+def _compressed(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return what stands before the keys of every compressed collection."""
+    return tuple(key.removesuffix(_MARK) for key in checkpoint.tensors if key.endswith(_MARK))
+
+
+def _how(compressed: Sequence[str]) -> str:
+    """Return what to do about tables that are compressed already, or nothing where there are none."""
+    if not compressed:
+        return ""
+    return (
+        f"; what is compressed, at {sorted(compressed)[:3]}, is expanded by the report of its conversion, as in --to "
+        "OUT.report.json; else 'from' and 'tables' must say how it is stored and how large it is"
+    )
 
 
 def _is_within(key: str, prefixes: Sequence[str]) -> bool:
@@ -193,18 +224,13 @@ def _entries_by_key(
                     f"{tensors[pattern]}; leave the sizes out"
                 )
             continue
-        fitting = [pattern] if pattern in tensors else [key for key in tensors if fnmatchcase(key, pattern)]
+        weights = [key for key in tensors if _LAST.search(key)]  # state of an optimizer is none
+        fitting = [pattern] if pattern in tensors else [key for key in weights if fnmatchcase(key, pattern)]
         if not fitting:
-            weights = sorted(key for key in tensors if _LAST.search(key)) or sorted(tensors)
-            told = f"{weights[:_TOLD]}" + (f" and {len(weights) - _TOLD} more" if len(weights) > _TOLD else "")
-            if compressed:
-                told += (
-                    f"; what is compressed, at {sorted(compressed)[:3]}, must come with 'from' and its sizes, as the "
-                    "report of its conversion has under 'back'"
-                )
+            told = f"{sorted(weights)[:_TOLD]}" + (f" and {len(weights) - _TOLD} more" if len(weights) > _TOLD else "")
             raise ValueError(
                 f"{where}: tables.{pattern} must fit the weight of a table, got none{nearest(pattern, weights)}; they "
-                f"are {told}"
+                f"are {told}{_how(compressed)}"
             )
         for key in fitting:
             by_pattern.setdefault(key, []).append(pattern)
@@ -217,7 +243,7 @@ def _entries_by_key(
 
 def _table(where: str, checkpoint: Checkpoint, key: str, rows: int, width: int, entry: TableEntry) -> Table:
     found = checkpoint.tensors.get(key)  # of a dense one
-    as_it_is = DataType.FP32 if found is None else _DATA_TYPES.get(found.dtype, DataType.FP32)
+    as_it_is = DataType.FP32 if found is None else DATA_TYPES.get(found.dtype, DataType.FP32)
     data_type = DataType[entry.data_type] if entry.data_type else as_it_is
     stock = None if entry.plain else _STOCK.match(key)
     if stock is not None:
@@ -258,7 +284,9 @@ def _homes(where: str, tables: Mapping[str, Table]) -> list[Home]:
     return [Home(path, kind, tuple(mine)) for (path, kind), mine in found.items()]
 
 
-def choose(homes: Sequence[Home], compression: Any) -> list[tuple[Home, dict[str, MethodConfig]]]:
+def choose(
+    checkpoint: Checkpoint, homes: Sequence[Home], compression: Any, has_source: bool
+) -> list[tuple[Home, dict[str, MethodConfig]]]:
     """Return the homes of which a table fits a key, with the method of each such table; others stay as they are.
 
     Raises:
@@ -271,4 +299,7 @@ def choose(homes: Sequence[Home], compression: Any) -> list[tuple[Home, dict[str
         )
     places = [home.place() for home in homes]
     by_place = {id(place): home for place, home in zip(places, homes, strict=True)}
-    return [(by_place[id(place)], methods) for place, methods in chosen(places, compression)]
+    try:
+        return [(by_place[id(place)], methods) for place, methods in chosen(places, compression)]
+    except ValueError as error:
+        raise ValueError(f"{error}{'' if has_source else _how(_compressed(checkpoint))}") from None
