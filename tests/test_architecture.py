@@ -20,6 +20,7 @@ BORROWED = {
     "_version": "torch.Tensor, its count of writes",
     "_buffers": "nn.Module",
     "_parameters": "nn.Module",
+    "_comm_hooks": "DistributedDataParallel",
     "_assert_async": "torch",
     "_schema": "torch.ops",
     "_shard": "torch.distributed, where ShardedTensor lives",

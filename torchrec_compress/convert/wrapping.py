@@ -14,6 +14,7 @@ from torchrec_compress.convert.models import PLAIN, Place, with_modules
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.seams import environment_of, let_go
 from torchrec_compress.sharding import get_default_sharders
+from torchrec_compress.sharding.gradients import communication_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,14 @@ def rewrapped(
     except BaseException:
         with_modules(changed, {id(made): place.module for place, made in changes}, inplace=True)
         raise
+    hooks = communication_hooks(model)
     let_go(model)
+    if hooks and not communication_hooks(wrapped) and environment_of(model).rank == 0:
+        logger.warning(
+            "gradients were sent by %s: the model is wrapped anew, and sends them in float32; register it again, or "
+            "call compress_gradients",
+            hooks,
+        )
     wrapped.train(model.training)
     for module, mode in modes:
         module.training = mode

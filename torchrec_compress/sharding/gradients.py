@@ -90,18 +90,24 @@ def compress_gradients(model: nn.Module, sent_as: SentAs = "int8") -> GradientEx
             f"compress_gradients: the model must be in DistributedModelParallel, got {type(model).__name__}; wrap it "
             "first, and of a wrapped one give all"
         )
-    wrappers = {
-        path: module for path, module in model.named_modules() if isinstance(module, DistributedDataParallel)
-    }
+    wrappers = {path: module for path, module in model.named_modules() if isinstance(module, DistributedDataParallel)}
     _raise_together(_problem(wrappers, sent_as), sent_as, environment_of(model).process_group)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     errors: dict[str, Tensor] = {}
     for path, wrapper in wrappers.items():
         of_wrapper = {}
         for name, parameter in _reduced(wrapper).items():
             of_wrapper[parameter] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
-            errors[f"{path}.module.{name}"] = of_wrapper[parameter]
-        wrapper.register_comm_hook(_Sender(wrapper.process_group, _BITS[sent_as], of_wrapper), _send)
+            errors[names.get(id(parameter), f"{path}.{name}")] = of_wrapper[parameter]
+        assert wrapper.process_group is not None
+        wrapper.register_comm_hook(_Sender(wrapper.process_group, _BITS[sent_as], of_wrapper), send_with_errors)
     return GradientExchange(sent_as, errors)
+
+
+def communication_hooks(model: nn.Module) -> list[str]:
+    """Return the names of functions that send gradients of a model in place of DistributedDataParallel."""
+    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    return [getattr(hook, "__qualname__", str(hook)) for wrapper in wrappers for hook, _ in wrapper._comm_hooks]
 
 
 def _reduced(wrapper: DistributedDataParallel) -> dict[str, nn.Parameter]:
@@ -124,12 +130,11 @@ def _problem(wrappers: dict[str, DistributedDataParallel], sent_as: str) -> str 
             "init_data_parallel() first, if there are any"
         )
     for path, wrapper in wrappers.items():
-        if wrapper._comm_hooks:
-            hook = wrapper._comm_hooks[0][0]
+        hooks = communication_hooks(wrapper)
+        if hooks:
             return (
-                f"{path}: must have no communication hook yet, got {getattr(hook, '__qualname__', hook)!r}, which stays; "
-                "DistributedDataParallel takes one alone: leave out that one (DefaultDataParallelWrapper's "
-                "allreduce_comm_precision sets one, too), or this"
+                f"{path}: must have no communication hook yet, got {hooks[0]!r}, which stays; there can be one alone: "
+                "leave that one out (DefaultDataParallelWrapper's allreduce_comm_precision sets one, too), or this"
             )
         for name, parameter in _reduced(wrapper).items():
             if parameter.dtype not in _DTYPES:
@@ -145,7 +150,9 @@ def _raise_together(problem: str | None, sent_as: str, group: dist.ProcessGroup 
         dist.all_gather_object(told, (problem, sent_as), group=group)
     for rank, (other, _) in enumerate(told):
         if other is not None:
-            raise ValueError(f"compress_gradients: rank {rank}: {other}" if len(told) > 1 else f"compress_gradients: {other}")
+            raise ValueError(
+                f"compress_gradients: rank {rank}: {other}" if len(told) > 1 else f"compress_gradients: {other}"
+            )
     if len({form for _, form in told}) > 1:
         raise ValueError(f"compress_gradients: all ranks must ask for one form, got {[form for _, form in told]}")
 
@@ -182,7 +189,7 @@ class _Sender:
 
 
 @torch.no_grad()
-def _send(sender: _Sender, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def send_with_errors(sender: _Sender, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """Mean a bucket over the ranks; the next bucket waits, so that all ranks call their collectives in one order."""
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     group, rank, world = sender.group, sender.group.rank(), sender.group.size()
