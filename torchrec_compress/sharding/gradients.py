@@ -3,6 +3,7 @@
 # no postponed annotations here: torch compares those of a hook with its own types
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Literal, get_args
 
 import torch
@@ -158,34 +159,62 @@ def _raise_together(problem: str | None, sent_as: str, group: dist.ProcessGroup 
 
 
 class _Sender:
-    """What the hook of one wrapper knows: its ranks, its bits, and what each parameter has left to send."""
+    """What the hook of one wrapper knows: its ranks, its bits, and what each parameter has left to send.
+
+    Blocks are dealt to ranks by their place among all of the wrapper's, so that no value hangs on which parameters come
+    together in a bucket, which changes after the first step.
+    """
 
     def __init__(self, group: dist.ProcessGroup, bits: int, errors: dict[nn.Parameter, Tensor]) -> None:
-        self.group, self.bits = group, bits
-        self._errors = errors
+        self.group, self.bits, self._errors = group, bits, errors
+        sizes = [_num_blocks(parameter) for parameter in errors]
+        self._first = dict(zip(errors, accumulate(sizes, initial=0), strict=False))
+        self._places: dict[tuple[int, ...], Tensor] = {}
 
-    def collect(self, bucket: dist.GradBucket) -> Tensor:
-        """Return gradients and errors of a bucket, each parameter from a block of its own: (ranks, a part) float32."""
+    def collect(self, bucket: dist.GradBucket) -> tuple[Tensor, Tensor]:
+        """Return gradients and errors of a bucket, by the rank that owns them, and which block each is.
+
+        Returns:
+            (ranks, C) float32, and (ranks * C / 64,) int64; a part that is smaller than others ends in zeros.
+        """
+        parameters = bucket.parameters()
         rows = []
-        for gradient, error in self._pairs(bucket):
-            flat = (gradient.float() + error).flatten()
+        for gradient, parameter in zip(bucket.gradients(), parameters, strict=True):
+            flat = (gradient.float() + self._errors[parameter]).flatten()  # type: ignore[index]
             rows.append(F.pad(flat, (0, -flat.numel() % BLOCK)))
-        whole = torch.cat(rows)
-        return F.pad(whole, (0, -whole.numel() % (BLOCK * self.group.size()))).view(self.group.size(), -1)
+        whole = torch.cat([*rows, rows[0].new_zeros(BLOCK)]).view(-1, BLOCK)
+        places = self._dealt(parameters, len(whole) - 1)
+        return whole[places].view(self.group.size(), -1), places
 
-    def write(self, bucket: dist.GradBucket, mean: Tensor, left: Tensor) -> None:
+    def _dealt(self, parameters: list[Tensor], zeros: int) -> Tensor:
+        """Return the blocks of a bucket in the order of their owners, as many for each: `zeros` where one has fewer."""
+        key = tuple(map(id, parameters))
+        if key not in self._places:
+            firsts = [self._first[parameter] for parameter in parameters]  # type: ignore[index]
+            runs = zip(firsts, map(_num_blocks, parameters), strict=True)
+            owners = torch.cat([torch.arange(first, first + size) for first, size in runs]) % self.group.size()
+            parts = [(owners == rank).nonzero().flatten() for rank in range(self.group.size())]
+            most = max(map(len, parts))
+            padded = [F.pad(part, (0, most - len(part)), value=zeros) for part in parts]
+            self._places[key] = torch.cat(padded).to(parameters[0].device)
+        return self._places[key]
+
+    def write(self, bucket: dist.GradBucket, places: Tensor, mean: Tensor, left: Tensor) -> None:
         """Put the mean into the bucket, and what is left where the next step finds it; both as `collect` returns."""
+        size = sum(map(_num_blocks, bucket.parameters())) + 1
+        blocks = mean.new_empty(2, size, BLOCK)
+        blocks[0, places], blocks[1, places] = mean.view(-1, BLOCK), left.view(-1, BLOCK)
         start = 0
-        mean, left = mean.flatten(), left.flatten()
-        for gradient, error in self._pairs(bucket):
-            stop = start + gradient.numel()
-            gradient.copy_(mean[start:stop].view_as(gradient))
-            error.copy_(left[start:stop].view_as(error))
-            start = stop + -gradient.numel() % BLOCK
+        for gradient, parameter in zip(bucket.gradients(), bucket.parameters(), strict=True):
+            stop = start + _num_blocks(gradient)
+            mine = blocks[:, start:stop].flatten(1)[:, : gradient.numel()]
+            gradient.copy_(mine[0].view_as(gradient))
+            self._errors[parameter].copy_(mine[1].view_as(gradient))  # type: ignore[index]
+            start = stop
 
-    def _pairs(self, bucket: dist.GradBucket) -> list[tuple[Tensor, Tensor]]:
-        errors = [self._errors[parameter] for parameter in bucket.parameters()]  # type: ignore[index]
-        return list(zip(bucket.gradients(), errors, strict=True))
+
+def _num_blocks(parameter: Tensor) -> int:
+    return -(-parameter.numel() // BLOCK)
 
 
 @torch.no_grad()
@@ -194,21 +223,21 @@ def send_with_errors(sender: _Sender, bucket: dist.GradBucket) -> torch.futures.
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     group, rank, world = sender.group, sender.group.rank(), sender.group.size()
     if world > 1:
-        mine = sender.collect(bucket)
+        mine, places = sender.collect(bucket)
         sent = encode(mine, sender.bits)
         arrived = torch.empty_like(sent)
         dist.all_to_all_single(arrived, sent, group=group)
         parts = decode(arrived, sender.bits)
         parts[rank] = mine[rank]  # what this rank owns did not travel
-        mean = parts.sum(0, keepdim=True) / world
+        mean = parts.sum(0, keepdim=True).div_(world)
         answer = encode(mean, sender.bits)
         answers = [torch.empty_like(answer) for _ in range(world)]
         dist.all_gather(answers, answer, group=group)
-        left = mine - decode(sent, sender.bits)
+        left = mine.sub_(decode(sent, sender.bits))
         # the owner of a part knows what the others got of its mean; times all ranks, as the next mean divides by them
-        left[rank] = (mean - decode(answer, sender.bits))[0] * world
-        left = left.where(left.isfinite(), 0.0)
-        sender.write(bucket, decode(torch.cat(answers), sender.bits), left)
+        left[rank] = mean.sub_(decode(answer, sender.bits))[0].mul_(world)
+        left.nan_to_num_(0.0, 0.0, 0.0)
+        sender.write(bucket, places, decode(torch.cat(answers), sender.bits), left)
     done.set_result(bucket.buffer())
     return done
 
@@ -227,15 +256,14 @@ def encode(values: Tensor, bits: int) -> Tensor:
         return values.bfloat16().view(torch.uint8)
     top = 2 ** (bits - 1) - 1
     blocks = values.view(len(values), -1, BLOCK)
-    scales = (blocks.abs().amax(2) / top).bfloat16()
+    scales = torch.maximum(blocks.amax(2), -blocks.amin(2)).div_(top).bfloat16()
     divisors = scales.float().unsqueeze(2)
-    whole = (blocks / divisors.where(divisors > 0, 1.0)).round().nan_to_num(0.0).clamp(-top, top)
-    whole = whole.to(torch.int8).view(len(values), -1)
-    if bits == 4:
-        digits = (whole + 8).view(torch.uint8)
-        packed = digits[:, ::2] | digits[:, 1::2] << 4
-    else:
-        packed = whole.view(torch.uint8)
+    # in place: new memory takes longer than the arithmetic
+    whole = (blocks / divisors.where(divisors > 0, 1.0)).round_().nan_to_num_(0.0).clamp_(-top, top)
+    packed = whole.to(torch.int8).view(len(values), -1).view(torch.uint8)
+    if bits == 4:  # the first half of a row and the second
+        low, high = (packed & 15).chunk(2, dim=1)
+        packed = low | high << 4
     return torch.cat([packed, scales.view(torch.uint8)], dim=1)
 
 
@@ -246,7 +274,8 @@ def decode(packed: Tensor, bits: int) -> Tensor:
     size = packed.shape[1] * 4 * bits // (4 * bits + 1)  # the scales are 1 part in 4 * bits + 1
     whole, scales = packed[:, :size], packed[:, size:].contiguous().view(torch.bfloat16).float()
     if bits == 4:
-        digits = torch.stack([whole & 15, whole >> 4], dim=2).float() - 8
+        # four bits with their sign, moved to the top of eight and back
+        digits = torch.cat([whole << 4, whole & 240], dim=1).view(torch.int8).float().div_(16)
     else:
         digits = whole.contiguous().view(torch.int8).float()
-    return (digits.view(len(packed), -1, BLOCK) * scales.unsqueeze(2)).view(len(packed), -1)
+    return digits.view(len(packed), -1, BLOCK).mul_(scales.unsqueeze(2)).view(len(packed), -1)
