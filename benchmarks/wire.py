@@ -5,11 +5,12 @@ Run: python benchmarks/wire.py        (gloo processes on this machine; writes wi
 A DLRM with 26 tables of 20,000 rows x 128, trained by SGD. All variants live in the same processes and take turns step
 by step, so that a busy machine slows all of them. Bytes are counted where they are handed to a collective, without what
 a rank sends to itself, and averaged over ranks; the all-reduce of dense parameters happens inside
-DistributedDataParallel and is added by its formula, 2 (W - 1) / W bytes per byte of replicated parameters.
+DistributedDataParallel and is added by its formula, 2 (W - 1) / W bytes per byte of replicated parameters. Where their
+gradients go in few bits (`compress_gradients`) those bytes are counted, too.
 
 Where compressed tables lose: the all-reduce of codebooks (128 KiB per table here) does not shrink with the batch, so at
-128 examples per rank and one id per bag they send as much as row-wise tables; and over loopback, de-duplicating ids
-takes longer than sending them.
+128 examples per rank and one id per bag they send as much as row-wise tables, unless their gradients go in few bits; and
+over loopback, de-duplicating ids takes longer than sending them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from torchrec_compress import CompressedEmbeddingBagCollection, native_parameters
+from torchrec_compress import CompressedEmbeddingBagCollection, compress_gradients, native_parameters
 from torchrec_compress.methods import MethodConfig, NarrowConfig, PQConfig
 from torchrec_compress.sharding import CodeTableCollectionSharder, DecoderSharder, TrainedBagsSharder
 
@@ -64,6 +65,7 @@ class Variant:
     kind: str
     method: MethodConfig | None = None
     deduplicate: bool = True
+    gradients: str = "float32"
 
     def build(self, batch_size: int, pooling_factor: int) -> tuple[DistributedModelParallel, CombinedOptimizer]:
         torch.manual_seed(0)
@@ -89,6 +91,8 @@ class Variant:
         )
         plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
         sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+        if self.gradients != "float32":
+            compress_gradients(sharded, self.gradients)  # type: ignore[arg-type]
         rest = dict(in_backward_optimizer_filter(sharded.named_parameters()))
         dense = KeyedOptimizerWrapper(rest, lambda parameters: torch.optim.SGD(parameters, lr=0.01))
         return sharded, CombinedOptimizer([sharded.fused_optimizer, dense])
@@ -100,17 +104,23 @@ VARIANTS = [
     Variant("8 codes row-wise", "row_wise", PQConfig(num_codes=8)),
     Variant("8 codes row-wise, ids repeated", "row_wise", PQConfig(num_codes=8), deduplicate=False),
     Variant("8 codes replicated", "data_parallel", PQConfig(num_codes=8)),
+    Variant("8 codes row-wise, gradients in int8", "row_wise", PQConfig(num_codes=8), gradients="int8"),
+    Variant("8 codes row-wise, gradients in int4", "row_wise", PQConfig(num_codes=8), gradients="int4"),
+    Variant("8 codes replicated, gradients in int4", "data_parallel", PQConfig(num_codes=8), gradients="int4"),
     Variant("16 codes row-wise", "row_wise", PQConfig(num_codes=16)),
     Variant("16 int8 numbers row-wise", "row_wise", NarrowConfig(width=16, bits=8)),
     Variant("16 int8 numbers table-wise", "table_wise", NarrowConfig(width=16, bits=8)),
+    Variant(
+        "16 int8 numbers table-wise, gradients in int8", "table_wise", NarrowConfig(width=16, bits=8), gradients="int8"
+    ),
 ]
 
 
 class Counter:
-    """Count the bytes that this rank hands to collectives."""
+    """Count the bytes that this rank hands to collectives; single bytes are gradients in few bits, and none else."""
 
     def __init__(self) -> None:
-        self.sent = 0.0
+        self.sent, self.reduced = 0.0, 0.0
         rank, world = dist.get_rank(), dist.get_world_size()
 
         def exchange(output: Tensor, input: Tensor, output_sizes: Any = None, input_sizes: Any = None) -> float:
@@ -128,7 +138,11 @@ class Counter:
 
         def counted(output: Any, input: Any, *arguments: Any, **keywords: Any) -> Any:
             sizes = [keywords[k] for k in ("output_split_sizes", "input_split_sizes") if k in keywords]
-            self.sent += num_bytes(output, input, *(arguments or sizes))
+            size = num_bytes(output, input, *(arguments or sizes))
+            if isinstance(input, Tensor) and input.dtype == torch.uint8:
+                self.reduced += size
+            else:
+                self.sent += size
             return collective(output, input, *arguments, **keywords)
 
         setattr(dist, name, counted)
@@ -136,6 +150,10 @@ class Counter:
     def take(self) -> float:
         sent, self.sent = self.sent, 0.0
         return sent
+
+    def take_reduced(self) -> float:
+        reduced, self.reduced = self.reduced, 0.0
+        return reduced
 
 
 def _num_bytes(tensors: Any) -> int:
@@ -195,13 +213,14 @@ def measure(rank: int, world: int, rendezvous: str, batch_size: int, pooling_fac
                 loss = model(batch)[0]
                 forward = counter.take()
                 loss.backward()
-                backward = counter.take()
+                backward, few = counter.take(), counter.take_reduced()
                 optimizer.step()
                 if step:  # the first step sets things up
                     times[name].append(1000 * (time.perf_counter() - start))
-                    sent[name] = (forward, backward)
+                    sent[name] = (forward, backward, few)
         everyone: list[Any] = [None] * world
-        reduced = {name: replicated_bytes(model) for name, (model, _) in models.items()}
+        full = [variant.name for variant in VARIANTS if variant.gradients == "float32"]
+        reduced = {name: replicated_bytes(models[name][0]) if name in full else sent[name][2] for name in models}
         dist.all_gather_object(everyone, sent)
         lines += rows(world, batch_size, pooling_factor, everyone, reduced, times)
         del models

@@ -21,6 +21,7 @@ BORROWED = {
     "_buffers": "nn.Module",
     "_parameters": "nn.Module",
     "_modules": "nn.Module",
+    "_comm_hooks": "DistributedDataParallel",
     "_assert_async": "torch",
     "_schema": "torch.ops",
     "_shard": "torch.distributed, where ShardedTensor lives",

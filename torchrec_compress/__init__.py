@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         native_parameters,
         optimizer_bytes,
     )
-    from torchrec_compress.sharding import get_default_sharders
+    from torchrec_compress.sharding import compress_gradients, get_default_sharders
 
 __version__ = "0.1.0"
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "__version__",
     "after_step",
     "compress",
+    "compress_gradients",
     "compress_into",
     "decompress",
     "dequantize_codebooks",
@@ -74,7 +75,7 @@ _HOMES = {
     **dict.fromkeys(("Curvature", "measure_curvature", "predicted_rise"), "convert"),
     **dict.fromkeys(("compress", "compress_into", "decompress", "fold_into_linear", "fold_projections"), "convert"),
     **dict.fromkeys(("dequantize_codebooks", "quantize_codebooks"), "convert"),
-    "get_default_sharders": "sharding",
+    **dict.fromkeys(("compress_gradients", "get_default_sharders"), "sharding"),
 }
 
 

@@ -14,6 +14,7 @@ from torchrec_compress.convert.models import PLAIN, Place, with_modules
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.seams import environment_of, freeze, hold_still, let_go
 from torchrec_compress.sharding import get_default_sharders
+from torchrec_compress.sharding.gradients import communication_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,14 @@ def rewrapped(
             module._modules.update(held)
         _set_modes(modes)
         raise
+    hooks = communication_hooks(model)
     let_go(model)
+    if hooks and not communication_hooks(wrapped) and environment_of(model).rank == 0:
+        logger.warning(
+            "gradients were sent by %s: the model is wrapped anew, and sends them in float32; register it again, or "
+            "call compress_gradients",
+            hooks,
+        )
     wrapped.train(model.training)
     _set_modes(modes)
     for (place, _), (path, names) in zip(changes, frozen, strict=True):

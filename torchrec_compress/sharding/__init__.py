@@ -1,5 +1,6 @@
 """Compressed collections over many ranks: their parts sharded, each by its own sharder."""
 
+from torchrec_compress.sharding.gradients import GradientExchange, compress_gradients
 from torchrec_compress.sharding.managed_sharders import ManagedBagRowsSharder, ManagedCollectionSharder
 from torchrec_compress.sharding.settings import compressed_sharders, get_default_sharders
 from torchrec_compress.sharding.sharders import (
@@ -14,6 +15,7 @@ from torchrec_compress.sharding.trained_sharders import TrainedBagsSharder, Trai
 __all__ = [
     "CodeTableCollectionSharder",
     "DecoderSharder",
+    "GradientExchange",
     "ManagedBagRowsSharder",
     "ManagedCollectionSharder",
     "RemappedEmbeddingBagCollectionSharder",
@@ -21,6 +23,7 @@ __all__ = [
     "RemappedEmbeddingCollectionSharder",
     "TrainedBagsSharder",
     "TrainedCollectionSharder",
+    "compress_gradients",
     "compressed_sharders",
     "get_default_sharders",
 ]

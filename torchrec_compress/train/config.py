@@ -178,6 +178,8 @@ class OptimConfig:
         decay: "linear" falls to 2 % of the rates at the last step; "plateau" divides by 10 when validation stalls.
         decay_patience: validations without a better one that "plateau" lets pass each time; a validation of rows of few
             bits, which are noisy at the first rate, may be worse by chance.
+        gradients: what gradients of everything that each rank has a copy of are sent as, with error feedback
+            (`sharding.compress_gradients`); one rank sends none.
     """
 
     tables: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
@@ -191,6 +193,7 @@ class OptimConfig:
     codebook_lr: NonNegative = 1e-3
     decay: Literal["none", "linear", "plateau"] = "linear"
     decay_patience: Natural = 0
+    gradients: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -357,8 +360,9 @@ def override(config: Config, changes: Mapping[str, Any], where: str = "") -> Con
     return build(type(config), changes, where, config)
 
 
-# keys that earlier versions did not have, which stand for nothing where they are left out
+# keys that earlier versions did not have, which stand for nothing, or the only way there was, where they are left out
 _LATER = ("input_dropout", "pretrain_compression", "curvature_rows", "adaptive_l2", "decay_patience", "dequantize")
+_LATER_WITH = {"gradients": "float32"}
 # how a training is watched and kept, which may change when it resumes
 _FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_bad_batches", "num_workers")
 
@@ -376,7 +380,7 @@ def lasting(config: Any) -> dict[str, Any]:
     return {
         key: lasting(getattr(config, key)) if dataclasses.is_dataclass(getattr(config, key)) else value
         for key, value in plain.items()
-        if key not in _FREE and not (key in _LATER and not value)
+        if key not in _FREE and not (key in _LATER and not value) and _LATER_WITH.get(key) != value
     }
 
 

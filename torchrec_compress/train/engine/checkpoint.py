@@ -204,6 +204,10 @@ class Checkpoints:
         meta = check_identity(path, self._identity)
         return Saved(path, meta["step"], meta["notes"])
 
+    def num_ranks(self, saved: Saved) -> int:
+        """Return how many ranks saved a checkpoint."""
+        return len(list(saved.path.glob("random_*.pt")))
+
     def load(self, saved: Saved, state: dict[str, Any], random: bool = False) -> None:
         """Fill a state in place; its tensors may be sharded in another way than those that were saved.
 
@@ -220,7 +224,7 @@ class Checkpoints:
         if not random:
             return
         own = saved.path / f"random_{self._ranks.rank}.pt"
-        if len(list(saved.path.glob("random_*.pt"))) == self._ranks.world:
+        if self.num_ranks(saved) == self._ranks.world:
             with own.open("rb") as file:
                 torch.set_rng_state(load_plain(file, f"{own}", f"delete {saved.path}, an older one is resumed from"))
         else:

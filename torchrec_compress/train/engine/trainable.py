@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -20,6 +21,7 @@ from torchrec.distributed.types import ShardedModule, ShardingPlan, ShardingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+from tqdm import tqdm
 
 from torchrec_compress.modules import after_step, discard, native_parameters, optimizer_bytes
 from torchrec_compress.modules.after_step import has_managers
@@ -27,6 +29,7 @@ from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS
 from torchrec_compress.sharding import get_default_sharders
+from torchrec_compress.sharding.gradients import GradientExchange, compress_gradients
 from torchrec_compress.sharding.loading import load_plain
 from torchrec_compress.train.check import check_optim
 from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageConfig, of_pattern
@@ -101,6 +104,7 @@ class Trainable:
             )
         constraints = make_constraints(model, ranks.world, parallel, pooling or {}) if shard else {}
         self.module = _wrap(step, shard, stage, ranks, constraints)
+        self._exchange = _exchange(self.module, config, ranks)
         if before:
             load_plain(self.module, {_PREFIX + name: value for name, value in before.items()})
         self._set_optimizers(stage, fused)
@@ -166,11 +170,21 @@ class Trainable:
         sizes = {name: optimizer_bytes(each) for name, each in self.optimizer.optimizers if name != "dense"}
         sharded = sizes.pop("fused", 0)
         rarity = 0 if self._rarity is None else self._rarity.num_bytes
-        return sum(gather(sharded, self.ranks)) + sum(sizes.values()) + rarity
+        return sum(gather(sharded, self.ranks)) + sum(sizes.values()) + rarity + self._unsent_bytes()
+
+    def _unsent_bytes(self) -> int:
+        """Return the bytes of what tables' gradients have left to send, on one rank."""
+        unsent = {} if self._exchange is None else self._exchange.errors
+        return sum(4 * error.numel() for name, error in unsent.items() if _part(name.removeprefix(_PREFIX)) != "dense")
 
     def state(self) -> dict[str, Any]:
-        """Return the model's and the optimizers' state for a checkpoint; tensors are the live ones."""
-        return {"model": self._model_state(), "optimizer": self.optimizer.state_dict()}
+        """Return the state of model, optimizers and gradients for a checkpoint; tensors are the live ones."""
+        return {"model": self._model_state(), "optimizer": self.optimizer.state_dict(), **self._unsent()}
+
+    def _unsent(self) -> dict[str, Any]:
+        """Return what this rank's gradients have left to send, by a name that no other rank has."""
+        unsent = {} if self._exchange is None else self._exchange.state_dict()
+        return {f"unsent_{self.ranks.rank}": unsent} if unsent else {}
 
     def load(self, store: Checkpoints, saved: Saved) -> None:
         """Take back everything, this rank's random state included.
@@ -184,6 +198,11 @@ class Trainable:
         self.optimizer.init_state()  # fresh optimizers have none to load into; what this step does is overwritten
         self.optimizer.zero_grad()
         state = self.state()
+        before, unsent = store.num_ranks(saved), self._unsent()
+        if unsent and before != self.ranks.world:  # what each rank has left is of use to as many alone
+            state = {name: value for name, value in state.items() if name not in unsent}
+            if self.ranks.is_first:
+                tqdm.write(f"{saved.path}: what gradients of {before} ranks had left to send is dropped")
         store.load(saved, state, random=True)
         self._load_model_state(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -281,6 +300,14 @@ def _wrap(
         sharders=sharders,
         init_data_parallel=any(not shard or _part(name) != "tables" for name in trained),
     )
+
+
+def _exchange(module: DistributedModelParallel, config: OptimConfig, ranks: Ranks) -> GradientExchange | None:
+    """Have gradients sent as the config says; None where nothing is sent, or all of it as it is."""
+    has_copies = any(isinstance(part, DistributedDataParallel) for part in module.modules())
+    if config.gradients == "float32" or ranks.world == 1 or not has_copies:
+        return None
+    return compress_gradients(module, config.gradients)
 
 
 def make_constraints(
