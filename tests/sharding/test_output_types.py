@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -21,6 +22,8 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+from torchrec.distributed.types import ShardingPlan
 
 from tests.cases import CONFIGS, IDS, NUM_ROWS
 from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, get_default_sharders
@@ -30,7 +33,6 @@ from torchrec_compress.sharding import compressed_sharders
 from torchrec_compress.sharding.sharders import DecoderSharder
 
 CPU = torch.device("cpu")
-ROWS = {"sharding_types": ["row_wise"]}
 
 
 def batch() -> KeyedJaggedTensor:
@@ -38,7 +40,7 @@ def batch() -> KeyedJaggedTensor:
 
 
 def served(pooled: bool, config: Any, wishes: dict[str, Any], constraints: Any = None) -> tuple[Tensor, bool]:
-    """Return what a sharded collection serves, and whether all is of one type and gradients are as they should."""
+    """Return what a sharded collection serves, and whether gradients come back as they should."""
     options: dict[str, Any] = {"num_embeddings": NUM_ROWS, "embedding_dim": 16}
     kind: Any = EmbeddingBagConfig if pooled else EmbeddingConfig
     tables = [kind(name=name, feature_names=[feature], **options) for name, feature in (("a", "f"), ("b", "g"))]
@@ -88,38 +90,114 @@ def test_codes_and_rows_of_few_bits_are_bfloat16_on_a_cpu_too(two_ranks, pooled)
                 assert values.dtype == torch.bfloat16 and is_right
 
 
-def test_codewords_are_read_in_the_type_of_the_output():
-    """So that no float32 embeddings are made, but where a projection or weights go into them."""
+@dataclasses.dataclass(frozen=True)
+class FewCodes:
+    """Two ids are all that is looked up, so that gradients of codewords are large."""
+
+    pooled: bool
+    config: Any
+    output: Any
+
+    def gradients(self) -> dict[str, Tensor]:
+        kind: Any = EmbeddingBagConfig if self.pooled else EmbeddingConfig
+        ours: Any = CompressedEmbeddingBagCollection if self.pooled else CompressedEmbeddingCollection
+        made = ours(
+            [kind(name="a", num_embeddings=NUM_ROWS, embedding_dim=16, feature_names=["f"])], compression=self.config
+        )
+        sharders = get_default_sharders(fused_params={"output_dtype": self.output})
+        wrapped = DistributedModelParallel(nn.Sequential(made), device=CPU, sharders=sharders)
+        found = wrapped(KeyedJaggedTensor.from_lengths_sync(["f"], torch.tensor([1, 2] * 40), torch.full((80,), 1)))
+        values = found.values() if self.pooled else found["f"].values()
+        (values.float() * 2000).sum().backward()
+        return {name: each.grad for name, each in wrapped.named_parameters() if each.grad is not None}
+
+
+def gradients(asked: FewCodes) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return asked.gradients()
+
+
+@pytest.mark.parametrize("pooled", [True, False], ids=["bags", "rows"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        PQConfig(num_codes=4, codebook_size=16),
+        PQConfig(num_codes=2, codebook_size=16, structure="residual", num_hot_rows=9),
+        PQConfig(num_codes=2, codebook_size=16, width=8),
+    ],
+    ids=["product", "residual", "projected"],
+)
+def test_gradients_are_added_up_in_float32(two_ranks, config, pooled):
+    """Sums of 80 gradients of 2,000 are beyond what float16 holds."""
+    half, full = (
+        two_ranks.run(gradients, FewCodes(pooled, config, output)) for output in (SparseType.FP16, SparseType.FP32)
+    )
+    for mine, theirs in zip(half, full, strict=True):
+        assert mine.keys() == theirs.keys() and mine
+        if config.width is None:
+            assert max(float(each.abs().max()) for each in theirs.values()) > 70_000
+        for name, expected in theirs.items():
+            assert mine[name].dtype == torch.float32
+            torch.testing.assert_close(mine[name], expected)
+
+
+def beyond(config: Any) -> Tensor:
+    torch.manual_seed(0)
     item = [EmbeddingBagConfig(name="a", num_embeddings=NUM_ROWS, embedding_dim=16, feature_names=["f"])]
-    for config, weighted, wanted in (
-        (PQConfig(num_codes=4, codebook_size=16), False, torch.bfloat16),
-        (PQConfig(num_codes=2, codebook_size=16, structure="residual", num_hot_rows=9), False, torch.bfloat16),
-        (PQConfig(num_codes=2, codebook_size=16, width=8), False, torch.float32),
-        (PQConfig(num_codes=4, codebook_size=16), True, torch.float32),
-    ):
-        made = CompressedEmbeddingBagCollection(item, is_weighted=weighted, compression=config)
-        codes = made.code_tables(batch())  # type: ignore[misc]
-        for asked in (batch(), KeyedJaggedTensor(["f", "g"], torch.arange(8), torch.ones(8), torch.ones(8).int())):
-            if weighted == (asked.weights_or_none() is not None):
-                assert made.decoder(asked, codes, {}, torch.bfloat16).dtype == wanted
-                assert made.decoder(asked, codes, {}).dtype == torch.float32
+    made = CompressedEmbeddingBagCollection(item, compression=config) if config else EmbeddingBagCollection(item)
+    with torch.no_grad():
+        for each in made.parameters():
+            each.fill_(1e5)
+    sharders = get_default_sharders(fused_params={"output_dtype": SparseType.FP16})
+    plan = None
+    if not config:
+        (stock,) = [each for each in sharders if each.module_type is EmbeddingBagCollection]
+        how = {"a": row_wise(compute_kernel="fused")}
+        plan = ShardingPlan({"0": construct_module_sharding_plan(made, how, stock, 2, 2, "cpu")})
+    wrapped = DistributedModelParallel(nn.Sequential(made), device=CPU, sharders=sharders, plan=plan)
+    if not config:  # TorchRec draws anew
+        for shard in wrapped.state_dict()["0.embedding_bags.a.weight"].local_shards():
+            shard.tensor.fill_(1e5)
+    return wrapped(batch()).values().detach()
 
 
-def test_constraints_come_first_and_the_widest_counts(two_ranks):
-    half, full = (ParameterConstraints(output_dtype=each) for each in (DataType.FP16, DataType.FP32))
-    of_all = {"output_dtype": SparseType.FP16}
-    for other in (HashConfig(num_buckets=50), DenseConfig()):
-        config = {"a": PQConfig(num_codes=4, codebook_size=16), "b": other}
-        for pooled in (True, False):
-            for mine, fused, wanted in (
-                ({"a": half, "b": half}, {}, torch.float16),
-                ({"a": half}, {}, torch.float32),
-                ({"b": half}, {}, torch.float32),
-                ({"a": full, "b": full}, of_all, torch.float32),
-                ({"b": full}, of_all, torch.float32),
-            ):
-                for values, is_right in two_ranks.run(served, pooled, config, fused, mine):
-                    assert values.dtype == wanted and is_right
+def test_embeddings_beyond_the_type_are_infinite_as_torchrecs(two_ranks):
+    for config in (None, PQConfig(num_codes=4, codebook_size=16), HashConfig(num_buckets=50)):
+        for values in two_ranks.run(beyond, config):
+            assert values.dtype == torch.float16 and torch.isinf(values).all(), config
+
+
+HALF, BRAIN, FULL = (ParameterConstraints(output_dtype=getattr(DataType, name)) for name in ("FP16", "BF16", "FP32"))
+PQ, ROWS_OF_FEW_BITS = PQConfig(num_codes=4, codebook_size=16), NarrowConfig(width=8, bits=8)
+WIDTHS = [
+    (HashConfig(num_buckets=50), {"a": HALF, "b": HALF}, torch.float16),
+    (HashConfig(num_buckets=50), {"a": HALF}, torch.float32),
+    (HashConfig(num_buckets=50), {"b": HALF}, torch.float32),
+    (DenseConfig(), {"a": HALF, "b": HALF}, torch.float16),
+    (DenseConfig(), {"a": HALF}, torch.float32),
+    (DenseConfig(), {"b": HALF}, torch.float32),
+    (ROWS_OF_FEW_BITS, {"a": HALF, "b": BRAIN}, torch.float32),
+    (ROWS_OF_FEW_BITS, {"a": BRAIN, "b": BRAIN}, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("pooled", [True, False], ids=["bags", "rows"])
+@pytest.mark.parametrize(("other", "mine", "wanted"), WIDTHS)
+def test_the_widest_counts(two_ranks, other, mine, wanted, pooled):
+    """Also where a dense table, which TorchRec's sharder takes, is told nothing."""
+    for values, is_right in two_ranks.run(served, pooled, {"a": PQ, "b": other}, {}, mine):
+        assert values.dtype == wanted and is_right
+
+
+def test_constraints_come_before_fused_params(two_ranks):
+    for config in (PQ, {"a": PQ, "b": DenseConfig()}):
+        for mine, wanted in (
+            ({"a": FULL}, torch.float32),
+            ({"a": FULL, "b": FULL}, torch.float32),
+            ({}, torch.float16),
+        ):
+            for values, _ in two_ranks.run(served, True, config, {"output_dtype": SparseType.FP16}, mine):
+                assert values.dtype == wanted
 
 
 def refused(wish: Any, constraints: Any = None) -> str:

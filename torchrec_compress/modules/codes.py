@@ -78,10 +78,12 @@ def unpooled_codes(
     codes: Sequence[Codes],
     codebooks: Sequence[Tensor],
     hot_rows: Sequence[Tensor | None],
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Return the rows of the ids of every look-up of codes, (L, D) each, as many look-ups in a call as pay.
 
-    Arguments and errors: as in `pool_codes`.
+    They are cast to `dtype`, if any, behind each call: gradients of codewords are added up in the codewords' own type.
+    The other arguments, and errors, are as in `pool_codes`.
     """
     found, tables = _find(features, lookups, codes)
     # a bag per id
@@ -90,7 +92,7 @@ def unpooled_codes(
     calls = _calls(spans, widths)
     if len(calls) == 1:
         flat = codebook_bags(lookups, spans, tables, codebooks, hot_rows, IdBags(features.values(), is_flat=True))
-        return _unflatten(flat, widths, spans)
+        return _unflatten(flat.to(dtype or flat.dtype), widths, spans)
     rows = []
     for call in calls:
         used = sorted({lookup.table for lookup in lookups[call]})
@@ -104,7 +106,7 @@ def unpooled_codes(
             [hot_rows[table] for table in used],
             IdBags(features.values()[first:last], is_flat=True),
         )
-        rows += _unflatten(flat, widths[call], spans[call])
+        rows += _unflatten(flat.to(dtype or flat.dtype), widths[call], spans[call])
     return rows
 
 

@@ -130,11 +130,6 @@ class Decoder(nn.Module):
         return self.banks[name] if name in has else None
 
     @property
-    def sums_are_outputs(self) -> bool:
-        """Whether what kernels sum up is the output of codes itself: no projection follows, and no weights come in."""
-        return bool(self._bag_lookups) and not self._is_projected and not self._is_weighted
-
-    @property
     def lookups(self) -> list[Lookup]:
         """The look-ups that `forward` and `unpooled` decode, in the order of their outputs."""
         return self._decoded
@@ -179,7 +174,6 @@ class Decoder(nn.Module):
         features: KeyedJaggedTensor,
         codes: dict[str, Codes] | None,
         rows: dict[str, dict[str, FoundRows]],
-        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Return the pooled embeddings of all look-ups, side by side.
 
@@ -187,15 +181,13 @@ class Decoder(nn.Module):
             features: the batch; its weights, if any, are taken as they are.
             codes: by look-up key a whole code table, or (L, row_size) integer codes of its ids; None without any.
             rows: per group of native tables, (L, width) by look-up key, or where they are.
-            dtype: that the caller casts to, None for any: codewords are read in it where sums are the output itself,
-                so that no float32 embeddings are made.
 
         Returns:
             (B, sum of widths).
         """
         coded = None
         if self._bag_lookups:
-            coded = pool_codes(features, self._bag_lookups, *self._coded(codes, dtype), self._is_weighted)
+            coded = pool_codes(features, self._bag_lookups, *self._coded(codes), self._is_weighted)
             if self._is_projected:
                 coded = project_columns(coded, self._coded_widths, self._projections())
         if coded is not None and not self._others:
@@ -224,8 +216,15 @@ class Decoder(nn.Module):
         rows: dict[str, dict[str, FoundRows]],
         dtype: torch.dtype | None = None,
     ) -> list[Tensor]:
-        """Return one (L, D) per look-up; arguments as in `forward`."""
-        coded = unpooled_codes(features, self._bag_lookups, *self._coded(codes, dtype)) if self._bag_lookups else []
+        """Return one (L, D) per look-up; arguments as in `forward`.
+
+        `dtype` is what the caller casts to, None for any: rows of codes are cast call by call, so that those of a whole
+        batch never lie there in float32.
+        """
+        coded = []
+        if self._bag_lookups:
+            wanted = None if self._is_projected else dtype
+            coded = unpooled_codes(features, self._bag_lookups, *self._coded(codes), wanted)
         if self._is_projected:
             coded = project(coded, self._projections())
         jagged = split_features(features)
@@ -253,18 +252,12 @@ class Decoder(nn.Module):
             found[lookup.key] = mine[0] if bank is None else decode_pooled(bank, mine)
         return found
 
-    def _coded(
-        self, codes: dict[str, Codes] | None, dtype: torch.dtype | None
-    ) -> tuple[list[Codes], list[Tensor], list[Tensor | None]]:
+    def _coded(self, codes: dict[str, Codes] | None) -> tuple[list[Codes], list[Tensor], list[Tensor | None]]:
         """Return the codes of every look-up of codes, and the codewords and hot rows of their tables."""
         assert codes is not None
         banks = [self.banks[name] for name in self._coded_tables]
         found = [codes[key] for key in self._coded_keys]
-        words, hot = [bank.codewords() for bank in banks], [bank.hot_rows for bank in banks]
-        if dtype is not None and self.sums_are_outputs:  # as under autocast: sums are float32 all the same
-            words = [books.to(dtype) for books in words]
-            hot = [rows.to(dtype) if rows is not None and rows.is_floating_point() else rows for rows in hot]
-        return found, words, hot
+        return found, [bank.codewords() for bank in banks], [bank.hot_rows for bank in banks]
 
     def _projections(self) -> list[Tensor | None]:
         """Return the projection of every look-up of codes, or None."""

@@ -128,7 +128,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
             bags = bags_by_key(pooled[-1])
         trained = self.trained(features) if self.trained is not None else {}
         dtype = self._output_dtype()
-        decoded = self.decoder(features, codes, rows, dtype) if self.decoder.lookups else None
+        decoded = self.decoder(features, codes, rows) if self.decoder.lookups else None
         of_bags = self.decoder.decode_bags(bags, trained)
         return assemble(
             pooled,

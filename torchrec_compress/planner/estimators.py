@@ -139,18 +139,20 @@ class _Estimator(ShardEstimator):
         elif isinstance(part, Decoder):
             stand_in.name, _, tensor = option.name.partition(".")
             table = _table_of(part, stand_in.name)
-            stand_in.output_dtype = self._output_type(part, dtype_asked(option.name, of_all))
+            stand_in.output_dtype = self._output_type(part, stand_in.name, dtype_asked(option.name, of_all))
             lookups = self._decoder_lookups(part, table, tensor, option.batch_size)
             stand_in.input_lengths, stand_in.num_poolings = lookups.pooling_factors, lookups.num_poolings
         return stand_in
 
-    def _output_type(self, decoder: Decoder, of_all: torch.dtype | None) -> DataType | None:
-        """Return the data type that kernels write embeddings in, where constraints or `of_all` ask for fewer bytes.
+    def _output_type(self, decoder: Decoder, bank: str, of_all: torch.dtype | None) -> DataType | None:
+        """Return the type of what lasts of a bank's sums, where constraints or `of_all` ask for fewer bytes.
 
-        Of tables that ask for different ones the widest counts; sums that a projection or weights go into are float32.
+        Of tables that ask for different ones the widest counts. All sums are float32 at first, which is not charged
+        for; before a projection they stay so, for its gradient.
         """
         names, known = decoder.blueprint.methods, self._constraints or {}
-        if not decoder.sums_are_outputs or (of_all is None and not any(name in known for name in names)):
+        has_projection = getattr(decoder.banks[bank], "projection", None) is not None
+        if has_projection or (of_all is None and not any(name in known for name in names)):
             return None
         asked = [dtype_asked(name, known[name].output_dtype) if name in known else None for name in names]
         return widest_type([dtype or of_all for dtype in asked])
