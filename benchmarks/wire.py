@@ -9,8 +9,8 @@ DistributedDataParallel and is added by its formula, 2 (W - 1) / W bytes per byt
 gradients go in few bits (`compress_gradients`) those bytes are counted, too.
 
 Where compressed tables lose: the all-reduce of codebooks (128 KiB per table here) does not shrink with the batch, so at
-128 examples per rank and one id per bag they send as much as row-wise tables, unless their gradients go in few bits; and
-over loopback, de-duplicating ids takes longer than sending them.
+128 examples per rank and one id per bag they send as much as row-wise tables, unless their gradients go in few bits.
+Over loopback, de-duplicating ids and rounding gradients take longer than sending them.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def measure(rank: int, world: int, rendezvous: str, batch_size: int, pooling_fac
         if "counter" not in globals():
             globals()["counter"] = Counter()
         counter: Counter = globals()["counter"]
-        sent: dict[str, tuple[float, float]] = {}
+        sent: dict[str, tuple[float, float, float]] = {}
         times: dict[str, list[float]] = {name: [] for name in models}
         for step in range(steps + 1):
             batch = draw(batch_size, pooling_factor, step)
