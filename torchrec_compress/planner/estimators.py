@@ -147,8 +147,7 @@ class _Estimator(ShardEstimator):
     def _output_type(self, decoder: Decoder, bank: str, of_all: torch.dtype | None) -> DataType | None:
         """Return the type of what lasts of a bank's sums, where constraints or `of_all` ask for fewer bytes.
 
-        Of tables that ask for different ones the widest counts. All sums are float32 at first, which is not charged
-        for; before a projection they stay so, for its gradient.
+        Of different ones the widest counts. Sums are float32 at first, uncharged, and before a projection stay so.
         """
         names, known = decoder.blueprint.methods, self._constraints or {}
         has_projection = getattr(decoder.banks[bank], "projection", None) is not None

@@ -362,7 +362,7 @@ def override(config: Config, changes: Mapping[str, Any], where: str = "") -> Con
 
 # keys that earlier versions did not have, which stand for nothing, or the only way there was, where they are left out
 _LATER = ("input_dropout", "pretrain_compression", "curvature_rows", "adaptive_l2", "decay_patience", "dequantize")
-_LATER_WITH = {"gradients": "float32"}
+_LATER_WITH = (("gradients", "float32"),)
 # how a training is watched and kept, which may change when it resumes
 _FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_bad_batches", "num_workers")
 
@@ -380,7 +380,7 @@ def lasting(config: Any) -> dict[str, Any]:
     return {
         key: lasting(getattr(config, key)) if dataclasses.is_dataclass(getattr(config, key)) else value
         for key, value in plain.items()
-        if key not in _FREE and not (key in _LATER and not value) and _LATER_WITH.get(key) != value
+        if key not in _FREE and not (key in _LATER and not value) and (key, value) not in _LATER_WITH
     }
 
 
