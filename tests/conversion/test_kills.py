@@ -155,6 +155,27 @@ def test_killed_while_it_cleans_up_it_is_done(whole, tmp_path, monkeypatch):
     assert "is there already" in run.convert(source, target, config, 10**10, False)
 
 
+def test_killed_at_the_last_of_the_cleaning_up_it_is_done(whole, tmp_path, monkeypatch):
+    """With the note of what is converted gone, and other files not; another conversion does not take it for its own."""
+    source, config, of_file, _ = whole
+    target, other = tmp_path / "small.pt", tmp_path / "other.yaml"
+    monkeypatch.setattr(fits, "BLOCK_ROWS", BLOCK)
+    with monkeypatch.context() as patch:
+
+        def killed(path):
+            raise Killed
+
+        patch.setattr(work.shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            run.convert(source, target, config, 10**10, False)
+    other.write_text(json.dumps({**CONFIG, "seed": 5}))
+    with pytest.raises(ValueError, match="must not exist, got something there"):
+        run.convert(source, target, other, 10**10, False)
+    assert (tmp_path / "small.pt.part" / "published.json").exists()
+    assert "is there already" in run.convert(source, target, config, 10**10, False)
+    assert digest(target) == of_file and not (tmp_path / "small.pt.part").exists()
+
+
 def report_exists(target: Path) -> bool:
     return target.with_name(f"{target.name}.report.json").exists()
 

@@ -32,7 +32,7 @@ from torchrec_compress.conversion.plan import Change, find_changes, first_old, m
 from torchrec_compress.conversion.report import as_text, build_report
 from torchrec_compress.conversion.sources import Sources
 from torchrec_compress.conversion.tables import Home, Table, collection_of
-from torchrec_compress.conversion.work import Work
+from torchrec_compress.conversion.work import Work, clear_away
 from torchrec_compress.convert.models import errors_of, shared_out
 from torchrec_compress.methods import TableData
 from torchrec_compress.modules.format import FORMAT_VERSION, StateFormat
@@ -140,13 +140,13 @@ def _digest(identity: Mapping[str, Any]) -> str:
 def _is_there(target: Path, identity: Mapping[str, Any]) -> bool:
     """Return whether the same command has made the result before, to its end."""
     path = target.with_name(f"{target.name}.report.json")
-    if not target.exists() or not path.is_file() or target.with_name(f"{target.name}.part").exists():
+    if not target.exists() or not path.is_file():
         return False
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and found.get("identity") == _digest(identity)
+    return isinstance(found, dict) and found.get("identity") == _digest(identity) and clear_away(target)
 
 
 def _check_report(target: Path) -> None:

@@ -30,6 +30,7 @@ from torchrec_compress.train.sealed import (
 _STATE = "conversion.json"
 _LOCK = "lock"
 _PUBLISHED = "published.json"
+_LAST = (_PUBLISHED, SUMS, _LOCK)  # what is deleted last, when the result and its report are in place
 
 
 class Work:
@@ -55,9 +56,7 @@ class Work:
             )
         if self.root.exists() and not (self.root / _STATE).is_file():
             # nothing of a stranger's is deleted
-            others = [
-                left.name for left in self.root.iterdir() if left.name not in (_LOCK, SUMS) and left.name[0] != "."
-            ]
+            others = [left.name for left in self.root.iterdir() if left.name not in _LAST and left.name[0] != "."]
             if others:
                 raise ValueError(f"{self.root}: must be left by a killed conversion, got {others[:3]}; move it away")
         self.root.mkdir(exist_ok=True)
@@ -93,7 +92,7 @@ class Work:
                 check_same(path, read_json(path, f"delete {self.root}"), dict(identity))
             except ValueError as error:
                 raise ValueError(f"{error}; or delete {self.root} to begin anew") from None
-        if os.path.lexists(self.target) and not self.published():
+        if os.path.lexists(self.target) and not (is_begun and self.published()):
             raise ValueError(f"{self.target}: must not exist, got something there; delete it, or name another one")
         if not is_begun:
             write_json(path, dict(identity))
@@ -185,7 +184,11 @@ class Work:
         aside = self.root / "report.json"
         aside.write_bytes((self.root / _PUBLISHED).read_bytes())
         aside.replace(path)
-        shutil.rmtree(self.root)
+        for left in self.root.iterdir():
+            if left.name not in (_STATE, *_LAST):
+                _remove(left)
+        (self.root / _STATE).unlink()
+        clear_away(self.target)
         return path, found
 
     def failed(self, error: BaseException) -> OSError:
@@ -194,6 +197,14 @@ class Work:
         advice = "free some space" if code in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "see to it"
         said = (str(error).splitlines() or [type(error).__name__])[0]
         return OSError(f"{self.target}: could not be written ({said}); {advice}, the same command continues")
+
+
+def clear_away(target: Path) -> bool:
+    """Delete what is left of a folder whose result and report are in place; return whether nothing is there now."""
+    root = target.with_name(f"{target.name}.part")
+    if root.is_dir() and not root.is_symlink() and {left.name for left in root.iterdir()} <= set(_LAST):
+        shutil.rmtree(root)
+    return not os.path.lexists(root)
 
 
 def _remove(path: Path) -> None:
