@@ -13,7 +13,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torchrec import EmbeddingBagConfig
 
+from torchrec_compress.conversion import fits
 from torchrec_compress.conversion.memory import Meter, needed, parse_bytes
+from torchrec_compress.conversion.run import convert
 from torchrec_compress.methods import CafeConfig, MEmComConfig, PQConfig
 from torchrec_compress.modules import CompressedEmbeddingBagCollection
 
@@ -111,6 +113,21 @@ def test_the_meter_sees_what_is_allocated_and_given_back():
         meter.look()
         del held
     assert meter.anonymous >= before + 100_000_000
+
+
+def test_memory_is_given_back_before_every_block(tmp_path, monkeypatch):
+    """Both ways: by chance the heap keeps blocks that it cannot use again, as long as there are rows."""
+    calls = []
+    monkeypatch.setattr(fits, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(fits, "give_back", lambda: calls.append(None))
+    source, config = tmp_path / "dense.pt", tmp_path / "c.yaml"
+    torch.save({KEY: torch.rand(1000, 8)}, source)
+    config.write_text(json.dumps({"compression": {"item": {"method": "int8"}}}))
+    convert(source, tmp_path / "small.pt", config, 10**9, False)
+    assert len(calls) == 16
+    config.write_text(json.dumps(json.loads((tmp_path / "small.pt.report.json").read_text())["back"]))
+    convert(tmp_path / "small.pt", tmp_path / "back.pt", config, 10**9, False)
+    assert len(calls) == 32
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("4GB", 4 * 10**9), ("512 MB", 512 * 10**6), ("1.5g", 15 * 10**8)])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torchrec_compress.convert.collections import check_range
 from torchrec_compress.methods import MethodConfig, TableData, TableState
 from torchrec_compress.methods.learned import BLOCK_ROWS, Learned, RowReader
 from torchrec_compress.ops import first_infinite, mark_of, total_of
+from torchrec_compress.train.machine import give_back
 
 # seconds between two notes of how far a table is; a killed conversion loses no more
 NOTE_EVERY = 20.0
@@ -106,8 +106,14 @@ def _noted(work: Work, name: str) -> int:
     return int(work.load(name)[_AT]) if work.is_done(name) else 0
 
 
-def _blocks(first: int, num_rows: int) -> Any:
+def _blocks(first: int, num_rows: int) -> Iterator[Tensor]:
+    """Ids by blocks; what was made for a block is the system's again before the next one.
+
+    glibc before 2.38 cannot use an aligned block that was freed for one of the same size unless all beside it is free:
+    by chance the expansion of 10^7 x 64 rows came to hold all of them.
+    """
     for start in range(first, num_rows, BLOCK_ROWS):
+        give_back()
         yield torch.arange(start, min(start + BLOCK_ROWS, num_rows))
 
 

@@ -42,7 +42,7 @@ def prepare(num_threads: int) -> None:
 
 
 def give_back() -> None:
-    """Give the pages of freed memory back to the system, where `prepare` had them kept.
+    """Give the pages of freed memory back to the system, where `prepare` or pieces that live on had them kept.
 
     What is freed between buffers that live on is kept in pieces, too small for the next evaluation or the next run's
     rows; a process that trained several models of Globo.com news held 10 GB, 8 of them free. Call it where a phase
