@@ -17,9 +17,9 @@ from tests.cases import CONFIGS, DIM, IDS, NUM_ROWS, contexts, counts, is_manage
 from tests.conversion.made import MEMORY, assert_same, given_files, load_folder, run
 from torchrec_compress import CompressedEmbedding, compress, decompress
 from torchrec_compress.conversion.run import convert
-from torchrec_compress.methods import CafeConfig, HashConfig, PQConfig
+from torchrec_compress.methods import CafeConfig, HashConfig, Int8Config, PQConfig
 
-PQ, HASH = PQConfig(num_codes=4, codebook_size=16), HashConfig(num_buckets=40)
+PQ, HASH, INT8 = PQConfig(num_codes=4, codebook_size=16), HashConfig(num_buckets=40), Int8Config()
 NAMES = ("bags.user", "words.word")
 
 
@@ -205,24 +205,51 @@ def test_a_model_that_was_cast_is_refused(tmp_path):
         run(tmp_path / "small.pt", tmp_path / "back.pt", way)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("config", [PQ, HASH, CafeConfig(num_hot_rows=16, num_cold_rows=40, num_blocks=4)])
-def test_a_plain_module_in_half_precision(config, dtype, tmp_path):
-    """Compressed as float32, as the module that is to load it is; expanded as it was."""
-    plain = nn.Embedding(NUM_ROWS, DIM).to(dtype)
-    torch.save({"item.weight": plain.weight.detach()}, tmp_path / "dense.pt")
-    np.save(tmp_path / "counts.npy", counts().numpy())
-    told = {"tables": {"item.weight": {}}, "counts": {"item": str(tmp_path / "counts.npy")}}
+@pytest.mark.parametrize("padding", [None, 3])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize(
+    ("config", "dtype"), [(PQ, torch.float16), (PQ, torch.bfloat16), (HASH, torch.float16), (INT8, torch.bfloat16)]
+)
+def test_a_plain_module_in_half_precision(config, dtype, kind, padding, tmp_path):
+    """Compressed, and expanded again, as the module itself is."""
+    model = nn.ModuleDict({"item": kind(NUM_ROWS, DIM, padding_idx=padding).to(dtype)})
+    torch.save(model.state_dict(), tmp_path / "dense.pt")
+    told = {"tables": {"item.weight": {"pooled": kind is nn.EmbeddingBag, "padding_idx": padding}}}
     report = run(tmp_path / "dense.pt", tmp_path / "small.pt", {"compression": {"*": config.to_dict()}, **told})
-    wide = nn.ModuleDict({"item": nn.Embedding.from_pretrained(plain.weight.detach().float(), freeze=False)})
-    wide = compress(wide, config, counts={"item": counts()})
-    assert_same(torch.load(tmp_path / "small.pt"), wide.state_dict())
-    module = CompressedEmbedding(NUM_ROWS, DIM, compression=config, name="item", will_fit=True)
-    got = {key.removeprefix("item."): value for key, value in torch.load(tmp_path / "small.pt").items()}
-    module.load_state_dict(got)
+    small = compress(model, config)
+    assert_same(torch.load(tmp_path / "small.pt"), small.state_dict())
     run(tmp_path / "small.pt", tmp_path / "back.pt", report["back"])
-    back = torch.load(tmp_path / "back.pt")["item.weight"]
-    assert back.dtype == dtype and torch.equal(back, module.weight.detach().to(dtype))
+    assert_same(torch.load(tmp_path / "back.pt"), decompress(small).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (HASH, r"data_type must be FP32 or FP16 where rows lie in a table of TorchRec's, got BF16"),
+        (CafeConfig(num_hot_rows=16, num_cold_rows=40, num_blocks=4), "data_type"),
+    ],
+)
+def test_a_plain_module_of_a_type_that_a_method_has_not(config, said, tmp_path):
+    """Refused with what the config can say of it, as which it is compressed then."""
+    torch.save({"item.weight": nn.Embedding(NUM_ROWS, DIM).weight.detach().bfloat16()}, tmp_path / "dense.pt")
+    np.save(tmp_path / "counts.npy", counts().numpy())
+    told = {"compression": {"*": config.to_dict()}, "counts": {"item": str(tmp_path / "counts.npy")}}
+    with pytest.raises(ValueError, match=rf"{said}.*; the tables are \{{'item.weight': 'BF16'\}}, of which data_type"):
+        run(tmp_path / "dense.pt", tmp_path / "small.pt", {**told, "tables": {"item.weight": {}}})
+    run(tmp_path / "dense.pt", tmp_path / "small.pt", {**told, "tables": {"item.weight": {"data_type": "FP32"}}})
+    module = CompressedEmbedding(NUM_ROWS, DIM, compression=config, name="item", will_fit=True)
+    module.load_state_dict({k.removeprefix("item."): v for k, v in torch.load(tmp_path / "small.pt").items()})
+
+
+def test_a_padding_row_that_float16_cannot_hold_is_named(tmp_path):
+    weight = rows()
+    weight[3] = 7e4
+    torch.save({"item.weight": weight}, tmp_path / "dense.pt")
+    told = {"tables": {"item.weight": {"padding_idx": 3, "data_type": "FP16"}}}
+    with pytest.raises(
+        ValueError, match=r"table 'item': the row of padding_idx 3 must be in \+-65504 .* got up to 70000"
+    ):
+        run(tmp_path / "dense.pt", tmp_path / "small.pt", {"compression": {"*": PQ.to_dict()}, **told})
 
 
 def test_the_report_is_the_config_of_the_way_back(tmp_path):

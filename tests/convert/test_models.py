@@ -211,7 +211,7 @@ class Sub(nn.Embedding):
             "0: compress: scale_grad_by_freq of Emb",
         ),
         (lambda: nn.Sequential(nn.EmbeddingBag(N, D, mode="max")), "0: .*mode"),
-        (lambda: nn.Sequential(nn.Embedding(N, D).half()), "0: compress: weight of Embedding must hold float32"),
+        (lambda: nn.Sequential(nn.Embedding(N, D).double()), "0: compress: weight of Embedding must hold float32, fl"),
         (
             lambda: nn.Sequential(nn.Embedding(N, D, device="meta")),
             "0: compress: weight of Embedding must hold .*, got no values",

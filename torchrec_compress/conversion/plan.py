@@ -50,9 +50,8 @@ class Change:
         module = self.new if is_new else self.old
         if module is None:
             return {_WEIGHT: table.key}
-        collection = collection_of(module)
-        prefix = self.home.prefix + ("collection." if collection is not module else "")
-        found = {part: prefix + key for part, key in collection.state_names(table.name).items()}
+        names, prefix = collection_of(module).state_names(table.name), prefix_of(self.home, module)
+        found = {part: prefix + key for part, key in names.items()}
         if ("codes", "") in found:
             found[_MARK] = found["codes", ""].removesuffix("codes") + "is_set"
         return found
@@ -77,6 +76,11 @@ class Change:
         module = self.new if is_new else self.old
         parts = None if module is None else collection_of(module).blueprint.parts[table.name]
         return [] if parts is None else [part.data_type for part in parts.native]
+
+
+def prefix_of(home: Home, module: nn.Module) -> str:
+    """Return what stands before the keys of the collection that a module is, or holds."""
+    return home.prefix + ("collection." if collection_of(module) is not module else "")
 
 
 def _keys_of(home: Home, module: nn.Module | None) -> list[str]:
@@ -140,20 +144,23 @@ def _made(checkpoint: Checkpoint, home: Home, methods: Mapping[str, MethodConfig
 
 
 def _as_stored(checkpoint: Checkpoint, home: Home, methods: Mapping[str, MethodConfig], seed: int) -> Home:
-    """Return a compressed home of which tables know their types: those of their rows in tables of TorchRec's.
+    """Return a compressed home of which tables know their types: those of rows in tables of TorchRec's, of padding.
 
     Codes do not show of which type a table was; of FP32 they are the same.
     """
-    if not home.kind:
-        return home
     kept = {table.name: checkpoint.tensors.get(home.dense_key(table)) for table in home.tables}
     types = {name: DATA_TYPES.get(entry.dtype, DataType.FP32) for name, entry in kept.items() if entry is not None}
-    collection = collection_of(home.stored_as(types).compressed(methods, seed, is_old=True))
+    module = home.stored_as(types).compressed(methods, seed, is_old=True)
+    collection = collection_of(module)
+    prefix = prefix_of(home, module)
     for table in home.tables:
         names = collection.state_names(table.name)
-        found = {checkpoint.tensors.get(home.prefix + key) for (field, _), key in names.items() if field == "native"}
+        found = {checkpoint.tensors.get(prefix + key) for (field, _), key in names.items() if field == "native"}
         if table.name not in types and any(entry and entry.dtype == torch.float16 for entry in found):
             types[table.name] = DataType.FP16
+    padding = None if home.kind else checkpoint.tensors.get(f"{home.prefix}padding_row")
+    if padding is not None:
+        types[home.tables[0].name] = DATA_TYPES.get(padding.dtype, DataType.FP32)
     return home.stored_as(types)
 
 

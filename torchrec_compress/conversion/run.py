@@ -28,7 +28,7 @@ from torchrec_compress.conversion.outputs import (
     write_safetensors,
     write_torch,
 )
-from torchrec_compress.conversion.plan import Change, find_changes, first_old, moved_place, renamed_weights
+from torchrec_compress.conversion.plan import Change, find_changes, first_old, moved_place, prefix_of, renamed_weights
 from torchrec_compress.conversion.report import as_text, build_report
 from torchrec_compress.conversion.sources import Sources
 from torchrec_compress.conversion.tables import Home, Table, collection_of
@@ -38,7 +38,7 @@ from torchrec_compress.methods import TableData
 from torchrec_compress.modules.format import FORMAT_VERSION, StateFormat
 from torchrec_compress.train.sealed import check_regular
 
-_FORMAT = 2  # of the folder that a killed conversion leaves
+_FORMAT = 3  # of the folder that a killed conversion leaves
 
 
 def convert(source: Path, target: Path, config_path: Path, memory: int, progress: bool = True) -> str:
@@ -290,8 +290,7 @@ class _Conversion:
         """Return what the result has of a module beside its tables: format, layout and padding row."""
         if change.new is None:
             return {}
-        collection, found = collection_of(change.new), {}
-        prefix = change.home.prefix + ("collection." if collection is not change.new else "")
+        collection, found, prefix = collection_of(change.new), {}, prefix_of(change.home, change.new)
         banks = {table.name: collection.decoder.bank(table.name) for table in change.home.tables}
         layout = StateFormat(collection.blueprint, banks).layout
         found[f"{prefix}decoder.format_version"] = torch.full((1,), FORMAT_VERSION)

@@ -12,6 +12,7 @@ from torchrec_compress.conversion.plan import Change
 from torchrec_compress.conversion.tables import Table, collection_of
 from torchrec_compress.conversion.work import Work
 from torchrec_compress.methods.learned import RowReader
+from torchrec_compress.ops import first_infinite
 
 
 class Sources:
@@ -43,14 +44,26 @@ class Sources:
         return _padded(read, module.padding_idx, padding)
 
     def padding_row(self, change: Change) -> Tensor | None:
-        """Return the padding row of a plain module that is to be compressed, or None where it has none."""
+        """Return the padding row of a plain module that is to be compressed, or None where it has none.
+
+        Raises:
+            ValueError: it would be infinite in the type that the module is to have.
+        """
         new: Any = change.new
         if getattr(new, "padding_row", None) is None:
             return None
-        if change.old is not None and getattr(change.old, "padding_row", None) is not None:
-            return self._checkpoint.tensors[f"{change.home.prefix}padding_row"].rows(0, new.embedding_dim).clone()
         (table,) = change.home.tables
-        return self.reader(change, table)(torch.tensor([new.padding_idx]))[0].float().clone()
+        if change.old is not None and getattr(change.old, "padding_row", None) is not None:
+            row = self._checkpoint.tensors[f"{change.home.prefix}padding_row"].rows(0, new.embedding_dim)
+        else:
+            row = self.reader(change, table)(torch.tensor([new.padding_idx]))[0]
+        if (found := first_infinite(row[None], new.dtype)) is not None:
+            raise ValueError(
+                f"table {table.name!r}: the row of padding_idx {new.padding_idx} must be in "
+                f"+-{torch.finfo(new.dtype).max:.0f} to be stored as {new.dtype}, got up to {found[1]:g}; give the "
+                "table data_type FP32"
+            )
+        return row.to(new.dtype, copy=True)
 
     def _module(self, change: Change) -> nn.Module:
         """Return a compressed module with the values of the checkpoint, mapped as they are there.

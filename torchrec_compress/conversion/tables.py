@@ -102,7 +102,7 @@ class Home:
         """Return the configs of its tables; a state dict says nothing of features and pooling.
 
         Args:
-            is_old: whether those that the checkpoint was made with; a plain module is compressed as one of FP32.
+            is_old: whether those that the checkpoint was made with.
         """
         kind: Any = EmbeddingBagConfig if self.is_pooled else EmbeddingConfig
         return [
@@ -111,7 +111,7 @@ class Home:
                 num_embeddings=table.num_embeddings,
                 embedding_dim=table.embedding_dim,
                 feature_names=[table.name],
-                data_type=(table.stored if is_old else table.data_type) if self.kind else DataType.FP32,
+                data_type=table.stored if is_old else table.data_type,
             )
             for table in self.tables
         ]
@@ -127,16 +127,16 @@ class Home:
 
     def compressed(self, methods: Mapping[str, MethodConfig], seed: int, is_old: bool = False) -> nn.Module:
         """Return the module with compressed tables, on the meta device: as the checkpoint has it, or the result."""
+        configs = self.configs(is_old)
+        for config in configs:
+            method = methods.get(config.name)
+            if config.data_type == DataType.BF16 and (method is None or not method.is_compressed):
+                config.data_type = DataType.FP32  # it is copied as it is, for which TorchRec has no type
         if self.kind:
             kind: Any = CompressedEmbeddingBagCollection if self.is_pooled else CompressedEmbeddingCollection
-            configs = self.configs(is_old)
-            for config in configs:
-                method = methods.get(config.name)
-                if config.data_type == DataType.BF16 and (method is None or not method.is_compressed):
-                    config.data_type = DataType.FP32  # it is copied as it is, for which TorchRec has no type
             return kind(configs, _META, compression=dict(methods), seed=seed, will_fit=True)
-        (table,) = self.tables
-        given = {"compression": methods[table.name], "name": table.name, "device": _META, "seed": seed}
+        (table,), dtype = self.tables, _DTYPES[configs[0].data_type]
+        given = {"compression": methods[table.name], "name": table.name, "device": _META, "seed": seed, "dtype": dtype}
         sizes = (table.num_embeddings, table.embedding_dim)
         if self.is_pooled:
             mode, padding = table.entry.mode, table.entry.padding_idx

@@ -29,12 +29,16 @@ def empty_plain(
         device: of the table, default the module's own, where its padding row always is.
 
     Raises:
-        ValueError: it holds no values, none in float32, or changes or counts rows as it looks them up.
+        ValueError: it holds no values, none in float32, float16 or bfloat16, or changes or counts rows as it looks
+            them up.
     """
     weight, kind = module.weight, type(module).__name__
-    if weight.is_meta or weight.dtype != torch.float32:
+    if weight.is_meta or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         got = "no values (meta device)" if weight.is_meta else str(weight.dtype)
-        raise ValueError(f"compress: weight of {kind} must hold float32 values, got {got}; load it, or call float()")
+        raise ValueError(
+            f"compress: weight of {kind} must hold float32, float16 or bfloat16 values, got {got}; load it, or call "
+            "float()"
+        )
     for setting in ("max_norm", "scale_grad_by_freq"):
         if (value := getattr(module, setting)) not in (None, False):
             raise ValueError(
@@ -49,12 +53,12 @@ def empty_plain(
         if isinstance(module, nn.Embedding):
             made = CompressedEmbedding(
                 rows, width, module.padding_idx, compression=method, name=name, device=device, seed=seed,
-                will_fit=True,
+                will_fit=True, dtype=weight.dtype,
             )  # fmt: skip
         else:
             made = CompressedEmbeddingBag(
                 rows, width, module.mode, module.padding_idx, module.include_last_offset,  # type: ignore[arg-type]
-                compression=method, name=name, device=device, seed=seed, will_fit=True,
+                compression=method, name=name, device=device, seed=seed, will_fit=True, dtype=weight.dtype,
             )  # fmt: skip
         if made.padding_row is not None:
             made.padding_row = weight.detach()[module.padding_idx].clone()
@@ -76,11 +80,12 @@ def plain_like(module: CompressedPlain, device: torch.device) -> Plain:
     rows, width, padding = module.num_embeddings, module.embedding_dim, module.padding_idx
     with torch.inference_mode(False), torch.random.fork_rng(generators(device)):
         if isinstance(module, CompressedEmbedding):
-            return nn.Embedding(rows, width, padding, device=device)
+            return nn.Embedding(rows, width, padding, device=device, dtype=module.dtype)
         last = module.include_last_offset
         return nn.EmbeddingBag(
-            rows, width, mode=module.mode, padding_idx=padding, include_last_offset=last, device=device
-        )
+            rows, width, mode=module.mode, padding_idx=padding, include_last_offset=last, device=device,
+            dtype=module.dtype,
+        )  # fmt: skip
 
 
 @torch.no_grad()

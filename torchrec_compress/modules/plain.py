@@ -1,27 +1,21 @@
-"""`CompressedEmbedding` and `CompressedEmbeddingBag`: one compressed table that is called as PyTorch's own modules are.
-
-Padding is a weight of zero or a row that is put in its place, never an id that is taken out: no shape depends on the
-values of a batch, so that graphs are compiled and exported whole.
-"""
+"""`CompressedEmbedding` and `CompressedEmbeddingBag`: one compressed table, called as PyTorch's own modules are."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from numbers import Integral
 from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType, dtype_to_data_type
 
 from torchrec_compress.methods import MethodConfig
 from torchrec_compress.modules.collection import CompressedParts, as_device
-from torchrec_compress.modules.decoder import bag_means
 from torchrec_compress.modules.embedding import CompressedEmbeddingCollection
 from torchrec_compress.modules.embedding_bag import CompressedEmbeddingBagCollection, weight_dtypes
 from torchrec_compress.modules.footprint import Footprint
-from torchrec_compress.ops import check_ids, check_offsets
+from torchrec_compress.modules.plain_calls import Call, batch_of_bags, batch_of_ids, finished_bags, padded_rows
 
 torch.fx.wrap("batch_of_bags")
 torch.fx.wrap("batch_of_ids")
@@ -29,55 +23,23 @@ torch.fx.wrap("finished_bags")
 torch.fx.wrap("padded_rows")
 
 
-@dataclass(frozen=True)
-class Call:
-    """How a module reads the tensors of a call.
-
-    Args:
-        name: of table and feature.
-        where: names the module in errors.
-        num_checked: ids must be below it; None where the collection looks at them.
-        padding_idx: whose weight is zero, or None.
-        mode: of bags.
-        has_last: whether offsets end with the number of ids.
-        is_weighted: whether the collection takes weights.
-    """
-
-    name: str
-    where: str
-    num_checked: int | None
-    padding_idx: int | None = None
-    mode: str = "sum"
-    has_last: bool = False
-    is_weighted: bool = False
-
-    def check_type(self, name: str, numbers: Tensor) -> None:
-        """Raise ValueError unless ids or offsets are of a type that kernels read."""
-        if not isinstance(numbers, Tensor):
-            raise ValueError(f"{self.where}: {name} must be a tensor, got {type(numbers).__name__}")
-        if numbers.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{self.where}: {name} must be int32 or int64, got {numbers.dtype}; call {name}.long()")
-
-    def check_range(self, ids: Tensor) -> Tensor:
-        """Return ids, (L,), or raise ValueError where one is out of range that nobody else looks at."""
-        where = f"table {self.name!r}, feature {self.name!r}"
-        return ids if self.num_checked is None else check_ids(ids, self.num_checked, where)
-
-
 class _OneTable(nn.Module):
     """What both modules are: a collection of one table, which a feature of its name looks up, and a padding row."""
 
     padding_row: Tensor | None
 
-    def __init__(self, collection: CompressedParts, padding_idx: int | None, device: torch.device | None) -> None:
+    def __init__(
+        self, collection: CompressedParts, padding_idx: int | None, device: torch.device | None, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         (table,) = collection.blueprint.tables
         self.collection = collection
+        self.dtype = dtype
         self.num_embeddings: int = table.num_embeddings
         self.embedding_dim: int = table.embedding_dim
         self.padding_idx = padding_idx
         self.name: str = table.name
-        row = torch.zeros(self.embedding_dim, dtype=torch.float32, device=device)
+        row = torch.zeros(self.embedding_dim, dtype=dtype, device=device)
         self.register_buffer("padding_row", None if padding_idx is None else row)
         # torch looks at the ids of a dense table, in its own words; all other parts do in ours
         num_checked = self.num_embeddings if collection.blueprint.parts[self.name].dense else None
@@ -90,7 +52,7 @@ class _OneTable(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The whole decoded table, (N, D) float32, made anew at each reading; with `padding_row` at `padding_idx`.
+        """The whole decoded table, (N, D) of `dtype`, made anew at each reading; with `padding_row` at `padding_idx`.
 
         For models that score all items, as `hidden @ item_embedding.weight.T`: read it once a batch, and not at all
         where a table is too large to be held. Gradients flow to what the method trains by them, never to the padding
@@ -101,7 +63,7 @@ class _OneTable(nn.Module):
             ValueError: the table is sharded.
         """
         ids = torch.arange(self.num_embeddings, device=self.collection.decoder.get_buffer("layout").device)
-        rows = self.collection.table_rows(self.name, ids).float()
+        rows = self.collection.table_rows(self.name, ids).to(self.dtype)
         return padded_rows(rows, ids, self.padding_row, self.padding_idx)
 
     def reset_parameters(self) -> None:
@@ -119,6 +81,7 @@ class _OneTable(nn.Module):
     def extra_repr(self) -> str:
         """Return what the module's line of text says, as PyTorch's do, and its method."""
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        padding += "" if self.dtype == torch.float32 else f", dtype={self.dtype}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, name={self.name!r}, method={self.method}"
 
 
@@ -136,12 +99,14 @@ class CompressedEmbedding(_OneTable):
         device: of all tensors, default CPU; "meta" allocates nothing.
         seed: of start codes and hashes, which are a pure function of (seed, name, id).
         will_fit: whether the caller fits the table next: one that needs a fit stays empty until it comes.
+        dtype: of the output, float32 (default), float16 or bfloat16; float16 is also what rows that lie in a table of
+            TorchRec's are stored as (hashed, shared, narrow, dense), which cannot hold bfloat16 ones.
 
     Attributes:
         collection: the `CompressedEmbeddingCollection` of the one table.
-        padding_row: buffer, (D,) float32, zeros at first; None without a padding id.
+        padding_row: buffer, (D,) of dtype, zeros at first; None without a padding id.
 
-    Shapes: ids of any shape S, int32 or int64; the output is (*S, D) float32.
+    Shapes: ids of any shape S, int32 or int64; the output is (*S, D) of dtype, whatever parameters are cast to.
 
     Raises:
         ValueError: bad arguments at construction; at forward ids of another type, or an id out of range.
@@ -165,23 +130,30 @@ class CompressedEmbedding(_OneTable):
         device: torch.device | str | None = None,
         seed: int = 0,
         will_fit: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         where = type(self).__name__
         _check_table(num_embeddings, embedding_dim, compression, where)
+        kind = _checked_dtype(dtype, where)
         padding = _padding_id(padding_idx, num_embeddings, where)
         placed = as_device(device, where)
         table = EmbeddingConfig(
-            name=name, num_embeddings=num_embeddings, embedding_dim=embedding_dim, feature_names=[name]
+            name=name,
+            num_embeddings=num_embeddings,
+            embedding_dim=embedding_dim,
+            feature_names=[name],
+            data_type=dtype_to_data_type(kind),
         )
         collection = CompressedEmbeddingCollection(
             [table], placed, compression=compression, seed=seed, will_fit=will_fit
         )
-        super().__init__(collection, padding, placed)
+        super().__init__(collection, padding, placed, kind)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of ids of any shape S, (*S, D)."""
         features = batch_of_ids(input, self._call)
-        return padded_rows(self.collection(features)[self.name].values(), input, self.padding_row, self.padding_idx)
+        rows = self.collection(features)[self.name].values().to(self.dtype)
+        return padded_rows(rows, input, self.padding_row, self.padding_idx)
 
 
 class CompressedEmbeddingBag(_OneTable):
@@ -195,14 +167,14 @@ class CompressedEmbeddingBag(_OneTable):
         mode: "sum" or "mean". "max" is refused: rows are pooled before they are decoded, which must be linear.
         padding_idx: id that is left out of bags, and of what means are divided by; negative ones count from the end.
         include_last_offset: whether offsets end with the number of ids.
-        compression, name, device, seed, will_fit: as for `CompressedEmbedding`.
+        compression, name, device, seed, will_fit, dtype: as for `CompressedEmbedding`; sums are float32 until cast.
 
     Attributes:
         collection: the `CompressedEmbeddingBagCollection` of the one table.
-        padding_row: buffer, (D,) float32, zeros at first: what `weight` holds for the padding id; no bag reads it.
+        padding_row: buffer, (D,) of dtype, zeros at first: what `weight` holds for the padding id; no bag reads it.
 
     Shapes: ids, int32 or int64, are (B, N), or (L,) with offsets (B,), (B + 1,) where they include the last; weights
-        are float32 of the ids' shape. The output is (B, D) float32; an empty bag is zeros.
+        are float32 of the ids' shape. The output is (B, D) of dtype; an empty bag is zeros.
 
     Raises:
         ValueError: bad arguments at construction; at forward wrong types or shapes, weights of means, a weight that is
@@ -228,9 +200,11 @@ class CompressedEmbeddingBag(_OneTable):
         device: torch.device | str | None = None,
         seed: int = 0,
         will_fit: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         where = type(self).__name__
         _check_table(num_embeddings, embedding_dim, compression, where)
+        kind = _checked_dtype(dtype, where)
         _check_mode(mode, where)
         padding = _padding_id(padding_idx, num_embeddings, where)
         placed = as_device(device, where)
@@ -241,12 +215,13 @@ class CompressedEmbeddingBag(_OneTable):
             num_embeddings=num_embeddings,
             embedding_dim=embedding_dim,
             feature_names=[name],
+            data_type=dtype_to_data_type(kind),
             pooling=PoolingType.MEAN if is_mean else PoolingType.SUM,
         )
         collection = CompressedEmbeddingBagCollection(
             [table], placed, is_weighted=not is_mean, compression=compression, seed=seed, will_fit=will_fit
         )
-        super().__init__(collection, padding, placed)
+        super().__init__(collection, padding, placed, kind)
         self.mode, self.include_last_offset = mode, include_last_offset
         self._call = replace(self._call, mode=mode, has_last=include_last_offset, is_weighted=not is_mean)
 
@@ -255,113 +230,13 @@ class CompressedEmbeddingBag(_OneTable):
         # made weights are what torch wants of a dense table that the user has cast
         dtype = next(iter(weight_dtypes(self.collection)), torch.float32)  # type: ignore[arg-type]
         features = batch_of_bags(input, offsets, per_sample_weights, self._call, dtype)
-        return finished_bags(self.collection(features).values(), features, input, offsets, self._call)
+        bags = finished_bags(self.collection(features).values(), features, input, offsets, self._call)
+        return bags.to(self.dtype)
 
     def extra_repr(self) -> str:
         """Return what the module's line of text says, as PyTorch's do, and its method."""
         last = ", include_last_offset=True" if self.include_last_offset else ""
         return f"{super().extra_repr()}, mode={self.mode!r}{last}"
-
-
-def batch_of_ids(ids: Tensor, call: Call) -> KeyedJaggedTensor:
-    """Return ids of any shape as one bag of one feature: to unpooled rows, bags mean nothing.
-
-    Raises:
-        ValueError: they are no integers, or one is out of range.
-    """
-    call.check_type("input", ids)
-    flat = call.check_range(ids.reshape(-1))
-    return _one_feature(call.name, flat, None, torch.arange(2, device=ids.device) * flat.shape[0])
-
-
-def batch_of_bags(
-    ids: Tensor, offsets: Tensor | None, weights: Tensor | None, call: Call, dtype: torch.dtype
-) -> KeyedJaggedTensor:
-    """Return bags as a batch of one feature; where there are none, a batch of one empty bag.
-
-    Args:
-        ids: (B, N), or (L,) with offsets.
-        offsets: (B,), or (B + 1,) where they include the last; or None.
-        weights: of the ids' shape, or None; a padding id's becomes zero.
-        call: how the module reads them.
-        dtype: of weights that are made here.
-
-    Raises:
-        ValueError: they do not go together, or an id is out of range.
-    """
-    _check_bags(ids, offsets, weights, call)
-    flat = call.check_range(ids.reshape(-1))
-    if offsets is None:
-        offsets = torch.arange(ids.shape[0] + 1, device=ids.device) * ids.shape[1]
-    else:
-        end = torch.full((0 if call.has_last else 1,), flat.shape[0], dtype=offsets.dtype, device=offsets.device)
-        offsets = torch.cat([offsets, end])
-        check_offsets(offsets, flat.shape[0], call.where)
-    if offsets.shape[0] == 1:  # TorchRec's own tables fail on a batch of no bags
-        offsets = torch.cat([offsets, offsets])
-    if call.is_weighted:
-        weights = torch.ones_like(flat, dtype=dtype) if weights is None else weights.reshape(-1)
-        if call.padding_idx is not None:
-            weights = weights.masked_fill(flat == call.padding_idx, 0.0)
-    return _one_feature(call.name, flat, weights, offsets)
-
-
-def finished_bags(
-    pooled: Tensor, features: KeyedJaggedTensor, ids: Tensor, offsets: Tensor | None, call: Call
-) -> Tensor:
-    """Return the bags that were asked for, (B, D): means are divided by how many of their ids are no padding."""
-    if call.mode == "mean" and call.is_weighted:
-        kept = nn.functional.pad((features.values() != call.padding_idx).cumsum(0), (1, 0))
-        pooled = bag_means(pooled, kept.index_select(0, features.offsets()).diff())
-    num_bags = ids.shape[0] if offsets is None else offsets.shape[0] - int(call.has_last)
-    return pooled if num_bags else pooled[:0]
-
-
-def padded_rows(rows: Tensor, ids: Tensor, padding_row: Tensor | None, padding_idx: int | None) -> Tensor:
-    """Return rows, (L, D), in the shape of their ids, (*S, D), with the padding row in place of a padding id's."""
-    shaped = rows.reshape(*ids.shape, rows.shape[1])
-    if padding_row is None:
-        return shaped
-    return torch.where((ids == padding_idx).unsqueeze(-1), padding_row.to(rows.dtype), shaped)
-
-
-def _one_feature(name: str, ids: Tensor, weights: Tensor | None, offsets: Tensor) -> KeyedJaggedTensor:
-    counts = {"stride": offsets.shape[0] - 1, "length_per_key": [ids.shape[0]], "offset_per_key": [0, ids.shape[0]]}
-    # told how many ids there are, TorchRec asks no tensor: no device is waited for, no graph is cut
-    return KeyedJaggedTensor([name], ids, weights, lengths=offsets.diff(), offsets=offsets, **counts)
-
-
-def _check_bags(ids: Tensor, offsets: Tensor | None, weights: Tensor | None, call: Call) -> None:
-    """Raise ValueError where `torch.nn.EmbeddingBag` would for the shapes of a batch, or for weights of means."""
-    call.check_type("input", ids)
-    if ids.dim() not in (1, 2):
-        raise ValueError(f"{call.where}: input must have 1 or 2 dimensions, got shape {list(ids.shape)}")
-    if ids.dim() == 2 and offsets is not None:
-        raise ValueError(
-            f"{call.where}: offsets must be None with input of 2 dimensions, whose rows are the bags, got shape "
-            f"{list(offsets.shape)}; leave them out, or flatten the input"
-        )
-    if ids.dim() == 1 and offsets is None:
-        raise ValueError(
-            f"{call.where}: offsets must be given with input of 1 dimension, got None; give where each bag begins, or "
-            "input of 2 dimensions"
-        )
-    if offsets is not None:
-        call.check_type("offsets", offsets)
-        if offsets.dim() != 1:
-            raise ValueError(f"{call.where}: offsets must have 1 dimension, got shape {list(offsets.shape)}")
-    if weights is None:
-        return
-    if call.mode != "sum":
-        raise ValueError(
-            f"{call.where}: per_sample_weights must be None with mode {call.mode!r}, as in torch.nn.EmbeddingBag, got "
-            f"shape {list(weights.shape)}; make the module with mode='sum'"
-        )
-    if weights.shape != ids.shape:
-        raise ValueError(
-            f"{call.where}: per_sample_weights must have the shape of input, {list(ids.shape)}, got "
-            f"{list(weights.shape)}; give one per id"
-        )
 
 
 def _check_table(num_embeddings: object, embedding_dim: object, compression: object, where: str) -> None:
@@ -373,6 +248,12 @@ def _check_table(num_embeddings: object, embedding_dim: object, compression: obj
     for name, size in (("num_embeddings", num_embeddings), ("embedding_dim", embedding_dim)):
         if not _is_int(size) or size < 1:
             raise ValueError(f"{where}: {name} must be an int of at least 1, got {size!r}")
+
+
+def _checked_dtype(dtype: torch.dtype | None, where: str) -> torch.dtype:
+    if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{where}: dtype must be float32, float16 or bfloat16, got {dtype!r}; cast what it returns")
+    return torch.float32 if dtype is None else dtype
 
 
 def _check_mode(mode: object, where: str) -> None:
