@@ -273,8 +273,10 @@ def row(name: str, plans: list[Planned | None], cases: list[Stored]) -> None:
     print(f"| {' | '.join([name, *cells])} |", flush=True)
 
 
-def report(models: list[Trained], sizes: Mapping[str, int], machines: Machines) -> None:
-    """Print a table: TorchRec's planner, one setting for all tables, and the choice."""
+def report(
+    models: list[Trained], sizes: Mapping[str, int], machines: Machines
+) -> dict[str, Mapping[str, MethodConfig]]:
+    """Print a table: TorchRec's planner, one setting for all tables, and the choice; return the methods of each."""
     tables = tables_of(ModelConfig(embedding_dim=WIDTH), dict(sizes))
     dense = sum(DenseConfig().stored_bytes(table) for table in tables)
     print(
@@ -298,14 +300,17 @@ def report(models: list[Trained], sizes: Mapping[str, int], machines: Machines) 
     row("dense, TorchRec, memory for all of it", [by_torchrec(tables, large, host=False)], cases)
     row("dense, TorchRec, with the host's memory", [by_torchrec(tables, machines, host=True)], cases)
     row("dense, TorchRec, GPUs alone", [by_torchrec(tables, machines, host=False)], cases)
+    variants = {}
     for name, method in UNIFORM.items():
         plan, methods = by_us(tables, machines, uniform(tables, method))
+        variants[f"all {name}"] = methods
         row(f"all {name}", [plan], [stored(known, tables, methods) for known in models])
     found = [by_us(tables, machines, stretched(known.frontier, tables)) for known in models]
     chosen = zip(models, found, strict=True)
     row("`choose`", [plan for plan, _ in found], [stored(known, tables, methods) for known, (_, methods) in chosen])
     for name, method in found[0][1].items():
         print(f"    {name}: {method}")
+    return {**variants, f"`choose`, {machines.memory:g} MiB a rank": found[0][1]}
 
 
 def main() -> None:
@@ -325,9 +330,12 @@ def main() -> None:
             report(models, TABLE_ROWS, Machines(ranks=8, batch=4096, memory=memory, host=16384))
         return
     models = [trained(GeneratorConfig(), seed, given.keep / f"demo_{seed}.pt") for seed in given.seeds]
+    variants: dict[str, Mapping[str, MethodConfig]] = {}
     for memory in (2.5, 0.9):
         sizes = {name: rows for name, (rows, _) in models[0].frontier.sizes.items()}
-        report(models, sizes, Machines(ranks=2, batch=64, memory=memory, host=64))
+        variants |= report(models, sizes, Machines(ranks=2, batch=64, memory=memory, host=64))
+    ways = {name: {table: way.to_dict() for table, way in methods.items()} for name, methods in variants.items()}
+    (given.keep / "ways.json").write_text(json.dumps(ways))  # whose steps choose_steps.py times
 
 
 if __name__ == "__main__":
