@@ -19,7 +19,7 @@ from torchrec_compress.methods import MethodConfig
 from torchrec_compress.modules.collection import CompressedParts, as_device
 from torchrec_compress.modules.decoder import bag_means
 from torchrec_compress.modules.embedding import CompressedEmbeddingCollection
-from torchrec_compress.modules.embedding_bag import CompressedEmbeddingBagCollection, weight_dtypes
+from torchrec_compress.modules.embedding_bag import CompressedEmbeddingBagCollection
 from torchrec_compress.modules.footprint import Footprint
 from torchrec_compress.ops import check_ids, check_offsets
 
@@ -202,7 +202,7 @@ class CompressedEmbeddingBag(_OneTable):
         padding_row: buffer, (D,) float32, zeros at first: what `weight` holds for the padding id; no bag reads it.
 
     Shapes: ids, int32 or int64, are (B, N), or (L,) with offsets (B,), (B + 1,) where they include the last; weights
-        are float32 of the ids' shape. The output is (B, D) float32; an empty bag is zeros.
+        are of the ids' shape and any float dtype, taken as float32. The output is (B, D) float32; an empty bag is zeros.
 
     Raises:
         ValueError: bad arguments at construction; at forward wrong types or shapes, weights of means, a weight that is
@@ -252,9 +252,7 @@ class CompressedEmbeddingBag(_OneTable):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Return the bags of ids, (B, N), or (L,) cut at offsets, as (B, D)."""
-        # made weights are what torch wants of a dense table that the user has cast
-        dtype = next(iter(weight_dtypes(self.collection)), torch.float32)  # type: ignore[arg-type]
-        features = batch_of_bags(input, offsets, per_sample_weights, self._call, dtype)
+        features = batch_of_bags(input, offsets, per_sample_weights, self._call)
         return finished_bags(self.collection(features).values(), features, input, offsets, self._call)
 
     def extra_repr(self) -> str:
@@ -274,9 +272,7 @@ def batch_of_ids(ids: Tensor, call: Call) -> KeyedJaggedTensor:
     return _one_feature(call.name, flat, None, torch.arange(2, device=ids.device) * flat.shape[0])
 
 
-def batch_of_bags(
-    ids: Tensor, offsets: Tensor | None, weights: Tensor | None, call: Call, dtype: torch.dtype
-) -> KeyedJaggedTensor:
+def batch_of_bags(ids: Tensor, offsets: Tensor | None, weights: Tensor | None, call: Call) -> KeyedJaggedTensor:
     """Return bags as a batch of one feature; where there are none, a batch of one empty bag.
 
     Args:
@@ -284,7 +280,6 @@ def batch_of_bags(
         offsets: (B,), or (B + 1,) where they include the last; or None.
         weights: of the ids' shape, or None; a padding id's becomes zero.
         call: how the module reads them.
-        dtype: of weights that are made here.
 
     Raises:
         ValueError: they do not go together, or an id is out of range.
@@ -300,7 +295,7 @@ def batch_of_bags(
     if offsets.shape[0] == 1:  # TorchRec's own tables fail on a batch of no bags
         offsets = torch.cat([offsets, offsets])
     if call.is_weighted:
-        weights = torch.ones_like(flat, dtype=dtype) if weights is None else weights.reshape(-1)
+        weights = torch.ones_like(flat, dtype=torch.float32) if weights is None else weights.reshape(-1)
         if call.padding_idx is not None:
             weights = weights.masked_fill(flat == call.padding_idx, 0.0)
     return _one_feature(call.name, flat, weights, offsets)
