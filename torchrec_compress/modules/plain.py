@@ -202,7 +202,8 @@ class CompressedEmbeddingBag(_OneTable):
         padding_row: buffer, (D,) float32, zeros at first: what `weight` holds for the padding id; no bag reads it.
 
     Shapes: ids, int32 or int64, are (B, N), or (L,) with offsets (B,), (B + 1,) where they include the last; weights
-        are of the ids' shape and any float dtype, taken as float32. The output is (B, D) float32; an empty bag is zeros.
+        are of the ids' shape and any float dtype, taken as float32. The output is (B, D) float32; an empty bag is
+        zeros.
 
     Raises:
         ValueError: bad arguments at construction; at forward wrong types or shapes, weights of means, a weight that is
