@@ -74,7 +74,7 @@ def test_what_was_learned_has_none(bad):
         TableState(decoder={"codebooks": whole, "projection": spoilt(whole, bad)}),
         TableState(native={"scalars": spoilt(whole, bad)}),
     ):
-        learned = LearnedWhole(table(num_embeddings=4), state, ())
+        learned = LearnedWhole(table(num_embeddings=4), state)
         with pytest.raises(
             ValueError, match=r"table 'item': what was learned must be finite, .* row 3 of '(code|pro|sca)"
         ):

@@ -340,12 +340,12 @@ class LearnedWhole(Learned):
     Args:
         table: the user's config.
         state: what is stored.
-        parts: that its native tensors are of.
+        parts: that native tensors are of, where some are float32 in tables of FP16, too.
     """
 
     needs_rows = False
 
-    def __init__(self, table: BaseEmbeddingConfig, state: TableState, parts: Iterable[NativePart]) -> None:
+    def __init__(self, table: BaseEmbeddingConfig, state: TableState, parts: Iterable[NativePart] = ()) -> None:
         super().__init__(table)
         self._state = state
         self.kept_in_float32 = tuple(part.name for part in parts if part.data_type == DataType.FP32)
