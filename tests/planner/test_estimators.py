@@ -6,7 +6,7 @@ import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
-from torchrec import EmbeddingBagConfig
+from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
@@ -15,7 +15,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from tests.cases import CONFIGS, IDS, fresh, is_managed
 from tests.planner.plans import BATCH, DIM, META, RANKS, model, options, topology
-from torchrec_compress import CompressedEmbeddingBagCollection, native_parameters
+from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, native_parameters
 from torchrec_compress.methods import (
     DenseConfig,
     HashConfig,
@@ -109,6 +109,27 @@ def test_codebooks_are_charged_with_gradient_optimizer_and_decoded_embeddings(st
     assert bytes_of(option) - bytes_of(plain) == 8 * values + 4
     given = one(method, pooled=pooled, device=device, dense_optimizer=6.0)[key]
     assert bytes_of(given) - bytes_of(plain) == 6 * values
+
+
+@pytest.mark.parametrize("wishes", [LOOKUPS, None], ids=["constraints", "none"])
+@pytest.mark.parametrize("width", [None, 8])
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("structure", ["product", "residual"])
+def test_sums_of_int8_codebooks_are_charged_as_what_they_are_decoded_to(structure, pooled, width, wishes):
+    method = PQConfig(num_codes=4, structure=structure, codebook_dtype="int8", width=width)
+    kind = CompressedEmbeddingBagCollection if pooled else CompressedEmbeddingCollection
+    config = (EmbeddingBagConfig if pooled else EmbeddingConfig)(
+        name="t", num_embeddings=ROWS // 1000, embedding_dim=DIM, feature_names=["t"]
+    )
+    batch = KeyedJaggedTensor.from_lengths_sync(["t"], torch.zeros(3, dtype=torch.int64), torch.tensor([1, 2]))
+    decoder = kind([config], compression=method).decoder  # type: ignore[list-item]
+    out = decoder.banks["t"](batch.values(), None, None, torch.zeros(3, 4, dtype=torch.uint8), [])
+    assert out.dtype == torch.float32 and out.shape == (3, DIM)
+    found = options(model({"t": method}, ROWS, pooled), wishes)["decoder.t.codebooks", "data_parallel", "dense"]
+    stored, num_rows = found.tensor, BATCH if pooled or wishes is None else NUM_IDS
+    decoded = 4 * (DIM if width is None else width) * num_rows  # what a projection makes of them is counted elsewhere
+    in_float32 = 4 * stored.shape[0] * (stored.shape[1] - 4)
+    assert bytes_of(found) == stored.numel() + in_float32 + decoded
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec.distributed.planner import ParameterConstraints
 
 from tests.cases import fresh, table
@@ -19,7 +20,7 @@ STATE = 64 * 12 + 16 * 4 + 4 * 8  # slots, hot rows, blocks
 def planned(config: CafeConfig, ranks: int, how: str | None = None) -> EmbeddingShardingPlanner:
     wishes = {} if how is None else {"item": ParameterConstraints(sharding_types=[how])}
     planner = EmbeddingShardingPlanner(topology("cpu", ranks), BATCH, wishes, stats=[])
-    fused = {"optimizer": "exact_row_wise_adagrad"}
+    fused = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD}
     planner.plan(torch.nn.ModuleDict({"sparse": fresh(config)}), get_default_sharders(fused_params=fused))
     return planner
 

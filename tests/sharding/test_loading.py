@@ -16,6 +16,8 @@ def test_whole_tensors_must_fit():
     half = nn.Linear(3, 2).half()
     with pytest.raises(ValueError, match=r"weight: values must be in \+-65504 .*, got 70000 in row 0; give the table"):
         load_plain(half, {"weight": torch.full((2, 3), 7e4), "bias": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"bias: values must be finite, got NaN or infinity in row 1"):
+        load_plain(model, {"weight": torch.ones(2, 3), "bias": torch.tensor([0.0, torch.inf])})
     with pytest.raises(ValueError, match=r"names must fit, got \['bias', 'weight'\]"):
         load_plain(model, {})
 

@@ -29,7 +29,6 @@ from torchrec_compress.modules import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
 )
-from torchrec_compress.modules.embedding_bag import weight_dtypes
 from torchrec_compress.seams import environment_of, forget_inputs, has_codecs, local_shards, steps_uncounted
 
 _WHERE = "decompress"
@@ -173,9 +172,7 @@ class _ServedRows:
         lookups = collection.blueprint.lookups
         self._keys = sorted({lookup.feature for lookup in lookups})
         self._is_pooled = not isinstance(collection, CompressedEmbeddingCollection)
-        self._weights: torch.dtype | None = None  # their dtype
-        if isinstance(collection, CompressedEmbeddingBagCollection) and collection.is_weighted():
-            self._weights = next(iter(weight_dtypes(collection)), torch.float32)
+        self._is_weighted = isinstance(collection, CompressedEmbeddingBagCollection) and collection.is_weighted()
         self._room = max(1, _FLOATS_AT_ONCE // sum(lookup.table.embedding_dim for lookup in lookups))
 
     def blocks(self, runs: Sequence[range]) -> Iterator[tuple[tuple[int, range], Tensor]]:
@@ -199,7 +196,7 @@ class _ServedRows:
         """Return the rows of ids, (L,) int64, as (L, D) float32."""
         lengths = torch.zeros(len(self._keys), num_bags, dtype=torch.int64, device=self._device)
         lengths[self._keys.index(self._feature), : len(ids)] = 1  # as many bags on every rank
-        weights = None if self._weights is None else torch.ones(len(ids), dtype=self._weights, device=self._device)
+        weights = torch.ones(len(ids), dtype=torch.float32, device=self._device) if self._is_weighted else None
         found: Any = self._collection(KeyedJaggedTensor.from_lengths_sync(self._keys, ids, lengths.view(-1), weights))
         return found[self._output][: len(ids)] if self._is_pooled else found[self._output].values()
 

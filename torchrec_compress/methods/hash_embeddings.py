@@ -143,7 +143,8 @@ class HashEmbeddingsConfig(MethodConfig):
         numbers = [way.remap(ids) for way in ways]
         vectors, weights = _alternate(rows, lookups, numbers, self.num_buckets, sets, num_sets)
         native = dict.fromkeys((way.name for way in ways), vectors)
-        return LearnedWhole(table, TableState(native={**native, "weights": weights.view(stored.num_embeddings, -1)}))
+        state = TableState(native={**native, "weights": weights.view(stored.num_embeddings, -1)})
+        return LearnedWhole(table, state, self.parts(table, data.seed).native)
 
 
 @torch.no_grad()

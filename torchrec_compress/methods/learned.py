@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.fit.kmeans import sample_points
-from torchrec_compress.ops import first_infinite
+from torchrec_compress.methods.storage import NativePart
+from torchrec_compress.ops import first_infinite, first_not_finite
 
 # Rows that are encoded at once. A multiple of every block that rows are compared with codewords in.
 BLOCK_ROWS = 65536
@@ -196,9 +197,11 @@ class Learned(ABC):
     Attributes:
         needs_rows: whether blocks have rows; else codes are made of ids alone.
         kept_as: where the rows that `encode` returns belong in a `TableState`: its field, and the name there.
+        kept_in_float32: names of native parts that are float32 whatever the table's data type, such as scalars of ids.
     """
 
     needs_rows = True
+    kept_in_float32: tuple[str, ...] = ()
     kept_as: tuple[Literal["codes", "native", "trained"], str] = ("codes", "")
 
     def __init__(self, table: BaseEmbeddingConfig) -> None:
@@ -237,12 +240,13 @@ class Learned(ABC):
         self._is_encoded[ids] = True
         kept = self._encode(ids, rows)
         if kept is not None and self.kept_as[0] == "native":
-            self._check_range(kept, lambda row: f"in the row of id {int(ids[row])}")
+            self._check_range(self.kept_as[1], kept, lambda row: f"in the row of id {int(ids[row])}")
         return kept
 
-    def _check_range(self, values: Tensor, where: Callable[[int], str]) -> None:
-        """Raise ValueError where a table of FP16 would hold an infinity."""
-        found = first_infinite(values, torch.float16) if self._table.data_type == DataType.FP16 else None
+    def _check_range(self, name: str, values: Tensor, where: Callable[[int], str]) -> None:
+        """Raise ValueError where a part of FP16 would hold an infinity."""
+        is_half = self._table.data_type == DataType.FP16 and name not in self.kept_in_float32
+        found = first_infinite(values, torch.float16) if is_half else None
         if found is not None:
             raise ValueError(
                 f"table {self._table.name!r}: pre-trained values must be in +-{torch.finfo(torch.float16).max:.0f} for "
@@ -269,7 +273,7 @@ class Learned(ABC):
         """Return what is stored beside the rows that `encode` returned.
 
         Raises:
-            ValueError: not every id was encoded once.
+            ValueError: not every id was encoded once, or a learned value is not finite, or not in FP16.
         """
         if not bool(self._is_encoded.all()):
             missing = int((~self._is_encoded).sum())
@@ -279,8 +283,15 @@ class Learned(ABC):
             )
         self._is_finished = True
         state = self._finish()
+        for name, values in {**state.decoder, **state.native}.items():
+            row = first_not_finite(values) if values.is_floating_point() else None
+            if row is not None:
+                raise ValueError(
+                    f"table {self._table.name!r}: what was learned must be finite, got NaN or infinity in row {row} of "
+                    f"{name!r}; lower the learning rates of the fit, or scale the table"
+                )
         for name, values in state.native.items():
-            self._check_range(values, lambda row, name=name: f"in row {row} of {name!r}")
+            self._check_range(name, values, lambda row, name=name: f"in row {row} of {name!r}")
         return state
 
     @abstractmethod
@@ -329,13 +340,15 @@ class LearnedWhole(Learned):
     Args:
         table: the user's config.
         state: what is stored.
+        parts: that native tensors are of, where some are float32 in tables of FP16, too.
     """
 
     needs_rows = False
 
-    def __init__(self, table: BaseEmbeddingConfig, state: TableState) -> None:
+    def __init__(self, table: BaseEmbeddingConfig, state: TableState, parts: Iterable[NativePart] = ()) -> None:
         super().__init__(table)
         self._state = state
+        self.kept_in_float32 = tuple(part.name for part in parts if part.data_type == DataType.FP32)
 
     def _encode(self, ids: Tensor, rows: Tensor | None) -> None:
         return None

@@ -126,7 +126,7 @@ class MEmComConfig(MethodConfig):
         native = {"buckets": shared, "scalars": _pack(scalars) if groups == 1 else scalars}
         if self.bias:
             native["biases"] = _pack(biases.unsqueeze(1))
-        return LearnedWhole(table, TableState(native=native))
+        return LearnedWhole(table, TableState(native=native), self.parts(table, data.seed).native)
 
     def _best_rows(self, target: Tensor, scalars: Tensor, buckets: Tensor, weights: Tensor) -> Tensor:
         """Return the shared rows that minimise the weighted error for given scalars: (m, D)."""

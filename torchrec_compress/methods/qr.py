@@ -191,9 +191,8 @@ class QRConfig(MethodConfig):
             ]
         else:
             found = _alternate(rows, weights, numbers, sizes, self.op == "mult")
-        return LearnedWhole(
-            table, TableState(native={part.name: value for part, value in zip(parts, found, strict=True)})
-        )
+        state = TableState(native={part.name: value for part, value in zip(parts, found, strict=True)})
+        return LearnedWhole(table, state, parts)
 
 
 def _root_below(number: int, exponent: int) -> int:

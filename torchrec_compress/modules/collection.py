@@ -19,7 +19,7 @@ from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.decoder import Decoder, decode_pooled
 from torchrec_compress.modules.features import IdRange
 from torchrec_compress.modules.footprint import Footprint, count
-from torchrec_compress.modules.format import check_fits, check_loaded_fit
+from torchrec_compress.modules.format import check_fits, check_loaded_fit, check_scales
 from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.modules.outputs import output_dtype
 from torchrec_compress.modules.remapped import RemappedEmbeddingCollection, found_rows
@@ -196,8 +196,8 @@ class CompressedParts(nn.Module):
             state: what `MethodConfig.fit` returned for it.
 
         Raises:
-            ValueError: there is no such table, a tensor has the wrong name or shape, or the integers of a manager do
-                not go together.
+            ValueError: there is no such table, a tensor has the wrong name or shape or a value that is not finite, or
+                the integers of a manager do not go together.
         """
         check_unsharded(self, "load_table")
         if name not in self.blueprint.methods:
@@ -224,11 +224,16 @@ class CompressedParts(nn.Module):
                     f"table {name!r}: stored tensors are {have}, got {key!r} of shape {tuple(value.shape)}"
                 )
             check_fits(f"table {name!r}, {key!r}", value, targets[key].dtype)
+            if key in ("codebooks", "hot_rows") and targets[key].dtype == torch.uint8:
+                check_scales(f"table {name!r}, {key!r}", value)
         if state.codes is not None:
             if bank is None:
                 raise ValueError(
                     f"table {name!r}: must be stored as codes to be given some, got {self.methods()[name]}"
                 )
+            is_low_bit = name in self.decoder.banks and getattr(self.decoder.banks[name], "row_dtype", None)
+            if is_low_bit and state.codes.shape == bank.codes.shape:
+                check_scales(f"table {name!r}, 'codes'", state.codes)
             bank.load(state.codes)
         elif bank is not None:
             bank.check()  # what stays is marked anew below

@@ -21,7 +21,7 @@ from torchrec_compress.compression import Compression
 from torchrec_compress.methods import MECConfig, MEmComConfig, PQConfig, RandomCodesConfig
 from torchrec_compress.modules.blueprint import Blueprint
 from torchrec_compress.modules.collection import CompressedParts, as_device
-from torchrec_compress.modules.features import check_batch_weights, check_features
+from torchrec_compress.modules.features import check_batch_weights, check_features, widened
 from torchrec_compress.modules.managed import ManagedBagRows, ManagedCollection
 from torchrec_compress.modules.remapped import (
     RemappedEmbeddingBagCollection,
@@ -29,6 +29,7 @@ from torchrec_compress.modules.remapped import (
     RemappedEmbeddingCollection,
 )
 from torchrec_compress.modules.trained import TrainedBags, TrainedCollection
+from torchrec_compress.modules.weighted_bags import native_bags
 
 _NATIVE = (
     EmbeddingBagCollection,
@@ -52,7 +53,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
     Args:
         tables: as for TorchRec; they are copied, never written to.
         device: of all tensors, default CPU; "meta" allocates nothing.
-        is_weighted: whether batches carry per-id weights (sum pooling only, as in TorchRec).
+        is_weighted: whether batches carry per-id weights (sum pooling only, as in TorchRec), of any float dtype.
         compression: a method for all tables, or methods by table name or pattern, see `compression.resolve`. A table
             that its method would not shrink stays dense.
         seed: of start codes and hashes, which are a pure function of (seed, table name, id).
@@ -60,7 +61,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
 
     Shapes: the input has F features of B bags; the output is (B, sum of widths) with TorchRec's keys,
         and as TorchRec's it is float32 whatever the parameters are cast to; sharded, of the `output_dtype` that
-        fused_params or constraints say.
+        fused_params or constraints say. Weights are taken as float32.
 
     Raises:
         ValueError: bad tables or compression at construction; at forward a missing feature, missing weights, an id out
@@ -116,12 +117,13 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         features = maybe_td_to_kjt(features, None)
         check_features(features, self._features, type(self).__name__)
         if self._is_weighted:
-            check_batch_weights(features, type(self).__name__, weight_dtypes(self))
+            check_batch_weights(features, type(self).__name__)
+            features = widened(features)
         codes = self.code_tables(features) if self.code_tables is not None else None
         rows = self._unpooled_rows(features)
         pooled: list[KeyedTensor] = []
         if self.dense is not None:
-            pooled.append(self.dense(features))
+            pooled.append(native_bags(self.dense, features, self._is_weighted))
         bags: dict[str, Tensor] = {}
         if self.bags is not None:
             pooled.append(self.bags(features))
@@ -165,13 +167,6 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
     def is_weighted(self) -> bool:
         """Return whether batches carry weights."""
         return self._is_weighted
-
-
-def weight_dtypes(collection: CompressedEmbeddingBagCollection) -> list[torch.dtype]:
-    """Return the dtypes of the tables that torch pools, which takes weights of no other dtype."""
-    stock = [collection.dense, None if collection.bags is None else collection.bags.native]
-    bags = [bag for part in stock if type(part) is EmbeddingBagCollection for bag in part.embedding_bags.values()]
-    return list(dict.fromkeys(bag.weight.dtype for bag in bags))  # type: ignore[union-attr]
 
 
 @torch.fx.wrap

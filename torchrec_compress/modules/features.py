@@ -14,6 +14,8 @@ from torchrec_compress.ops import check_ids, check_weights
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("check_ids")
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class LookedUpTable:
@@ -81,13 +83,12 @@ def check_features(features: KeyedJaggedTensor, wanted: list[str], where: str) -
         raise ValueError(f"{where}: the batch must have the features {missing}, got only {features.keys()}")
 
 
-def check_batch_weights(features: KeyedJaggedTensor, where: str, dtypes: list[torch.dtype]) -> None:
+def check_batch_weights(features: KeyedJaggedTensor, where: str) -> None:
     """Raise ValueError when the batch lacks the weights of a weighted collection, or one is not finite.
 
     Args:
         features: the batch.
         where: names the collection in errors.
-        dtypes: of tables that want weights of their own dtype.
     """
     weights = features.weights_or_none()
     if weights is None:
@@ -95,11 +96,29 @@ def check_batch_weights(features: KeyedJaggedTensor, where: str, dtypes: list[to
             f"{where}: the batch must carry weights with is_weighted=True, got none; give the batch weights"
         )
     check_weights(weights, where)
-    if any(dtype != weights.dtype for dtype in dtypes):
-        raise ValueError(
-            f"{where}: weights must have the dtype of the dense and hashed tables, {dtypes[0]}, got {weights.dtype}; "
-            "cast the weights, or leave the collection in float32"
-        )
+
+
+def widened(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """Return the batch with float32 weights in place of half-precision ones, which FBGEMM permutes and splits not all.
+
+    What a trace has in place of a batch is returned as it is: TorchRec's pipelines send ahead what a model is given.
+    """
+    weights = features.weights_or_none() if isinstance(features, KeyedJaggedTensor) else None
+    if weights is None or weights.dtype not in HALF:
+        return features
+    variable = features.variable_stride_per_key()
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=features.values(),
+        weights=weights.float(),
+        lengths=features.lengths(),
+        offsets=features.offsets(),
+        stride=None if variable else features.stride(),
+        stride_per_key_per_rank=features.stride_per_key_per_rank() if variable else None,
+        length_per_key=features.length_per_key(),
+        offset_per_key=features.offset_per_key(),
+        inverse_indices=features.inverse_indices_or_none(),
+    )
 
 
 def split_features(features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:

@@ -15,7 +15,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 from torchrec_compress.methods.base import TableDecoder
 from torchrec_compress.methods.storage import CodePart, NativePart
 from torchrec_compress.modules.blueprint import Blueprint
-from torchrec_compress.ops import SCALE_BYTES, first_infinite
+from torchrec_compress.ops import SCALE_BYTES, first_infinite, first_not_finite
 from torchrec_compress.seams import local_shards, shape_and_dtype
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class StateFormat:
 
 
 def check_loaded_fit(module: nn.Module, state_dict: dict, prefix: str) -> None:
-    """Raise ValueError where a parameter would be infinite in its dtype; say which ones are rounded to it.
+    """Raise ValueError where a parameter would be NaN or infinite; say which ones are rounded to its dtype.
 
     Args:
         module: that is loaded.
@@ -179,21 +179,41 @@ def check_loaded_fit(module: nn.Module, state_dict: dict, prefix: str) -> None:
             dtype = shape_and_dtype(found)[1]
             if torch.promote_types(dtype, parameter.dtype) != parameter.dtype:
                 rounded.append(name)
-                for local, _ in local_shards(found):
-                    check_fits(prefix + name, local, parameter.dtype)
+            for local, _ in local_shards(found):
+                check_fits(prefix + name, local, parameter.dtype)
     if rounded:
         logger.warning("%s: the state dict has wider numbers than these, which are rounded as they are loaded", rounded)
 
 
 def check_fits(where: str, values: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError where values would be infinite in the dtype of what they are copied to."""
+    """Raise ValueError where values are NaN or infinite, or would be in the dtype of what they are copied to."""
     if not values.is_floating_point() or not dtype.is_floating_point or values.is_meta:
         return
     rows = values.reshape(len(values), -1) if values.dim() else values.reshape(1, 1)
+    if (row := first_not_finite(rows)) is not None:
+        raise ValueError(
+            f"{where}: values must be finite, got NaN or infinity in row {row}; take a checkpoint from before the "
+            "training or the fit went wrong"
+        )
     if (found := first_infinite(rows, dtype)) is not None:
         raise ValueError(
             f"{where}: values must be in +-{torch.finfo(dtype).max:.0f} to be stored as {dtype}, got {found[1]:g} in "
             f"row {found[0]}; give the table data_type FP32"
+        )
+
+
+def check_scales(where: str, rows: Tensor) -> None:
+    """Raise ValueError where a row of few bits has a scale or bias that is not finite.
+
+    Args:
+        where: names the rows in errors.
+        rows: (n, bytes per row) uint8, as `ops.quantize_rows` makes them.
+    """
+    scales = rows[:, :SCALE_BYTES].contiguous().view(torch.float16)
+    if (row := first_not_finite(scales)) is not None:
+        raise ValueError(
+            f"{where}: scales and biases of rows must be finite, got NaN or infinity in row {row}; make rows by "
+            "ops.quantize_rows"
         )
 
 

@@ -13,7 +13,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec_compress.methods import MethodConfig
 from torchrec_compress.modules.collection import CompressedParts, as_device
 from torchrec_compress.modules.embedding import CompressedEmbeddingCollection
-from torchrec_compress.modules.embedding_bag import CompressedEmbeddingBagCollection, weight_dtypes
+from torchrec_compress.modules.embedding_bag import CompressedEmbeddingBagCollection
 from torchrec_compress.modules.footprint import Footprint
 from torchrec_compress.modules.plain_calls import Call, batch_of_bags, batch_of_ids, finished_bags, padded_rows
 
@@ -174,7 +174,8 @@ class CompressedEmbeddingBag(_OneTable):
         padding_row: buffer, (D,) of dtype, zeros at first: what `weight` holds for the padding id; no bag reads it.
 
     Shapes: ids, int32 or int64, are (B, N), or (L,) with offsets (B,), (B + 1,) where they include the last; weights
-        are float32 of the ids' shape. The output is (B, D) of dtype; an empty bag is zeros.
+        are of the ids' shape and any float dtype, taken as float32. The output is (B, D) of dtype; an empty bag is
+        zeros.
 
     Raises:
         ValueError: bad arguments at construction; at forward wrong types or shapes, weights of means, a weight that is
@@ -227,9 +228,7 @@ class CompressedEmbeddingBag(_OneTable):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Return the bags of ids, (B, N), or (L,) cut at offsets, as (B, D)."""
-        # made weights are what torch wants of a dense table that the user has cast
-        dtype = next(iter(weight_dtypes(self.collection)), torch.float32)  # type: ignore[arg-type]
-        features = batch_of_bags(input, offsets, per_sample_weights, self._call, dtype)
+        features = batch_of_bags(input, offsets, per_sample_weights, self._call)
         bags = finished_bags(self.collection(features).values(), features, input, offsets, self._call)
         return bags.to(self.dtype)
 

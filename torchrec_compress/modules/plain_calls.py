@@ -62,9 +62,7 @@ def batch_of_ids(ids: Tensor, call: Call) -> KeyedJaggedTensor:
     return _one_feature(call.name, flat, None, torch.arange(2, device=ids.device) * flat.shape[0])
 
 
-def batch_of_bags(
-    ids: Tensor, offsets: Tensor | None, weights: Tensor | None, call: Call, dtype: torch.dtype
-) -> KeyedJaggedTensor:
+def batch_of_bags(ids: Tensor, offsets: Tensor | None, weights: Tensor | None, call: Call) -> KeyedJaggedTensor:
     """Return bags as a batch of one feature; where there are none, a batch of one empty bag.
 
     Args:
@@ -72,7 +70,6 @@ def batch_of_bags(
         offsets: (B,), or (B + 1,) where they include the last; or None.
         weights: of the ids' shape, or None; a padding id's becomes zero.
         call: how the module reads them.
-        dtype: of weights that are made here.
 
     Raises:
         ValueError: they do not go together, or an id is out of range.
@@ -88,7 +85,7 @@ def batch_of_bags(
     if offsets.shape[0] == 1:  # TorchRec's own tables fail on a batch of no bags
         offsets = torch.cat([offsets, offsets])
     if call.is_weighted:
-        weights = torch.ones_like(flat, dtype=dtype) if weights is None else weights.reshape(-1)
+        weights = torch.ones_like(flat, dtype=torch.float32) if weights is None else weights.reshape(-1)
         if call.padding_idx is not None:
             weights = weights.masked_fill(flat == call.padding_idx, 0.0)
     return _one_feature(call.name, flat, weights, offsets)

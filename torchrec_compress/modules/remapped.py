@@ -13,8 +13,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from torchrec_compress.methods.storage import Remap
-from torchrec_compress.modules.features import IdRange, split_features
+from torchrec_compress.modules.features import IdRange, split_features, widened
 from torchrec_compress.modules.replicated import strip_where_replicated, warn_of_missing_sharders
+from torchrec_compress.modules.weighted_bags import native_bags
 from torchrec_compress.ops import Rows, TableRows, check_ids, check_offsets, check_weight_count
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
@@ -78,6 +79,7 @@ def remap_features(features: KeyedJaggedTensor, remaps: Sequence[RemappedFeature
         ValueError: an id is outside the range of the user's table, or the batch's tensors do not fit one another.
     """
     _check_lengths(features)
+    features = widened(features)
     order = [features.keys().index(entry.feature) for entry in remaps]
     picked = features if order == list(range(len(features.keys()))) else features.permute(order)
     rows, weights = [*remapped_ids(features, remaps).values()], picked.weights_or_none()
@@ -168,11 +170,12 @@ class RemappedEmbeddingBagCollection(_Remapped):
         device: torch.device | None,
     ) -> None:
         super().__init__(remaps)
+        self._is_weighted = is_weighted
         self.native = EmbeddingBagCollection(tables=tables, is_weighted=is_weighted, device=device)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Return the pooled embeddings, (B, D) by the remaps' keys."""
-        return self.native(remap_features(features, self.remaps))
+        return native_bags(self.native, remap_features(features, self.remaps), self._is_weighted)
 
 
 class RemappedEmbeddingCollection(_Remapped):

@@ -1,7 +1,7 @@
 """Tensor operations behind the compressed lookups. Callers import from here, never from the files below."""
 
 from torchrec_compress.ops.bags import codebook_bag, codebook_bags
-from torchrec_compress.ops.checks import check_weight_count, first_infinite
+from torchrec_compress.ops.checks import check_weight_count, first_infinite, first_not_finite
 from torchrec_compress.ops.codebooks import (
     code_dtype,
     hot_row_codes,
@@ -90,6 +90,7 @@ __all__ = [
     "dequantize_rows",
     "encode_trained",
     "first_infinite",
+    "first_not_finite",
     "flag_of",
     "gathered",
     "hash_codes",

@@ -58,6 +58,21 @@ def first_infinite(values: Tensor, dtype: torch.dtype) -> tuple[int, float] | No
     return None
 
 
+def first_not_finite(values: Tensor) -> int | None:
+    """Return the first row that holds NaN or infinity, or None.
+
+    Args:
+        values: (L, ...) floating point.
+
+    Example:
+        >>> first_not_finite(torch.tensor([[1.0], [float("nan")], [float("inf")]]))
+        1
+    """
+    if not values.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):  # no copy of a table
+        return None
+    return int((~torch.isfinite(values).reshape(len(values), -1).all(dim=1)).nonzero()[0])
+
+
 def check_index(name: str, index: Tensor, where: str) -> None:
     """Raise ValueError unless ids or offsets are of a type that kernels read.
 

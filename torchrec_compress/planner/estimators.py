@@ -19,13 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
-from torchrec.distributed.planner.types import (
-    ParameterConstraints,
-    Shard,
-    ShardEstimator,
-    ShardingOption,
-    Topology,
-)
+from torchrec.distributed.planner.types import ParameterConstraints, Shard, ShardEstimator, ShardingOption, Topology
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, EmbeddingBagConfig
 
@@ -120,24 +114,18 @@ class _Estimator(ShardEstimator):
             plan_as(stand_in, torch.empty(option.tensor.shape, dtype=option.tensor.dtype, device="meta"))
         part = option.module[1]
         if isinstance(part, CodeTableCollection):
-            row_bytes = _travelling_bytes(option)
-            rows = torch.empty(option.tensor.shape[0], row_bytes, dtype=torch.uint8, device="meta")
-            plan_as(stand_in, rows, is_pooled=False)
-            for shard in stand_in.shards:
-                shard.size = [shard.size[0], row_bytes]
+            _show_as(stand_in, _travelling_bytes(option), torch.uint8, is_pooled=False)
         elif isinstance(part, RemappedEmbeddingBagCollection | RemappedEmbeddingCollection | ManagedCollection):
             # FBGEMM's kernels make float32 of a table in half precision
             stand_in.output_dtype = widest_type([dtype_asked(option.name, option.output_dtype or of_all)])
             if not isinstance(part, RemappedEmbeddingBagCollection):
                 plan_as(stand_in, is_pooled=False)
         elif isinstance(part, TrainedCollection):  # its rows travel as floats
-            width = part.table(option.name).part.width
-            rows = torch.empty(option.tensor.shape[0], width, device="meta")
-            plan_as(stand_in, rows, is_pooled=self._adds_up(part, option))
-            for shard in stand_in.shards:
-                shard.size = [shard.size[0], width]
+            _show_as(stand_in, part.table(option.name).part.width, torch.float32, self._adds_up(part, option))
         elif isinstance(part, Decoder):
             stand_in.name, _, tensor = option.name.partition(".")
+            if tensor == "codebooks" and not option.tensor.is_floating_point():  # their sums are floats
+                _show_as(stand_in, option.tensor.shape[1] - SCALE_BYTES, torch.float32)
             table = _table_of(part, stand_in.name)
             stand_in.output_dtype = self._output_type(part, stand_in.name, dtype_asked(option.name, of_all))
             lookups = self._decoder_lookups(part, table, tensor, option.batch_size)
@@ -360,6 +348,13 @@ class CompressedStorageEstimator(_Estimator):
 
 def _distinct(option: ShardingOption) -> dict[tuple[int, ...], None]:
     return dict.fromkeys(tuple(shard.size) for shard in option.shards)
+
+
+def _show_as(stand_in: ShardingOption, columns: int, dtype: torch.dtype, is_pooled: bool | None = None) -> None:
+    """Have the inner estimator see rows of another width and dtype, and pooling where it is given."""
+    plan_as(stand_in, torch.empty(stand_in.tensor.shape[0], columns, dtype=dtype, device="meta"), is_pooled)
+    for shard in stand_in.shards:
+        shard.size = [shard.size[0], columns]
 
 
 def _but_rows(stand_in: ShardingOption, constraints: dict[str, ParameterConstraints] | None) -> Any:

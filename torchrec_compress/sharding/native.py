@@ -17,6 +17,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec_compress.modules.outputs import OutputType, dtype_asked
 from torchrec_compress.seams import freeze, hold_still
 from torchrec_compress.sharding.checks import check_env, check_names, tell_of_defaults, tell_of_missing_codec
+from torchrec_compress.sharding.fused_params import check_fused_params
 from torchrec_compress.sharding.rows import SHARDING_TYPES, ShardedRowCollection
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -27,9 +28,13 @@ class NativeSharder(BaseEmbeddingSharder[Module]):
 
     Args:
         stock: TorchRec's sharder, with the fused parameters and quantised collectives that are wanted.
+
+    Raises:
+        ValueError: fused parameters that FBGEMM's tables do not take.
     """
 
     def __init__(self, stock: Any) -> None:
+        check_fused_params(type(self).__name__, stock.fused_params)
         super().__init__()
         self._stock = stock
 

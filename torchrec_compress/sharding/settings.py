@@ -48,7 +48,8 @@ def compressed_sharders(
         qcomm_codecs_registry: of native tables, instead of `stock`. Codes always travel as they are.
 
     Raises:
-        ValueError: neither or both are given, or the list has no sharder to take settings from.
+        ValueError: neither or both are given, the list has no sharder to take settings from, or fused parameters are
+            none that FBGEMM's tables take.
 
     Example:
         >>> mine = [EmbeddingBagCollectionSharder(fused_params={"learning_rate": 0.1})]
@@ -67,6 +68,30 @@ def compressed_sharders(
             EmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry),
             EmbeddingCollectionSharder(fused_params, qcomm_codecs_registry),
         ]
+    bags, rows = _of_both(stock)
+    native = [  # first, for they look at the settings
+        RemappedEmbeddingBagCollectionSharder(bags),
+        RemappedEmbeddingCollectionSharder(rows),
+        RemappedEmbeddingBagRowsSharder(bags),
+        ManagedCollectionSharder(rows),
+        ManagedBagRowsSharder(bags),
+        TrainedCollectionSharder(rows),
+        TrainedBagsSharder(bags),
+    ]
+    outputs = _of_outputs(bags, rows)
+    return [
+        CodeTableCollectionSharder(fused_params=outputs),
+        *native,
+        DecoderSharder(_of_tables(rows) | _of_tables(bags), outputs),
+    ]  # type: ignore[list-item]
+
+
+def _of_both(stock: Iterable[ModuleSharder[Any]]) -> tuple[Any, Any]:
+    """Return the sharders of pooled and unpooled collections; where the list lacks one, one with the other's settings.
+
+    Raises:
+        ValueError: it lacks both.
+    """
     by_type: dict[type[nn.Module], Any] = {sharder.module_type: sharder for sharder in stock}
     bags, rows = by_type.get(EmbeddingBagCollection), by_type.get(EmbeddingCollection)
     either = bags or rows
@@ -76,20 +101,10 @@ def compressed_sharders(
             f"settings native tables take, got {sorted(type(sharder).__name__ for sharder in by_type.values())}; pass "
             "fused_params= instead, {} for the defaults"
         )
-    bags = bags or EmbeddingBagCollectionSharder(either.fused_params, either.qcomm_codecs_registry)
-    rows = rows or EmbeddingCollectionSharder(either.fused_params, either.qcomm_codecs_registry)
-    outputs = _of_outputs(bags, rows)
-    return [
-        CodeTableCollectionSharder(fused_params=outputs),
-        RemappedEmbeddingBagCollectionSharder(bags),
-        RemappedEmbeddingCollectionSharder(rows),
-        RemappedEmbeddingBagRowsSharder(bags),
-        ManagedCollectionSharder(rows),
-        ManagedBagRowsSharder(bags),
-        TrainedCollectionSharder(rows),
-        TrainedBagsSharder(bags),
-        DecoderSharder(_of_tables(rows) | _of_tables(bags), outputs),
-    ]  # type: ignore[list-item]
+    return (
+        bags or EmbeddingBagCollectionSharder(either.fused_params, either.qcomm_codecs_registry),
+        rows or EmbeddingCollectionSharder(either.fused_params, either.qcomm_codecs_registry),
+    )
 
 
 def _of_tables(sharder: Any) -> dict[str, Any]:
@@ -125,6 +140,9 @@ def get_default_sharders(
             that `apply_optimizer_in_backward` marked keep what it was given.
         qcomm_codecs_registry: codecs of what native tables send. Codes always travel as they are.
         use_index_dedup: of the sharders of `EmbeddingCollection`.
+
+    Raises:
+        ValueError: fused parameters are none that FBGEMM's tables take.
 
     Example:
         >>> [type(sharder).__name__ for sharder in get_default_sharders()][-1]

@@ -1,0 +1,62 @@
+"""Fused parameters that FBGEMM's tables do not take are errors where sharders are made."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.types import BoundsCheckMode, CacheAlgorithm
+from torchrec.modules.embedding_configs import DataType
+
+from torchrec_compress.sharding import RemappedEmbeddingBagRowsSharder, compressed_sharders, get_default_sharders
+
+WRONG: list[tuple[Any, str]] = [
+    ({"learning_rates": 0.1}, r"must be arguments of FBGEMM's tables.*got 'learning_rates'; give one of \['learning_r"),
+    ({"lr": 0.1}, "got 'lr'; leave it out"),
+    ({3: 0.1}, "got 3; leave it out"),
+    ({"pooling_mode": None}, "got 'pooling_mode'; leave it out"),
+    ({"weights_precision": SparseType.FP16}, "got 'weights_precision'; leave it out"),
+    ({"learning_rate": "0.1"}, r"fused_params\['learning_rate'\] must be float, got '0.1'"),
+    ({"learning_rate": True}, r"fused_params\['learning_rate'\] must be float, got True"),
+    ({"learning_rate": None}, "must be float, got None"),
+    ({"cache_sets": 1.5}, "must be int, got 1.5"),
+    ({"gradient_clipping": 1}, "must be bool, got 1"),
+    ({"optimizer": "adam"}, "must be a member of EmbOptimType, got 'adam'"),
+    ({"output_dtype": "fp16"}, "must be a member of DataType or a member of SparseType, got 'fp16'"),
+    ({"cache_algorithm": 1}, "must be a member of CacheAlgorithm, got 1"),
+    ({"optimizer_state_dtypes": [SparseType.FP16]}, "must be dict or None"),
+    ("adam", "fused_params must be a dict of settings by name, got 'adam'"),
+]
+RIGHT: list[dict[str, Any]] = [
+    {},
+    {"optimizer": EmbOptimType.ADAM, "learning_rate": 1, "eps": 1e-8, "beta1": 0.9, "weight_decay": 0.0},
+    {"output_dtype": SparseType.FP16, "cache_precision": DataType.FP16, "optimizer_state_dtypes": None},
+    {"cache_algorithm": CacheAlgorithm.LFU, "bounds_check_mode": BoundsCheckMode.FATAL, "cache_load_factor": 0.3},
+    {"optimizer_state_dtypes": {"momentum1": SparseType.FP16}, "enforce_hbm": True, "prefetch_pipeline": False},
+    {"ssd_storage_directory": "/tmp", "use_passed_in_path": True, "use_one_tbe_per_table": True},
+]
+
+
+@pytest.mark.parametrize(("settings", "told"), WRONG, ids=lambda value: str(value)[:30])
+def test_wrong_ones_are_errors_at_once(settings, told):
+    makers = [
+        lambda: get_default_sharders(fused_params=settings),
+        lambda: compressed_sharders(fused_params=settings),
+        lambda: compressed_sharders([EmbeddingBagCollectionSharder(fused_params=settings)]),
+        lambda: compressed_sharders([EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder(settings)]),
+        lambda: RemappedEmbeddingBagRowsSharder(EmbeddingBagCollectionSharder(settings)),
+    ]
+    for make in makers:
+        with pytest.raises(ValueError, match=told) as raised:
+            make()
+        assert re.match(r"\w+Sharder: ", str(raised.value))
+
+
+@pytest.mark.parametrize("settings", RIGHT, ids=lambda value: str(value)[:30])
+def test_those_that_a_table_takes_are_taken(settings):
+    for sharder in compressed_sharders(fused_params=settings)[1:-1]:
+        assert sharder.fused_params == settings  # type: ignore[attr-defined]
