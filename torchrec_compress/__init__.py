@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torchrec_compress.convert import (
         Curvature,
         compress,
+        compress_dense,
         compress_into,
         decompress,
         dequantize_codebooks,
@@ -56,6 +57,7 @@ __all__ = [
     "__version__",
     "after_step",
     "compress",
+    "compress_dense",
     "compress_gradients",
     "compress_into",
     "decompress",
@@ -73,7 +75,9 @@ __all__ = [
 ]
 _HOMES = {
     **dict.fromkeys(("Curvature", "measure_curvature", "predicted_rise"), "convert"),
-    **dict.fromkeys(("compress", "compress_into", "decompress", "fold_into_linear", "fold_projections"), "convert"),
+    **dict.fromkeys(
+        ("compress", "compress_dense", "compress_into", "decompress", "fold_into_linear", "fold_projections"), "convert"
+    ),
     **dict.fromkeys(("dequantize_codebooks", "quantize_codebooks"), "convert"),
     **dict.fromkeys(("compress_gradients", "get_default_sharders"), "sharding"),
 }

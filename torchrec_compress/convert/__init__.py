@@ -2,6 +2,7 @@
 
 from torchrec_compress.convert.compress import compress, decompress
 from torchrec_compress.convert.curvature import measure_curvature
+from torchrec_compress.convert.dense_layers import compress_dense
 from torchrec_compress.convert.fold import fold_into_linear, fold_projections, why_unfolded
 from torchrec_compress.convert.into import compress_into, row_reader
 from torchrec_compress.convert.quantize import dequantize_codebooks, dequantized, quantize_codebooks
@@ -10,6 +11,7 @@ from torchrec_compress.fit.curvature import Curvature, predicted_rise
 __all__ = [
     "Curvature",
     "compress",
+    "compress_dense",
     "compress_into",
     "decompress",
     "dequantize_codebooks",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,22 +34,23 @@ def check_places(model: nn.Module, places: Sequence[Place], inplace: bool) -> No
         places: that are replaced.
         inplace: whether in the model itself, which may hold a module where none is found: in a list, as a method.
     """
-    _check_wrappers(model)
+    check_wrappers("compress", model)
     for place in places:
         _check_module(place)
     _check_ties(model, places)
     if inplace:
-        _check_references(model, places)
+        check_references("compress", model, {id(place.module): place.path for place in places})
 
 
-def _check_wrappers(model: nn.Module) -> None:
+def check_wrappers(where: str, model: nn.Module) -> None:
+    """Raise ValueError where a model, or a part of it, is wrapped for many ranks otherwise than by TorchRec."""
     for path, module in model.named_modules():
         kinds = {kind.__name__ for kind in type(module).__mro__}
         found = [name for name in _WRAPPERS if name in kinds]
         found += ["DistributedDataParallel"] if isinstance(module, DistributedDataParallel) else []
         if found:
             raise ValueError(
-                f"compress: the model must not be wrapped by {found[0]}, got {path or 'the model'!r}; compress what it "
+                f"{where}: the model must not be wrapped by {found[0]}, got {path or 'the model'!r}; compress what it "
                 "wraps, and wrap it again"
             )
 
@@ -60,8 +61,7 @@ def _check_module(place: Place) -> None:
     has_own = place.is_compressed or isinstance(place.module, ShardedModule)  # hooks, in its parts and of its state
     parts, hooks = ([place.module], _CALLS) if has_own else ([*place.module.modules()], _CALLS + _STATES)
     weights = [] if has_own else [*place.module.parameters()]
-    is_hooked = any(getattr(part, each, None) for part in parts for each in hooks)
-    if is_hooked or any(getattr(weight, each, None) for weight in weights for each in _WEIGHTS):
+    if is_hooked(parts, weights, hooks):
         raise ValueError(
             f"{where}: a module that is replaced must have no hooks, on its weight neither, got some; remove them, and "
             "register them on the new one"
@@ -81,13 +81,19 @@ def _check_module(place: Place) -> None:
             logger.warning("%s: gradients are dense now, of what is small; sparse=True is gone", where)
 
 
+def is_hooked(parts: Sequence[nn.Module], weights: Sequence[Tensor], hooks: Sequence[str] = _CALLS + _STATES) -> bool:
+    """Return whether modules have hooks of some kinds, or weights have any."""
+    found = any(getattr(part, each, None) for part in parts for each in hooks)
+    return found or any(getattr(weight, each, None) for weight in weights for each in _WEIGHTS)
+
+
 def _check_ties(model: nn.Module, places: Sequence[Place]) -> None:
     """Raise ValueError where a table shares its values with other modules."""
     owner = {id(part): place for place in places for part in place.module.modules()}
     holders: dict[Any, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            holders.setdefault(_values_of(parameter), []).append((f"{path}.{name}" if path else name, module))
+            holders.setdefault(values_of(parameter), []).append((f"{path}.{name}" if path else name, module))
     for mine in holders.values():
         ours = {id(owner.get(id(module))) for _, module in mine}
         if len(ours) > 1 and any(id(module) in owner for _, module in mine):
@@ -97,7 +103,7 @@ def _check_ties(model: nn.Module, places: Sequence[Place]) -> None:
             )
 
 
-def _values_of(parameter: Tensor) -> Any:
+def values_of(parameter: Tensor) -> Any:
     """Return what two parameters of the same values have in common."""
     try:
         place = parameter.untyped_storage().data_ptr()
@@ -106,10 +112,15 @@ def _values_of(parameter: Tensor) -> Any:
     return (parameter.device, place) if place else id(parameter)
 
 
-def _check_references(model: nn.Module, places: Sequence[Place]) -> None:
-    """Raise ValueError where a module is held where no other can be put in its place."""
-    old = {id(place.module): place.path for place in places}
-    going = {id(part) for place in places for part in place.module.modules()}  # which may hold each other
+def check_references(where: str, model: nn.Module, old: Mapping[int, str]) -> None:
+    """Raise ValueError where a module is held where no other can be put in its place.
+
+    Args:
+        where: names the caller.
+        model: holds the modules.
+        old: their paths by `id`.
+    """
+    going = {id(part) for module in model.modules() if id(module) in old for part in module.modules()}
     for path, module in model.named_modules():
         if id(module) in going:
             continue
@@ -119,7 +130,7 @@ def _check_references(model: nn.Module, places: Sequence[Place]) -> None:
             held = [old[id(each)] for each in _held(value) if id(each) in old]
             if held:
                 raise ValueError(
-                    f"compress: {held[0]!r} must be held as a submodule alone, got {path}.{name} that holds it as "
+                    f"{where}: {held[0]!r} must be held as a submodule alone, got {path}.{name} that holds it as "
                     "well; look it up by its attribute, or compress a copy (inplace=False)"
                 )
 
