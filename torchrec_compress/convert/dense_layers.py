@@ -79,7 +79,12 @@ def compress_dense(
     if unread:
         logger.warning("%s: layers %s are never called by the forward, and stay as they are", _WHERE, unread)
     spectra = {path: _Spectrum.of(found[path], output) for path, output in outputs.items() if output.rows}
-    new = {}
+    return with_modules(model, _fitted(found, spectra, ratio), inplace)
+
+
+def _fitted(found: Mapping[str, nn.Linear], spectra: Mapping[str, _Spectrum], ratio: float) -> dict[int, nn.Module]:
+    """Return what comes in place of each layer that does not stay, by its `id`, and log the ranks."""
+    new: dict[int, nn.Module] = {}
     for path, rank in _ranks(spectra, ratio).items():
         layer, spectrum = found[path], spectra[path]
         if rank is not None:
@@ -88,7 +93,7 @@ def compress_dense(
             "%s: %s (%d to %d): %s", _WHERE, path or "the model", layer.in_features, layer.out_features,
             "whole" if rank is None else f"rank {rank}, {100 * spectrum.lost(rank):.3g} % of the variance lost",
         )  # fmt: skip
-    return with_modules(model, new, inplace)
+    return new
 
 
 def _find_layers(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
