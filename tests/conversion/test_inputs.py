@@ -68,7 +68,7 @@ def refuse(source: Path, told: dict, match: str, target: str = "small.pt") -> No
         ({"from": {"user": PQ}}, "'from' must come with the sizes"),
         ({"from_seed": 3}, "from_seed: must come with 'from'"),
         ({"seed": -1}, "seed: must be in"),
-        ({"counts": {"user": "nowhere.npy"}}, "table 'user': counts: nowhere.npy: is missing"),
+        ({"counts": {"user": "nowhere.npy"}}, "counts: 'user': nowhere.npy: is missing"),
         ({"counts": {"usr": "x.npy"}}, "counts must name tables, got 'usr'; did you mean 'user'"),
         ({"counts": "optimiser"}, "counts: must be"),
         ({"counts": "optimizer"}, "counts: must be the sums of one Adagrad in the checkpoint, got none"),

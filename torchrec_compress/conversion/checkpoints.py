@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -93,6 +94,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"{path}: must be a checkpoint, got nothing there ({error.strerror})") from None
     if stat.S_ISLNK(mode):
         raise ValueError(f"{path}: must be a file or a folder, got a link; name what it leads to")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{path}: must be readable, got no permission; chmod or chown it")
     kind = kind_of_path(path, stat.S_ISDIR(mode))
     if kind == "dcp":
         return _open_folder(path)
@@ -158,8 +161,10 @@ def _leaves(value: Any, place: Path_, path: Path, extra: dict[Path_, Any]) -> It
 
 def _checked(tensor: Tensor, name: str, path: Path) -> Tensor:
     """Return a tensor whose values each lie in the file."""
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        raise ValueError(f"{path}: {name!r} must be a dense tensor, got {tensor.layout}; {_AGAIN}")
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+        kinds = ("is_meta", "is_quantized", "is_nested")
+        got = [kind for kind in kinds if getattr(tensor, kind)] or tensor.layout
+        raise ValueError(f"{path}: {name!r} must be a dense tensor, got {got}; {_AGAIN}")
     if tensor.nbytes > tensor.untyped_storage().nbytes():
         raise ValueError(
             f"{path}: {name!r} must hold each of its values, got {tuple(tensor.shape)} of "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,10 @@ from torchrec_compress.fit.checks import first_wrong
 from torchrec_compress.train.sealed import check_regular, load_plain
 
 _SUMS = ("momentum1", "momentum_1", "sum")  # of FBGEMM's row-wise Adagrad, TorchRec's and torch's
+_MOMENTS = ("momentum2", "momentum_2", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # of Adam and its like
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# what NumPy and torch raise of bytes that a stranger wrote, a size that no memory has among it
+_UNREADABLE = (ValueError, TypeError, OSError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
 _BATCH = 1 << 20
 _HELP = "give a .npy or .npz of look-ups per id, a .pt of such a tensor, or file.parquet:column of ids"
 
@@ -36,7 +43,7 @@ def read_counts(where: str, text: str, num_rows: int) -> Tensor:
         if path.suffix == ".parquet":
             return _counted(path, column, num_rows)
         found = _read(path, "counts")
-    except (ValueError, OSError, KeyError, EOFError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{where}: counts: {path}: {error}; {_HELP}") from None
     if found.shape != (num_rows,) or found.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise ValueError(
@@ -46,19 +53,29 @@ def read_counts(where: str, text: str, num_rows: int) -> Tensor:
     return found
 
 
+def check_files(name: str, given: Mapping[str, Any]) -> None:
+    """Raise ValueError where a file is not there, also one of a table that is not converted."""
+    for key, text in given.items():
+        path, _ = _split(str(text))
+        if (problem := check_regular(path)) is not None:
+            raise ValueError(f"{name}: {key!r}: {path}: {problem}; {_HELP}")
+
+
 def read_contexts(where: str, text: str) -> tuple[Tensor, Tensor]:
     """Return pairs (id, context id), ((P,), (P,)) int64; arguments and errors as in `read_counts`."""
     path, _ = _split(text)
     try:
         if path.suffix == ".npz":
-            with np.load(_regular(path), allow_pickle=False) as file:
+            with _loaded(path) as file:
                 ids, contexts = (torch.from_numpy(file[name]) for name in ("ids", "contexts"))
         else:
             both = _read(path, "")
             if both.dim() != 2 or both.shape[0] != 2:
                 raise ValueError(f"must hold 2 x P ids, got {tuple(both.shape)}")
             ids, contexts = both
-    except (ValueError, OSError, KeyError, EOFError) as error:
+        if ids.dtype not in _INTEGERS or contexts.dtype not in _INTEGERS:
+            raise ValueError(f"must hold integers, got {ids.dtype} and {contexts.dtype}")
+    except _UNREADABLE as error:
         raise ValueError(
             f"{where}: contexts: {path}: {error}; give a .npz with 'ids' and 'contexts', or a .npy or .pt of 2 x P"
         ) from None
@@ -77,17 +94,23 @@ def _regular(path: Path) -> Path:
     return path
 
 
+@contextmanager
+def _loaded(path: Path) -> Iterator[Any]:
+    """Yield what a file of NumPy's holds: one array, or several that are read when they are asked for."""
+    with _regular(path).open("rb") as opened:
+        yield np.load(opened, allow_pickle=False)
+
+
 def _read(path: Path, name: str) -> Tensor:
     """Return the one array of a file of NumPy's or torch's."""
     _regular(path)
     if path.suffix in (".npy", ".npz"):
-        found: Any = np.load(path, allow_pickle=False)
-        if path.suffix == ".npz":
-            with found as file:
-                if name not in file.files and len(file.files) != 1:
-                    raise ValueError(f"must hold one array, or one called {name!r}, got {file.files}")
-                found = file[name if name in file.files else file.files[0]]
-        return torch.from_numpy(np.ascontiguousarray(found))
+        with _loaded(path) as found:
+            if path.suffix == ".npz":
+                if name not in found.files and len(found.files) != 1:
+                    raise ValueError(f"must hold one array, or one called {name!r}, got {found.files}")
+                found = found[name if name in found.files else found.files[0]]
+            return torch.from_numpy(np.ascontiguousarray(found))
     if path.suffix in (".pt", ".pth"):
         with path.open("rb") as opened:
             value = load_plain(opened, "its content", "save one tensor")
@@ -144,6 +167,11 @@ def counts_of_optimizer(where: str, checkpoint: Checkpoint, keys: Mapping[str, A
         ValueError: there is no such state, or several.
     """
     found = [key for key in keys if _last(key) in _SUMS and checkpoint.tensors[key].shape[:1] == (num_rows,)]
+    if others := [key for key in keys if _last(key) in _MOMENTS]:
+        raise ValueError(
+            f"{where}: counts: must be the sums of one Adagrad in the checkpoint, got moments, {others[0]!r}; give "
+            "files of look-ups, or null"
+        )
     if len(found) != 1:
         raise ValueError(
             f"{where}: counts: must be the sums of one Adagrad in the checkpoint, got {found or 'none'}; give files "

@@ -30,8 +30,8 @@ class Entry(ABC):
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     @property
-    def address(self) -> int | None:
-        """Where the values lie, the same for tied tensors; None where that is not known."""
+    def span(self) -> tuple[int, int] | None:
+        """Where the first byte lies, and the one after the last; None where that is not known, or there is none."""
         return None
 
     @abstractmethod
@@ -74,9 +74,9 @@ class Held(Entry):
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
 
     @property
-    def address(self) -> int | None:
-        """Where the first value lies."""
-        return self.tensor.data_ptr() or None
+    def span(self) -> tuple[int, int] | None:
+        """Where its bytes lie."""
+        return span_of(self.tensor) if self.tensor.numel() else None
 
     @property
     def is_whole(self) -> bool:
@@ -90,6 +90,19 @@ class Held(Entry):
     def gather(self, ids: Tensor) -> Tensor:
         """Return rows."""
         return self.tensor.detach().index_select(0, ids)
+
+
+def span_of(tensor: Tensor) -> tuple[int, int]:
+    """Return where the first byte of a tensor lies, and the one after the last; what is tied overlaps.
+
+    Example:
+        >>> whole = torch.zeros(4, 2)
+        >>> [at - whole.data_ptr() for at in span_of(whole[1:3])]
+        [8, 24]
+    """
+    first = tensor.data_ptr()
+    values = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return first, first + values * tensor.dtype.itemsize if tensor.numel() else first
 
 
 @dataclass(frozen=True)

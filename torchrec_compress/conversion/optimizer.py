@@ -19,6 +19,8 @@ class Fate:
         dropped: names of what is left out.
         renamed: names of what goes to another place.
         numbered: optimizers that number their parameters, which are others afterwards: left out whole.
+        changed: names of what stays, without the names of weights that are gone.
+        lost: names of empty mappings, which a folder does not hold.
     """
 
     places: dict[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -26,6 +28,8 @@ class Fate:
     dropped: list[str] = field(default_factory=list)
     renamed: list[str] = field(default_factory=list)
     numbered: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
 
 def settle(checkpoint: Checkpoint, tables: set[str], kept: Mapping[str, str], gone: set[str]) -> Fate:
@@ -36,37 +40,74 @@ def settle(checkpoint: Checkpoint, tables: set[str], kept: Mapping[str, str], go
         tables: names of what is a table's own.
         kept: names of weights that stay, with their new ones.
         gone: names of weights that do not.
+
+    Raises:
+        ValueError: state is kept twice of a name that several weights have, of which some stay.
     """
-    fate = Fate()
+    fate, weights = Fate(), _weights(checkpoint)
+    _check_twins(checkpoint, tables, {*gone, *kept}, weights)
     numbered = _numbered(checkpoint) if gone else set()
     fate.numbered = sorted({".".join(map(str, place)) or "optimizer" for place in numbered})
     for name, place in checkpoint.places.items():
         if name in tables:
             continue
         is_numbered = any(place[: len(at)] == at and len(place) > len(at) and _is_of(place[len(at)]) for at in numbered)
-        if is_numbered or any(_has(name, place, weight) for weight in gone):
+        owner = _owner(name, place, weights)
+        if is_numbered or owner in gone:
             fate.dropped.append(name)
-        else:
-            new = place
-            for before, after in kept.items():
-                if before != after and _has(name, place, before):
-                    new = tuple(_moved(part, before, after) for part in place)
-                    fate.renamed.append(name)
-                    break
-            fate.places[name] = new
-            if name in checkpoint.plain:
-                fate.plain[name] = _without(checkpoint.plain[name], kept, gone)
+            continue
+        fate.places[name] = place
+        if owner is not None and kept.get(owner, owner) != owner:
+            fate.places[name] = tuple(_moved(part, owner, kept[owner]) for part in place)
+            fate.renamed.append(name)
+        if name in checkpoint.plain:
+            fate.plain[name] = _without(checkpoint.plain[name], place, kept, gone)
+            fate.changed += [name] if fate.plain[name] is not checkpoint.plain[name] else []
     return fate
 
 
 def states_of(checkpoint: Checkpoint, weight: str) -> list[str]:
     """Return the names of tensors that an optimizer keeps of a weight, which it calls by this name."""
-    return [name for name in checkpoint.tensors if _has(name, checkpoint.places[name], weight)]
+    weights = _weights(checkpoint)
+    return [name for name in checkpoint.tensors if _owner(name, checkpoint.places[name], weights) == weight]
 
 
-def _has(name: str, place: tuple[Any, ...], weight: str) -> bool:
-    """Return whether something is kept of a weight: its name stands among the keys, before the last one."""
-    return weight in place[:-1] or ("." in weight and f".{weight}." in f".{name}")
+def _weights(checkpoint: Checkpoint) -> set[str]:
+    """Return what the tensors of a checkpoint are called in the mappings that hold them."""
+    return {str(checkpoint.places[name][-1]) for name in checkpoint.tensors}
+
+
+def _owner(name: str, place: tuple[Any, ...], weights: set[str]) -> str | None:
+    """Return the weight that something is kept of, or None.
+
+    Its name stands among the keys before the last one; of `a.weight` and `b.a.weight` it is the longer one's.
+    """
+    parts = name.split(".")
+    spans = (".".join(parts[first:last]) for first in range(len(parts)) for last in range(first + 2, len(parts)))
+    found = [each for each in place[:-1] if isinstance(each, str) and each in weights]
+    return max([*found, *(each for each in spans if each in weights)], key=len, default=None)
+
+
+def _check_twins(checkpoint: Checkpoint, tables: set[str], moved: set[str], weights: set[str]) -> None:
+    """Raise ValueError where it cannot be told whose a state is."""
+    names: dict[str, list[str]] = {}
+    for name, place in checkpoint.places.items():
+        if name in checkpoint.tensors and str(place[-1]) in moved:
+            names.setdefault(str(place[-1]), []).append(name)
+    twins = {weight: mine for weight, mine in names.items() if len(mine) > 1 and not tables.issuperset(mine)}
+    if not twins:
+        return
+    holders: dict[str, set[str]] = {}
+    for name, place in checkpoint.places.items():
+        owner = _owner(name, place, weights)
+        if owner in twins:
+            holders.setdefault(str(owner), set()).add(f".{name}".rpartition(f".{owner}.")[0].removeprefix("."))
+    for weight, found in holders.items():
+        if len(found) > 1:
+            raise ValueError(
+                f"{checkpoint.path}: state of a weight must be told by its name, got {weight!r} in {sorted(found)}, "
+                f"and weights {twins[weight]}; convert all of these, or each with its optimizer in a file of its own"
+            )
 
 
 def _moved(part: Any, before: str, after: str) -> Any:
@@ -97,7 +138,14 @@ def _numbered(checkpoint: Checkpoint) -> set[tuple[Any, ...]]:
             members = [each for group in groups if isinstance(group, dict) for each in _members(group)]
             if members and all(map(_is_number, members)):
                 found.add(place[:-1])
+        if _is_members(place) and isinstance(groups, list) and groups and all(map(_is_number, groups)):
+            found.add(place[: place.index("param_groups")])  # a folder has the groups' entries one by one
     return found
+
+
+def _is_members(place: tuple[Any, ...]) -> bool:
+    """Return whether a folder keeps the names of a group's parameters here."""
+    return place[-1] == "params" and "param_groups" in place[:-1]
 
 
 def _members(group: Mapping[str, Any]) -> list[Any]:
@@ -105,17 +153,19 @@ def _members(group: Mapping[str, Any]) -> list[Any]:
     return list(members) if isinstance(members, (list, tuple)) else []
 
 
-def _without(value: Any, kept: Mapping[str, str], gone: set[str]) -> Any:
-    """Return groups of parameters without those that are gone, and anything else as it is."""
+def _without(value: Any, place: tuple[Any, ...], kept: Mapping[str, str], gone: set[str]) -> Any:
+    """Return groups of parameters without those that are gone, and anything else, or of no such, as it is."""
+    if _is_members(place) and isinstance(value, list):
+        return _left(value, kept, gone)
     is_groups = isinstance(value, list) and value and all(isinstance(group, dict) for group in value)
-    if not is_groups or not any(isinstance(each, str) for group in value for each in _members(group)):
+    if not is_groups or all(_left(_members(group), kept, gone) == _members(group) for group in value):
         return value
     return [
-        {
-            **group,
-            "params": [kept.get(each, each) if isinstance(each, str) else each for each in members if each not in gone],
-        }
-        if (members := _members(group))
-        else group
-        for group in value
+        {**group, "params": _left(members, kept, gone)} if (members := _members(group)) else group for group in value
     ]
+
+
+def _left(members: list[Any], kept: Mapping[str, str], gone: set[str]) -> list[Any]:
+    """Return the names of parameters that stay, as they are called then; the list itself where it is the same."""
+    found = [kept.get(each, each) if isinstance(each, str) else each for each in members if each not in gone]
+    return members if found == members else found

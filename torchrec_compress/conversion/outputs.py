@@ -38,7 +38,17 @@ def nested(places: Mapping[str, tuple[Any, ...]], values: Mapping[str, Any], sou
         for depth, key in enumerate(place[:-1], start=1):
             at = at.setdefault(key, _mapping(place[:depth], source))
         at[place[-1]] = value
-    return found
+    return _with_lists(found) if source.kind == "dcp" else found
+
+
+def _with_lists(value: Any) -> Any:
+    """Return mappings as they are, but those by numbers as lists: a folder calls no item of a mapping by a number."""
+    if not isinstance(value, dict):
+        return value
+    for key in value:
+        value[key] = _with_lists(value[key])
+    is_list = bool(value) and all(type(key) is int for key in value) and sorted(value) == list(range(len(value)))
+    return [value[number] for number in range(len(value))] if is_list else value
 
 
 def _mapping(place: tuple[Any, ...], source: Checkpoint) -> Any:

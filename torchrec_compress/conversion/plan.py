@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchrec import DataType
 
 from torchrec_compress.conversion.checkpoints import Checkpoint
 from torchrec_compress.conversion.config import ConversionConfig
+from torchrec_compress.conversion.entries import span_of
 from torchrec_compress.conversion.tables import DATA_TYPES, Home, Table, choose, collection_of, find_homes
 from torchrec_compress.methods import MethodConfig
 from torchrec_compress.schema import nearest
@@ -181,6 +182,12 @@ def _check_old(checkpoint: Checkpoint, change: Change) -> None:
     """Raise ValueError where the checkpoint lacks what it must have of a compressed module."""
     if change.old is None:
         return
+    mine, prefix = set(change.old_keys()), change.home.prefix
+    if others := [name for name in checkpoint.tensors if prefix and name.startswith(prefix) and name not in mine]:
+        raise ValueError(
+            f"{checkpoint.path}: must hold at {prefix!r} what 'from' and 'tables' say alone, got {others[:3]} as well"
+            + ("; set padding_idx" if f"{prefix}padding_row" in others else "; name all of its tables")
+        )
     dense = [table for table in change.home.tables if change.method(table, False) is None]
     copied = {key for table in dense for key in change.keys_of(table, False).values()}
     for key, value in change.old.state_dict().items():
@@ -217,19 +224,30 @@ def _check_shared(change: Change) -> None:
 
 
 def _check_ties(checkpoint: Checkpoint, changes: Sequence[Change]) -> None:
-    holders: dict[int, list[str]] = {}
-    for key, entry in checkpoint.tensors.items():
-        if entry.address is not None:
-            holders.setdefault(entry.address, []).append(key)
+    """Raise ValueError where a table that is stored otherwise shares bytes with anything else."""
+    spans = [(key, entry.span) for key, entry in checkpoint.tensors.items() if entry.span is not None]
+    spans += [(key, span_of(each)) for key, value in checkpoint.plain.items() for each in _tensors_in(value)]
     for change in changes:
         for table in change.home.tables:
             entry = checkpoint.tensors.get(table.key)
-            names = holders.get(entry.address, []) if entry is not None and entry.address is not None else []
-            if len(names) > 1 and not change.stays(table):
+            if entry is None or entry.span is None or change.stays(table):
+                continue
+            first, last = entry.span
+            names = [key for key, (start, end) in spans if start < last and first < end]
+            if len(names) > 1:
                 raise ValueError(
                     f"{checkpoint.path}: a table must not share its weight with other modules, got {names} tied; untie "
                     "them, or leave the table out"
                 )
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors that lie in lists of plain data."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | set | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(each)
 
 
 def _check_new(checkpoint: Checkpoint, changes: Sequence[Change]) -> None:

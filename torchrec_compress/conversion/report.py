@@ -55,7 +55,9 @@ def build_report(
             }
     return {
         "tables": tables,
-        "copied_bit_for_bit": len(fate.places) - len(fate.renamed),
+        "copied_bit_for_bit": len(fate.places) - len({*fate.renamed, *fate.changed, *fate.lost}),
+        "changed": fate.changed,
+        "not_in_a_folder": fate.lost,
         "renamed": fate.renamed,
         "dropped": fate.dropped,
         "dropped_whole": fate.numbered,
@@ -132,7 +134,12 @@ def as_text(report: Mapping[str, Any]) -> str:
     if report["counts_change_nothing"]:
         lines.append(f"counts change nothing, as methods are set, of {', '.join(report['counts_change_nothing'])}")
     lines.append(f"{report['copied_bit_for_bit']} other entries copied bit for bit")
-    for what, told in (("renamed", "renamed with their tables"), ("dropped", "left out, of weights that are gone")):
+    for what, told in (
+        ("renamed", "renamed with their tables"),
+        ("dropped", "left out, of weights that are gone"),
+        ("changed", "kept without the names of weights that are gone"),
+        ("not_in_a_folder", "left out, as a folder holds no empty mappings"),
+    ):
         names = report[what]
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

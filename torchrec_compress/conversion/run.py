@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from torchrec_compress.conversion.checkpoints import Checkpoint, kind_of_path, open_checkpoint
 from torchrec_compress.conversion.config import ConversionConfig, read_config
-from torchrec_compress.conversion.counts import counts_of_optimizer, read_contexts, read_counts
+from torchrec_compress.conversion.counts import check_files, counts_of_optimizer, read_contexts, read_counts
 from torchrec_compress.conversion.entries import Held
 from torchrec_compress.conversion.fits import Job, run_job
 from torchrec_compress.conversion.memory import Meter, check_memory, needed
@@ -32,7 +32,7 @@ from torchrec_compress.conversion.plan import Change, find_changes, first_old, m
 from torchrec_compress.conversion.report import as_text, build_report
 from torchrec_compress.conversion.sources import Sources
 from torchrec_compress.conversion.tables import Home, Table, collection_of
-from torchrec_compress.conversion.work import Work, clear_away
+from torchrec_compress.conversion.work import Work, clear_away, files_of
 from torchrec_compress.convert.models import errors_of, shared_out
 from torchrec_compress.methods import TableData
 from torchrec_compress.modules.format import FORMAT_VERSION, StateFormat
@@ -138,27 +138,26 @@ def _digest(identity: Mapping[str, Any]) -> str:
 
 
 def _is_there(target: Path, identity: Mapping[str, Any]) -> bool:
-    """Return whether the same command has made the result before, to its end."""
+    """Return whether the same command has made the result before, to its end, and nothing has touched it since."""
+    found = _report_at(target)
+    is_ours = target.exists() and found is not None and found.get("identity") == _digest(identity)
+    return bool(is_ours and found and found.get("files") == files_of(target)) and clear_away(target)
+
+
+def _report_at(target: Path) -> dict[str, Any] | None:
+    """Return the report beside a result, or None where there is none, or none that a conversion has written."""
     path = target.with_name(f"{target.name}.report.json")
-    if not target.exists() or not path.is_file():
-        return False
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and found.get("identity") == _digest(identity) and clear_away(target)
+        found = json.loads(path.read_text()) if check_regular(path) is None else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and "identity" in found else None
 
 
 def _check_report(target: Path) -> None:
     """Raise ValueError where something stands in the way of the report that no conversion has written."""
     path = target.with_name(f"{target.name}.report.json")
-    if not os.path.lexists(path):
-        return
-    try:
-        found = json.loads(path.read_text()) if check_regular(path) is None else None
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or "identity" not in found:
+    if os.path.lexists(path) and _report_at(target) is None:
         raise ValueError(f"{path}: must be free for the report, got something else there; move it away")
 
 
@@ -191,6 +190,8 @@ class _Conversion:
         self._kept, gone = renamed_weights(checkpoint, changes)
         self._own = {key for change in changes for key in change.old_keys()}
         self.fate: Fate = settle(checkpoint, self._own, self._kept, gone)
+        if kind == "dcp":
+            self.fate.lost = [name for name, value in self.fate.plain.items() if value == {}]
         if kind == "safetensors":
             check_safetensors(checkpoint.path, self.fate.plain)
         self._tables = [
@@ -213,6 +214,8 @@ class _Conversion:
             for table in home.tables
         }
         idle = {keys[path, name] for path, each in counts.items() for name in each}
+        for name, given_file in (("counts", given), ("contexts", config.contexts)):
+            check_files(name, given_file or {})
         found = {}
         for change, table in self._tables:
             path, where = change.home.place().path, f"table {table.name!r}"
@@ -328,10 +331,12 @@ class _Conversion:
         entry, file = self._checkpoint.tensors[name], f"copy.{number}"
         if not isinstance(entry, Held):
             return work.copied(file, entry)
-        key = (entry.address, entry.shape, entry.dtype)
+        key = (entry.span, entry.shape, entry.dtype, entry.tensor.stride())
         found = None if self._kind == "safetensors" else self._ties.get(key)
         if found is None:
-            found = entry.tensor if entry.is_whole and key not in self._ties else work.placed(file, entry)
+            is_alone = entry.is_whole and key not in self._ties
+            as_it_is = is_alone and (self._kind == "torch" or entry.tensor.is_contiguous())
+            found = entry.tensor if as_it_is else work.placed(file, entry)
         self._ties[key] = found
         return found
 

@@ -179,6 +179,8 @@ def find_homes(checkpoint: Checkpoint, entries: Mapping[str, TableEntry], has_so
         if entry is None and not _STOCK.match(key):
             continue
         rows, width = tensors[key]
+        if entry is None and not rows * width and _is_alone(key, tensors):
+            continue  # nobody asked for it
         if not rows or not width:
             raise ValueError(f"{where}: {key!r} must have rows and columns, got {rows} x {width}")
         dense[key] = _table(where, checkpoint, key, rows, width, entry or TableEntry())
@@ -190,6 +192,14 @@ def find_homes(checkpoint: Checkpoint, entries: Mapping[str, TableEntry], has_so
     if compressed and not has_source and not dense:
         raise ValueError(f"{where}: must hold dense tables, got compressed ones{_how(compressed)}")
     return _homes(where, dense), _homes(where, packed)
+
+
+def _is_alone(key: str, tensors: Mapping[str, Any]) -> bool:
+    """Return whether a collection of TorchRec's has this table alone."""
+    stock = _STOCK.match(key)
+    assert stock is not None
+    above = key.removesuffix(f"{stock['name']}.weight")
+    return sum(each.startswith(above) for each in tensors) == 1
 
 
 def _compressed(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -253,11 +263,20 @@ def _table(where: str, checkpoint: Checkpoint, key: str, rows: int, width: int, 
                 f"{where}: tables.{key} must not set pooled to {entry.pooled}, padding_idx or name of a table of "
                 f"TorchRec's {stock['kind']}; set plain: true where it is a module of its own"
             )
+        if hasattr(nn.ModuleDict, stock["name"]):
+            raise ValueError(
+                f"{where}: {key!r}: TorchRec must be able to hold a table of the name, got {stock['name']!r}, which is "
+                "an attribute of its modules; set plain: true where it is a module of its own"
+            )
+        if entry.mode != TableEntry().mode:
+            raise ValueError(f"{where}: tables.{key} must not set mode, which its config in the model says")
         return Table(key, stock["name"], rows, width, entry, data_type)
     if not key.endswith(".weight") and key != "weight":
         raise ValueError(
             f"{where}: tables.{key} must name the weight of a module, as 'item_emb.weight', got another name"
         )
+    if entry.mode != TableEntry().mode and not entry.pooled:
+        raise ValueError(f"{where}: tables.{key}: mode must come with pooled: true, got {entry.mode!r} alone")
     place = checkpoint.places.get(key, (key,))
     own = str(place[-1]) if place else key
     path = _unwrapped(own.removesuffix("weight").removesuffix("."))

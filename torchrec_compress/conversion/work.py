@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from torchrec_compress.train.sealed import (
 _STATE = "conversion.json"
 _LOCK = "lock"
 _PUBLISHED = "published.json"
+_PART = re.compile(r"\..+\.\d+")  # a file that was being written
 _LAST = (_PUBLISHED, SUMS, _LOCK)  # what is deleted last, when the result and its report are in place
 
 
@@ -50,13 +53,20 @@ class Work:
         self._is_folder = is_folder
         if not target.parent.is_dir():
             raise ValueError(f"{target}: must lie in a folder that exists, got none; mkdir {target.parent}")
+        room = os.pathconf(target.parent, "PC_NAME_MAX") - len(os.fsencode(f"{target.name}.report.json"))
+        if room < 0:
+            raise ValueError(f"{target}: the name must be {-room} bytes shorter, as that of the report is longer")
+        if os.path.lexists(target) and not os.path.lexists(self.root):
+            raise ValueError(_taken(target))
         if self.root.is_symlink() or (self.root.exists() and not self.root.is_dir()):
             raise ValueError(
                 f"{self.root}: must be a folder of a killed conversion or nothing, got another thing; move it away"
             )
         if self.root.exists() and not (self.root / _STATE).is_file():
             # nothing of a stranger's is deleted
-            others = [left.name for left in self.root.iterdir() if left.name not in _LAST and left.name[0] != "."]
+            others = [
+                left.name for left in self.root.iterdir() if left.name not in _LAST and not _PART.fullmatch(left.name)
+            ]
             if others:
                 raise ValueError(f"{self.root}: must be left by a killed conversion, got {others[:3]}; move it away")
         self.root.mkdir(exist_ok=True)
@@ -93,9 +103,10 @@ class Work:
             except ValueError as error:
                 raise ValueError(f"{error}; or delete {self.root} to begin anew") from None
         if os.path.lexists(self.target) and not (is_begun and self.published()):
-            raise ValueError(f"{self.target}: must not exist, got something there; delete it, or name another one")
+            raise ValueError(_taken(self.target))
         if not is_begun:
-            write_json(path, dict(identity))
+            with self._told():
+                write_json(path, dict(identity))
 
     def published(self) -> bool:
         """Return whether a killed conversion had put its result in place, but not cleaned up."""
@@ -127,7 +138,8 @@ class Work:
     def sync(self, name: str) -> None:
         """Make what was written into a mapped file durable."""
         if (self.root / name).exists():
-            sync(self.root / name)
+            with self._told():
+                sync(self.root / name)
 
     def copied(self, name: str, entry: Entry) -> Tensor:
         """Return a tensor of a checkpoint as one piece: as it is mapped, or copied into a file by blocks."""
@@ -150,7 +162,8 @@ class Work:
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Save tensors, whole or not at all."""
-        save_tensors(self.root / f"{name}.pt", tensors)
+        with self._told():
+            save_tensors(self.root / f"{name}.pt", tensors)
 
     def drop(self, name: str) -> None:
         """Delete tensors that were saved, where they were."""
@@ -168,10 +181,10 @@ class Work:
         try:
             write(self.result)
             _sync_all(self.result)
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        except (OSError, RuntimeError) as error:
             _remove(self.result)
             raise self.failed(error) from error
-        write_json(self.root / _PUBLISHED, dict(report()))
+        write_json(self.root / _PUBLISHED, {**report(), "files": files_of(self.result)})
         if os.path.lexists(self.target):
             raise ValueError(f"{self.target}: must not exist, got something that has appeared; move it away, run again")
         self.result.rename(self.target)
@@ -191,12 +204,31 @@ class Work:
         clear_away(self.target)
         return path, found
 
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Have errors of writing say what to do."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+            raise self.failed(error) from error
+
     def failed(self, error: BaseException) -> OSError:
         """Return the error of a write that failed, with what to do."""
         code = error.errno if isinstance(error, OSError) else None
         advice = "free some space" if code in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "see to it"
         said = (str(error).splitlines() or [type(error).__name__])[0]
         return OSError(f"{self.target}: could not be written ({said}); {advice}, the same command continues")
+
+
+def files_of(result: Path) -> dict[str, list[int]]:
+    """Return size in bytes and time of the last change, in ns, of each file of a result, by its name in it."""
+    files = sorted(result.iterdir()) if result.is_dir() else [result]
+    found = [(path.name if result.is_dir() else "", path.stat()) for path in files]
+    return {name: [about.st_size, about.st_mtime_ns] for name, about in found}
+
+
+def _taken(target: Path) -> str:
+    return f"{target}: must not exist, got something there; delete it, or name another one"
 
 
 def clear_away(target: Path) -> bool:
