@@ -233,6 +233,10 @@ class MethodConfig(ABC):
         """Return what a stream of pairs is added to, all that a fit needs of them; None: it needs the pairs."""
         return None
 
+    def sketch_bytes(self, table: BaseEmbeddingConfig) -> int:
+        """Return the bytes of that, which a fit holds beside the table."""
+        return 0
+
     def projected_width(self, table: BaseEmbeddingConfig) -> int | None:
         """Return the numbers per row that a projection behind the pooling turns into embeddings; None without one.
 

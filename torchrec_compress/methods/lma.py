@@ -55,6 +55,10 @@ class LMAConfig(ContextCodesConfig):
         self.check(table)
         return MinHashSketch(**self._sizes(table, seed))
 
+    def sketch_bytes(self, table: BaseEmbeddingConfig) -> int:
+        """Return 4 bytes a hash of every id."""
+        return 4 * table.num_embeddings * self.num_codes * self.hashes_per_code
+
     def _sizes(self, table: BaseEmbeddingConfig, seed: int) -> dict[str, int]:
         """Return what a sketch of the table is made with."""
         num_hashes = self.num_codes * self.hashes_per_code
