@@ -19,7 +19,7 @@ from torchrec_compress.ops import hash_ids
 
 _NEVER = 2**31 - 1  # of an id that was in no pair; hashes are below it
 _SALT_STEP = 7919
-_VALUES_AT_ONCE = 2**21  # hashes of pairs that are there at a time
+_PAIRS_AT_ONCE = 2**16
 
 
 @dataclass(eq=False)
@@ -27,7 +27,7 @@ class MinHashSketch:
     """The least hashes of the contexts that each id occurred with: all that is kept of any number of pairs.
 
     A pair counts once, however often it comes, in whatever order and batches: the minima are the same to the bit.
-    Memory: 4 N H bytes, and some 50 MB while pairs are added.
+    Memory: 4 N H bytes, and a few MB while pairs are added.
 
     Args:
         num_rows: N, ids.
@@ -75,12 +75,10 @@ class MinHashSketch:
         if all(isinstance(part, Tensor) and part.shape == (0,) for part in (ids, contexts)):
             return
         ids, contexts = check_contexts("MinHashSketch", (ids, contexts), self.num_rows)
-        step = max(1, _VALUES_AT_ONCE // self.num_hashes)
-        for some, others in zip(ids.split(step), contexts.split(step), strict=True):
-            values = torch.empty(len(some), self.num_hashes, dtype=torch.int32)
+        for some, others in zip(ids.split(_PAIRS_AT_ONCE), contexts.split(_PAIRS_AT_ONCE), strict=True):
             for number in range(self.num_hashes):
-                values[:, number] = hash_ids(others, _NEVER, self.salt + _SALT_STEP * number)
-            self.minima.scatter_reduce_(0, some[:, None].expand_as(values), values, "amin")
+                found = hash_ids(others, _NEVER, self.salt + _SALT_STEP * number).to(torch.int32)
+                self.minima[:, number].scatter_reduce_(0, some, found, "amin")
 
     def join(self, minima: Tensor) -> None:
         """Take what another sketch of the same sizes and salt has seen, such as that of another rank.
@@ -127,7 +125,7 @@ class MinHashEncoder(Encoder):
     def __call__(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         """Return the codes of ids; see `Encoder`."""
         codes, sizes = self.others(ids, None), self.others
-        minima = self.sketch.minima[ids].long().view(len(ids), sizes.num_codes, -1)
+        minima = self.sketch.minima[ids].long().unflatten(1, (sizes.num_codes, -1))
         is_seen = self.sketch.is_seen(ids)
         for m in range(sizes.num_codes):
             key = minima[:, m, 0]
