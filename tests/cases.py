@@ -21,6 +21,7 @@ from torchrec_compress.methods import (
     HashEmbeddingsConfig,
     Int4Config,
     Int8Config,
+    LMAConfig,
     MECConfig,
     MEmComConfig,
     MethodConfig,
@@ -56,6 +57,10 @@ CASES: dict[str, list[MethodConfig]] = {
     ],
     "int4": [Int4Config()],
     "int8": [Int8Config()],
+    "lma": [
+        LMAConfig(num_codes=4, codebook_size=16),
+        LMAConfig(num_codes=2, codebook_size=32, structure="residual", hashes_per_code=2, num_hot_rows=20),
+    ],
     "mec": [
         MECConfig(num_codes=4, codebook_size=16, fit_options=MECFit(num_steps=5, batch_size=64)),
         MECConfig(num_codes=2, codebook_size=32, num_hot_rows=20, popularity="log2", fit_options=MECFit(num_steps=2)),

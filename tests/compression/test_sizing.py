@@ -35,7 +35,16 @@ def total(chosen):
 
 
 # what a size may leave of a budget: one step of the coarsest table
-WASTE = {"narrow": 0.3, "mec": 0.55, "pq": 0.55, "quantile": 0.55, "random": 0.55, "cce": 0.3, "cafe": 0.15}
+WASTE = {
+    "narrow": 0.3,
+    "mec": 0.55,
+    "pq": 0.55,
+    "quantile": 0.55,
+    "lma": 0.55,
+    "random": 0.55,
+    "cce": 0.3,
+    "cafe": 0.15,
+}
 RESIZED = [name for name in CASES if name not in ("dense", "given", "int8", "int4")]
 
 

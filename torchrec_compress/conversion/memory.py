@@ -77,7 +77,8 @@ def needed(
     managed = method.parts(table, 0).managed
     if has_counts:
         phases.append(ids * _WEIGHED + (0 if managed is None else managed.blocks.places_at_once * _MANAGED))
-    return base + max(phases) + has_counts * ids * _COUNT + has_contexts * _PAIR
+    given = has_counts * ids * _COUNT + has_contexts * _PAIR
+    return base + max(phases) + given + method.sketch_bytes(table)
 
 
 def _sums_rows(method: MethodConfig, table: BaseEmbeddingConfig) -> bool:

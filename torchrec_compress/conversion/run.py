@@ -250,7 +250,7 @@ class _Conversion:
             config = _config_of(change, table)
             some = method or change.method(table, False)
             assert some is not None
-            pairs = 0 if data.contexts is None else len(data.contexts[0])
+            pairs = len(data.contexts[0]) if isinstance(data.contexts, tuple) else 0
             new = None if method is None else change.new
             others = sum(held.values()) - held[table.key]  # look-ups of all tables lie there together
             needs[table.key] = others + needed(config, some, new, data.counts is not None, pairs, self._kind == "dcp")

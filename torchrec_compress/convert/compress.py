@@ -37,6 +37,7 @@ from torchrec_compress.convert.safety import check_places
 from torchrec_compress.convert.served import decompress_sharded
 from torchrec_compress.convert.sharded import compress_sharded
 from torchrec_compress.fit.curvature import Curvature
+from torchrec_compress.fit.minhash import Contexts
 from torchrec_compress.modules import (
     CompressedEmbedding,
     CompressedEmbeddingBag,
@@ -55,7 +56,7 @@ class _Options(TypedDict, total=False):
     """What every form of `compress` may be given."""
 
     counts: Mapping[str, Tensor] | None
-    contexts: Mapping[str, tuple[Tensor, Tensor]] | None
+    contexts: Mapping[str, Contexts] | None
     curvature: Mapping[str, Curvature] | None
     seed: int
     progress: bool
@@ -109,7 +110,7 @@ def compress(
     compression: Compression,
     *,
     counts: Mapping[str, Tensor] | None = None,
-    contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    contexts: Mapping[str, Contexts] | None = None,
     curvature: Mapping[str, Curvature] | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -126,7 +127,8 @@ def compress(
         compression: a method for all tables, or methods by table name or pattern; in a model also by "path.name", for a
             plain module by its path. Modules of a model of which no table fits a key are left as they are.
         counts: look-ups per id in training, (N,) by table name. Popularity weights and hot rows need them.
-        contexts: pairs (ids, context ids), ((P,), (P,)) int64 by table name. Quantile codes need them.
+        contexts: pairs (ids, context ids), ((P,), (P,)) int64 by table name, which quantile codes need; for LMA a
+            sketch of a stream of them as well (`LMAConfig.sketch`).
         curvature: of `measure_curvature`, by table name: errors count as the loss feels them, where a method can
             (`uses_curvature`); a table of which too little is known is fitted to squared error, which the log says.
         seed: of the fit.

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from torchrec_compress.convert.metrics import metrics_of
 from torchrec_compress.fit.curvature import Curvature
+from torchrec_compress.fit.minhash import Contexts, MinHashSketch
 from torchrec_compress.methods import MethodConfig, TableData, TableState
 from torchrec_compress.methods.learned import RowReader, check_trained_rows
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
@@ -65,7 +66,7 @@ def compress_into(
     rows: Mapping[str, Tensor | RowReader],
     *,
     counts: Mapping[str, Tensor] | None = None,
-    contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    contexts: Mapping[str, Contexts] | None = None,
     curvature: Mapping[str, Curvature] | None = None,
     seed: int | None = None,
     progress: bool = False,
@@ -91,7 +92,7 @@ def prepare(
     collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection,
     rows: Mapping[str, Tensor | RowReader],
     counts: Mapping[str, Tensor] | None = None,
-    contexts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    contexts: Mapping[str, Contexts] | None = None,
     curvature: Mapping[str, Curvature] | None = None,
     seed: int | None = None,
     progress: bool = False,
@@ -120,7 +121,7 @@ def checked_inputs(
     collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection,
     rows: Mapping[str, Tensor | RowReader],
     counts: Mapping[str, Tensor],
-    contexts: Mapping[str, tuple[Tensor, Tensor]],
+    contexts: Mapping[str, Contexts],
     curvature: Mapping[str, Curvature],
     progress: bool,
 ) -> dict[str, TableData]:
@@ -233,5 +234,7 @@ def _fit(
 def on_cpu(data: TableData) -> TableData:
     """Return the data of a fit, all of it in the host's memory."""
     counts = None if data.counts is None else data.counts.detach().cpu()
-    contexts = None if data.contexts is None else (data.contexts[0].cpu().long(), data.contexts[1].cpu().long())
+    contexts = data.contexts
+    if contexts is not None and not isinstance(contexts, MinHashSketch):
+        contexts = (contexts[0].cpu().long(), contexts[1].cpu().long())
     return dataclasses.replace(data, counts=counts, contexts=contexts)

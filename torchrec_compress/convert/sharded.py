@@ -163,7 +163,10 @@ def _asked(
             continue  # it would not get smaller
         found.append((place, module, mine))
     values = {"methods": [methods for _, methods in wanted], "seed": seed, **by_place}
-    advice = {"counts": "add them up over the ranks first"}
+    advice = {
+        "counts": "add them up over the ranks first",
+        "contexts": "gather pairs over the ranks first, or join the minima of their sketches",
+    }
     return _Asked(found, {what: (digest(each), advice.get(what, "pass the same")) for what, each in values.items()})
 
 

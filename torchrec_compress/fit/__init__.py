@@ -6,6 +6,7 @@ Rows are float32 [N, D], weights [N] >= 0; every fit is a pure function of its a
 from torchrec_compress.fit.codes import FittedCodes, weighted_error
 from torchrec_compress.fit.kmeans import KMeans, kmeans, nearest
 from torchrec_compress.fit.mec import MECFit, fit_mec
+from torchrec_compress.fit.minhash import MinHashSketch
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.fit.product import fit_product
 from torchrec_compress.fit.quantile import quantile_codes
@@ -16,6 +17,7 @@ __all__ = [
     "FittedCodes",
     "KMeans",
     "MECFit",
+    "MinHashSketch",
     "fit_mec",
     "fit_product",
     "fit_residual",

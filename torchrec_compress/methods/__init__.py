@@ -9,6 +9,7 @@ from torchrec_compress.methods.dense import DenseConfig
 from torchrec_compress.methods.given import GivenCodesConfig
 from torchrec_compress.methods.hash import HashConfig
 from torchrec_compress.methods.hash_embeddings import HashEmbeddingsConfig
+from torchrec_compress.methods.lma import LMAConfig
 from torchrec_compress.methods.lowbit import Int4Config, Int8Config
 from torchrec_compress.methods.mec import MECConfig
 from torchrec_compress.methods.memcom import MEmComConfig
@@ -32,6 +33,7 @@ __all__ = [
     "HashEmbeddingsConfig",
     "Int4Config",
     "Int8Config",
+    "LMAConfig",
     "MECConfig",
     "MEmComConfig",
     "MethodConfig",

@@ -15,6 +15,7 @@ from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, BaseEmbedding
 from torchrec_compress.fit.checks import check_contexts, check_counts, check_seed
 from torchrec_compress.fit.curvature import check_matrix, is_flat
 from torchrec_compress.fit.kmeans import train_size
+from torchrec_compress.fit.minhash import MinHashSketch
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods.decoders import BagDecoder, SharedDecoder, TableDecoder
 from torchrec_compress.methods.learned import Learned, RowReader, TableData, TableState, check_sample, with_sample
@@ -213,7 +214,7 @@ class MethodConfig(ABC):
         if data.counts is not None:
             check_counts(where, data.counts, table.num_embeddings)
         if data.contexts is not None:
-            check_contexts(where, data.contexts, table.num_embeddings)
+            self.check_contexts(table, data)
         if data.curvature is not None:
             check_matrix(f"{where}: curvature", data.curvature)
             if len(data.curvature) != table.embedding_dim:
@@ -223,6 +224,18 @@ class MethodConfig(ABC):
             if is_flat(data.curvature):
                 raise ValueError(f"{where}: curvature must have a trace above 0, got none; leave it out")
         check_sample(table, data)
+
+    def check_contexts(self, table: BaseEmbeddingConfig, data: TableData) -> None:
+        """Raise ValueError unless contexts, which are there, are pairs of the table's ids and others."""
+        check_contexts(f"table {table.name!r}", data.contexts, table.num_embeddings)
+
+    def sketch(self, table: BaseEmbeddingConfig, seed: int) -> MinHashSketch | None:
+        """Return what a stream of pairs is added to, all that a fit needs of them; None: it needs the pairs."""
+        return None
+
+    def sketch_bytes(self, table: BaseEmbeddingConfig) -> int:
+        """Return the bytes of that, which a fit holds beside the table."""
+        return 0
 
     def projected_width(self, table: BaseEmbeddingConfig) -> int | None:
         """Return the numbers per row that a projection behind the pooling turns into embeddings; None without one.

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.fit.kmeans import sample_points
+from torchrec_compress.fit.minhash import Contexts
 from torchrec_compress.methods.storage import NativePart
 from torchrec_compress.ops import first_infinite, first_not_finite
 
@@ -32,7 +33,7 @@ class TableData:
     Args:
         rows: (N, D) float32 pre-trained table, or (S, D) of a sample of its ids, or None.
         counts: (N,) how often each id was looked up in training, or None.
-        contexts: ((P,), (P,)) int64: pairs (id, context id) seen together, or None.
+        contexts: ((P,), (P,)) int64: pairs (id, context id) seen together, or a sketch of them, or None.
         seed: of everything random.
         progress: whether to show a progress bar.
         ids: (S,) int64 distinct ids of the rows, ascending; None: they are all rows.
@@ -43,7 +44,7 @@ class TableData:
 
     rows: Tensor | None
     counts: Tensor | None = None
-    contexts: tuple[Tensor, Tensor] | None = None
+    contexts: Contexts | None = None
     seed: int = 0
     progress: bool = False
     ids: Tensor | None = None

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.fit.quantile import learn_quantiles
-from torchrec_compress.methods.base import TableData, init_like, register
-from torchrec_compress.methods.codebook import CodebookConfig
-from torchrec_compress.methods.learned_codes import LearnedCodes, Sample, with_refit
+from torchrec_compress.fit.quantile import QuantileEncoder, learn_quantiles
+from torchrec_compress.methods.base import TableData, register
+from torchrec_compress.methods.context_codes import ContextCodesConfig
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class QuantileCodesConfig(CodebookConfig):
+class QuantileCodesConfig(ContextCodesConfig):
     """Codes are quantile bins of the ids' co-occurrence factors, so every codeword serves equally many ids.
 
     For tables too large to pre-train: codes need only pairs (id, context id), codebooks are then trained with the
@@ -28,21 +26,11 @@ class QuantileCodesConfig(CodebookConfig):
     """
 
     method: ClassVar[str] = "quantile"
-    needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "contexts"
 
-    def check_fit(self, table: BaseEmbeddingConfig, data: TableData) -> None:
-        """Raise ValueError without contexts, too."""
-        super().check_fit(table, data)
-        if data.contexts is None:
-            raise ValueError(
-                f"table {table.name!r}: quantile codes must come with contexts, got none; pass "
-                "contexts={table: (ids, context ids)} to compress()"
-            )
-
-    def learn_codes(self, table: BaseEmbeddingConfig, data: TableData, sample: Sample | None) -> LearnedCodes:
+    def learn_encoder(self, table: BaseEmbeddingConfig, data: TableData) -> QuantileEncoder:
         """Bin the leading singular vectors of the id by context matrix."""
-        assert data.contexts is not None
-        encoder = learn_quantiles(
+        assert isinstance(data.contexts, tuple | list)
+        return learn_quantiles(
             *data.contexts,
             num_rows=table.num_embeddings,
             num_codes=self.num_codes,
@@ -50,11 +38,3 @@ class QuantileCodesConfig(CodebookConfig):
             seed=data.seed,
             first_size=self.first_size,
         )
-        width = table.embedding_dim // (self.num_codes if self.structure == "product" else 1)
-        words = torch.zeros(self.num_codes * self.codebook_size, width)
-        if sample is not None:
-            return with_refit(encoder, words, sample, self.codebook_size, self.structure)
-        with torch.random.fork_rng(devices=[]):  # one seed, one result, whatever the process drew before
-            torch.manual_seed(data.seed)
-            init_like(table, words)
-        return LearnedCodes(encoder, words)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_compress import CompressedEmbeddingBagCollection, compress_into
 from torchrec_compress.convert import Curvature, predicted_rise, row_reader
+from torchrec_compress.fit.minhash import Contexts
+from torchrec_compress.methods import MethodConfig
 from torchrec_compress.methods.learned import RowReader
 from torchrec_compress.train.config import RunConfig
 from torchrec_compress.train.data.source import ClickSource
@@ -73,7 +74,7 @@ def fit(
     collection = model.embeddings
     assert isinstance(collection, CompressedEmbeddingBagCollection)
     tables = make_tables(config.model, data)
-    contexts = _contexts(config, data, collection.methods())
+    contexts = _contexts(config, data, tables, collection.methods())
     rows: Mapping[str, Tensor | RowReader] = {}
     if source is not None and config.pretrain_compression:
         small = trained_model(config, data, source).embeddings
@@ -105,8 +106,10 @@ def _predicted(
     }
 
 
-def _contexts(config: RunConfig, data: ClickSource, methods: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the pairs of ids that occur together in clicks, for the tables whose method asks for them."""
+def _contexts(
+    config: RunConfig, data: ClickSource, tables: Sequence[EmbeddingBagConfig], methods: Mapping[str, MethodConfig]
+) -> dict[str, Contexts]:
+    """Return what ids occur with in clicks, for the tables whose method asks for it."""
     others = {}
     for name in (name for name, method in methods.items() if method.needs == "contexts"):
         rest = [other for other in data.features if other != name]
@@ -117,19 +120,35 @@ def _contexts(config: RunConfig, data: ClickSource, methods: Mapping[str, Any]) 
         if any(columns.stop - columns.start != 1 for columns in widths):
             raise ValueError(f"context.{name}: must pair features of one id per row, got {name!r} and {other!r}")
         others[name] = other
-    return _pairs(data, others) if others else {}
+    found = {table.name: methods[table.name].sketch(table, config.seed) for table in tables if table.name in others}
+    sketches = {name: sketch for name, sketch in found.items() if sketch is not None}
+    for pairs in _pairs(data, {name: others[name] for name in sketches}, None):
+        for name, (ids, contexts) in pairs.items():
+            sketches[name].add(ids, contexts)
+    few = list(_pairs(data, {name: others[name] for name in others if name not in sketches}, _MAX_PAIRS))
+    whole = {
+        name: tuple(torch.cat([pairs[name][side] for pairs in few]) for side in (0, 1)) for name in (few or [{}])[0]
+    }
+    return {**sketches, **whole}  # type: ignore[dict-item]
 
 
-def _pairs(data: ClickSource, others: Mapping[str, str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the ids of both features of every pair in the first clicks, (P,) int64 each, by the first feature."""
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in others}
-    left = _MAX_PAIRS
-    for batch in data.batches("train", _READ_ROWS, None).epoch(0):
+def _pairs(
+    data: ClickSource, others: Mapping[str, str], most: int | None
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Yield the ids of both features of every pair in clicks, (P,) int64 each, by the first feature.
+
+    Args:
+        data: the rows.
+        others: the second feature by the first; without any nothing is read.
+        most: clicks that count, the first ones; None: all.
+    """
+    left = most
+    for batch in data.batches("train", _READ_ROWS, None).epoch(0) if others else ():
         clicked = ((batch.labels > 0.5) & (batch.weights > 0)).nonzero().squeeze(1)[:left]
-        for name, other in others.items():
-            first, second = (batch.features[key].values()[clicked].long() for key in (name, other))
-            found[name].append((first, second))
-        left -= len(clicked)
-        if left <= 0:
+        yield {
+            name: (batch.features[name].values()[clicked].long(), batch.features[other].values()[clicked].long())
+            for name, other in others.items()
+        }
+        left = None if left is None else left - len(clicked)
+        if left is not None and left <= 0:
             break
-    return {name: (torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])) for name, parts in found.items()}
