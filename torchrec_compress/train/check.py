@@ -71,7 +71,7 @@ def check_config(config: RunConfig) -> Wanted:
     _check_small(config, wanted)
     for name, stage in used_stages(config).items():
         _check_stage(name, stage, bool(config.pretrain_compression))
-    check_sequence(config)
+    check_sequence(config, wanted)
     check_data(config.data)
     if "dcn" not in config.model.name:
         for key in ("num_cross_layers", "cross_rank"):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from typing import Any
 
+from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.config import RunConfig
 from torchrec_compress.train.config_sequence import SEQUENCE_MODELS
 from torchrec_compress.train.models.attention import check_heads
+from torchrec_compress.train.sized import Sized
+from torchrec_compress.train.width_trial import WidthTrial
 
 # what sequences have no use for: rows of clicks, the nets that read them, and what is asked of their logits
 _UNUSED = (
@@ -21,8 +24,13 @@ _UNUSED = (
 )
 
 
-def check_sequence(config: RunConfig) -> None:
-    """Raise ValueError for settings of sequences and of their models that cannot work, or that do nothing."""
+def check_sequence(config: RunConfig, wanted: Any) -> None:
+    """Raise ValueError for settings of sequences and of their models that cannot work, or that do nothing.
+
+    Args:
+        config: of a run.
+        wanted: what its `compression` asks for, as `compression_of` returns it.
+    """
     default = RunConfig()
     is_model, is_data = config.model.name in SEQUENCE_MODELS, config.data.sequence.by is not None
     if is_model != is_data:
@@ -43,6 +51,21 @@ def check_sequence(config: RunConfig) -> None:
             raise ValueError(f"{stage}.monitor: must be another for a model of {told}, got {monitor!r}")
     if is_model:
         _check_model(config)
+        _check_compression(config, wanted)
+
+
+def _check_compression(config: RunConfig, wanted: Any) -> None:
+    """Raise ValueError for what asks more of the data than items by their counts."""
+    reason = f"with model.name = {config.model.name!r}"
+    if isinstance(wanted, Budget | WidthTrial):
+        what = "a budget to share out" if isinstance(wanted, Budget) else "a trial"
+        raise ValueError(f"compression: must name methods {reason}, got {what}; a budget with a method is none")
+    methods = (
+        wanted.values() if isinstance(wanted, Mapping) else [wanted.method if isinstance(wanted, Sized) else wanted]
+    )
+    for method in methods:
+        if method is not None and method.needs == "contexts":
+            raise ValueError(f"compression: must not need contexts {reason}, got {method.method!r}; there is one table")
 
 
 def _check_model(config: RunConfig) -> None:

@@ -47,6 +47,9 @@ class SequenceModel(Recommender):
         config: of the model.
 
     Shapes: `forward` takes the features of `SequenceData`; see `NextItemNet` for what it returns.
+
+    Raises:
+        ValueError: at forward a batch of no sequences, and what `NextItemNet` refuses.
     """
 
     def __init__(self, embeddings: EmbeddingCollectionInterface, max_length: int, config: ModelConfig) -> None:
@@ -62,6 +65,12 @@ class SequenceModel(Recommender):
 
     def forward(self, features: KeyedJaggedTensor, dense: Tensor | None = None) -> Prediction:
         """Return what is known of the next items of a batch."""
+        # a stand-in of TorchRec's pipeline is no batch
+        if isinstance(features, KeyedJaggedTensor) and not features.stride():
+            raise ValueError(
+                "SequenceModel: a batch must have a sequence, got none; a rank that is left without is given one of "
+                "weight 0, as SequenceData does"
+            )
         rows = self.embeddings(features)
         found = self.net(features, *[rows[key].values() for key in self._keys])
         return Prediction(found[0], found[1])
@@ -120,7 +129,7 @@ class NextItemNet(nn.Module):
         was, came, drawn = (features[key] for key in self._keys)
         held = features[held_feature(self._keys[0])]
         lengths = was.lengths().long()
-        longest = int(lengths.max()) if len(lengths) else 0
+        longest = int(lengths.max())
         if longest > self._max_length:
             raise ValueError(
                 f"NextItemNet: sequences must have at most data.sequence.max_length = {self._max_length} items, got "
@@ -129,12 +138,12 @@ class NextItemNet(nn.Module):
         if self.training:
             told = self._contrast(lengths, inputs, ahead, pool, came.values(), drawn.values())
             return Prediction(torch.stack([told, torch.zeros_like(told), torch.zeros_like(told)], dim=1), inputs[:0])
-        if pool.shape[0] != self._num_items and len(lengths):
+        if pool.shape[0] != self._num_items:
             raise ValueError(
                 f"NextItemNet: the pool must be all {self._num_items} items in evaluation, got {pool.shape[0]}"
             )
         parts = list(self._ranked(lengths, inputs, pool, came.values().long(), held))
-        return Prediction(torch.cat(parts) if parts else inputs.new_zeros(0, 3), inputs[:0])
+        return Prediction(torch.cat(parts), inputs[:0])
 
     def _encode(self, lengths: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the blocks make of sequences, (B, T, D), and which of it is there, (B, T) bool."""
@@ -149,8 +158,6 @@ class NextItemNet(nn.Module):
         self, lengths: Tensor, inputs: Tensor, ahead: Tensor, pool: Tensor, came: Tensor, drawn: Tensor
     ) -> Tensor:
         """Return the mean cross-entropy of each row's next items among themselves and the pool: (B,)."""
-        if not len(lengths):
-            return inputs.new_zeros(0)
         encoded, present = self._encode(lengths, inputs)
         states = encoded[present]
         scores = (states @ pool.t()).masked_fill(came[:, None] == drawn, -torch.inf)
