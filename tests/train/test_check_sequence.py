@@ -10,6 +10,7 @@ from torchrec_compress.train.check import check_config
 from torchrec_compress.train.command_line import read_file
 from torchrec_compress.train.config import RunConfig, lasting, override
 
+TRIAL = {"compression": {"trial_epochs": 1}, "retrain.epochs": 1.0}
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -49,9 +50,9 @@ def test_the_configs_pass_but_for_their_path(name):
         ({"pretrain.optim.lookup_l2": 0.5}, r"pretrain\.optim\.lookup_l2: has no meaning"),
         ({"pretrain.optim.adaptive_l2": 0.5}, r"pretrain\.optim\.adaptive_l2: has no meaning"),
         ({"curvature_rows": 9, "compression": {"method": "int8"}}, r"curvature_rows: must be 0 .*, got 9"),
-        ({"compression": {"method": "quantile"}}, r"compression: must not need contexts.*'hstu', got 'quantile'"),
+        ({"compression": {"method": "quantile", "num_codes": 4}}, r"compression: must not need contexts.*'hstu', got 'quantile'"),
         ({"compression": {"budget_ratio": 4}}, r"compression: must name methods .*'hstu', got a budget"),
-        ({"compression": {"trial_epochs": 1}, "start": "scratch"}, r"compression: must name methods .*, got a trial"),
+        ({**TRIAL, "start": "scratch"}, r"compression: must name methods .*, got a trial"),
     ],
 )
 def test_what_cannot_work_is_refused(changes, error):
