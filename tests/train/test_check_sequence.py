@@ -9,6 +9,7 @@ import pytest
 from torchrec_compress.train.check import check_config
 from torchrec_compress.train.command_line import read_file
 from torchrec_compress.train.config import RunConfig, lasting, override
+from torchrec_compress.train.plan_from_training import from_training
 
 TRIAL = {"compression": {"trial_epochs": 1}, "retrain.epochs": 1.0}
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -50,7 +51,10 @@ def test_the_configs_pass_but_for_their_path(name):
         ({"pretrain.optim.lookup_l2": 0.5}, r"pretrain\.optim\.lookup_l2: has no meaning"),
         ({"pretrain.optim.adaptive_l2": 0.5}, r"pretrain\.optim\.adaptive_l2: has no meaning"),
         ({"curvature_rows": 9, "compression": {"method": "int8"}}, r"curvature_rows: must be 0 .*, got 9"),
-        ({"compression": {"method": "quantile", "num_codes": 4}}, r"compression: must not need contexts.*'hstu', got 'quantile'"),
+        (
+            {"compression": {"method": "quantile", "num_codes": 4}},
+            r"compression: must not need contexts.*'hstu', got 'quantile'",
+        ),
         ({"compression": {"budget_ratio": 4}}, r"compression: must name methods .*'hstu', got a budget"),
         ({**TRIAL, "start": "scratch"}, r"compression: must name methods .*, got a trial"),
     ],
@@ -78,3 +82,17 @@ def test_what_clicks_trained_before_goes_on():
     plain = lasting(RunConfig())
     assert "sequence" not in plain["data"] and "attention" not in plain["model"]
     assert "sequence" in lasting(_config())["data"]
+
+
+def test_the_one_table_of_items_is_planned_unpooled():
+    clicks = {"num_users": 500, "num_items": 300}
+    config = _config(**{"data.generator": clicks, "data.sequence.max_length": 20, "data.sequence.num_negatives": 64})
+    planned = from_training(override(config, {"pretrain.batch_size": 32}))
+    assert planned["unpooled"] and [*planned["tables"]] == ["item"]
+    assert planned["tables"]["item"]["num_embeddings"] == 300
+    assert planned["tables"]["item"]["pooling_factor"] == 42.0  # what was, what came next, two negatives
+    with pytest.raises(ValueError, match=r"data\.vocab: must give the rows of every table .* \['film'\]"):
+        from_training(override(config, {"data": {"kind": "parquet", "path": "a", "sequence": {"item": "film"}}}))
+    with pytest.raises(ValueError, match=r"data\.sequence\.item: must be a column of .*, got 'film'"):
+        from_training(override(config, {"data.sequence.item": "film"}))
+    assert not from_training(RunConfig())["unpooled"]
