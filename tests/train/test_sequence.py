@@ -147,6 +147,7 @@ def test_a_table_that_is_not_trained_stays_as_it_is_and_one_that_is_moves(path, 
 
 METHODS = {
     "dense": {},
+    "replicated": {"pretrain.optim": {**OPTIM, "tables": "adam", "table_lr": 0.01}},
     "hash": {"start": "scratch", "compression": {"*": {"method": "hash", "num_buckets": 24}}},
     "pq": {"compression": {"*": {"method": "pq", "num_codes": 4, "codebook_size": 8}}},
 }
@@ -157,19 +158,24 @@ METHODS = {
 def test_two_ranks_train_the_model_that_one_trains(path, tmp_path, two_ranks, method):
     """Batches of 31 rows, which two ranks cannot share evenly; PQ starts from one full model."""
     short = {**STAGE, "epochs": 2.0, "batch_size": 31, "checkpoint_every": 3}
-    later = short if method != "dense" else {"epochs": 0.0}
-    plain = dataclasses.asdict(_config(path, pretrain=short, retrain=later, **METHODS[method]))
+    plain = dataclasses.asdict(_config(path, pretrain=short, retrain=short, **METHODS[method]))
     one = _run(plain, str(tmp_path / "one"))
     full = str(tmp_path / "one" / "full") if method == "pq" else None
     summaries = two_ranks.run(_run, plain, str(tmp_path / "two"), full)
     assert summaries[0]["metrics"] == summaries[1]["metrics"]
     assert one["training"]["steps"] == summaries[0]["training"]["steps"]
     assert one["popularity"] == summaries[0]["popularity"]
-    print(one["metrics"], summaries[0]["metrics"])
     for split in ("valid", "test"):
         for name, value in one["metrics"][split].items():
             assert summaries[0]["metrics"][split][name] == pytest.approx(value, abs=2e-3), (split, name)
     assert one["metrics"]["test"]["logloss"] == pytest.approx(summaries[0]["metrics"]["test"]["logloss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_shards_start_on_their_device_where_no_host_holds_them(path, tmp_path, two_ranks):
+    plain = dataclasses.asdict(_config(path, **{"parallel.init": "shards", "pretrain.epochs": 3.0}))
+    (first, second) = two_ranks.run(_run, plain, str(tmp_path))
+    assert first["metrics"] == second["metrics"] and first["metrics"]["valid"]["logloss"] < math.log(ITEMS)
 
 
 def test_an_interrupted_run_resumes_to_the_same_model(path, tmp_path, monkeypatch):

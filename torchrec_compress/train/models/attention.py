@@ -14,11 +14,11 @@ def check_heads(width: int, num_heads: int) -> None:
 
 
 class PointwiseBlock(nn.Module):
-    """A layer of HSTU (arXiv 2402.17152, section 3.2): attention without a softmax, gated, with a bias by distance.
+    """A layer of HSTU (arXiv 2402.17152, section 3): attention without a softmax, gated, with a bias by distance.
 
-    What each position weighs another by is the SiLU of their product and of a learnt number for their distance, over
-    the longest length; the weighted sum is normalised, and gated by the position itself. The paper's bias by time is
-    left out: our sequences have no times.
+    What each position weighs another by is the SiLU of their product plus a learnt number for their distance, divided
+    by the longest length, as the authors' code does; the weighted sum is normalised, and gated by the position itself.
+    The bias by time is left out: our sequences have no times.
 
     Args:
         width: of the rows, D.
@@ -58,10 +58,9 @@ class PointwiseBlock(nn.Module):
 
 
 class SoftmaxBlock(nn.Module):
-    """A block of SASRec (arXiv 1808.09781, section 3.2): causal self-attention, then a net of each position.
+    """A block of SASRec (arXiv 1808.09781, section III.B): causal self-attention, then a net of each position.
 
-    Both parts read normalised rows and are added to what they read. The paper normalises queries alone, not keys and
-    values; here all three are.
+    Both parts read normalised rows, and what they make of them is added to the rows.
 
     Args:
         width: of the rows, D.
