@@ -51,7 +51,7 @@ class SequenceData(ClickSource):
     Attributes:
         spans: by split, (rows, 2) int64: the first item that is read and the one after the last of every row, of which
             the last is what comes next.
-        begins: by split, (rows,) int64, the first item of each row's sequence.
+        begins: (rows,) int64, the first item of the sequence of each row of valid, and of test.
 
     Raises:
         ValueError: an item outside [0, N), no sequence of four items, or no fewer negatives than items.
@@ -93,12 +93,13 @@ class SequenceData(ClickSource):
                 "data.sequence: %d of %d sequences have fewer than two items and are left out", alone, len(starts)
             )
         self._train_ends = np.where(is_split, ends - 2, ends)
-        owner, train = _windows(starts, self._train_ends, config.max_length)
-        begins, ends = starts[is_split], ends[is_split]
-        valid, test = (_last(begins, end, config.max_length) for end in (ends - 1, ends))
-        self.spans = dict(zip(SPLITS, (train, valid, test), strict=True))
-        self.begins = {name: torch.from_numpy(begins) for name in ("valid", "test")}
-        self.begins["train"] = torch.from_numpy(starts[owner])
+        begins, ends, length = starts[is_split], ends[is_split], config.max_length
+        self.begins = torch.from_numpy(begins)
+        self.spans = {
+            "train": _windows(starts, self._train_ends, length),
+            "valid": _last(begins, ends - 1, length),
+            "test": _last(begins, ends, length),
+        }
 
     @property
     def layout(self) -> Layout:
@@ -108,8 +109,9 @@ class SequenceData(ClickSource):
         return Layout(names, (length, length, 1, 1), ragged=True)
 
     def held(self, split: str) -> tuple[Tensor, Tensor]:
-        """Return where the items that came before what comes next begin and end, (rows,) int64 both."""
-        return self.begins[split], self._spans(split)[:, 1] - 1
+        """Return where the items before what comes next begin and end, (rows,) int64 both; training leaves out none."""
+        spans = self._spans(split)
+        return (spans[:, 0], spans[:, 0]) if split == "train" else (self.begins, spans[:, 1] - 1)
 
     def num_rows(self, split: str) -> int:
         """Return the rows of a split: windows of train, sequences of the others."""
@@ -120,18 +122,17 @@ class SequenceData(ClickSource):
 
         Negatives are a function of seed, epoch and step, the same on every rank. A row of train counts by its pairs.
         """
-        spans = self._spans(split)
+        spans, held = self._spans(split), self.held(split)
+        num_pairs = spans[:, 1] - spans[:, 0] - 1
 
         def make(part: Part) -> Batch:
-            mine = spans[part.rows]
-            inputs, ahead, pool = mine[:, 1] - mine[:, 0] - 1, torch.ones(len(mine), dtype=torch.int64), None
-            weights, held = part.weights, tuple(end[part.rows] for end in self.held(split))
+            mine, inputs, weights = spans[part.rows], num_pairs[part.rows], part.weights
             if split == "train":
-                held = (mine[:, 0], mine[:, 0])
-                whole = spans[part.whole]
-                mean = (whole[:, 1] - whole[:, 0] - 1).float().mean()
-                weights, ahead, pool = weights * inputs / mean, inputs, self._negatives(seed or 0, part)
-            features = self._features(mine, inputs, ahead, pool, held)
+                weights = weights * inputs / num_pairs[part.whole].float().mean()
+                ahead, pool = inputs, self._negatives(seed or 0, part)
+            else:
+                ahead, pool = torch.ones_like(inputs), torch.arange(self.vocab[0], dtype=torch.int32)
+            features = self._features(mine, inputs, ahead, pool, tuple(end[part.rows] for end in held))
             return Batch(features, torch.ones(len(mine)), None, part.rows, None, weights)
 
         return MemoryBatches(len(spans), make, batch_size, seed, share, self.pin_memory)
@@ -153,17 +154,16 @@ class SequenceData(ClickSource):
         return torch.from_numpy(drawn.integers(0, self.vocab[0], self.config.num_negatives, dtype=np.int32))
 
     def _features(
-        self, spans: Tensor, inputs: Tensor, ahead: Tensor, pool: Tensor | None, held: tuple[Tensor, ...]
+        self, spans: Tensor, inputs: Tensor, ahead: Tensor, pool: Tensor, held: tuple[Tensor, ...]
     ) -> KeyedJaggedTensor:
-        """Return the features of rows: `inputs` items that were, the `ahead` last ones, a pool (all), what was held."""
-        everything = torch.arange(self.vocab[0], dtype=torch.int32) if pool is None else pool
-        in_pool = torch.zeros(len(spans), dtype=torch.int64)
-        in_pool[:1] = len(everything)
+        """Return the features of rows: `inputs` items that were, the `ahead` last ones, the pool, what was held."""
+        in_pool = torch.zeros_like(inputs)
+        in_pool[0] = len(pool)
         values = torch.cat(
             [
                 self.items[_within(spans[:, 0], spans[:, 0] + inputs)],
                 self.items[_within(spans[:, 1] - ahead, spans[:, 1])],
-                everything,
+                pool,
                 self.items[_within(*held)],
             ]
         )
@@ -187,9 +187,9 @@ def _last(starts: NDArray, ends: NDArray, max_length: int) -> Tensor:
     return torch.from_numpy(np.stack([np.maximum(starts, ends - max_length - 1), ends], axis=1))
 
 
-def _windows(starts: NDArray, ends: NDArray, max_length: int) -> tuple[NDArray, Tensor]:
-    """Return spans of at most `max_length` pairs, cut from the end, each pair in one, and whose they are."""
+def _windows(starts: NDArray, ends: NDArray, max_length: int) -> Tensor:
+    """Return spans of at most `max_length` pairs, cut from the end, so that each pair of neighbours is in one."""
     num_windows = np.maximum(-(-(ends - starts - 1) // max_length), 0)
     sequence = np.repeat(np.arange(len(starts)), num_windows)
     number = np.arange(len(sequence)) - np.repeat(np.cumsum(num_windows) - num_windows, num_windows)
-    return sequence, _last(starts[sequence], ends[sequence] - number * max_length, max_length)
+    return _last(starts[sequence], ends[sequence] - number * max_length, max_length)
