@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingConfig
@@ -16,7 +14,8 @@ from torchrec_compress.train.models.attention import PointwiseBlock, SoftmaxBloc
 from torchrec_compress.train.models.click import Uniform
 from torchrec_compress.train.models.recommender import Prediction, Recommender
 
-_SCORED = 512  # rows that are scored against all items at once
+# what is scored at once in evaluation: rows, and their scores of all items
+_SCORED, _SCORES = 512, 2**24
 
 
 def item_table(config: ModelConfig, item: str, num_items: int) -> EmbeddingConfig:
@@ -142,8 +141,7 @@ class NextItemNet(nn.Module):
             raise ValueError(
                 f"NextItemNet: the pool must be all {self._num_items} items in evaluation, got {pool.shape[0]}"
             )
-        parts = list(self._ranked(lengths, inputs, pool, came.values().long(), held))
-        return Prediction(torch.cat(parts), inputs[:0])
+        return Prediction(self._ranked(lengths, inputs, pool, came.values().long(), held), inputs[:0])
 
     def _encode(self, lengths: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the blocks make of sequences, (B, T, D), and which of it is there, (B, T) bool."""
@@ -166,23 +164,24 @@ class NextItemNet(nn.Module):
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         return lost.new_zeros(len(lengths)).index_add(0, owner, lost) / lengths.clamp(min=1)
 
-    def _ranked(
-        self, lengths: Tensor, inputs: Tensor, items: Tensor, came: Tensor, held: JaggedTensor
-    ) -> Iterator[Tensor]:
-        """Yield, for some rows at a time, what `forward` returns in evaluation."""
+    def _ranked(self, lengths: Tensor, inputs: Tensor, items: Tensor, came: Tensor, held: JaggedTensor) -> Tensor:
+        """Return what `forward` does in evaluation, some rows at a time."""
+        found = inputs.new_empty(len(lengths), 3)  # made first: pieces kept between large scores would part the heap
+        size = min(_SCORED, max(1, _SCORES // self._num_items))
         ends, held_ends = torch.cumsum(lengths, 0), torch.cumsum(held.lengths().long(), 0)
-        for first in range(0, len(lengths), _SCORED):
-            mine = lengths[first : first + _SCORED]
+        for first in range(0, len(lengths), size):
+            mine = lengths[first : first + size]
             span = slice(int(ends[first] - lengths[first]), int(ends[first + len(mine) - 1]))
             encoded, _ = self._encode(mine, inputs[span])
             rows = torch.arange(len(mine), device=mine.device)
             states = encoded[rows, mine.clamp(min=1) - 1] * (mine > 0)[:, None]
-            scores, targets = states @ items.t(), came[first : first + _SCORED]
+            scores, targets = states @ items.t(), came[first : first + size]
             right = scores[rows, targets]
-            gone = held.lengths()[first : first + _SCORED].long()
+            gone = held.lengths()[first : first + size].long()
             span = slice(int(held_ends[first] - gone[0]), int(held_ends[first + len(mine) - 1]))
             scores[torch.repeat_interleave(rows, gone), held.values()[span].long()] = -torch.inf
             scores[rows, targets] = right
             lost = torch.logsumexp(scores, dim=1) - right
             above, level = (scores > right[:, None]).sum(1), (scores == right[:, None]).sum(1) - 1
-            yield torch.stack([lost, above.to(lost), level.to(lost)], dim=1)
+            found[first : first + size] = torch.stack([lost, above.to(lost), level.to(lost)], dim=1)
+        return found
