@@ -13,6 +13,7 @@ from torchrec_compress import CompressedEmbeddingCollection
 from torchrec_compress.methods import HashConfig, MEmComConfig, NarrowConfig, PQConfig
 from torchrec_compress.train.config import ModelConfig
 from torchrec_compress.train.config_sequence import AttentionConfig
+from torchrec_compress.train.models import sequence
 from torchrec_compress.train.models.kinds import full_tables, make_model, make_tables
 from torchrec_compress.train.models.sequence import SequenceModel, item_table
 
@@ -81,6 +82,17 @@ def test_evaluation_ranks_all_items_that_the_sequence_did_not_hold(name):
             left = [item for item in range(ITEMS) if item not in held]
             torch.testing.assert_close(row[0], -torch.log_softmax(scores[left], 0)[left.index(came)])
             assert row[1:].tolist() == [sum(bool(scores[item] > scores[came]) for item in left), 0]
+
+
+@pytest.mark.parametrize(("rows", "scores"), [(2, 2**24), (1, 2**24), (512, ITEMS), (512, 1)])
+def test_rows_are_scored_a_few_at_a_time(monkeypatch, rows, scores):
+    model = _model().eval()
+    (batch,) = made().batches("test", 9, None).epoch(0)
+    with torch.no_grad():
+        whole = model(batch.features).logits
+        monkeypatch.setattr(sequence, "_SCORED", rows)
+        monkeypatch.setattr(sequence, "_SCORES", scores)
+        torch.testing.assert_close(model(batch.features).logits, whole)
 
 
 @pytest.mark.parametrize("method", [HashConfig(num_buckets=9), MEmComConfig(num_buckets=5), NarrowConfig(width=4)])
