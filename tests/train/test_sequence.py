@@ -169,6 +169,41 @@ def test_two_ranks_train_the_model_that_one_trains(path, tmp_path, two_ranks, me
         assert summaries[0]["metrics"][split] == pytest.approx(one["metrics"][split], abs=1e-5), split
 
 
+def _refused(plain: dict, folder: str) -> str:
+    try:
+        _run(plain, folder)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"data.sequence.num_negatives": ITEMS}, "data.sequence.num_negatives: must be below the 32 items of 'item'"),
+        ({"data.vocab": {"item": 9}}, "ids of column 'item' must be in [0, 9)"),
+        ({"model.attention.num_heads": 3}, "model.attention.num_heads: must divide model.embedding_dim = 16, got 3"),
+        ({"data.row_filter": "item < 0"}, "data.sequence: must have a sequence of 4 items, got 0 by 'user'"),
+    ],
+)
+def test_bad_input_is_told_by_every_rank(path, tmp_path, two_ranks, changes, error):
+    plain = dataclasses.asdict(_config(path, **changes))
+    found = two_ranks.run(_refused, plain, str(tmp_path))
+    assert all(error in each for each in found), found
+
+
+@pytest.mark.slow
+def test_ranks_without_a_sequence_of_their_own_train_the_same_model(path, tmp_path, two_ranks):
+    """Batches of one row, of which a rank has none; validation of rows that two ranks cannot share evenly."""
+    short = {**STAGE, "epochs": 0.05, "batch_size": 1}
+    plain = dataclasses.asdict(_config(path, pretrain=short, **{"data.row_filter": "user < 101"}))
+    one, two = _run(plain, str(tmp_path / "one")), two_ranks.run(_run, plain, str(tmp_path / "two"))
+    assert two[0]["metrics"] == two[1]["metrics"] and one["training"]["steps"] > 3
+    for split in ("valid", "test"):
+        assert two[0]["metrics"][split] == pytest.approx(one["metrics"][split], abs=1e-5), split
+
+
 @pytest.mark.slow
 def test_shards_start_on_their_device_where_no_host_holds_them(path, tmp_path, two_ranks):
     plain = dataclasses.asdict(_config(path, **{"parallel.init": "shards", "pretrain.epochs": 3.0}))
