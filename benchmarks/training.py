@@ -36,7 +36,8 @@ from torchrec_compress.train.engine.checkpoint import Checkpoints
 from torchrec_compress.train.engine.trainable import Trainable
 from torchrec_compress.train.journal import versions
 from torchrec_compress.train.machine import prepare
-from torchrec_compress.train.models.click import make_model, make_tables
+from torchrec_compress.train.models.click import make_model
+from torchrec_compress.train.models.kinds import make_tables
 from torchrec_compress.train.ranks import Ranks, gather, start, stop
 from torchrec_compress.train.stages import open_checked
 

@@ -19,7 +19,7 @@ from torchrec_compress.train.byte_budget import budget_of
 from torchrec_compress.train.config import override
 from torchrec_compress.train.fitting import FullTables
 from torchrec_compress.train.full import best_checkpoint, trained_model
-from torchrec_compress.train.models.click import make_tables
+from torchrec_compress.train.models.kinds import make_tables
 
 CODES = {"method": "pq", "num_codes": 1, "codebook_size": 16}
 BUDGET = {"budget_ratio": 3.0, "num_codes": [1, 2], "codes": CODES}

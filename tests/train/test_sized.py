@@ -8,7 +8,7 @@ from torchrec_compress.train import stages
 from torchrec_compress.train.check import check_config, check_run, compression_of, pretrain_methods
 from torchrec_compress.train.config import RunConfig, override
 from torchrec_compress.train.idle import idle_settings
-from torchrec_compress.train.models.click import make_tables
+from torchrec_compress.train.models.kinds import make_tables
 from torchrec_compress.train.plan_from_training import from_training
 from torchrec_compress.train.ranks import start
 from torchrec_compress.train.sized import Sized

@@ -12,7 +12,6 @@ import torch
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.compression import Compression, parse, resolve
 from torchrec_compress.compression.budget import maybe_dense, smallest_bytes
@@ -22,6 +21,7 @@ from torchrec_compress.names import check_feature_names, check_folder_names, che
 from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS
 from torchrec_compress.schema import nearest
 from torchrec_compress.train.byte_budget import Budget, budget_of
+from torchrec_compress.train.check_sequence import check_sequence
 from torchrec_compress.train.check_stored import (
     check_row_optimizer,
     check_shared,
@@ -42,7 +42,7 @@ from torchrec_compress.train.data.batch import Share
 from torchrec_compress.train.data.check import check_data
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.engine.profile import WARM_UP
-from torchrec_compress.train.models.click import make_model, tables_of
+from torchrec_compress.train.models.kinds import full_tables, make_model, tables_of
 from torchrec_compress.train.sized import Sized, sized_of
 from torchrec_compress.train.width_trial import WidthTrial, width_trial_of
 
@@ -71,6 +71,7 @@ def check_config(config: RunConfig) -> Wanted:
     _check_small(config, wanted)
     for name, stage in used_stages(config).items():
         _check_stage(name, stage, bool(config.pretrain_compression))
+    check_sequence(config, wanted)
     check_data(config.data)
     if "dcn" not in config.model.name:
         for key in ("num_cross_layers", "cross_rank"):
@@ -215,7 +216,7 @@ def check_run(config: RunConfig, wanted: Wanted, data: ClickSource, world: int =
     """
     tables = check_tables(config, wanted, dict(zip(data.features, data.vocab, strict=True)))
     with torch.device("meta"):  # the nets' widths are checked where they are built
-        make_model(EmbeddingBagCollection(tables=tables), data.num_dense, config.model)
+        make_model(config.model, full_tables(config.model, tables), data)
     for name, stage in used_stages(config).items():
         if stage.optim.tables != "adam":  # which replicates them
             budgeted = name == "retrain" and isinstance(wanted, Budget)

@@ -17,7 +17,7 @@ from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.engine.loop import Task
 from torchrec_compress.train.evaluate.scoring import total_counts
 from torchrec_compress.train.full import untrained
-from torchrec_compress.train.models.click import make_tables
+from torchrec_compress.train.models.kinds import make_tables
 from torchrec_compress.train.ranks import Ranks, on_first
 from torchrec_compress.train.rises import Known
 from torchrec_compress.train.sealed import is_done, read_json, write_json

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 from torchrec_compress.schema import Natural, NonNegative, Positive, Range, Rate, Seed, build
+from torchrec_compress.train.config_generator import GeneratorConfig
+from torchrec_compress.train.config_sequence import AttentionConfig, SequenceConfig
 
 Config = TypeVar("Config")
 Value = TypeVar("Value")
@@ -21,33 +23,6 @@ Value = TypeVar("Value")
 
 # ids are int32 in memory
 IdRows = Annotated[int, Range(1, 2**31)]
-TableRows = Annotated[int, Range(2, 2**31)]
-
-
-@dataclass(frozen=True)
-class GeneratorConfig:
-    """The embedded click generator.
-
-    Args:
-        num_rows: clicks over all splits.
-        num_users: rows of the user table.
-        num_items: rows of the item table.
-        num_clusters: latent clusters of users and of items.
-        zipf: exponent of the popularity of users and items; bigger is steeper.
-        seed: of the whole data set, apart from the seed of the training.
-        criteo_rows: over 0 draws the shape of MLPerf's Criteo instead, 26 tables of its sizes but at most so many rows,
-            and 13 dense columns; users and items are not used then.
-        multi_hot: with `criteo_rows`, whether rows have as many ids of a feature as in MLPerf's set, 214 in all.
-    """
-
-    num_rows: Annotated[int, Range(20)] = 1_000_000
-    num_users: TableRows = 120_000
-    num_items: TableRows = 20_000
-    num_clusters: Annotated[int, Range(2)] = 16
-    zipf: NonNegative = 1.1
-    seed: Seed = 7
-    criteo_rows: Natural = 0
-    multi_hot: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +64,7 @@ class DataConfig:
         hash_size: Criteo only: ids are taken modulo this, as TorchRec's `hashes`, for all tables or by table; null for
             files of contiguous ids.
         generator: settings of the embedded generator.
+        sequence: how rows are grouped into sequences, for the models that read those.
     """
 
     kind: Literal["generator", "parquet", "criteo"] = "generator"
@@ -117,6 +93,7 @@ class DataConfig:
     vocab: dict[str, IdRows] = field(default_factory=dict)
     hash_size: IdRows | dict[str, IdRows] | None = None
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    sequence: SequenceConfig = field(default_factory=SequenceConfig)
 
 
 @dataclass(frozen=True)
@@ -124,7 +101,8 @@ class ModelConfig:
     """The recommender over the embeddings.
 
     Args:
-        name: which model; its parts are TorchRec's own modules where those allow it. "dlrm_dcnv2" is MLPerf's.
+        name: which model; its parts are TorchRec's own modules where those allow it. "dlrm_dcnv2" is MLPerf's; "hstu"
+            and "sasrec" read sequences (`data.sequence`) and say which item comes next.
         embedding_dim: width of every table; FBGEMM wants a multiple of 4.
         widths: width by table name where it differs; only DCN-V2 allows that.
         init_scale: tables start uniform in +- this; null is TorchRec's own +- 1 / sqrt(N).
@@ -140,9 +118,10 @@ class ModelConfig:
         num_cross_layers: cross layers of "dcnv2" and "dlrm_dcnv2".
         cross_rank: their low rank; null is a quarter of the width, as TorchRec advises.
         bfloat16: whether the deep net's matrix products run in bfloat16; weights and losses stay float32.
+        attention: the blocks of "hstu" and "sasrec".
     """
 
-    name: Literal["dlrm", "deepfm", "dcnv2", "dlrm_dcnv2"] = "deepfm"
+    name: Literal["dlrm", "deepfm", "dcnv2", "dlrm_dcnv2", "hstu", "sasrec"] = "deepfm"
     embedding_dim: Positive = 32
     widths: dict[str, Positive] = field(default_factory=dict)
     init_scale: NonNegative | None = 0.01
@@ -155,6 +134,7 @@ class ModelConfig:
     num_cross_layers: Natural = 3
     cross_rank: Positive | None = None
     bfloat16: bool = False
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
 
 
 @dataclass(frozen=True)
@@ -205,7 +185,7 @@ class StageConfig:
         batch_size: rows per step, over all ranks together.
         evals_per_epoch: validations per epoch.
         patience: stop after so many validations without a better one; 0 never stops early.
-        monitor: what validation compares.
+        monitor: what validation compares; "auc" of clicks, "ndcg10" of sequences.
         train_dense: whether the dense net is trained.
         train_tables: whether native tables are trained.
         train_codebooks: whether codebooks and other decoder parameters are trained.
@@ -225,7 +205,7 @@ class StageConfig:
     batch_size: Positive = 4096
     evals_per_epoch: Positive = 1
     patience: Natural = 2
-    monitor: Literal["logloss", "auc"] = "logloss"
+    monitor: Literal["logloss", "auc", "ndcg10"] = "logloss"
     train_dense: bool = True
     train_tables: bool = True
     train_codebooks: bool = True
@@ -362,7 +342,11 @@ def override(config: Config, changes: Mapping[str, Any], where: str = "") -> Con
 
 # keys that earlier versions did not have, which stand for nothing, or the only way there was, where they are left out
 _LATER = ("input_dropout", "pretrain_compression", "curvature_rows", "adaptive_l2", "decay_patience", "dequantize")
-_LATER_WITH = (("gradients", "float32"),)
+_LATER_WITH = (
+    ("gradients", "float32"),
+    ("sequence", dataclasses.asdict(SequenceConfig())),
+    ("attention", dataclasses.asdict(AttentionConfig())),
+)
 # how a training is watched and kept, which may change when it resumes
 _FREE = ("checkpoint_every", "keep_checkpoints", "log_every", "skip_bad_batches", "num_workers")
 

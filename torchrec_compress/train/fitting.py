@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 
-from torchrec_compress import CompressedEmbeddingBagCollection, compress_into
+from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, compress_into
 from torchrec_compress.convert import Curvature, predicted_rise, row_reader
 from torchrec_compress.fit.minhash import Contexts
 from torchrec_compress.methods import MethodConfig
@@ -18,7 +18,8 @@ from torchrec_compress.train.config import RunConfig
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.engine.checkpoint_reader import read
 from torchrec_compress.train.full import best_checkpoint, trained_model
-from torchrec_compress.train.models.click import ClickModel, make_tables
+from torchrec_compress.train.models.kinds import make_tables
+from torchrec_compress.train.models.recommender import Recommender
 from torchrec_compress.train.sealed import is_done, save_tensors, write_json
 
 _MAX_PAIRS = 2_000_000
@@ -29,12 +30,13 @@ PREDICTED = "predicted.json"
 class FullTables(Mapping[str, Tensor]):
     """The rows of a full model's tables, (N, D) float32 by name, read one at a time: all may not fit in memory."""
 
-    def __init__(self, path: Path, tables: Sequence[EmbeddingBagConfig]) -> None:
+    def __init__(self, path: Path, tables: Sequence[EmbeddingBagConfig | EmbeddingConfig]) -> None:
         self._path, self._tables = path, {table.name: table for table in tables}
 
     def __getitem__(self, name: str) -> Tensor:
         table = self._tables[name]
-        key = f"embeddings.embedding_bags.{name}.weight"
+        kind = "embedding_bags" if isinstance(table, EmbeddingBagConfig) else "embeddings"
+        key = f"embeddings.{kind}.{name}.weight"
         state = {"model": {key: torch.empty(table.num_embeddings, table.embedding_dim)}}
         read(self._path, state)
         return state["model"][key]
@@ -51,7 +53,7 @@ def fit(
     data: ClickSource,
     source: Path | None,
     kept: Path,
-    model: ClickModel,
+    model: Recommender,
     counts: dict[str, Tensor],
     curvature: Mapping[str, Curvature],
 ) -> None:
@@ -72,13 +74,13 @@ def fit(
     if is_done(kept) and (not curvature or is_done(predicted)):
         return
     collection = model.embeddings
-    assert isinstance(collection, CompressedEmbeddingBagCollection)
+    assert isinstance(collection, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection)
     tables = make_tables(config.model, data)
     contexts = _contexts(config, data, tables, collection.methods())
     rows: Mapping[str, Tensor | RowReader] = {}
     if source is not None and config.pretrain_compression:
         small = trained_model(config, data, source).embeddings
-        assert isinstance(small, CompressedEmbeddingBagCollection)
+        assert isinstance(small, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection)
         rows = {table.name: row_reader(small, table.name) for table in tables}
     elif source is not None:
         rows = FullTables(best_checkpoint(source), tables)
@@ -93,7 +95,7 @@ def fit(
 
 
 def _predicted(
-    collection: CompressedEmbeddingBagCollection,
+    collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection,
     rows: Mapping[str, Tensor | RowReader],
     counts: Mapping[str, Tensor],
     curvature: Mapping[str, Curvature],

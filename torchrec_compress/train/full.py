@@ -6,20 +6,19 @@ import re
 from pathlib import Path
 
 import torch
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.compression import Compression
 from torchrec_compress.train.check import pretrain_methods
 from torchrec_compress.train.config import RunConfig, override
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.engine.checkpoint import check_identity
 from torchrec_compress.train.engine.checkpoint_reader import read
-from torchrec_compress.train.models.click import ClickModel, make_model, make_tables
+from torchrec_compress.train.models.kinds import compressed_tables, full_tables, make_model, make_tables
+from torchrec_compress.train.models.recommender import Recommender
 from torchrec_compress.train.sealed import read_json
 
 
-def full_model(config: RunConfig, data: ClickSource) -> ClickModel:
+def full_model(config: RunConfig, data: ClickSource) -> Recommender:
     """Return the untrained model of stage 1, a pure function of config and seed.
 
     Its tables are on the meta device where `parallel.init` is "shards".
@@ -29,17 +28,17 @@ def full_model(config: RunConfig, data: ClickSource) -> ClickModel:
         return untrained(config, small, data, config.parallel.init == "shards")
     torch.manual_seed(config.seed)
     device = torch.device("meta") if config.parallel.init == "shards" else None
-    tables = EmbeddingBagCollection(tables=make_tables(config.model, data), device=device)
-    return make_model(tables, data.num_dense, config.model)
+    tables = full_tables(config.model, make_tables(config.model, data), device)
+    return make_model(config.model, tables, data)
 
 
-def untrained(config: RunConfig, chosen: Compression, data: ClickSource, in_shards: bool = False) -> ClickModel:
+def untrained(config: RunConfig, chosen: Compression, data: ClickSource, in_shards: bool = False) -> Recommender:
     """Return a compressed model as it starts, a pure function of config and seed; on the meta device `in_shards`."""
     tables, device = make_tables(config.model, data), torch.device("meta") if in_shards else None
     torch.manual_seed(config.seed)  # native tables are drawn, whatever this process did before
-    collection = CompressedEmbeddingBagCollection(tables, device=device, compression=chosen, seed=config.seed)
+    collection = compressed_tables(config.model, tables, chosen, config.seed, device)
     torch.manual_seed(config.seed)
-    return make_model(collection, data.num_dense, config.model)
+    return make_model(config.model, collection, data)
 
 
 def best_checkpoint(source: Path) -> Path:
@@ -56,14 +55,14 @@ def best_checkpoint(source: Path) -> Path:
     return path
 
 
-def trained_model(config: RunConfig, data: ClickSource, source: Path) -> ClickModel:
+def trained_model(config: RunConfig, data: ClickSource, source: Path) -> Recommender:
     """Return the trained model of stage 1 in this process's memory, tables as they were trained."""
     model = full_model(override(config, {"parallel.init": "host"}), data)
     read_model(best_checkpoint(source), model)
     return model
 
 
-def read_model(path: Path, model: ClickModel) -> None:
+def read_model(path: Path, model: Recommender) -> None:
     """Fill an unsharded model from a checkpoint, in this process alone."""
     state = {"model": dict(model.state_dict())}
     read(path, state)

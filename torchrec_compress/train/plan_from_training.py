@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torchrec_compress.schema import nearest
 from torchrec_compress.train.byte_budget import Budget
 from torchrec_compress.train.config import RunConfig, of_pattern
 from torchrec_compress.train.data.mlperf import FEATURES, MULTI_HOT_SIZES, TABLE_ROWS
@@ -39,8 +40,8 @@ def from_training(run: RunConfig) -> dict[str, Any]:
     compression: Any = run.compression or run.pretrain_compression
     if isinstance(wanted, Sized):
         compression = {name: method.to_dict() for name, method in wanted.methods(tables).items()}
-    pooling = _pooling(run)
     stage = run.retrain if run.compression else run.pretrain
+    pooling = _pooling(run, stage.batch_size)
     return {
         "tables": {
             name: {
@@ -52,6 +53,7 @@ def from_training(run: RunConfig) -> dict[str, Any]:
             for name, size in sizes.items()
         },
         "embedding_dim": run.model.embedding_dim,
+        "unpooled": run.data.sequence.by is not None,
         "compression": compression,
         "global_batch_size": stage.batch_size,
         "optimizer": stage.optim.tables,
@@ -64,8 +66,11 @@ def _sharding_types(run: RunConfig, name: str) -> list[str]:
     return list(of_pattern(run.parallel.sharding_types, name) or _TRAINED_TYPES)
 
 
-def _pooling(run: RunConfig) -> dict[str, int]:
-    """Return the ids of a bag by table name, where there may be several."""
+def _pooling(run: RunConfig, batch_size: int) -> dict[str, Any]:
+    """Return the ids of a bag by table name, where there may be several; of sequences the most that a row looks up."""
+    sequence = run.data.sequence
+    if sequence.by is not None:  # what was, what came next, and its part of the pool
+        return {sequence.item: 2 * sequence.max_length + sequence.num_negatives / batch_size}
     if run.data.kind == "generator":
         return MULTI_HOT_SIZES if run.data.generator.multi_hot else {}
     return run.data.pooling
@@ -83,8 +88,16 @@ def known_rows(run: RunConfig) -> dict[str, int]:
     if data.kind == "generator":
         from torchrec_compress.train.data.generator import CONTEXTS
 
-        return {"user": data.generator.num_users, "item": data.generator.num_items, **CONTEXTS}
+        rows, item = (
+            {"user": data.generator.num_users, "item": data.generator.num_items, **CONTEXTS},
+            data.sequence.item,
+        )
+        if data.sequence.by is not None and item not in rows:
+            raise ValueError(f"data.sequence.item: must be a column of {list(rows)}, got {item!r}{nearest(item, rows)}")
+        return rows if data.sequence.by is None else {item: rows[item]}
     names = FEATURES if data.kind == "criteo" else data.features or list(data.vocab)
+    if data.sequence.by is not None:
+        names = [data.sequence.item]
     if data.kind == "criteo" and data.hash_size is not None:
         return dict.fromkeys(names, data.hash_size) if isinstance(data.hash_size, int) else dict(data.hash_size)
     missing = [name for name in names if name not in data.vocab]

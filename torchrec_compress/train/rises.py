@@ -24,7 +24,8 @@ from torchrec_compress.train.asked import validation
 from torchrec_compress.train.config import RunConfig
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.full import trained_model
-from torchrec_compress.train.models.click import ClickModel, make_tables
+from torchrec_compress.train.models.kinds import make_tables
+from torchrec_compress.train.models.recommender import Recommender
 
 # The ids that share a row for a trial: all but the hottest, which have so much of the look-ups.
 _OWN_LOOKUPS = 0.75
@@ -153,7 +154,7 @@ class _Trial:
 
     def __init__(self, known: Known) -> None:
         self._known = known
-        self._model: ClickModel = trained_model(known.config, known.data, known.source)
+        self._model: Recommender = trained_model(known.config, known.data, known.source)
         self._model.eval()
         self._trained = self._model.embeddings
         self._rows = rows_of("measured rise", self._trained)

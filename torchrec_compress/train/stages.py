@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from torchrec_compress import CompressedEmbeddingBagCollection
+from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from torchrec_compress.compression import Compression
 from torchrec_compress.convert import Curvature, dequantize_codebooks, quantize_codebooks
 from torchrec_compress.methods import MethodConfig
@@ -23,16 +23,19 @@ from torchrec_compress.train.data.batch import Batch
 from torchrec_compress.train.data.inputs import identify
 from torchrec_compress.train.data.memory import ClickData
 from torchrec_compress.train.data.open import open_data
+from torchrec_compress.train.data.sequences import SequenceData
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.engine.checkpoint import check_same
 from torchrec_compress.train.engine.loop import Task, Trained, train
 from torchrec_compress.train.evaluate.metrics import bayes_metrics
+from torchrec_compress.train.evaluate.ranking import popularity_metrics
 from torchrec_compress.train.evaluate.scoring import check_labels, score
 from torchrec_compress.train.evaluate.usage import code_usage
 from torchrec_compress.train.fitting import PREDICTED, fit
 from torchrec_compress.train.full import full_model, held_bytes, read_model, trained_model, untrained
 from torchrec_compress.train.identity import check_unchanged, identity_of, record
-from torchrec_compress.train.models.click import ClickModel, make_tables
+from torchrec_compress.train.models.kinds import make_tables
+from torchrec_compress.train.models.recommender import Recommender
 from torchrec_compress.train.ranks import Ranks, agree, on_first
 from torchrec_compress.train.sealed import (
     is_done,
@@ -44,6 +47,7 @@ from torchrec_compress.train.sealed import (
     write_json,
 )
 
+CompressedTables: TypeAlias = CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
 # how a run comes by its rows; a worker of a comparison keeps those that it opened last
 Opener: TypeAlias = Callable[[DataConfig, Ranks], ClickSource]
 
@@ -107,10 +111,10 @@ def pretrain(
     return folder
 
 
-def _footprint(model: ClickModel) -> dict[str, Any] | None:
+def _footprint(model: Recommender) -> dict[str, Any] | None:
     """Return the bytes of a model's tables as plain data, or None where they are full."""
     collection = model.embeddings
-    return collection.footprint().to_dict() if isinstance(collection, CompressedEmbeddingBagCollection) else None
+    return collection.footprint().to_dict() if isinstance(collection, CompressedTables) else None
 
 
 def _is_pretrained(folder: Path, identity: dict[str, Any]) -> bool:
@@ -167,6 +171,7 @@ def run(
         assert source is not None
         summary = _run_full(config, data, source, folder, ranks)
     summary["bayes"] = _bayes(data)
+    summary |= _popularity(data, ranks)
     on_first(lambda: write_json(folder / "summary.json", summary), ranks)
     return summary
 
@@ -208,7 +213,7 @@ def _run_compressed(
     chosen, counts = settle(config, wanted, task, source, folder, curvature, ranks)
     model = _compressed(config, chosen, data, source, folder, counts, curvature, ranks)
     collection = model.embeddings
-    assert isinstance(collection, CompressedEmbeddingBagCollection)
+    assert isinstance(collection, CompressedTables)
     methods, path = collection.methods(), None
     summary: dict[str, Any] = {"seed": config.seed, "fit_seconds": time.perf_counter() - started}
     summary["footprint"] = collection.footprint().to_dict()
@@ -236,7 +241,7 @@ def _run_compressed(
 def _train_on(
     config: RunConfig,
     task: Task,
-    model: ClickModel,
+    model: Recommender,
     source: Path | None,
     folder: Path,
     summary: dict[str, Any],
@@ -244,10 +249,10 @@ def _train_on(
 ) -> tuple[Path, int]:
     """Train the compressed model on and score it as it is stored; return its checkpoint, and the bytes it held."""
     collection, teacher = model.embeddings, None
-    assert isinstance(collection, CompressedEmbeddingBagCollection)
+    assert isinstance(collection, CompressedTables)
     methods, in_floats = collection.methods(), _trains_in_floats(config, collection)
     if in_floats:
-        collection = model.embeddings = dequantize_codebooks(collection)
+        collection = model.embeddings = dequantize_codebooks(model.embeddings)
     held = collection.footprint().total_bytes
     if config.retrain.distill_weight:
         assert source is not None
@@ -262,13 +267,13 @@ def _train_on(
     return trained.checkpoint, held + trained.state_bytes
 
 
-def _logits_of(model: ClickModel) -> Callable[[Batch], Tensor]:
+def _logits_of(model: Recommender) -> Callable[[Batch], Tensor]:
     """Return what scores a batch by a model in this process's memory."""
     model.eval()
     return lambda batch: model(batch.features, batch.dense).logits
 
 
-def _trains_in_floats(config: RunConfig, collection: CompressedEmbeddingBagCollection) -> bool:
+def _trains_in_floats(config: RunConfig, collection: CompressedTables) -> bool:
     """Return whether codebooks or hot rows that are stored in few bits train on, in float32."""
     stage, methods = config.retrain, collection.methods().values()
     wanted = stage.dequantize and stage.train_codebooks and needs_pretrained(config)
@@ -277,19 +282,19 @@ def _trains_in_floats(config: RunConfig, collection: CompressedEmbeddingBagColle
 
 def _stored(
     config: RunConfig, data: ClickSource, methods: Mapping[str, MethodConfig], trained: Path | None, folder: Path
-) -> ClickModel:
+) -> Recommender:
     """Return the whole compressed model in this process's memory: as fitted, or as trained after that."""
     model = untrained(config, dict(methods), data)
     _fill(model, folder / "fitted.pt")
     collection = model.embeddings
-    assert isinstance(collection, CompressedEmbeddingBagCollection)
+    assert isinstance(collection, CompressedTables)
     if trained is not None:
         in_floats = _trains_in_floats(config, collection)
         if in_floats:
-            collection = model.embeddings = dequantize_codebooks(collection)
+            collection = model.embeddings = dequantize_codebooks(model.embeddings)
         read_model(trained, model)
         if in_floats:
-            model.embeddings = quantize_codebooks(collection, methods)
+            model.embeddings = quantize_codebooks(model.embeddings, methods)
     return model
 
 
@@ -302,7 +307,7 @@ def _compressed(
     counts: dict[str, Tensor],
     curvature: dict[str, Curvature],
     ranks: Ranks,
-) -> ClickModel:
+) -> Recommender:
     """Return the fitted model; the fit is done by rank 0 and kept, so that a resumed run need not repeat it."""
     in_shards = source is None and config.parallel.init == "shards"
     model, kept = untrained(config, chosen, data, in_shards), folder / "fitted.pt"
@@ -313,7 +318,7 @@ def _compressed(
     return model
 
 
-def _fill(model: ClickModel, path: Path) -> None:
+def _fill(model: Recommender, path: Path) -> None:
     """Fill a model from a file of its state dict.
 
     Raises:
@@ -343,6 +348,13 @@ def _task(
 
 def _bayes(data: ClickSource) -> dict[str, float]:
     return bayes_metrics(data.test) if isinstance(data, ClickData) else {}
+
+
+def _popularity(data: ClickSource, ranks: Ranks) -> dict[str, Any]:
+    """Return what popularity alone does on sequences, for a summary."""
+    if not isinstance(data, SequenceData):
+        return {}
+    return {"popularity": on_first(lambda: popularity_metrics(data), ranks)}
 
 
 def _training(trained: Trained) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torchrec_compress.methods.base import dense_bytes
 from torchrec_compress.methods.width import LANES
 from torchrec_compress.train.config import fingerprint, lasting
 from torchrec_compress.train.engine.loop import Task, train
-from torchrec_compress.train.models.click import ClickModel
+from torchrec_compress.train.models.recommender import Recommender
 from torchrec_compress.train.ranks import Ranks, on_first
 from torchrec_compress.train.sealed import is_done, read_json, write_json
 from torchrec_compress.train.width_trial import WidthTrial, least_bytes
@@ -53,7 +53,7 @@ class Trials:
     """
 
     def __init__(
-        self, trial: WidthTrial, task: Task, build: Callable[[Mapping[str, MethodConfig]], ClickModel], ranks: Ranks
+        self, trial: WidthTrial, task: Task, build: Callable[[Mapping[str, MethodConfig]], Recommender], ranks: Ranks
     ) -> None:
         assert trial.trial_epochs is not None
         self._trial, self._build, self._ranks = trial, build, ranks

@@ -27,7 +27,8 @@ from torchrec_compress.train.data.memory import ClickData
 from torchrec_compress.train.data.open import load_data
 from torchrec_compress.train.engine.checkpoint import Checkpoints
 from torchrec_compress.train.engine.trainable import Trainable
-from torchrec_compress.train.models.click import make_model, make_tables
+from torchrec_compress.train.models.click import make_model
+from torchrec_compress.train.models.kinds import make_tables
 from torchrec_compress.train.ranks import Ranks, start
 
 GENERATOR = GeneratorConfig(num_rows=2000, num_users=100, num_items=40, num_clusters=4)

@@ -18,7 +18,8 @@ from torchrec_compress.train.engine.checkpoint import Checkpoints
 from torchrec_compress.train.engine.checkpoint_reader import read
 from torchrec_compress.train.engine.loop import PREEMPTED, Preempted, Progress, Task, Trained, train
 from torchrec_compress.train.engine.trainable import Trainable, make_constraints
-from torchrec_compress.train.models.click import make_model, make_tables
+from torchrec_compress.train.models.click import make_model
+from torchrec_compress.train.models.kinds import make_tables
 from torchrec_compress.train.ranks import start
 from torchrec_compress.train.stages import full_model
 

@@ -20,7 +20,8 @@ from torchrec_compress.train.data.memory import ClickData
 from torchrec_compress.train.engine.checkpoint_reader import read
 from torchrec_compress.train.engine.loop import Preempted, Task, Trained, train
 from torchrec_compress.train.engine.trainable import Trainable
-from torchrec_compress.train.models.click import ClickModel, make_model, make_tables
+from torchrec_compress.train.models.click import ClickModel, make_model
+from torchrec_compress.train.models.kinds import make_tables
 
 STAGE = StageConfig(epochs=1.0, batch_size=256, evals_per_epoch=2, patience=0)
 CAFE = CafeConfig(num_hot_rows=16, num_cold_rows=24, num_blocks=4, every=3)

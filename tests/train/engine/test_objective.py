@@ -13,7 +13,8 @@ from torchrec_compress.train.config import OptimConfig, ParallelConfig, StageCon
 from torchrec_compress.train.engine.objective import Loss
 from torchrec_compress.train.engine.rarity import Rarity
 from torchrec_compress.train.engine.trainable import Trainable
-from torchrec_compress.train.models.click import make_model, make_tables
+from torchrec_compress.train.models.click import make_model
+from torchrec_compress.train.models.kinds import make_tables
 
 LOGITS, LABELS = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, 0.0, 1.0])
 EMBEDDINGS = torch.tensor([[1.0, 2.0], [0.0, 3.0], [100.0, 100.0]])

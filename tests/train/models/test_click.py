@@ -9,7 +9,8 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.train.config import ModelConfig
 from torchrec_compress.train.data.memory import ClickData, Split
-from torchrec_compress.train.models.click import make_model, make_tables
+from torchrec_compress.train.models.click import make_model
+from torchrec_compress.train.models.kinds import make_tables
 
 
 def _with_dense(data: ClickData) -> ClickData:

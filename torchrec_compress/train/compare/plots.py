@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrec_compress.canvas import figure
-
-_METRICS = {"auc": "test AUC", "logloss": "test logloss"}
+from torchrec_compress.train.evaluate.metrics import QUALITY
 
 
 def draw(report: dict[str, Any], folder: Path) -> list[str]:
@@ -21,10 +20,12 @@ def draw(report: dict[str, Any], folder: Path) -> list[str]:
         The names of the files.
     """
     names = []
-    for metric, title in _METRICS.items():
+    for metric, title in QUALITY.items():
+        if not all(metric in row["test"] for row in report["variants"].values()):
+            continue
         names.append(f"{metric}_against_bytes.png")
         with figure(folder / names[-1], 8, 5, dpi=130) as drawn:
-            _quality(drawn.subplots(), report, metric, title)
+            _quality(drawn.subplots(), report, metric, f"test {title}")
     bars = [
         (f"{name}: {table}", use) for name, row in report["variants"].items() for table, use in row["usage"].items()
     ]

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torchrec_compress.train.evaluate.metrics import QUALITY
 from torchrec_compress.train.journal import write_atomically
 from torchrec_compress.train.sealed import is_done, read_json, write_json
 
 _COLUMNS = {
-    "auc": "test AUC",
-    "logloss": "test logloss",
+    **{key: f"test {title}" for key, title in QUALITY.items()},
     "calibrated_logloss": "calibrated logloss",
     "tail_auc": "tail AUC",
     "tail_logloss": "tail logloss",
@@ -57,7 +57,8 @@ def collect(output: Path, order: Sequence[str] = (), folders: Sequence[Path] | N
         row["gap"] = _gap(found[name], found.get("full", [])) if name != "full" else {}
         row["against_full"] = rows["full"]["bytes"] / row["bytes"] if "full" in rows else row["ratio"]
     bayes = next((runs[0]["bayes"] for runs in found.values() if runs[0].get("bayes")), {})
-    return {"variants": rows, "bayes": bayes}
+    popularity = next((runs[0]["popularity"] for runs in found.values() if "popularity" in runs[0]), {})
+    return {"variants": rows, "bayes": bayes, "popularity": popularity}
 
 
 def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -142,6 +143,9 @@ def _markdown(report: dict[str, Any], pictures: list[str]) -> str:
             f"Best possible: AUC {report['bayes']['bayes_auc']:.4f}, logloss {report['bayes']['bayes_logloss']:.4f}.",
             "",
         ]
+    if report["popularity"]:
+        known = ", ".join(f"{QUALITY[key]} {value:.4f}" for key, value in report["popularity"]["test"].items())
+        lines += [f"Items by their popularity in train alone: test {known}.", ""]
     titles = [
         "variant",
         "bytes",
@@ -183,17 +187,17 @@ def _gap_lines(rows: Mapping[str, Any]) -> list[str]:
     gaps = {name: row["gap"] for name, row in rows.items() if row["gap"]}
     if not gaps:
         return []
+    keys = [key for key in QUALITY if all(key in gap for gap in gaps.values())]
     lines = [
         "",
         "## Gap to the full model of the same seed",
         "",
-        "| variant | smaller | AUC | logloss | seeds |",
-        "|---|---|---|---|---|",
+        f"| variant | smaller | {' | '.join(QUALITY[key] for key in keys)} | seeds |",
+        "|---" * (len(keys) + 3) + "|",
     ]
     for name, gap in gaps.items():
         cells = [
-            f"{gap[key]['mean']:+.4f}" + (f" ± {gap[key]['spread']:.4f}" if gap["seeds"] > 1 else "")
-            for key in ("auc", "logloss")
+            f"{gap[key]['mean']:+.4f}" + (f" ± {gap[key]['spread']:.4f}" if gap["seeds"] > 1 else "") for key in keys
         ]
         lines.append(f"| {name} | {rows[name]['against_full']:.1f}x | " + " | ".join(cells) + f" | {gap['seeds']} |")
     return lines
@@ -223,10 +227,12 @@ def _training_lines(rows: Mapping[str, Any]) -> list[str]:
     if not trained:
         return []
     lines = ["", "## What training after the fit changed", ""]
-    lines += ["| variant | AUC fitted | AUC trained | logloss fitted | logloss trained |", "|---|---|---|---|---|"]
+    keys = [key for key in QUALITY if all(key in row["test"] for row in trained.values())]
+    titles = [f"{QUALITY[key]} {when}" for key in keys for when in ("fitted", "trained")]
+    lines += [f"| variant | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for name, row in trained.items():
         before, after, n = row["before_training"], row["test"], len(row["seeds"])
-        cells = [_number(part[key], n) for key in ("auc", "logloss") for part in (before, after)]
+        cells = [_number(part[key], n) for key in keys for part in (before, after)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 

@@ -18,6 +18,7 @@ from torchrec_compress.train import stages
 from torchrec_compress.train.config import DataConfig, ParallelConfig, RunConfig, fingerprint, lasting
 from torchrec_compress.train.data.inputs import identify
 from torchrec_compress.train.data.source import ClickSource
+from torchrec_compress.train.evaluate.metrics import QUALITY
 from torchrec_compress.train.journal import write_atomically
 from torchrec_compress.train.machine import give_back, prepare
 from torchrec_compress.train.ranks import Ranks, start
@@ -53,7 +54,7 @@ class Worker:
             write_text(path / "fingerprint", stamp(config))
             summary = stages.run(config, path, Path(shared), ranks, self._position, self.open)
             test, size = summary["metrics"]["test"], summary["footprint"]
-            text = f"test AUC {test['auc']:.4f} logloss {test['logloss']:.4f}"
+            text = "test " + " ".join(f"{title} {test[key]:.4f}" for key, title in QUALITY.items() if key in test)
             return name, f"{text}, {size['total_bytes']:,} bytes ({size['ratio']:.1f}x)", ""
         except Exception as error:  # noqa: BLE001 (one failed variant must not stop the others)
             where = Path(folder or shared)

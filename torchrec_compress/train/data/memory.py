@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +95,12 @@ class ClickData(ClickSource):
 
     def batches(self, split: str, batch_size: int, seed: int | None, share: Share = EVERYTHING) -> Batches:
         """Return the batches of a split; with a seed, all of its rows are shuffled in every epoch."""
-        return _MemoryBatches(self, split, batch_size, seed, share)
+        rows, layout = self.split(split), self.layout
+
+        def make(part: Part) -> Batch:
+            return to_batch(layout, rows.take(part.rows), part.rows, part.weights)
+
+        return MemoryBatches(len(rows), make, batch_size, seed, share, self.pin_memory)
 
     def counts(self, share: Share = EVERYTHING) -> dict[str, Tensor]:
         """Return how often this share of train looks every id up: (rows,) int64 by feature; shares add up."""
@@ -121,39 +126,78 @@ def to_batch(layout: Layout, rows: Split, positions: Tensor, weights: Tensor) ->
     return Batch(layout.to_features(rows.ids), rows.labels, rows.dense, positions, rows.kinds, weights)
 
 
-class _MemoryBatches(Batches):
-    """Batches of rows in memory: each rank takes a contiguous part of every global batch."""
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of a global batch.
 
-    def __init__(self, data: ClickData, name: str, batch_size: int, seed: int | None, share: Share) -> None:
-        split = data.split(name)
-        if batch_size < 1 or len(split) < 1:
-            raise ValueError(f"batches: must have rows and a positive batch size, got {len(split)} and {batch_size}")
-        self._layout, self._split, self._pin_memory = data.layout, split, data.pin_memory
+    Args:
+        rows: (B,) int64 positions in the split, padded so that every rank has as many.
+        weights: (B,) float32, see `Batch`.
+        whole: (G,) int64 positions of the global batch.
+        epoch: number of the epoch, from 0.
+        first: place of the global batch's first row in the epoch.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    whole: Tensor
+    epoch: int
+    first: int
+
+
+class MemoryBatches(Batches):
+    """Batches of rows in memory: each rank takes a contiguous part of every global batch.
+
+    Args:
+        num_rows: of the split.
+        make: returns the batch of a part.
+        batch_size: rows of a global batch.
+        seed: of the order of each epoch; None keeps that of the rows.
+        share: which part to read.
+        pin_memory: whether batches are prepared ahead in page-locked memory.
+
+    Raises:
+        ValueError: no rows, or no positive batch size.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        make: Callable[[Part], Batch],
+        batch_size: int,
+        seed: int | None,
+        share: Share,
+        pin_memory: bool,
+    ) -> None:
+        if batch_size < 1 or num_rows < 1:
+            raise ValueError(f"batches: must have rows and a positive batch size, got {num_rows} and {batch_size}")
+        self._num_rows, self._make, self._pin_memory = num_rows, make, pin_memory
         self._batch_size, self._seed, self._share = batch_size, seed, share
 
     def __len__(self) -> int:
-        return -(-len(self._split) // self._batch_size)
+        return -(-self._num_rows // self._batch_size)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from step `first` on."""
         batches = self._read(epoch, first)
         return prefetch(batches, pin_memory=True) if self._pin_memory else batches
 
     def _read(self, epoch: int, first: int) -> Iterator[Batch]:
-        size, num_rows = self._batch_size, len(self._split)
+        size, num_rows = self._batch_size, self._num_rows
         order = None
         if self._seed is not None:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
             order = torch.randperm(num_rows, generator=generator)
         for start in range(first * size, num_rows, size):
             stop = min(start + size, num_rows)
-            yield self._batch(order[start:stop] if order is not None else torch.arange(start, stop))
+            whole = order[start:stop] if order is not None else torch.arange(start, stop)
+            yield self._make(self._part(whole, epoch, start))
 
-    def _batch(self, rows: Tensor) -> Batch:
-        split, share = self._split, self._share
-        first, last = share.of(len(rows))
-        padded = share.padded(len(rows))
-        weights = share_weights(last - first, padded, share.world, len(rows))
-        mine = rows[first:last]
+    def _part(self, whole: Tensor, epoch: int, start: int) -> Part:
+        first, last = self._share.of(len(whole))
+        padded = self._share.padded(len(whole))
+        weights = share_weights(last - first, padded, self._share.world, len(whole))
+        mine = whole[first:last]
         if len(mine) < padded:
-            mine = torch.cat([mine, rows[-1:].expand(padded - len(mine))])
-        return to_batch(self._layout, split.take(mine), mine, weights)
+            mine = torch.cat([mine, whole[-1:].expand(padded - len(mine))])
+        return Part(mine, weights, whole, epoch, start)

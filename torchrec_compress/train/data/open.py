@@ -12,6 +12,8 @@ from torchrec_compress.train.data.source import ClickSource
 def open_data(config: DataConfig, pin_memory: bool = False) -> ClickSource:
     """Return the data that a config asks for: in memory, or read as it is needed where `data.streaming` is set.
 
+    Sequences, which `data.sequence.by` asks for, are held in memory.
+
     Args:
         config: which data.
         pin_memory: whether batches are put into page-locked memory, for a GPU.
@@ -19,6 +21,11 @@ def open_data(config: DataConfig, pin_memory: bool = False) -> ClickSource:
     Raises:
         ValueError: a file that is missing, empty or malformed, see the readers.
     """
+    if config.sequence.by is not None:
+        check_source(config)
+        from torchrec_compress.train.data.sequence_files import open_sequences
+
+        return open_sequences(config, pin_memory)
     if not config.streaming:
         return replace(load_data(config), pin_memory=pin_memory)
     check_source(config)

@@ -56,14 +56,14 @@ def read_parquet(config: DataConfig) -> ClickData:
     files = parquet_files(path)
     start = open_parquet(files[0])
     schema = read_schema(start, files[0], config)
-    tables = [_read_file(file, schema, list_columns(start, schema)) for file in files]
+    tables = [read_file(file, schema, list_columns(start, schema)) for file in files]
     parts = [
         {name: column_values(file, name, table[name], dense=name in schema.dense) for name in table.column_names}
         for file, table in zip(files, tables, strict=True)
     ]
     columns = {name: _join([part[name] for part in parts]) for name in parts[0]}
     labels = to_labels(path, config, columns[config.label])
-    kept = _kept(config, columns, len(labels))
+    kept = kept_rows(config, columns, len(labels))
     ids, vocab, widths = _ids(path, config, columns, schema)
     split = _split(path, config, columns, [len(part[config.label]) for part in parts])
     dense = np.stack([columns[name] for name in schema.dense], axis=1) if schema.dense else None
@@ -85,7 +85,12 @@ def read_parquet(config: DataConfig) -> ClickData:
     return ClickData(schema.features, vocab, len(schema.dense), *splits, widths=tuple(widths), ragged=ragged)
 
 
-def _read_file(path: Path, schema: Schema, lists: list[str]) -> pa.Table:
+def read_file(path: Path, schema: Schema, lists: list[str]) -> pa.Table:
+    """Return the columns of a file that a schema names, with lists where the first file of the folder has them.
+
+    Raises:
+        ValueError: it is no such file.
+    """
     file = open_parquet(path)
     check_columns(file, path, schema)
     if (own := list_columns(file, schema)) != lists:
@@ -201,8 +206,12 @@ def check_ids(path: Path, name: str, ids: np.ndarray, size: int, first: int = 0)
         )
 
 
-def _kept(config: DataConfig, columns: dict[str, np.ndarray], num_rows: int) -> np.ndarray:
-    """Return which rows pass the filter and the subsample: (num_rows,) bool."""
+def kept_rows(config: DataConfig, columns: dict[str, np.ndarray], num_rows: int) -> np.ndarray:
+    """Return which rows pass the filter and the subsample: (num_rows,) bool.
+
+    Raises:
+        ValueError: a subsample outside (0, 1], or one by a column that holds no ids.
+    """
     kept = np.ones(num_rows, dtype=bool)
     if config.row_filter:
         name, compare, value = parse_filter(config.row_filter)

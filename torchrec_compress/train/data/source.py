@@ -1,4 +1,4 @@
-"""Click data: what every source of rows provides."""
+"""Rows to train on: what every source of rows provides."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from torchrec_compress.train.engine.trainable import Trainable
 from torchrec_compress.train.evaluate.scoring import total_counts, validate
 from torchrec_compress.train.journal import Journal
 from torchrec_compress.train.machine import give_back
-from torchrec_compress.train.models.click import ClickModel
+from torchrec_compress.train.models.recommender import Recommender
 from torchrec_compress.train.ranks import Ranks
 
 # what a scheduler takes for "try again later" (sysexits.h, EX_TEMPFAIL)
@@ -108,7 +108,7 @@ class Trained:
         trainable: the model, as it was at the best validation.
         checkpoint: the folder that holds it.
         best_step: the step of that validation.
-        best: what it found: the logloss, or minus the AUC where the stage monitors that.
+        best: what it found: the logloss, or minus the AUC or nDCG where the stage monitors that.
         steps: all steps that were done.
         rows_per_second: of training over all ranks, validation left out.
         seconds: of training, over all interrupted runs.
@@ -128,7 +128,7 @@ class Trained:
     state_bytes: int
 
 
-def train(model: ClickModel, task: Task, ranks: Ranks) -> Trained:
+def train(model: Recommender, task: Task, ranks: Ranks) -> Trained:
     """Train a model, from its newest checkpoint where there is one. Every rank calls it.
 
     Args:
@@ -295,7 +295,7 @@ class _Stage:
         found = validate(self._trainable.logits, self._data, self._ranks)
         give_back()
         self._write("valid", {**found, **self._mean_loss(), "scale": progress.scale})
-        value = found["logloss"] if stage.monitor == "logloss" else -found["auc"]
+        value = found["logloss"] if stage.monitor == "logloss" else -found[stage.monitor]
         if value < progress.best:
             progress.best, progress.best_step, progress.bad_evals = value, progress.step, 0
             return

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_compress.train.config import StageConfig
 from torchrec_compress.train.data.batch import Batch
 from torchrec_compress.train.engine.rarity import Rarity
-from torchrec_compress.train.models.click import ClickModel
+from torchrec_compress.train.models.recommender import Recommender, binary_entropy
 from torchrec_compress.train.ranks import Ranks
 
 
@@ -26,6 +25,7 @@ class Loss(nn.Module):
         teacher: (train rows,) float32 logits to imitate, or None.
         fields: width by feature, in the order of the embeddings.
         rarity: of ids, where there is an `adaptive_l2`.
+        entropy: the model's, of logits, targets and weights.
 
     Attributes:
         pulled: parameters that are pulled to where the stage started, with those values, by name.
@@ -40,10 +40,11 @@ class Loss(nn.Module):
         teacher: Tensor | None,
         fields: Mapping[str, int],
         rarity: Rarity | None = None,
+        entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = binary_entropy,
     ) -> None:
         super().__init__()
         self._stage, self._ranks, self._teacher = stage, ranks, teacher
-        self._fields, self._rarity = dict(fields), rarity
+        self._fields, self._rarity, self._entropy = dict(fields), rarity, entropy
         self.was_skipped = False
         self.pulled: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -59,7 +60,7 @@ class Loss(nn.Module):
         """Return what is minimised, and the cross-entropy in it.
 
         Args:
-            logits: (B,) float32.
+            logits: what the model returned, see `Prediction`.
             embeddings: (B, sum of widths) float32, from which the logits came.
             labels: (B,) float32, 0 or 1.
             rows: (B,) int64 positions in the train split, for the teacher.
@@ -74,7 +75,7 @@ class Loss(nn.Module):
         ):  # the cross-entropy is linear in its target, so both terms are one
             taught = self._teacher[rows.to(self._teacher.device)].to(labels.device).sigmoid()
             labels = torch.lerp(labels, taught, self._stage.distill_weight)
-        entropy = (F.binary_cross_entropy_with_logits(logits, labels, reduction="none") * weights).mean()
+        entropy = self._entropy(logits, labels, weights)
         loss = entropy
         if self._stage.optim.lookup_l2:
             loss = loss + self._stage.optim.lookup_l2 / 2 * (embeddings.square().sum(1) * weights).mean()
@@ -109,7 +110,7 @@ class TrainStep(nn.Module):
         loss: of its output.
     """
 
-    def __init__(self, model: ClickModel, loss: Loss) -> None:
+    def __init__(self, model: Recommender, loss: Loss) -> None:
         super().__init__()
         self.model, self.loss = model, loss
 

@@ -38,7 +38,7 @@ from torchrec_compress.train.engine.checkpoint import Checkpoints, Saved
 from torchrec_compress.train.engine.checkpoint_reader import read
 from torchrec_compress.train.engine.objective import Loss, TrainStep
 from torchrec_compress.train.engine.rarity import Rarity
-from torchrec_compress.train.models.click import ClickModel
+from torchrec_compress.train.models.recommender import Recommender
 from torchrec_compress.train.ranks import Ranks, gather
 
 _FUSED = ("rowwise_adagrad", "adagrad", "sgd")  # Adam trains replicated tables: element-wise, and with l2
@@ -68,7 +68,7 @@ class Trainable:
 
     def __init__(
         self,
-        model: ClickModel,
+        model: Recommender,
         stage: StageConfig,
         ranks: Ranks,
         parallel: ParallelConfig,
@@ -94,7 +94,10 @@ class Trainable:
             parameter.requires_grad_(train[_part(name)])
         collections = [part for part in model.modules() if isinstance(part, CompressedParts)]
         self._undecayed = {name for part in collections for name in part.blueprint.undecayed()}
-        self._loss, self._moves_rows = Loss(stage, ranks, teacher, model.fields, rarity), stage.train_tables
+        self._loss, self._moves_rows = (
+            Loss(stage, ranks, teacher, model.fields, rarity, model.entropy),
+            stage.train_tables,
+        )
         step = TrainStep(model, self._loss)
         shard = config.tables in _FUSED
         if not shard and ranks.world > 1 and has_managers(model):
@@ -311,7 +314,7 @@ def _exchange(module: DistributedModelParallel, config: OptimConfig, ranks: Rank
 
 
 def make_constraints(
-    model: ClickModel, world: int, parallel: ParallelConfig, pooling: Mapping[str, int]
+    model: Recommender, world: int, parallel: ParallelConfig, pooling: Mapping[str, int]
 ) -> dict[str, ParameterConstraints]:
     """Return how each of the user's tables may be sharded.
 
@@ -324,7 +327,7 @@ def make_constraints(
     Raises:
         ValueError: a pattern fits no table, or a table that trains in the backward would be data-parallel.
     """
-    configs = {table.name: table for table in model.embeddings.embedding_bag_configs()}
+    configs = {table.name: table for table in model.table_configs()}
     tables = {name: table.num_embeddings for name, table in configs.items()}
     for pattern in parallel.sharding_types:
         if pattern not in tables and not fnmatch.filter(tables, pattern):

@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 from torchrec_compress.train.data.memory import Split
 
+# what runs are judged by; those of clicks have some, those of sequences others
+QUALITY = {"auc": "AUC", "ndcg10": "nDCG@10", "hr10": "HR@10", "logloss": "logloss"}
+
 
 def auc(labels: NDArray, scores: NDArray) -> float:
     """Return the exact area under the ROC curve, ties counting half; NaN where a class is missing.

@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 from torchrec_compress.train.config import DataConfig
 from torchrec_compress.train.data.batch import Batch, Share
+from torchrec_compress.train.data.sequences import SequenceData
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.evaluate.calibration import calibrate
 from torchrec_compress.train.evaluate.metrics import evaluate, logloss, undefined
+from torchrec_compress.train.evaluate.ranking import next_item_metrics
 from torchrec_compress.train.ranks import Ranks, on_first
 
 _BATCH = 16384  # rows of a rank
@@ -27,7 +29,7 @@ class Scored:
     """All rows of a split, in their order.
 
     Args:
-        logits: (N,) float32.
+        logits: (N,) float32, or (N, 3) of sequences, see `NextItemNet`.
         labels: (N,) float32, 0 or 1.
         kinds: (N,) int8 kind of negative, or None.
         tail: (N,) bool, rows with a rare id, or None.
@@ -49,7 +51,7 @@ def predict(
     """Score a split, each rank its share.
 
     Args:
-        logits: of a batch, (B,) float32 on any device.
+        logits: of a batch, float32 on any device, a row each.
         data: the rows.
         split: "train", "valid" or "test".
         ranks: all of which call this.
@@ -136,10 +138,12 @@ def total_counts(data: ClickSource, ranks: Ranks) -> dict[str, Tensor]:
 def check_labels(data: ClickSource) -> None:
     """Refuse data on which no AUC is defined, before anything is trained; reads no further than it must.
 
+    Sequences have no labels.
+
     Raises:
         ValueError: valid or test has no click, or nothing but clicks.
     """
-    for split in ("valid", "test"):
+    for split in () if isinstance(data, SequenceData) else ("valid", "test"):
         seen: set[bool] = set()
         for batch in data.batches(split, _BATCH, None).epoch(0):
             seen |= set((batch.labels > 0.5)[batch.weights > 0].tolist())
@@ -160,14 +164,16 @@ def score(
 ) -> tuple[Metrics, dict[str, str]]:
     """Return all metrics of valid and test, and why some are left out, on every rank; rank 0 says the latter.
 
+    Those of sequences are what `next_item_metrics` tells.
     `calibrated_logloss` is that of logits with the scale and the bias that are best on validation.
 
     Raises:
         ValueError: logits that are not finite.
     """
-    rare = rare_ids(data, config, ranks)
+    is_sequence = isinstance(data, SequenceData)
+    rare = None if is_sequence else rare_ids(data, config, ranks)
     scored = [predict(logits, data, split, ranks, rare) for split in ("valid", "test")]
-    result, left_out = on_first(lambda: _metrics(*scored), ranks)
+    result, left_out = on_first(lambda: _ranking(*scored) if is_sequence else _metrics(*scored), ranks)
     for name, reason in left_out.items() if ranks.is_first else ():
         tqdm.write(f"{name} is not defined and left out: {reason}")
     return result, left_out
@@ -189,8 +195,13 @@ def _metrics(valid: Scored | None, test: Scored | None) -> tuple[Metrics, dict[s
     return result, left_out
 
 
+def _ranking(valid: Scored | None, test: Scored | None) -> tuple[Metrics, dict[str, str]]:
+    assert valid is not None and test is not None
+    return {"valid": next_item_metrics(valid.logits), "test": next_item_metrics(test.logits)}, {}
+
+
 def validate(logits: Callable[[Batch], Tensor], data: ClickSource, ranks: Ranks) -> dict[str, float]:
-    """Return AUC and logloss of the validation split, on every rank.
+    """Return AUC and logloss, or what `next_item_metrics` tells, of the validation split, on every rank.
 
     Raises:
         ValueError: logits that are not finite.
@@ -201,6 +212,8 @@ def validate(logits: Callable[[Batch], Tensor], data: ClickSource, ranks: Ranks)
         assert scored is not None
         if not np.isfinite(scored.logits).all():
             raise ValueError("validation logits must be finite, got NaN or infinity; lower the learning rates")
+        if isinstance(data, SequenceData):
+            return next_item_metrics(scored.logits)
         return evaluate(scored.labels, scored.logits, None, None)
 
     return on_first(measure, ranks)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchrec_compress import CompressedEmbeddingBagCollection
+from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from torchrec_compress.modules.code_bank import CodeBank
 from torchrec_compress.ops import unpack_codes
 
 
-def code_usage(collection: CompressedEmbeddingBagCollection, counts: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+def code_usage(
+    collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection, counts: dict[str, Tensor]
+) -> dict[str, dict[str, float]]:
     """Return the perplexity of the codes of every coded table.
 
     Args:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +15,13 @@ from torchrec.modules.mlp import MLP
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_compress.train.config import ModelConfig
-from torchrec_compress.train.data.source import ClickSource
+from torchrec_compress.train.models.recommender import Prediction, Recommender, binary_entropy
 
 
 @torch.fx.wrap  # TorchRec's pipeline traces models with stand-ins for tensors
 def in_order(pooled: KeyedTensor, keys: list[str]) -> Tensor:
     """Return the embeddings of all keys side by side; TorchRec orders those of sharded tables by their ranks."""
     return pooled.values() if pooled.keys() == keys else KeyedTensor.regroup([pooled], [keys])[0]
-
-
-class Prediction(NamedTuple):
-    """What a model returns: logits (B,) float32 and the embeddings (B, sum of widths) that they came from."""
-
-    logits: Tensor
-    embeddings: Tensor
-
-
-def make_tables(config: ModelConfig, data: ClickSource) -> list[EmbeddingBagConfig]:
-    """Return one table per feature; see `tables_of`."""
-    return tables_of(config, dict(zip(data.features, data.vocab, strict=True)))
 
 
 def tables_of(config: ModelConfig, rows: Mapping[str, int]) -> list[EmbeddingBagConfig]:
@@ -64,19 +51,20 @@ def tables_of(config: ModelConfig, rows: Mapping[str, int]) -> list[EmbeddingBag
             num_embeddings=size,
             embedding_dim=widths[name],
             feature_names=[name],
-            init_fn=None if scale is None else _Uniform(scale),
+            init_fn=None if scale is None else Uniform(scale),
         )
         for name, size in rows.items()
     ]
 
 
-class _Uniform:
-    """Fill a table uniformly; a class, since configs are copied and pickled."""
+class Uniform:
+    """Fill a table uniformly in +- `scale`; a class, since configs are copied and pickled."""
 
     def __init__(self, scale: float) -> None:
         self._scale = scale
 
     def __call__(self, weight: Tensor) -> Tensor:
+        """Fill a weight in place."""
         return nn.init.uniform_(weight, -self._scale, self._scale)
 
 
@@ -99,7 +87,7 @@ def deep_net(width: int, config: ModelConfig, num_out: int | None = 1) -> nn.Mod
     return nn.Sequential(*layers, *last)
 
 
-class ClickModel(nn.Module, ABC):
+class ClickModel(Recommender):
     """Look embeddings up and combine them; heirs define `combine`.
 
     Args:
@@ -137,6 +125,14 @@ class ClickModel(nn.Module, ABC):
     @abstractmethod
     def combine(self, embedded: Tensor, dense: Tensor | None) -> Tensor:
         """Return logits (B, 1) from embeddings (B, sum of widths) and dense columns (B, C)."""
+
+    def table_configs(self) -> list[EmbeddingBagConfig]:
+        """Return the configs of the tables."""
+        return self.embeddings.embedding_bag_configs()
+
+    def entropy(self, logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+        """Return the binary cross-entropy."""
+        return binary_entropy(logits, target, weights)
 
     def run_deep(self, net: nn.Module, inputs: Tensor) -> Tensor:
         """Run a part of the net, in bfloat16 where the config asks for it; the result is float32."""
