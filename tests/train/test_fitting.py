@@ -8,7 +8,7 @@ import torch
 from torchrec_compress.fit import MinHashSketch
 from torchrec_compress.methods import HashConfig, LMAConfig, QuantileCodesConfig
 from torchrec_compress.train import fitting
-from torchrec_compress.train.models.click import make_tables
+from torchrec_compress.train.models.kinds import make_tables
 
 METHODS = {
     "user": LMAConfig(num_codes=4, codebook_size=16, hashes_per_code=2),
