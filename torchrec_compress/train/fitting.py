@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 
-from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, compress_into
+from torchrec_compress import compress_into
 from torchrec_compress.convert import Curvature, predicted_rise, row_reader
 from torchrec_compress.fit.minhash import Contexts
 from torchrec_compress.methods import MethodConfig
@@ -18,7 +18,7 @@ from torchrec_compress.train.config import RunConfig
 from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.engine.checkpoint_reader import read
 from torchrec_compress.train.full import best_checkpoint, trained_model
-from torchrec_compress.train.models.kinds import make_tables
+from torchrec_compress.train.models.kinds import CompressedTables, make_tables
 from torchrec_compress.train.models.recommender import Recommender
 from torchrec_compress.train.sealed import is_done, save_tensors, write_json
 
@@ -74,13 +74,13 @@ def fit(
     if is_done(kept) and (not curvature or is_done(predicted)):
         return
     collection = model.embeddings
-    assert isinstance(collection, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection)
+    assert isinstance(collection, CompressedTables)
     tables = make_tables(config.model, data)
     contexts = _contexts(config, data, tables, collection.methods())
     rows: Mapping[str, Tensor | RowReader] = {}
     if source is not None and config.pretrain_compression:
         small = trained_model(config, data, source).embeddings
-        assert isinstance(small, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection)
+        assert isinstance(small, CompressedTables)
         rows = {table.name: row_reader(small, table.name) for table in tables}
     elif source is not None:
         rows = FullTables(best_checkpoint(source), tables)
@@ -95,7 +95,7 @@ def fit(
 
 
 def _predicted(
-    collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection,
+    collection: CompressedTables,
     rows: Mapping[str, Tensor | RowReader],
     counts: Mapping[str, Tensor],
     curvature: Mapping[str, Curvature],

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from torchrec_compress.compression import Compression
 from torchrec_compress.convert import Curvature, dequantize_codebooks, quantize_codebooks
 from torchrec_compress.methods import MethodConfig
@@ -34,7 +33,7 @@ from torchrec_compress.train.evaluate.usage import code_usage
 from torchrec_compress.train.fitting import PREDICTED, fit
 from torchrec_compress.train.full import full_model, held_bytes, read_model, trained_model, untrained
 from torchrec_compress.train.identity import check_unchanged, identity_of, record
-from torchrec_compress.train.models.kinds import make_tables
+from torchrec_compress.train.models.kinds import CompressedTables, make_tables
 from torchrec_compress.train.models.recommender import Recommender
 from torchrec_compress.train.ranks import Ranks, agree, on_first
 from torchrec_compress.train.sealed import (
@@ -47,7 +46,6 @@ from torchrec_compress.train.sealed import (
     write_json,
 )
 
-CompressedTables: TypeAlias = CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
 # how a run comes by its rows; a worker of a comparison keeps those that it opened last
 Opener: TypeAlias = Callable[[DataConfig, Ranks], ClickSource]
 

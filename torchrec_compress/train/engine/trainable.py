@@ -94,10 +94,8 @@ class Trainable:
             parameter.requires_grad_(train[_part(name)])
         collections = [part for part in model.modules() if isinstance(part, CompressedParts)]
         self._undecayed = {name for part in collections for name in part.blueprint.undecayed()}
-        self._loss, self._moves_rows = (
-            Loss(stage, ranks, teacher, model.fields, rarity, model.entropy),
-            stage.train_tables,
-        )
+        self._loss = Loss(stage, ranks, teacher, model.fields, rarity, model.entropy)
+        self._moves_rows = stage.train_tables
         step = TrainStep(model, self._loss)
         shard = config.tables in _FUSED
         if not shard and ranks.world > 1 and has_managers(model):

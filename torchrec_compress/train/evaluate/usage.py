@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from torchrec_compress.modules.code_bank import CodeBank
 from torchrec_compress.ops import unpack_codes
+from torchrec_compress.train.models.kinds import CompressedTables
 
 
-def code_usage(
-    collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection, counts: dict[str, Tensor]
-) -> dict[str, dict[str, float]]:
+def code_usage(collection: CompressedTables, counts: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     """Return the perplexity of the codes of every coded table.
 
     Args:

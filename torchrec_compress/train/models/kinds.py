@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
@@ -17,6 +17,8 @@ from torchrec_compress.train.data.source import ClickSource
 from torchrec_compress.train.models import click
 from torchrec_compress.train.models.recommender import Recommender
 from torchrec_compress.train.models.sequence import SequenceModel, item_table
+
+CompressedTables: TypeAlias = CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
 
 
 def make_tables(config: ModelConfig, data: ClickSource) -> list[Any]:
@@ -48,7 +50,7 @@ def full_tables(config: ModelConfig, tables: list[Any], device: torch.device | N
 
 def compressed_tables(
     config: ModelConfig, tables: list[Any], chosen: Compression, seed: int, device: torch.device | None = None
-) -> CompressedEmbeddingBagCollection | CompressedEmbeddingCollection:
+) -> CompressedTables:
     """Return a compressed collection of tables, not fitted yet."""
     kind: Any = CompressedEmbeddingCollection if config.name in SEQUENCE_MODELS else CompressedEmbeddingBagCollection
     return kind(tables, device=device, compression=chosen, seed=seed)
