@@ -9,7 +9,7 @@ from torchrec import DataType, EmbeddingBagCollection, KeyedJaggedTensor
 
 from tests.cases import CONFIGS, IDS, at_rest, is_managed, table
 from torchrec_compress import CompressedEmbeddingBagCollection
-from torchrec_compress.methods import DenseConfig, HashConfig, MethodConfig
+from torchrec_compress.methods import DenseConfig, HashConfig, MethodConfig, dense_bytes
 
 LENGTHS = torch.tensor([3, 0, 2, 1])
 IDS_OF_BAGS = torch.tensor([1, 2, 2, 402, 0, 7])
@@ -32,7 +32,10 @@ def weighted(config: MethodConfig, *types: DataType) -> CompressedEmbeddingBagCo
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_they_are_taken_as_float32(config, dtype):
     types = [DataType.FP32] if is_managed(config) else [DataType.FP32, DataType.FP16]
-    for collection in (weighted(config, *types), weighted(config, types[-1])):
+    parts, half = config.parts(table(), 0), table(data_type=DataType.BF16)
+    if not (parts.native or parts.dense) and config.stored_bytes(half) < dense_bytes(half):
+        types.append(DataType.BF16)  # else in a table of TorchRec's, which has none
+    for collection in (weighted(config, *types), *(weighted(config, each) for each in types[1:])):
         given = WEIGHTS.to(dtype).requires_grad_()
         wide = given.detach().float().requires_grad_()
         got, expected = served(collection, given), served(collection, wide)
