@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpu", type=int, default=0, help="GPUs of a node; none")
     add("--memory", type=int, default=0, metavar="MB", help="memory of a node; 4096 per process")
     add("--resource", metavar="NAME", help="a named resource of TorchX, in place of the three")
-    add("--hbm", default="80GB", metavar="SIZE", help="memory of a GPU, for the plan; 80GB")
+    add("--hbm", default="80GB", metavar="SIZE", help="memory of a GPU, for the plan (2**30 bytes to a GB); 80GB")
     add("--max-restarts", type=int, default=0, metavar="N", help="torchrun starts the workers again N times")
     add("--max-retries", type=int, default=0, metavar="N", help="the scheduler starts the job again N times")
     add("--rdzv-port", type=int, default=29500, metavar="PORT", help="of the rendezvous on node 0; 29500")

@@ -17,6 +17,7 @@ EVERYTHING = [*FILES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "
 LAYERS = {
     "versions": set(),
     "schema": set(),
+    "amounts": set(),
     "names": set(),
     "canvas": set(),
     "seams": set(),
@@ -28,7 +29,7 @@ LAYERS = {
     "modules": {"compression", "methods", "managers", "names", "ops", "seams"},
     "sharding": {"modules", "managers", "ops", "seams"},
     "planner": {"sharding", "modules", "seams", "compression", "methods", "ops", "canvas"},
-    "dry_run": {"planner", "modules", "compression", "schema"},
+    "dry_run": {"planner", "modules", "compression", "schema", "amounts"},
     "convert": {"planner", "sharding", "modules", "compression", "methods", "fit", "names", "ops", "schema", "seams"},
     "train": {
         "convert",
@@ -47,13 +48,14 @@ LAYERS = {
     },
     "conversion": {"train", "convert", "modules", "compression", "methods", "fit", "ops", "schema"},
     "launch": {"train", "dry_run", "planner", "schema", "versions"},
-    "cli": {"launch", "conversion", "train", "dry_run", "modules", "schema", "ops", "versions"},
+    "cli": {"launch", "conversion", "train", "dry_run", "modules", "schema", "amounts", "ops", "versions"},
     "__main__": {"cli"},
 }
 # what a part may import from outside the standard library
 OUTSIDE = {
     "versions": set(),
     "schema": set(),  # nothing that could import or call what a config names
+    "amounts": set(),
     "names": {"torch"},
     "canvas": {"matplotlib"},
     "seams": {"torch", "torchrec"},

@@ -216,12 +216,17 @@ def _convert(arguments: Sequence[str]) -> None:
     parser.add_argument("checkpoint", help="a folder (torch.distributed.checkpoint), a .pt or a .safetensors file")
     parser.add_argument("out", help="what appears, of a kind by its form; it must not exist. A killed one goes on")
     parser.add_argument("--to", required=True, metavar="CONFIG", help="how tables shall be stored, see docs/convert.md")
-    parser.add_argument("--memory", default="4GB", help="that may be taken; less is an error, not another result")
+    parser.add_argument(
+        "--memory",
+        default="4GB",
+        help="that may be taken, 4GB if not given (10**9 bytes to a GB, 2**30 to a GiB); too little is an error, not "
+        "another result",
+    )
     given = parser.parse_args(list(arguments))
-    from torchrec_compress.conversion.memory import parse_bytes
+    from torchrec_compress.amounts import parse_bytes
     from torchrec_compress.conversion.run import convert
 
-    memory = parse_bytes(given.memory)
+    memory = parse_bytes(given.memory, "--memory", 1000)
     try:
         print(convert(Path(given.checkpoint), Path(given.out), Path(given.to), memory))
     except ImportError as error:

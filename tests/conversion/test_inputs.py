@@ -312,7 +312,10 @@ def test_the_command_says_what_it_did_and_errors_in_one_line(dense, tmp_path, ca
     assert f"{USER}: 403 x 16, dense -> pq, 25,792 -> " in said and "1 other entries copied bit for bit" in said
     assert json.loads((tmp_path / "small.pt.report.json").read_text())["tables"][USER]["rows"] == NUM_ROWS
     for arguments, match in (
-        ([str(dense), str(tmp_path / "b.pt"), "--to", str(config), "--memory", "much"], "--memory: must be an amount"),
+        (
+            [str(dense), str(tmp_path / "b.pt"), "--to", str(config), "--memory", "much"],
+            "--memory: must be a size such as",
+        ),
         ([str(dense), str(tmp_path / "b.pt"), "--to", str(tmp_path / "none.yaml")], "none.yaml: is missing"),
         ([str(dense)], "the following arguments are required"),
     ):

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torchrec import EmbeddingBagConfig
 
 from torchrec_compress.conversion import fits
-from torchrec_compress.conversion.memory import Meter, needed, parse_bytes
+from torchrec_compress.conversion.memory import Meter, needed
 from torchrec_compress.conversion.run import convert
 from torchrec_compress.methods import CafeConfig, MEmComConfig, PQConfig
 from torchrec_compress.modules import CompressedEmbeddingBagCollection
@@ -128,14 +128,3 @@ def test_memory_is_given_back_before_every_block(tmp_path, monkeypatch):
     config.write_text(json.dumps(json.loads((tmp_path / "small.pt.report.json").read_text())["back"]))
     convert(tmp_path / "small.pt", tmp_path / "back.pt", config, 10**9, False)
     assert len(calls) == 32
-
-
-@pytest.mark.parametrize(("text", "wanted"), [("4GB", 4 * 10**9), ("512 MB", 512 * 10**6), ("1.5g", 15 * 10**8)])
-def test_amounts(text, wanted):
-    assert parse_bytes(text) == wanted
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4XB", "4 G B"])
-def test_what_is_no_amount(text):
-    with pytest.raises(ValueError, match="--memory: must be an amount such as 4GB"):
-        parse_bytes(text)

@@ -207,3 +207,16 @@ def test_a_table_may_be_called_method():
     assert compress(dense, methods).methods() == methods == {"method": PQConfig(num_codes=2, codebook_size=16)}
     with pytest.raises(ValueError, match="got plain data"):
         compress(dense, methods["method"].to_dict())
+
+
+def test_of_a_compressed_collection_every_table_is_named_exactly():
+    model = torch.nn.ModuleDict({"sparse": collection(HashConfig(num_buckets=2))})
+    now = model["sparse"].methods()
+    first, *rest = now
+    for keys in ({f"sparse.{first}": DenseConfig(), "*": HashConfig(num_buckets=1)}, {first: DenseConfig()}):
+        with pytest.raises(ValueError, match=r"'sparse' is compressed already.* must be named exactly") as refused:
+            compress(model, keys)
+        assert "for the rest" not in str(refused.value)
+        missing = {f"sparse.{name}": now[name] for name in rest}
+        assert f"got no name of {list(missing)}; as they are stored now, add {missing}" in str(refused.value)
+    assert compress(model, {first: DenseConfig(), **missing}).sparse.methods() == {**now, first: DenseConfig()}

@@ -129,6 +129,14 @@ def test_memory_of_the_host_does_not_hide():
     assert choice.tables["user"].way.planned_bytes > 4 * DIM * SIZES["user"]  # what is on the host counts
 
 
+def test_the_dense_kernel_is_one_of_replicated_tables():
+    wish = {"user": ParameterConstraints(compute_kernels=["dense"])}
+    choice = make_planner(constraints=wish).choose(make_model(), make_frontier(), 10**7)
+    assert choice["user"] == DenseConfig() and "data_parallel" in choice.tables["user"].way.how
+    # rows, gradient and Adam's two moments on both ranks
+    assert choice.tables["user"].way.planned_bytes >= 2 * 4 * 4 * DIM * SIZES["user"]
+
+
 def test_what_fits_in_all_but_on_no_rank_is_chosen_smaller():
     """Both large tables whole on one rank each: the larger one must give way, though together they would fit."""
     wish = {name: ParameterConstraints(sharding_types=["table_wise"]) for name in SIZES}
@@ -157,6 +165,9 @@ def twins():
             r"budget_bytes must be at least the [\d,]+ bytes \(.*\) of the small",
         ),
         (make_model, make_frontier(), 0, "budget_bytes must be a number of bytes above 0, got 0"),
+        (make_model, make_frontier(), 10**400, r"budget_bytes must be below 2\*\*63, got more"),
+        (make_model, make_frontier(), float("inf"), r"budget_bytes must be below 2\*\*63, got more"),
+        (make_model, make_frontier(), float("nan"), "budget_bytes must be a number of bytes above 0, got nan"),
         (make_model, make_frontier(), True, "budget_bytes must be a number of bytes above 0, got True"),
         (make_model, make_frontier(), "4GB", "budget_bytes must be a number of bytes above 0, got '4GB'"),
         (twins, make_frontier({"user": LOSSES["user"]}), 10**7, r"names of their own, got \['user'\] in several"),

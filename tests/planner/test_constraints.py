@@ -135,3 +135,30 @@ def test_a_missing_sharder_is_said(caplog):
 def test_misspelt_names_are_refused(wish, message):
     with pytest.raises(ValueError, match=message):
         translate(codes=ParameterConstraints(**wish))
+
+
+@pytest.mark.parametrize("field", ["pooling_factors", "num_poolings", "batch_sizes"])
+@pytest.mark.parametrize("number", [-3.0, float("nan"), float("inf"), 2**63, "3", True, None])
+def test_look_ups_are_numbers_that_can_be_counted(field, number):
+    message = rf"\].{field}: must be numbers of at least 0 and below 2\*\*63, one a feature, got {number!r}"
+    with pytest.raises(ValueError, match=r"constraints\['codes'" + message):
+        translate(codes=ParameterConstraints(**{field: [2, number]}))
+    with pytest.raises(ValueError, match=r"constraints\['plain'" + message):
+        translate(plain=ParameterConstraints(**{field: [number]}), codes=ParameterConstraints(pooling_factors=[0.0]))
+
+
+@pytest.mark.parametrize(
+    ("types", "kernels", "has"),
+    [
+        (["data_parallel"], ["fused"], "; data_parallel: dense"),
+        (["data_parallel"], ["key_value", "fused_uvm"], "; data_parallel: dense"),
+        (["row_wise", "table_wise"], ["dense"], "; row_wise: fused.*; table_wise: fused"),
+    ],
+)
+def test_what_a_table_of_torchrecs_cannot_do_together_is_named(types, kernels, has):
+    wish = ParameterConstraints(sharding_types=types, compute_kernels=kernels)
+    for name, of in (("plain", model(METHODS)), ("first", model(None))):
+        where = rf"constraints\['{name}'\]: sharding_types and compute_kernels must be of its sharder and go together, "
+        with pytest.raises(ValueError, match=f"{where}got .*{types[0]}.* and .*{kernels[0]}.*{has}"):
+            EmbeddingShardingPlanner(topology(), BATCH, {name: wish}, stats=[]).plan(of)
+    options(model(METHODS), translate(codes=wish, bag=wish))  # these are planned otherwise, which is said

@@ -231,6 +231,10 @@ def _read(where: str, table: EmbeddingBagConfig, values: Any) -> Candidate[Metho
 
 
 def check_budget(where: str, budget_bytes: object) -> None:
-    """Raise ValueError unless a budget is a number of bytes above 0."""
-    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, Real) or not 0 < float(budget_bytes) < math.inf:
+    """Raise ValueError unless a budget is a number of bytes above 0 and below 2**63."""
+    is_number = isinstance(budget_bytes, Real) and not isinstance(budget_bytes, bool)
+    number: Any = budget_bytes if is_number else 0
+    if number >= 2**63:  # not shown: it may have thousands of digits
+        raise ValueError(f"{where}: budget_bytes must be below 2**63, got more; give what there is")
+    if not number > 0:
         raise ValueError(f"{where}: budget_bytes must be a number of bytes above 0, got {budget_bytes!r}")

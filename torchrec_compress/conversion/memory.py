@@ -14,8 +14,6 @@ from torchrec_compress.fit.kmeans import train_size
 from torchrec_compress.methods import MethodConfig
 from torchrec_compress.methods.learned import BLOCK_ROWS
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)$", re.IGNORECASE)
 _STATUS = Path("/proc/self/status")
 # all measured, see benchmarks/convert.md: Python with torch and TorchRec imported
 _BASE = 340 * 10**6
@@ -27,23 +25,6 @@ _COUNT, _PAIR = 8, 48
 # of a number of a block that is encoded, and of a row that is learned from
 _BLOCK_FLOAT, _SAMPLE_FLOAT, _WHOLE_FLOAT = 24, 24, 36
 _POINTS = 256  # of a sample, for each codeword
-
-
-def parse_bytes(text: str) -> int:
-    """Return an amount of memory in bytes.
-
-    Raises:
-        ValueError: it is none.
-
-    Example:
-        >>> parse_bytes("4GB"), parse_bytes("512 MB")
-        (4000000000, 512000000)
-    """
-    found = _AMOUNT.match(text.strip())
-    if found is None:
-        raise ValueError(f"--memory: must be an amount such as 4GB or 800MB, got {text!r}")
-    unit = found[2].upper()
-    return int(float(found[1]) * _UNITS[unit if unit in _UNITS else unit + "B"])
 
 
 def needed(

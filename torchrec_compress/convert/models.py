@@ -123,7 +123,8 @@ def chosen(places: Sequence[Place], compression: Compression) -> list[tuple[Plac
     already is stored anew only where a key is its exact name.
 
     Raises:
-        ValueError: no method or mapping of methods, there is no table, or a key fits none.
+        ValueError: no method or mapping of methods, there is no table, or a key fits none; of a compressed collection
+            some tables are named, and others are not.
     """
     by_key = methods_by_key(compression)
     if not by_key:
@@ -155,7 +156,21 @@ def chosen(places: Sequence[Place], compression: Compression) -> list[tuple[Plac
         )
     if not found:
         raise ValueError(f"compress: a table must be left to compress, got only compressed ones, {first}; name one")
+    for place, methods in found:
+        _check_all_named(place, methods)
     return found
+
+
+def _check_all_named(place: Place, methods: Mapping[str, MethodConfig]) -> None:
+    """Raise ValueError where some tables of a compressed collection, which is stored anew whole, have no method."""
+    if isinstance(place.module, CompressedParts):
+        now = place.module.methods()
+        missing = {place.names(table)[0]: now[table] for table in place.tables if table not in methods}
+        if missing:
+            raise ValueError(
+                f"compress: {place.path!r} is compressed already, so each of its tables must be named exactly, which "
+                f"no pattern does, got no name of {list(missing)}; as they are stored now, add {missing}"
+            )
 
 
 def shared_out(what: str, given: Mapping[str, Given] | None, places: Sequence[Place]) -> dict[str, dict[str, Given]]:

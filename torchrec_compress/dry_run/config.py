@@ -12,7 +12,6 @@ from torchrec_compress.schema import NonNegative, Positive, Range, Rate
 
 Width = Annotated[int, Range(4)]
 DataTypeName = Literal["FP32", "FP16", "BF16"]
-_UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class PlanConfig:
             are.
         frontier: file that `measure_frontier(...).to_dict()` was written to as JSON: of its ways each table gets the
             one with which all fits and the loss rises least. It is instead of `compression`.
-        budget: memory of all ranks for tables, with a frontier, such as "40GB"; null is all that there is.
+        budget: memory of all ranks for tables, with a frontier, such as "40GB" (2**30 bytes to a GB, as
+            everywhere here); null is all that there is.
         world_size: ranks.
         local_world_size: ranks of one host; null puts all on one.
         device: of the ranks.
@@ -88,33 +88,6 @@ class PlanConfig:
     optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
     dense_optimizer: Literal["adam", "adamw", "adagrad", "rmsprop", "momentum", "sgd"] = "adam"
     output: str | None = None
-
-
-def memory(text: str, where: str) -> int:
-    """Return a size in bytes.
-
-    Args:
-        text: such as "80GB" or "512 MiB"; a GB and a GiB are both 2**30 bytes.
-        where: the key, for the error.
-
-    Raises:
-        ValueError: it is not a size.
-
-    Example:
-        >>> memory("1.5GB", "hbm")
-        1610612736
-    """
-    plain = text.strip().upper().replace("IB", "B")
-    for unit in sorted(_UNITS, key=len, reverse=True):
-        if plain.endswith(unit):
-            try:
-                value = float(plain.removesuffix(unit))
-            except ValueError:
-                break
-            if value >= 0:
-                return int(value * _UNITS[unit])
-            break
-    raise ValueError(f"{where}: must be a size such as '80GB' or '512MB', got {text!r}")
 
 
 def rank_batch_size(config: PlanConfig) -> int:

@@ -17,8 +17,9 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.modules.embedding_configs import DataType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
+from torchrec_compress.amounts import parse_bytes
 from torchrec_compress.compression import Frontier, parse
-from torchrec_compress.dry_run.config import PlanConfig, TableSpec, memory, rank_batch_size
+from torchrec_compress.dry_run.config import PlanConfig, TableSpec, rank_batch_size
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, native_parameters
 from torchrec_compress.planner import EmbeddingShardingPlanner, PlannedChoice, PlanReport
 from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS, fused_state_bytes
@@ -66,7 +67,7 @@ def plan_and_choose(config: PlanConfig) -> tuple[PlanReport, PlannedChoice | Non
     if config.frontier is None:
         planner.plan(model)
     else:
-        budget = None if config.budget is None else memory(config.budget, "budget")
+        budget = None if config.budget is None else _bytes(config.budget, "budget")
         choice = planner.choose(model, read_frontier(Path(config.frontier)), budget)
     assert planner.report is not None
     if config.output is not None:
@@ -195,8 +196,8 @@ def make_topology(config: PlanConfig) -> Topology:
         )
     if not 0 <= config.reserved < 1:
         raise ValueError(f"reserved: must be in [0, 1), got {config.reserved}")
-    hbm, ddr = memory(config.hbm, "hbm"), memory(config.ddr, "ddr")
-    dense = memory(config.dense_net, "dense_net")
+    hbm, ddr = _bytes(config.hbm, "hbm"), _bytes(config.ddr, "ddr")
+    dense = _bytes(config.dense_net, "dense_net")
     # TorchRec's reservation takes its share of a GPU's memory only
     left = hbm - dense if config.device == "cuda" else int(ddr * (1 - config.reserved)) - dense
     if left <= 0:
@@ -208,6 +209,10 @@ def make_topology(config: PlanConfig) -> Topology:
         hbm_cap=left if config.device == "cuda" else 0,
         ddr_cap=left if config.device == "cpu" else ddr,
     )
+
+
+def _bytes(text: str, where: str) -> int:
+    return parse_bytes(text, where, 1024)  # as in TorchRec
 
 
 def summary(config: PlanConfig, report: PlanReport, seconds: float) -> str:

@@ -42,6 +42,7 @@ _AWAY = {
     for kernel in EmbeddingComputeKernel
     if any(word in kernel.value for word in ("uvm", "key_value", "virtual_table"))
 }
+_DENSE = EmbeddingComputeKernel.DENSE.value
 _NEAR = [kernel.value for kernel in EmbeddingComputeKernel if kernel.value not in _AWAY]
 
 
@@ -295,7 +296,9 @@ class Ways:
 def _of_least_memory(wish: ParameterConstraints | None) -> ParameterConstraints:
     """Return constraints that leave out what nobody asked for: kernels far away, sharding types that take no less."""
     wish = ParameterConstraints() if wish is None else wish
-    types, kernels = wish.sharding_types or _KINDS, wish.compute_kernels or _NEAR
+    kernels = wish.compute_kernels or _NEAR
+    # the dense kernel is that of replicated tables alone
+    types = wish.sharding_types or (_KINDS if set(kernels) - {_DENSE} else [ShardingType.DATA_PARALLEL.value])
     return dataclasses.replace(wish, sharding_types=list(types), compute_kernels=list(kernels))
 
 

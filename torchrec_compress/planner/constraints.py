@@ -7,6 +7,7 @@ import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -105,7 +106,8 @@ def translate_constraints(
         sharders: as for the planner, default `torchrec_compress.sharding.get_default_sharders()`.
 
     Raises:
-        ValueError: a sharding type or kernel that TorchRec does not know; tables that share one differ in their wishes.
+        ValueError: a sharding type or kernel that TorchRec does not know, or none of those that a table of TorchRec's
+            has; look-ups that are no numbers of at least 0; tables that share one differ in their wishes.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig
@@ -121,6 +123,8 @@ def translate_constraints(
     for name, wish in wishes.items():
         _check_names(f"constraints[{name!r}].sharding_types", wish.sharding_types, ShardingType)
         _check_names(f"constraints[{name!r}].compute_kernels", wish.compute_kernels, EmbeddingComputeKernel)
+        for field in ("pooling_factors", "num_poolings", "batch_sizes"):
+            _check_numbers(f"constraints[{name!r}].{field}", getattr(wish, field))
     wishes |= _of_shared(module, wishes)
     found: dict[str, list[ParameterConstraints]] = {}
     used = set()
@@ -134,6 +138,8 @@ def translate_constraints(
                 can = {
                     how: sharder.compute_kernels(how, compute_device) for how in sharder.sharding_types(compute_device)
                 }
+                if kind is None:
+                    _check_can(asked, wishes[asked], can)
                 mine = wishes[asked] if kind is None else _translate(wishes[asked], can, where)
                 found.setdefault(name, []).append(_for_codes(mine, where) if kind == "code table" else mine)
     used |= {name for _, entries in _shared(module) for entry in entries for name in (entry.table, entry.planned)}
@@ -227,6 +233,26 @@ def _check_names(where: str, names: Sequence[str] | None, known: type[Enum]) -> 
             close = difflib.get_close_matches(str(name), values, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; they are {values}"
             raise ValueError(f"{where}: must be names that TorchRec knows, got {name!r}{hint}")
+
+
+def _check_numbers(where: str, numbers: Sequence[float] | None) -> None:
+    """Raise ValueError for what is no number of look-ups: it would be counted, below zero too."""
+    for number in numbers or ():
+        if isinstance(number, bool) or not isinstance(number, Real) or not 0 <= number < 2**63:
+            raise ValueError(f"{where}: must be numbers of at least 0 and below 2**63, one a feature, got {number!r}")
+
+
+def _check_can(name: str, wish: ParameterConstraints, can: Mapping[str, list[str]]) -> None:
+    """Raise ValueError where a table of TorchRec's cannot be planned as wished: it is not planned otherwise instead."""
+    types = wish.sharding_types or list(can)
+    if not any(set(can.get(how, ())) & set(wish.compute_kernels or can.get(how, ())) for how in types):
+        has = (
+            "; ".join(f"{how}: {_listed(can[how])}" for how in types if how in can) or f"it can be {_listed(list(can))}"
+        )
+        raise ValueError(
+            f"constraints[{name!r}]: sharding_types and compute_kernels must be of its sharder and go together, got "
+            f"{wish.sharding_types} and {wish.compute_kernels}; {has}"
+        )
 
 
 def _translate(wish: ParameterConstraints, can: Mapping[str, list[str]], where: str) -> ParameterConstraints:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption
 from torchrec.distributed.types import ModuleSharder
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
@@ -16,6 +16,8 @@ from torchrec_compress.methods import DenseConfig, MethodConfig
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.modules.embedding import CompressedEmbeddingCollection
 from torchrec_compress.modules.embedding_bag import CompressedEmbeddingBagCollection
+from torchrec_compress.modules.trained import TrainedCollection
+from torchrec_compress.planner.accounting import fused_state_bytes
 from torchrec_compress.planner.constraints import shardable_modules, translate_constraints
 from torchrec_compress.seams import backward_optimizer, copy_backward_optimizer
 from torchrec_compress.sharding import compressed_sharders
@@ -93,12 +95,7 @@ class WhatIf:
         pooled = isinstance(part, EmbeddingBagCollection | CompressedEmbeddingBagCollection)
         kind: Any = CompressedEmbeddingBagCollection if pooled else CompressedEmbeddingCollection
         rebuilt = kind(configs, device=_META, compression=methods)
-        marked = [weight for weight in part.parameters() if backward_optimizer(weight) is not None]
-        if marked:
-            for child in rebuilt.modules():
-                if isinstance(child, EmbeddingBagCollection | EmbeddingCollection):
-                    for weight in child.parameters():
-                        copy_backward_optimizer(marked[0], weight)
+        _take_optimizers(_trained(part), _trained(rebuilt))
         return rebuilt
 
 
@@ -106,3 +103,39 @@ def _configs(part: Any) -> list[Any]:
     if isinstance(part, CompressedParts):
         return part.blueprint.tables
     return part.embedding_bag_configs() if isinstance(part, EmbeddingBagCollection) else part.embedding_configs()
+
+
+def _trained(part: Any) -> dict[str, list[Tensor]]:
+    """Return by table what stores it and may step in the backward: native tables, and what stands for trained rows."""
+    stored: dict[str, Tensor] = {}
+    for child in part.modules():
+        if isinstance(child, EmbeddingBagCollection | EmbeddingCollection):
+            weights = child.embedding_bags if isinstance(child, EmbeddingBagCollection) else child.embeddings
+            stored |= {name: each.weight for name, each in weights.items()}  # type: ignore[misc]
+        elif isinstance(child, TrainedCollection):
+            stored |= {name: rows.handle for name, rows in child.banks.items()}
+    if not isinstance(part, CompressedParts):
+        return {name: [weight] for name, weight in stored.items()}
+    names = {table.name: [table.name, *part.blueprint.native_names(table.name).values()] for table in _configs(part)}
+    return {table: [stored[name] for name in mine if name in stored] for table, mine in names.items()}
+
+
+def _take_optimizers(before: Mapping[str, Sequence[Tensor]], after: Mapping[str, Sequence[Tensor]]) -> None:
+    """Have every table keep the optimizer in its backward, or be without one as it was.
+
+    A table that had nothing to train, as codes have not, gets what its neighbours have, and what several share what any
+    of them had: of different ones that of most state, so that what is planned fits whichever it will be.
+
+    Args:
+        before, after: of `_trained`.
+    """
+    for table, mine in after.items():
+        sources = before[table] or [weight for weights in before.values() for weight in weights]
+        for weight in mine:
+            copy_backward_optimizer(max([weight, *sources], key=_state), weight)
+
+
+def _state(weight: Tensor) -> tuple[bool, int]:
+    """Return an order of weights by what state their optimizers keep of a row; last of all is one without any."""
+    name = backward_optimizer(weight)
+    return name is not None, fused_state_bytes(1, 2, name)
