@@ -17,6 +17,7 @@ from torchrec_compress.convert.collections import (
     Compressed,
     empty_like,
     expand,
+    frozen_tables,
     parameters_by_table,
     rows_of,
     take_frozen,
@@ -256,9 +257,8 @@ def _empty(
 
 def _take_over(place: Place, collection: Compressed) -> None:
     """Freeze what was frozen; say which optimizers are gone."""
-    before = parameters_by_table(place)
-    take_frozen(before, collection)
-    warn_of_optimizers(before)
+    take_frozen(frozen_tables(place), collection)
+    warn_of_optimizers(parameters_by_table(place))
 
 
 @overload

@@ -15,6 +15,7 @@ from torchrec_compress.compression import Compression
 from torchrec_compress.convert.collections import (
     Compressed,
     collection_of,
+    frozen_tables,
     parameters_by_table,
     take_frozen,
     warn_of_optimizers,
@@ -112,10 +113,10 @@ def _changes(
     crew.check_same(asked.digests)
     changes = []
     for place, module, mine in asked.wanted:
-        made, before = collection_of(module), parameters_by_table(place)
-        take_frozen(before, made)
+        made = collection_of(module)
+        take_frozen(frozen_tables(place), made)
         if crew.rank == 0:
-            warn_of_optimizers(before)
+            warn_of_optimizers(parameters_by_table(place))
         with errors_of(place.path):
             weights = _weights(place)
             rows = {table.name: SharedRows(table, weights[table.name], crew) for table in made.table_configs()}
