@@ -134,6 +134,11 @@ def take_frozen(frozen: Collection[str], collection: Compressed) -> None:
     for name in frozen:
         for parameter in parameters_of(collection, name):
             parameter.requires_grad_(False)
+    note_frozen(frozen, collection)
+
+
+def note_frozen(frozen: Collection[str], collection: Compressed) -> None:
+    """Note which tables were frozen, for those that store nothing that could tell."""
     setattr(collection, _FROZEN, frozenset(frozen))
 
 

@@ -178,6 +178,7 @@ def _compress_alone(
         compression = methods
         given = {what: shared_out(what, mine, [place])[""] for what, mine in given.items()}
     made, fits = _empty(place, compression, given, seed, progress)
+    check_places(source, [place], inplace=False)
     run(fits, progress)
     _take_over(place, fits.collection)
     return made

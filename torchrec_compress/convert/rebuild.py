@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.convert.collections import generators, is_frozen_table, take_frozen
+from torchrec_compress.convert.collections import generators, is_frozen_table, note_frozen
 from torchrec_compress.convert.into import check_whole
 from torchrec_compress.methods import MethodConfig, TableState
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
@@ -84,7 +84,7 @@ def rebuilt(collection: Compressed, changed: Mapping[str, Stored]) -> Compressed
         for name, parameter in made.named_parameters():
             parameter.requires_grad_(before.get(name, True))
         names = [table.name for table in collection.table_configs()]
-        take_frozen([name for name in names if is_frozen_table(collection, name)], made)
+        note_frozen([name for name in names if is_frozen_table(collection, name)], made)
     return cast(Compressed, made.train(collection.training))
 
 

@@ -6,23 +6,33 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.types import ShardedModule
+from torchrec.modules.embedding_configs import pooling_type_to_str
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from torchrec_compress.convert.collections import COMPRESSED, STOCK, Stock, empty_like
 from torchrec_compress.convert.models import PLAIN, Place
+from torchrec_compress.modules import CompressedEmbedding, CompressedEmbeddingBag
 from torchrec_compress.seams import has_own_forward
 
 logger = logging.getLogger(__name__)
 
-_CALLS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_STATES = (
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
 _WEIGHTS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_OWN = ("torchrec", "torchrec_compress", "fbgemm_gpu")
+_KINDS = (*STOCK, *COMPRESSED, CompressedEmbedding, CompressedEmbeddingBag)
 _WRAPPERS = ("FullyShardedDataParallel", "FSDPModule")
 
 
@@ -56,35 +66,82 @@ def check_wrappers(where: str, model: nn.Module) -> None:
 
 
 def _check_module(place: Place) -> None:
-    """Raise ValueError where a module has what its successor would not: hooks, more than a table, a forward."""
-    where = f"compress: {place.path or type(place.module).__name__!r}"
-    has_own = place.is_compressed or isinstance(place.module, ShardedModule)  # hooks, in its parts and of its state
-    parts, hooks = ([place.module], _CALLS) if has_own else ([*place.module.modules()], _CALLS + _STATES)
-    weights = [] if has_own else [*place.module.parameters()]
-    if is_hooked(parts, weights, hooks):
+    """Raise ValueError where a module has what its successor would not: hooks, a forward, parts, settings."""
+    module: Any = place.module
+    where = f"compress: {place.path or type(module).__name__!r}"
+    if is_hooked([*module.modules()], [*module.parameters()]):
         raise ValueError(
             f"{where}: a module that is replaced must have no hooks, on its weight neither, got some; remove them, and "
             "register them on the new one"
         )
-    sharded = [part for part in place.module.modules() if isinstance(part, ShardedModule)]
-    if any(has_own_forward(part) for part in [place.module, *sharded]):
+    sharded = [part for part in module.modules() if isinstance(part, ShardedModule)]
+    parts = [module, *sharded] if sharded else [*module.modules()]
+    kind: Any = next((kind for kind in _KINDS if isinstance(module, kind)), type(module))
+    if any(has_own_forward(part) for part in parts) or type(module).forward is not kind.forward:
         advice = "detach() train pipelines, or leave the table out" if sharded else "leave the table out"
         raise ValueError(f"{where}: must have the forward of its class, got one of its own; {advice}")
-    if type(place.module) in PLAIN:
-        own = [
-            name for name, _ in [*place.module.named_parameters(), *place.module.named_buffers()] if name != "weight"
-        ]
-        own += [name for name, _ in place.module.named_children()]
-        if own:
-            raise ValueError(f"{where}: must hold its weight alone, got {own} beside it; leave the table out")
-        if place.module.sparse:  # type: ignore[truthy-function]
-            logger.warning("%s: gradients are dense now, of what is small; sparse=True is gone", where)
+    found = {name for name, _ in [*module.named_modules(), *module.named_parameters(), *module.named_buffers()]}
+    if place.is_compressed:  # what lies deeper is other where it is sharded
+        found = {name for name in found if "." not in name}
+    if own := sorted(found - _known(module) - {""}):
+        raise ValueError(f"{where}: must hold its tables alone, got {own} beside them; leave it out")
+    if isinstance(module, STOCK):
+        _check_settings(where, module)
+    if any(getattr(part, "sparse", False) for part in module.modules() if isinstance(part, PLAIN)):
+        logger.warning("%s: gradients are dense now, of what is small; sparse=True is gone", where)
 
 
-def is_hooked(parts: Sequence[nn.Module], weights: Sequence[Tensor], hooks: Sequence[str] = _CALLS + _STATES) -> bool:
-    """Return whether modules have hooks of some kinds, or weights have any."""
-    found = any(getattr(part, each, None) for part in parts for each in hooks)
-    return found or any(getattr(weight, each, None) for weight in weights for each in _WEIGHTS)
+def _known(module: Any) -> set[str]:
+    """Return what a module that holds tables and no more calls its parts, parameters and buffers.
+
+    Of a compressed one, the first level alone.
+    """
+    if isinstance(module, PLAIN):
+        return {"weight"}
+    if isinstance(module, CompressedEmbedding | CompressedEmbeddingBag):
+        return {"collection", "padding_row"}
+    if isinstance(module, COMPRESSED):
+        fresh = empty_like(module, torch.device("meta"), module.methods(), module.seed)
+        return {name for name, _ in [*fresh.named_children(), *fresh.named_buffers(), *fresh.named_parameters()]}
+    stored = "embedding_bags" if hasattr(module, "embedding_bags") else "embeddings"
+    tables = [f"{stored}.{name}" for name in getattr(module, stored)]
+    return {stored, *tables, *(f"{table}.weight" for table in tables)}
+
+
+def _check_settings(where: str, source: Stock) -> None:
+    """Raise ValueError where a table of a stock collection is looked up otherwise than its config says."""
+    pooled = isinstance(source, EmbeddingBagCollection)
+    configs: Any = source.embedding_bag_configs() if pooled else source.embedding_configs()
+    stored: Any = source.embedding_bags if pooled else source.embeddings
+    wanted = {"padding_idx": None, "max_norm": None, "scale_grad_by_freq": False}
+    for table in configs:
+        module = stored[table.name]
+        if pooled:
+            wanted |= {"mode": pooling_type_to_str(table.pooling), "include_last_offset": True}
+        if type(module) is not PLAIN[pooled]:
+            raise ValueError(
+                f"{where}: table {table.name!r}: must be the {PLAIN[pooled].__name__} that TorchRec makes, got "
+                f"{type(module).__name__}; leave the collection out"
+            )
+        for name, value in wanted.items():
+            if (got := getattr(module, name)) != value:
+                raise ValueError(
+                    f"{where}: table {table.name!r}: {name} must be {value!r}, as its config has it, got {got!r}; "
+                    "compressed, it would be looked up by its config"
+                )
+
+
+def is_hooked(parts: Sequence[nn.Module], weights: Sequence[Tensor]) -> bool:
+    """Return whether a user has registered hooks on modules or weights."""
+    found = [hook for part in parts for each in _HOOKS for hook in (getattr(part, each, None) or {}).values()]
+    found += [hook for one in weights for each in _WEIGHTS for hook in (getattr(one, each, None) or {}).values()]
+    return any(not _is_own(hook) for hook in found)
+
+
+def _is_own(hook: Any) -> bool:
+    """Return whether a hook is one that sharded and compressed modules give themselves."""
+    hook = getattr(hook, "hook", hook)  # torch wraps those that want to know their module
+    return str(getattr(hook, "__module__", "")).split(".")[0] in _OWN
 
 
 def _check_ties(model: nn.Module, places: Sequence[Place]) -> None:
