@@ -25,7 +25,7 @@ from torchrec_compress.convert.models import PLAIN, Place, chosen, errors_of, fi
 from torchrec_compress.convert.plain import empty_plain
 from torchrec_compress.convert.safety import check_places
 from torchrec_compress.convert.shards import Crew, EncodedRows, SharedRows, digest
-from torchrec_compress.convert.wrapping import Wrap, rewrapped
+from torchrec_compress.convert.wrapping import Wrap, check_wrapper, rewrapped
 from torchrec_compress.methods import MethodConfig, TableData, TableState
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from torchrec_compress.modules.trained_rows import note_rows
@@ -86,7 +86,8 @@ def compress_sharded(
     if environment.process_group is None:
         raise ValueError(f"{_WHERE}: the model must have a process group, got none; initialise torch.distributed first")
     crew = Crew(environment.process_group, device)
-    changes = _changes(model.module, compression, given, seed, inplace, crew)
+    asked = crew.together(lambda: _asked(model, compression, given, seed, inplace, wrap))
+    changes = _changes(asked, crew)
     fitted: list[dict[str, _Fitted]] = []
     for change in changes:
         with errors_of(change.place.path):
@@ -100,16 +101,8 @@ def compress_sharded(
     return rewrapped(_WHERE, model, [(change.place, change.module) for change in changes], wrap, fill)
 
 
-def _changes(
-    inner: nn.Module,
-    compression: Compression,
-    given: Mapping[str, Mapping[str, Any] | None],
-    seed: int,
-    inplace: bool,
-    crew: Crew,
-) -> list[_Change]:
+def _changes(asked: _Asked, crew: Crew) -> list[_Change]:
     """Return what is to change, all of it looked over, or raise on every rank."""
-    asked = crew.together(lambda: _asked(inner, compression, given, seed, inplace))
     crew.check_same(asked.digests)
     changes = []
     for place, module, mine in asked.wanted:
@@ -139,7 +132,12 @@ class _Asked(NamedTuple):
 
 
 def _asked(
-    inner: nn.Module, compression: Compression, given: Mapping[str, Mapping[str, Any] | None], seed: int, inplace: bool
+    model: DistributedModelParallel,
+    compression: Compression,
+    given: Mapping[str, Mapping[str, Any] | None],
+    seed: int,
+    inplace: bool,
+    wrap: Wrap | None,
 ) -> _Asked:
     """Return what this rank was asked for, looked over without the others."""
     if inplace is not True:
@@ -147,6 +145,8 @@ def _asked(
             f"{_WHERE}: a DistributedModelParallel must be compressed in place, as no copy of its shards is made; "
             "pass inplace=True, and take what is returned"
         )
+    check_wrapper(_WHERE, model, wrap)
+    inner: Any = model.module
     places = find_places(inner)
     wanted = chosen(places, compression)
     check_places(inner, [place for place, _ in wanted], inplace=True)
