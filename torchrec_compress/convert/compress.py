@@ -178,7 +178,7 @@ def _compress_alone(
         compression = methods
         given = {what: shared_out(what, mine, [place])[""] for what, mine in given.items()}
     made, fits = _empty(place, compression, given, seed, progress)
-    check_places(source, [place], inplace=False)
+    check_places("compress", source, [place], inplace=False)
     run(fits, progress)
     _take_over(place, fits.collection)
     return made
@@ -212,7 +212,7 @@ def _compress_model(
     """Return a model with compressed tables; arguments as in `compress`."""
     places = find_places(model)
     wanted = chosen(places, compression)
-    check_places(model, [place for place, _ in wanted], inplace)
+    check_places("compress", model, [place for place, _ in wanted], inplace)
     by_place = {what: shared_out(what, mine, places) for what, mine in given.items()}
     made: dict[int, nn.Module] = {}
     fits: list[tuple[Place, Fits]] = []
@@ -328,7 +328,7 @@ def decompress(
         raise ValueError(
             "decompress: what is expanded in place must be a model that holds tables; take what is returned"
         )
-    check_places(collection, places, inplace)
+    check_places("decompress", collection, places, inplace)
     made = {}
     for place in places:
         with errors_of(place.path):

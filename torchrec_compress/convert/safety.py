@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -36,20 +39,21 @@ _KINDS = (*STOCK, *COMPRESSED, CompressedEmbedding, CompressedEmbeddingBag)
 _WRAPPERS = ("FullyShardedDataParallel", "FSDPModule")
 
 
-def check_places(model: nn.Module, places: Sequence[Place], inplace: bool) -> None:
+def check_places(where: str, model: nn.Module, places: Sequence[Place], inplace: bool) -> None:
     """Raise ValueError where a module of a model cannot be replaced without a loss.
 
     Args:
+        where: names the caller.
         model: holds the places.
         places: that are replaced.
         inplace: whether in the model itself, which may hold a module where none is found: in a list, as a method.
     """
-    check_wrappers("compress", model)
+    check_wrappers(where, model)
     for place in places:
-        _check_module(place)
-    _check_ties(model, places)
+        _check_module(f"{where}: {place.path or type(place.module).__name__!r}", place)
+    _check_ties(where, model, places)
     if inplace:
-        check_references("compress", model, {id(place.module): place.path for place in places})
+        check_references(where, model, {id(place.module): place.path for place in places})
 
 
 def check_wrappers(where: str, model: nn.Module) -> None:
@@ -65,10 +69,9 @@ def check_wrappers(where: str, model: nn.Module) -> None:
             )
 
 
-def _check_module(place: Place) -> None:
+def _check_module(where: str, place: Place) -> None:
     """Raise ValueError where a module has what its successor would not: hooks, a forward, parts, settings."""
     module: Any = place.module
-    where = f"compress: {place.path or type(module).__name__!r}"
     if is_hooked([*module.modules()], [*module.parameters()]):
         raise ValueError(
             f"{where}: a module that is replaced must have no hooks, on its weight neither, got some; remove them, and "
@@ -144,29 +147,38 @@ def _is_own(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).split(".")[0] in _OWN
 
 
-def _check_ties(model: nn.Module, places: Sequence[Place]) -> None:
+def _check_ties(where: str, model: nn.Module, places: Sequence[Place]) -> None:
     """Raise ValueError where a table shares its values with other modules."""
     owner = {id(part): place for place in places for part in place.module.modules()}
-    holders: dict[Any, list[tuple[str, nn.Module]]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            holders.setdefault(values_of(parameter), []).append((f"{path}.{name}" if path else name, module))
-    for mine in holders.values():
+    for mine in holders_of(model).values():
         ours = {id(owner.get(id(module))) for _, module in mine}
         if len(ours) > 1 and any(id(module) in owner for _, module in mine):
             raise ValueError(
-                f"compress: a table must not share its weight with other modules, got {[path for path, _ in mine]} "
+                f"{where}: a table must not share its weight with other modules, got {[path for path, _ in mine]} "
                 "tied; use one module in all places, untie them, or leave the table out"
             )
 
 
-def values_of(parameter: Tensor) -> Any:
-    """Return what two parameters of the same values have in common."""
+def holders_of(model: nn.Module) -> dict[Any, list[tuple[str, nn.Module]]]:
+    """Return who holds the same values: path and module of each parameter, buffer and tensor in an attribute."""
+    found: dict[Any, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        mine = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                mine += [(name, each) for each in _held(value) if isinstance(each, Tensor)]
+        for name, value in mine:
+            found.setdefault(values_of(value), []).append((f"{path}.{name}" if path else name, module))
+    return found
+
+
+def values_of(tensor: Tensor) -> Any:
+    """Return what two tensors of the same values have in common."""
     try:
-        place = parameter.untyped_storage().data_ptr()
+        place = tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):  # of another kind, as shards are
-        return id(parameter)
-    return (parameter.device, place) if place else id(parameter)
+        return id(tensor)
+    return (tensor.device, place) if place else id(tensor)
 
 
 def check_references(where: str, model: nn.Module, old: Mapping[int, str]) -> None:
@@ -186,16 +198,37 @@ def check_references(where: str, model: nn.Module, old: Mapping[int, str]) -> No
                 continue
             held = [old[id(each)] for each in _held(value) if id(each) in old]
             if held:
+                holder = f"{path}.{name}" if path else name
                 raise ValueError(
-                    f"{where}: {held[0]!r} must be held as a submodule alone, got {path}.{name} that holds it as "
+                    f"{where}: {held[0]!r} must be held as a submodule alone, got {holder!r} that holds it as "
                     "well; look it up by its attribute, or compress a copy (inplace=False)"
                 )
 
 
-def _held(value: Any, depth: int = 2) -> Iterator[Any]:
-    """Yield what an attribute holds: itself, what a bound method is of, and what lies in plain containers."""
+def _held(value: Any, depth: int = 4) -> Iterator[Any]:
+    """Yield what an attribute holds: itself, and what lies in containers, methods, partial and inner functions."""
     yield value
-    yield getattr(value, "__self__", None)
-    if depth and isinstance(value, dict | list | tuple | set):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _held(each, depth - 1)
+    if not depth:
+        return
+    inner: Iterable[Any] = ()
+    if isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        inner = value
+    elif isinstance(value, partial):
+        inner = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, MethodType):
+        inner = (value.__self__,)
+    elif isinstance(value, FunctionType):
+        inner = _enclosed(value)
+    for each in inner:
+        yield from _held(each, depth - 1)
+
+
+def _enclosed(function: FunctionType) -> Iterator[Any]:
+    """Yield the values of variables around a function that it reads."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not set yet
+            continue

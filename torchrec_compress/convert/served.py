@@ -72,7 +72,7 @@ def _asked(model: DistributedModelParallel, inplace: bool, wrap: Wrap | None) ->
     places = [place for place in find_places(inner) if place.is_compressed]
     if not places:
         raise ValueError(f"{_WHERE}: the model must hold compressed tables, got none")
-    check_places(inner, places, inplace=True)
+    check_places(_WHERE, inner, places, inplace=True)
     for place in places:
         with errors_of(place.path):
             if has_codecs(place.module):

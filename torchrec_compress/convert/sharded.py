@@ -149,7 +149,7 @@ def _asked(
     inner: Any = model.module
     places = find_places(inner)
     wanted = chosen(places, compression)
-    check_places(inner, [place for place, _ in wanted], inplace=True)
+    check_places(_WHERE, inner, [place for place, _ in wanted], inplace=True)
     by_place = {what: shared_out(what, mine, places) for what, mine in given.items()}
     found = []
     for place, methods in wanted:
