@@ -23,7 +23,7 @@ from torchrec_compress import (
     get_default_sharders,
     native_parameters,
 )
-from torchrec_compress.methods import CafeConfig, HashConfig, NarrowConfig, PQConfig
+from torchrec_compress.methods import CafeConfig, HashConfig, Int8Config, NarrowConfig, PQConfig
 from torchrec_compress.sharding.loading import load_plain
 
 CPU = torch.device("cpu")
@@ -187,6 +187,12 @@ def test_what_is_frozen_stays_so(two_ranks, config, kind, own_wrap):
         torch.testing.assert_close(dense[0], small[0], rtol=1e-5, atol=1e-6)
         assert torch.equal(trained[0], small[0]) and torch.equal(last[0], dense[0])
         assert not torch.equal(trained[1], small[1]) and not torch.equal(last[1], dense[1])
+
+
+@pytest.mark.parametrize(("kind", "own_wrap"), [("unsharded", False), ("plain", True)])
+def test_what_is_frozen_in_integers_stays_so(two_ranks, kind, own_wrap):
+    """They hold nothing that could be frozen."""
+    test_what_is_frozen_stays_so(two_ranks, Int8Config(), kind, own_wrap)
 
 
 def in_training(config: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -41,6 +41,8 @@ Stock: TypeAlias = EmbeddingBagCollection | EmbeddingCollection
 Compressed: TypeAlias = CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
 STOCK = (EmbeddingBagCollection, EmbeddingCollection)
 COMPRESSED = (CompressedEmbeddingBagCollection, CompressedEmbeddingCollection)
+# on a collection: which tables were frozen in what it was made of; integers, as of int8, have no flag that says it
+_FROZEN = "_frozen_in_source"
 
 
 def rows_of(source: Any) -> tuple[dict[str, Tensor | RowReader], torch.device]:
@@ -114,17 +116,30 @@ def empty_like(source: Stock | Compressed, device: torch.device, compression: Co
         return CompressedEmbeddingBagCollection(bags, device, kept, compression, seed, will_fit=True)
 
 
-def take_frozen(before: Mapping[str, Sequence[nn.Parameter]], collection: Compressed) -> None:
-    """Freeze what a collection stores of tables that were frozen.
+def frozen_tables(place: Place) -> set[str]:
+    """Return the tables of a module of which nothing is trained, as far as this rank holds them."""
+    if place.is_compressed:
+        collection = collection_of(place.module)
+        return {table.name for table in collection.table_configs() if is_frozen_table(collection, table.name)}
+    return {name for name, parameters in parameters_by_table(place).items() if all(map(is_frozen, parameters))}
+
+
+def take_frozen(frozen: Collection[str], collection: Compressed) -> None:
+    """Freeze what a collection stores of tables that were frozen, and note which, where it stores nothing to freeze.
 
     Args:
-        before: what stored each table in the source; it is frozen where nothing of it is trained.
+        frozen: tables of the source, of `frozen_tables`.
         collection: of these tables.
     """
-    for name, parameters in before.items():
-        if parameters and all(map(is_frozen, parameters)):
-            for parameter in parameters_of(collection, name):
-                parameter.requires_grad_(False)
+    for name in frozen:
+        for parameter in parameters_of(collection, name):
+            parameter.requires_grad_(False)
+    note_frozen(frozen, collection)
+
+
+def note_frozen(frozen: Collection[str], collection: Compressed) -> None:
+    """Note which tables were frozen, for those that store nothing that could tell."""
+    setattr(collection, _FROZEN, frozenset(frozen))
 
 
 def warn_of_optimizers(before: Mapping[str, Sequence[nn.Parameter]]) -> None:
@@ -215,8 +230,8 @@ def fill(weight: nn.Parameter, collection: Compressed, name: str) -> None:
 
 
 def is_frozen_table(collection: Compressed, name: str) -> bool:
-    """Return whether a table has something that could be trained, and none of it is."""
+    """Return whether nothing of a table is trained; where it has nothing that could be, whether its source was so."""
     found = [is_frozen(parameter) for parameter in parameters_of(collection, name)]
     if collection.trained is not None and name in collection.trained.banks:
         found.append(not collection.trained.trains(name))
-    return bool(found) and all(found)
+    return all(found) if found else name in getattr(collection, _FROZEN, ())

@@ -17,6 +17,7 @@ from torchrec_compress.convert.collections import (
     Compressed,
     empty_like,
     expand,
+    frozen_tables,
     parameters_by_table,
     rows_of,
     take_frozen,
@@ -179,6 +180,7 @@ def _compress_alone(
         compression = methods
         given = {what: shared_out(what, mine, [place])[""] for what, mine in given.items()}
     made, fits = _empty(place, compression, given, seed, progress)
+    check_places("compress", source, [place], inplace=False)
     run(fits, progress)
     _take_over(place, fits.collection)
     return made
@@ -212,7 +214,7 @@ def _compress_model(
     """Return a model with compressed tables; arguments as in `compress`."""
     places = find_places(model)
     wanted = chosen(places, compression)
-    check_places(model, [place for place, _ in wanted], inplace)
+    check_places("compress", model, [place for place, _ in wanted], inplace)
     by_place = {what: shared_out(what, mine, places) for what, mine in given.items()}
     made: dict[int, nn.Module] = {}
     fits: list[tuple[Place, Fits]] = []
@@ -258,9 +260,8 @@ def _empty(
 
 def _take_over(place: Place, collection: Compressed) -> None:
     """Freeze what was frozen; say which optimizers are gone."""
-    before = parameters_by_table(place)
-    take_frozen(before, collection)
-    warn_of_optimizers(before)
+    take_frozen(frozen_tables(place), collection)
+    warn_of_optimizers(parameters_by_table(place))
 
 
 @overload
@@ -329,7 +330,7 @@ def decompress(
         raise ValueError(
             "decompress: what is expanded in place must be a model that holds tables; take what is returned"
         )
-    check_places(collection, places, inplace)
+    check_places("decompress", collection, places, inplace)
     made = {}
     for place in places:
         with errors_of(place.path):

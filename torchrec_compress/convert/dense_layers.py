@@ -17,7 +17,7 @@ from torchrec.distributed.types import ShardedModule
 from tqdm import tqdm
 
 from torchrec_compress.convert.models import with_modules
-from torchrec_compress.convert.safety import check_references, check_wrappers, is_hooked, values_of
+from torchrec_compress.convert.safety import check_references, check_wrappers, holders_of, is_hooked, values_of
 from torchrec_compress.seams import has_own_forward, steps_uncounted
 
 logger = logging.getLogger(__name__)
@@ -113,10 +113,7 @@ def _find_layers(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Line
     found = {path: layer for path, layer in wanted.items() if _most(layer)}
     if not found:
         raise ValueError(f"{_WHERE}: a layer must get smaller by it, got {list(wanted)}, which are too narrow")
-    holders: dict[Any, list[str]] = {}
-    for path, module in model.named_modules():
-        for name, weight in module.named_parameters(recurse=False):
-            holders.setdefault(values_of(weight), []).append(f"{path}.{name}" if path else name)
+    holders = holders_of(model)
     for path, layer in found.items():
         if is_hooked([layer], [*layer.parameters()]) or has_own_forward(layer) or [*layer.children()]:
             raise ValueError(
@@ -125,7 +122,8 @@ def _find_layers(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Line
             )
         for weight in layer.parameters():
             if len(mine := holders[values_of(weight)]) > 1:
-                raise ValueError(f"{_WHERE}: layers must not share weights, got {mine} tied; leave them out")
+                paths = [each for each, _ in mine]
+                raise ValueError(f"{_WHERE}: layers must not share weights, got {paths} tied; leave them out")
     return found
 
 

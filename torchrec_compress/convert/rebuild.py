@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.convert.collections import generators
+from torchrec_compress.convert.collections import generators, is_frozen_table, note_frozen
 from torchrec_compress.convert.into import check_whole
 from torchrec_compress.methods import MethodConfig, TableState
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
@@ -83,6 +83,8 @@ def rebuilt(collection: Compressed, changed: Mapping[str, Stored]) -> Compressed
         before = {name: each.requires_grad for name, each in collection.named_parameters()}
         for name, parameter in made.named_parameters():
             parameter.requires_grad_(before.get(name, True))
+        names = [table.name for table in collection.table_configs()]
+        note_frozen([name for name in names if is_frozen_table(collection, name)], made)
     return cast(Compressed, made.train(collection.training))
 
 

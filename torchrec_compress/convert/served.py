@@ -22,7 +22,7 @@ from torchrec_compress.convert.models import PLAIN, Place, errors_of, find_place
 from torchrec_compress.convert.plain import plain_like, put_padding
 from torchrec_compress.convert.safety import check_places
 from torchrec_compress.convert.shards import Crew, raise_first
-from torchrec_compress.convert.wrapping import Wrap, rewrapped
+from torchrec_compress.convert.wrapping import Wrap, check_wrapper, rewrapped
 from torchrec_compress.modules import (
     CompressedEmbedding,
     CompressedEmbeddingBag,
@@ -46,7 +46,7 @@ def decompress_sharded(model: DistributedModelParallel, inplace: bool, wrap: Wra
     if environment.process_group is None:
         raise ValueError(f"{_WHERE}: the model must have a process group, got none; initialise torch.distributed first")
     crew = Crew(environment.process_group, device)
-    places = crew.together(lambda: _asked(model.module, inplace))
+    places = crew.together(lambda: _asked(model, inplace, wrap))
     changes = [(place, _empty(place, device)) for place in places]
     for place, made in changes:
         with errors_of(place.path):
@@ -60,17 +60,19 @@ def decompress_sharded(model: DistributedModelParallel, inplace: bool, wrap: Wra
     return rewrapped(_WHERE, model, changes, wrap, fill)
 
 
-def _asked(inner: nn.Module, inplace: bool) -> list[Place]:
+def _asked(model: DistributedModelParallel, inplace: bool, wrap: Wrap | None) -> list[Place]:
     """Return the places that are to be expanded, looked over without the other ranks."""
     if inplace is not True:
         raise ValueError(
             f"{_WHERE}: a DistributedModelParallel must be expanded in place, as no copy of its shards is made; "
             "pass inplace=True, and take what is returned"
         )
+    check_wrapper(_WHERE, model, wrap)
+    inner: Any = model.module
     places = [place for place in find_places(inner) if place.is_compressed]
     if not places:
         raise ValueError(f"{_WHERE}: the model must hold compressed tables, got none")
-    check_places(inner, places, inplace=True)
+    check_places(_WHERE, inner, places, inplace=True)
     for place in places:
         with errors_of(place.path):
             if has_codecs(place.module):

@@ -15,6 +15,7 @@ from torchrec_compress.compression import Compression
 from torchrec_compress.convert.collections import (
     Compressed,
     collection_of,
+    frozen_tables,
     parameters_by_table,
     take_frozen,
     warn_of_optimizers,
@@ -24,7 +25,7 @@ from torchrec_compress.convert.models import PLAIN, Place, chosen, errors_of, fi
 from torchrec_compress.convert.plain import empty_plain
 from torchrec_compress.convert.safety import check_places
 from torchrec_compress.convert.shards import Crew, EncodedRows, SharedRows, digest
-from torchrec_compress.convert.wrapping import Wrap, rewrapped
+from torchrec_compress.convert.wrapping import Wrap, check_wrapper, rewrapped
 from torchrec_compress.methods import MethodConfig, TableData, TableState
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from torchrec_compress.modules.trained_rows import note_rows
@@ -85,7 +86,8 @@ def compress_sharded(
     if environment.process_group is None:
         raise ValueError(f"{_WHERE}: the model must have a process group, got none; initialise torch.distributed first")
     crew = Crew(environment.process_group, device)
-    changes = _changes(model.module, compression, given, seed, inplace, crew)
+    asked = crew.together(lambda: _asked(model, compression, given, seed, inplace, wrap))
+    changes = _changes(asked, crew)
     fitted: list[dict[str, _Fitted]] = []
     for change in changes:
         with errors_of(change.place.path):
@@ -99,23 +101,15 @@ def compress_sharded(
     return rewrapped(_WHERE, model, [(change.place, change.module) for change in changes], wrap, fill)
 
 
-def _changes(
-    inner: nn.Module,
-    compression: Compression,
-    given: Mapping[str, Mapping[str, Any] | None],
-    seed: int,
-    inplace: bool,
-    crew: Crew,
-) -> list[_Change]:
+def _changes(asked: _Asked, crew: Crew) -> list[_Change]:
     """Return what is to change, all of it looked over, or raise on every rank."""
-    asked = crew.together(lambda: _asked(inner, compression, given, seed, inplace))
     crew.check_same(asked.digests)
     changes = []
     for place, module, mine in asked.wanted:
-        made, before = collection_of(module), parameters_by_table(place)
-        take_frozen(before, made)
+        made = collection_of(module)
+        take_frozen(frozen_tables(place), made)
         if crew.rank == 0:
-            warn_of_optimizers(before)
+            warn_of_optimizers(parameters_by_table(place))
         with errors_of(place.path):
             weights = _weights(place)
             rows = {table.name: SharedRows(table, weights[table.name], crew) for table in made.table_configs()}
@@ -138,7 +132,12 @@ class _Asked(NamedTuple):
 
 
 def _asked(
-    inner: nn.Module, compression: Compression, given: Mapping[str, Mapping[str, Any] | None], seed: int, inplace: bool
+    model: DistributedModelParallel,
+    compression: Compression,
+    given: Mapping[str, Mapping[str, Any] | None],
+    seed: int,
+    inplace: bool,
+    wrap: Wrap | None,
 ) -> _Asked:
     """Return what this rank was asked for, looked over without the others."""
     if inplace is not True:
@@ -146,9 +145,11 @@ def _asked(
             f"{_WHERE}: a DistributedModelParallel must be compressed in place, as no copy of its shards is made; "
             "pass inplace=True, and take what is returned"
         )
+    check_wrapper(_WHERE, model, wrap)
+    inner: Any = model.module
     places = find_places(inner)
     wanted = chosen(places, compression)
-    check_places(inner, [place for place, _ in wanted], inplace=True)
+    check_places(_WHERE, inner, [place for place, _ in wanted], inplace=True)
     by_place = {what: shared_out(what, mine, places) for what, mine in given.items()}
     found = []
     for place, methods in wanted:

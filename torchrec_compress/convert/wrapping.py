@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import Topology
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from torchrec_compress.convert.collections import STOCK
 from torchrec_compress.convert.models import PLAIN, Place, with_modules
+from torchrec_compress.convert.safety import is_hooked
 from torchrec_compress.planner import EmbeddingShardingPlanner
-from torchrec_compress.seams import environment_of, freeze, hold_still, let_go
+from torchrec_compress.seams import environment_of, freeze, has_own_forward, hold_still, let_go, sharded_configs
 from torchrec_compress.sharding import get_default_sharders
 from torchrec_compress.sharding.gradients import communication_hooks
 
 logger = logging.getLogger(__name__)
 
 Wrap: TypeAlias = Callable[[nn.Module], DistributedModelParallel]
+
+
+def check_wrapper(where: str, model: DistributedModelParallel, wrap: object) -> None:
+    """Raise ValueError where a wrapper has what a new one would not have, or `wrap` cannot make one."""
+    if wrap is not None and not callable(wrap):
+        raise ValueError(f"{where}: wrap must be a function of the model, got {wrap!r}")
+    wrappers = [model, *(child for child in model.children() if child is not model.module)]  # its reducer too
+    if is_hooked(wrappers, []):
+        raise ValueError(
+            f"{where}: a DistributedModelParallel must have no hooks of its own, as another takes its place, got some; "
+            "remove them, and register them on what is returned"
+        )
+    if any(has_own_forward(each) for each in wrappers):
+        raise ValueError(f"{where}: a DistributedModelParallel must have the forward of its class, got one of its own")
+    own = [*model._parameters, *model._buffers, *list(model._modules)[1:]]  # what names them asks the model
+    if own:
+        raise ValueError(f"{where}: a DistributedModelParallel must hold a model alone, got {own} beside it")
+    if type(model) is not DistributedModelParallel and wrap is None:
+        raise ValueError(f"{where}: a {type(model).__name__} must come with what makes one again, got none; pass wrap=")
 
 
 def rewrapped(
@@ -38,10 +60,8 @@ def rewrapped(
         fill: writes values into what came there.
 
     Raises:
-        ValueError: `wrap` returns something else.
+        ValueError: `wrap` returns something else than a new wrapper of the model that it is given.
     """
-    if wrap is not None and not callable(wrap):
-        raise ValueError(f"{where}: wrap must be a function of the model, got {wrap!r}")
     inner, modes = model.module, [(each, each.training) for each in model.module.modules()]
     # wrapping puts others in the place of modules, not only of those that are changed
     children = [(each, dict(each._modules)) for each in inner.modules()]
@@ -49,8 +69,7 @@ def rewrapped(
     try:
         changed = with_modules(inner, {id(place.module): made for place, made in changes}, inplace=True)
         wrapped = _wrap(changed, model) if wrap is None else wrap(changed)
-        if not isinstance(wrapped, DistributedModelParallel):
-            raise ValueError(f"{where}: wrap must return a DistributedModelParallel, got {type(wrapped).__name__}")
+        _check_wrapped(where, wrapped, model, changed, changes)
         fill(wrapped)
     except BaseException:
         for module, held in children:
@@ -80,6 +99,39 @@ def rewrapped(
             gone,
         )
     return wrapped
+
+
+def _check_wrapped(
+    where: str,
+    wrapped: object,
+    model: DistributedModelParallel,
+    changed: nn.Module,
+    changes: Sequence[tuple[Place, nn.Module]],
+) -> None:
+    """Raise ValueError unless something is a new wrapper of a changed model, which has what came there."""
+    if not isinstance(wrapped, DistributedModelParallel) or wrapped is model:
+        got = "the old one" if wrapped is model else type(wrapped).__name__
+        raise ValueError(f"{where}: wrap must return a DistributedModelParallel, got {got}")
+    if not _stands_for(wrapped.module, changed):
+        raise ValueError(
+            f"{where}: wrap must wrap the model that it is given, got another {type(wrapped.module).__name__} wrapped; "
+            "pass that model, no copy of it nor what holds it, to DistributedModelParallel"
+        )
+    now = dict(wrapped.module.named_modules(remove_duplicate=False))
+    for place, made in changes:
+        if not _stands_for(now.get(place.path), made):
+            raise ValueError(
+                f"{where}: wrap must leave {place.path!r} in its place, got {type(now.get(place.path)).__name__}; "
+                "change the model before or after"
+            )
+
+
+def _stands_for(now: Any, made: Any) -> bool:
+    """Return whether one module is another, or what a sharder of TorchRec makes of it."""
+    if now is made or not isinstance(made, STOCK) or (found := sharded_configs(now)) is None:
+        return now is made
+    configs = made.embedding_bag_configs() if isinstance(made, EmbeddingBagCollection) else made.embedding_configs()
+    return all(one is other for one, other in zip(found[0], configs, strict=True))
 
 
 def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
