@@ -112,6 +112,27 @@ def test_the_choice_is_what_compress_takes():
     assert all(method == DenseConfig() for method in again.values())
 
 
+@pytest.mark.parametrize("budget", [None, 10**12])
+def test_there_is_no_more_than_the_ranks_have_left(budget):
+    half = FixedPercentageStorageReservation(0.5)
+    choice = make_planner(hbm=800_000, storage_reservation=half).choose(make_model(), make_frontier(), budget)
+    assert choice.planned_bytes <= choice.budget_bytes == 2 * 400_000 and choice.loss > 0
+
+
+@pytest.mark.parametrize("batch", [16, 32])
+def test_every_rank_pays_for_what_it_decodes(batch):
+    """Low-bit rows have no codebooks that it could be charged to."""
+    wish = {name: ParameterConstraints(sharding_types=["table_wise"]) for name in SIZES}
+    topology = Topology(world_size=4, compute_device="cuda", hbm_cap=2**30)
+    planner = EmbeddingShardingPlanner(topology, batch, wish, stats=[])
+    int8 = Candidate(Int8Config().stored_bytes(tables()[0]), 0.0, Int8Config())
+    frontier = Frontier({"user": (SIZES["user"], DIM)}, {"user": [int8]}, "loss")
+    choice = planner.choose(make_model(), frontier, 10**7)
+    way, told = choice.tables["user"].way, planner.report.tables["user"]
+    assert way.method == Int8Config() and told.decoded_bytes == 4 * 4 * DIM * batch
+    assert way.planned_bytes == told.held_bytes + told.activation_bytes
+
+
 def test_optimizer_state_counts():
     with_state = make_model()
     apply_optimizer_in_backward(RowWiseAdagrad, native_parameters(with_state), {"lr": 0.1})
@@ -146,6 +167,7 @@ def test_what_fits_in_all_but_on_no_rank_is_chosen_smaller():
     planner = make_planner(hbm=int(dense * 0.9), constraints=wish, storage_reservation=none)
     choice = planner.choose(make_model(), make_frontier())
     assert choice["user"] != DenseConfig() and choice.loss > 0
+    assert choice.planned_bytes <= choice.budget_bytes < 2 * int(dense * 0.9)  # what was taken, not what was there
     tight = make_planner(hbm=int(dense * 0.6), constraints=wish, storage_reservation=none)
     with pytest.raises(PlannerError):  # in all there is room, but a table that stays as it is has none on any rank
         tight.choose(make_model(), make_frontier({"item": LOSSES["item"]}))
@@ -176,6 +198,12 @@ def twins():
             make_frontier(),
             10**7,
             r"the frontier must be of tables \['user'\], got \['item'\]",
+        ),
+        (
+            make_model,
+            Frontier({"user": (5000, 16)}, {"user": [Candidate(320_000, 0.0, DenseConfig())]}, "loss"),
+            10**7,
+            "table 'user': the frontier must be of 5000 x 32, got 5000 x 16; measure it on this model",
         ),
         (
             make_model,

@@ -145,6 +145,14 @@ def test_without_a_process_group_machines_must_be_given():
 
 
 @pytest.mark.slow
+def test_a_host_has_no_more_devices_than_numbers():
+    planner = EmbeddingShardingPlanner(Topology(world_size=256, local_world_size=128, compute_device="cuda"), stats=[])
+    planner.plan(model({"user": PQConfig(num_codes=4)}))
+    EmbeddingShardingPlanner(Topology(world_size=129, compute_device="cpu"), stats=[])
+    with pytest.raises(ValueError, match=r"local_world_size of the topology must be at most 128, .* got 129; give"):
+        EmbeddingShardingPlanner(Topology(world_size=129, compute_device="cuda"), stats=[])
+
+
 def test_hundreds_of_tables_of_a_hundred_billion_rows():
     """One container, so that nothing may be allocated by the row: 10**11 of the smallest rows would be 100 GB."""
     kinds = list(METHODS.values())

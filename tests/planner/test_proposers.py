@@ -1,10 +1,14 @@
 """Proposals between the quickest and the smallest."""
 
+import pytest
 import torch
-from torchrec.distributed.planner.proposers import GreedyProposer
+from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer
 from torchrec.distributed.planner.types import Perf, Shard, ShardingOption, Storage
 
-from torchrec_compress.planner.proposers import TradeOffProposer, UnlessMany
+from tests.planner.plans import model, topology
+from torchrec_compress.methods import DenseConfig, HashConfig, Int8Config, PQConfig
+from torchrec_compress.planner import planners
+from torchrec_compress.planner.proposers import TradeOffProposer, UnlessMany, UnlessNoQuicker
 
 
 def option(table: str, how: str, shards: list[tuple[float, int]]) -> ShardingOption:
@@ -65,3 +69,53 @@ def test_other_proposers_rest_where_tables_are_many():
         proposer = UnlessMany(GreedyProposer(), limit)
         proposer.load(OPTIONS)
         assert bool(proposer.propose()) == expected
+
+
+def test_a_grid_leaves_out_what_cannot_be_quicker_than_a_plan():
+    proposer = UnlessNoQuicker(GridSearchProposer())
+    proposer.load(OPTIONS)
+    every = GridSearchProposer()
+    every.load(OPTIONS)
+    first = proposer.propose()
+    assert first == every.propose()
+    proposer.feedback(True, first, 4.2)  # as quick as both tables replicated can be
+    left = []
+    while (proposal := proposer.propose()) is not None:
+        left.append({each.name: each.sharding_type for each in proposal})
+        proposer.feedback(False)
+    assert left == []
+    # 0.1 ms of the small one where the large one is, whichever rank that is: 7.1 ms
+    for best, table_wise in ((7.1, False), (7.11, True)):
+        proposer.load(OPTIONS)
+        proposer.feedback(True, first, best)
+        kinds = set()
+        while (proposal := proposer.propose()) is not None:
+            kinds.add(tuple(each.sharding_type for each in proposal))
+            proposer.feedback(False)
+        assert (("data_parallel", "table_wise") in kinds) is table_wise
+        assert ("data_parallel", "row_wise") in kinds and ("row_wise", "row_wise") not in kinds
+
+
+SMALL = {"a": PQConfig(num_codes=4), "b": HashConfig(num_buckets=1000), "c": DenseConfig()}
+LARGE = {"a": Int8Config(), "b": DenseConfig(), "c": DenseConfig()}
+
+
+class Every(UnlessNoQuicker):
+    """Leaves nothing out."""
+
+    def _least_time(self, proposal: list[ShardingOption]) -> float:
+        return -1.0
+
+
+@pytest.mark.parametrize(("methods", "rows", "gigabytes"), [(SMALL, 10**5, 80), (LARGE, 10**7, 80), (LARGE, 10**7, 4)])
+@pytest.mark.parametrize("ranks", [2, 3, 16])
+def test_the_plan_is_that_of_the_whole_grid(monkeypatch, methods, rows, gigabytes, ranks):
+    found, tried = [], []
+    for grid in (UnlessNoQuicker, Every):
+        monkeypatch.setattr(planners, "UnlessNoQuicker", grid)
+        planner = planners.EmbeddingShardingPlanner(topology(ranks=ranks, gigabytes=gigabytes), 64, stats=[])
+        plan = planner.plan(model(methods, rows))
+        found.append((str(plan), planner.report.to_dict()))
+        tried.append(planner._num_proposals)
+    assert found[0] == found[1]
+    assert 4 * tried[0] < tried[1]

@@ -34,7 +34,7 @@ from torchrec_compress.planner.choosing import PlannedChoice, Settings, choose
 from torchrec_compress.planner.constraints import translate_constraints
 from torchrec_compress.planner.enumerators import CompressedEnumerator
 from torchrec_compress.planner.means import SoundMeans
-from torchrec_compress.planner.proposers import TradeOffProposer, UnlessMany
+from torchrec_compress.planner.proposers import TradeOffProposer, UnlessMany, UnlessNoQuicker
 from torchrec_compress.planner.report import PlanReport
 from torchrec_compress.planner.reservation import DecodeReservation
 from torchrec_compress.planner.stats import PlanStats
@@ -43,6 +43,7 @@ from torchrec_compress.sharding import compressed_sharders, get_default_sharders
 logger = logging.getLogger(__name__)
 
 _DEFAULT_BATCH_SIZE = 512  # TorchRec's
+_MOST_ON_A_HOST = 128  # numbers of a torch.device, beyond which it names another one or none
 
 
 class EmbeddingShardingPlanner(StockPlanner):
@@ -68,7 +69,7 @@ class EmbeddingShardingPlanner(StockPlanner):
         report: a `PlanReport` of the last plan, on the rank that made it (rank 0 with `collective_plan`), else None.
 
     Raises:
-        ValueError: an unknown dense optimizer.
+        ValueError: an unknown dense optimizer; a host of more GPUs than PyTorch has numbers for.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig
@@ -99,6 +100,7 @@ class EmbeddingShardingPlanner(StockPlanner):
         many_tables: int = 100,
     ) -> None:
         topology = topology or _topology_of_the_process_group()
+        _check_hosts(topology)
         batch_size = batch_size or _DEFAULT_BATCH_SIZE
         self._device = topology.compute_device
         self._wishes = dict(constraints or {})
@@ -109,7 +111,10 @@ class EmbeddingShardingPlanner(StockPlanner):
         self._settings = Settings(topology, batch_size, self._wishes, dense_optimizer, reservation.inner)
         own_stats = [EmbeddingStats()] if stats is None else stats if isinstance(stats, list) else [stats]
         if proposer is None:
-            stock = [GridSearchProposer(), GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
+            # it goes by the rating and the placing that are the default
+            is_usual = partitioner is None and performance_model is None
+            grid = UnlessNoQuicker(GridSearchProposer()) if is_usual else GridSearchProposer()
+            stock = [grid, GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
             proposer = [TradeOffProposer(), *(UnlessMany(each, many_tables) for each in stock)]
         self._options = CompressedEnumerator(topology, batch_size, self._translated, dense_optimizer)
         super().__init__(
@@ -230,6 +235,14 @@ class EmbeddingShardingPlanner(StockPlanner):
             return self.plan(module, sharders), None
         except (PlannerError, ValueError, RuntimeError) as error:
             return None, error
+
+
+def _check_hosts(topology: Topology) -> None:
+    if topology.compute_device != "cpu" and topology.local_world_size > _MOST_ON_A_HOST:
+        raise ValueError(
+            f"EmbeddingShardingPlanner: local_world_size of the topology must be at most {_MOST_ON_A_HOST}, as many "
+            f"devices as PyTorch has numbers for, got {topology.local_world_size}; give the ranks of one host"
+        )
 
 
 def _topology_of_the_process_group() -> Topology:

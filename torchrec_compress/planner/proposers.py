@@ -1,10 +1,14 @@
-"""A proposer whose work grows with the tables, not with their square."""
+"""A proposer whose work grows with the tables, not with their square, and what is left of TorchRec's own."""
 
 from __future__ import annotations
 
+import math
+import operator
+from functools import reduce
 from itertools import product
+from typing import NamedTuple
 
-from torchrec.distributed.planner.types import Enumerator, Proposer, ShardingOption, Topology
+from torchrec.distributed.planner.types import Enumerator, PartitionByType, Proposer, ShardingOption, Topology
 
 from torchrec_compress.planner.means import sound_choices
 
@@ -102,3 +106,68 @@ class UnlessMany(Proposer):
     ) -> None:
         """Hand the planner's answer on."""
         self._inner.feedback(partitionable, plan, perf_rating, storage_constraint)
+
+
+class UnlessNoQuicker(Proposer):
+    """Another proposer, without what cannot be quicker than a plan that is there already.
+
+    The planner keeps the first of its quickest plans, so it finds the same one. For a proposer that does not ask what
+    became of its proposals, as TorchRec's grid search, whose thousands each take time for every rank; for the rating
+    that is the planner's default, the time of the slowest rank; and for `GreedyPerfPartitioner`, which puts one shard
+    of an option that is cut uniformly on each rank.
+    """
+
+    def __init__(self, inner: Proposer) -> None:
+        self._inner, self._best = inner, math.inf
+        self._times: dict[int, _Times] = {}
+
+    def load(self, search_space: list[ShardingOption], enumerator: Enumerator | None = None) -> None:
+        """Load the other proposer."""
+        self._best, self._times = math.inf, {id(option): _times(option) for option in search_space}
+        self._inner.load(search_space, enumerator)
+
+    def propose(self) -> list[ShardingOption] | None:
+        """Return the other's next proposal that may be quicker, or None."""
+        while (proposal := self._inner.propose()) is not None and self._least_time(proposal) >= self._best:
+            self._inner.feedback(partitionable=False)
+        return proposal
+
+    def feedback(
+        self,
+        partitionable: bool,
+        plan: list[ShardingOption] | None = None,
+        perf_rating: float | None = None,
+        storage_constraint: Topology | None = None,
+    ) -> None:
+        """Note how quick a plan is, and hand the planner's answer on."""
+        if perf_rating is not None:
+            self._best = min(self._best, perf_rating)
+        self._inner.feedback(partitionable, plan, perf_rating, storage_constraint)
+
+    def _least_time(self, proposal: list[ShardingOption]) -> float:
+        """Return what the slowest rank takes at least, wherever shards that are not uniform go.
+
+        Added up in the order of the rating, of some of what it adds up, so that it is no larger in floats either.
+        """
+        times = [self._times[id(option)] for option in proposal]
+        ranks = [[each.least for each in times]]
+        for number, mine in enumerate(times):
+            if not mine.is_uniform:  # its slowest shard goes to a rank that has one of each uniform option, too
+                ranks.append([each.least for each in times])
+                ranks[-1][number] = mine.most
+        return max(reduce(operator.add, rank) for rank in ranks)  # `sum` of newer Pythons would round otherwise
+
+
+class _Times(NamedTuple):
+    """Of an option: whether each rank gets a shard, and the ms that each has of it at least, and one at most."""
+
+    is_uniform: bool
+    least: float
+    most: float
+
+
+def _times(option: ShardingOption) -> _Times:
+    times = [shard.perf.total for shard in option.shards if shard.perf is not None]
+    if option.partition_by == PartitionByType.UNIFORM.value:
+        return _Times(True, min(times), max(times))
+    return _Times(False, 0.0, max(times))
