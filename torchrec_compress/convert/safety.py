@@ -86,6 +86,8 @@ def _check_module(where: str, place: Place) -> None:
     found = {name for name, _ in [*module.named_modules(), *module.named_parameters(), *module.named_buffers()]}
     if place.is_compressed:  # what lies deeper is other where it is sharded
         found = {name for name in found if "." not in name}
+    elif sharded:  # TorchRec keeps buffers there, by private names
+        found = {name for name in found if not name.startswith("_")}
     if own := sorted(found - _known(module) - {""}):
         raise ValueError(f"{where}: must hold its tables alone, got {own} beside them; leave it out")
     if isinstance(module, STOCK):
