@@ -57,7 +57,7 @@ def disagree(kind: str) -> str:
     if other and kind == "type":
         config = {"item": 3, "*": CONFIG}
     with pytest.raises(ValueError) as error:
-        compress(sharded, config, seed=3, **given)
+        compress(sharded, config, seed=4 if other and kind == "seed" else 3, **given)
     return str(error.value)
 
 
@@ -67,6 +67,7 @@ def disagree(kind: str) -> str:
         ("curvature", r"curvature must be the same on all ranks, got others on ranks \[1\]"),
         ("no curvature", r"curvature must be the same on all ranks, got others on ranks \[1\]"),
         ("another's curvature", r"curvature must be the same on all ranks, got others on ranks \[1\]"),
+        ("seed", r"seed must be the same on all ranks, got others on ranks \[1\]"),
         ("inplace", "must be compressed in place"),
         ("name", "counts must name tables, got 'items'"),
         ("no mapping", "counts must be a mapping by table name, got list"),

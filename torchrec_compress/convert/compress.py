@@ -230,7 +230,7 @@ def _compress_model(
         with errors_of(place.path):
             run(fit, progress)
         _take_over(place, fit.collection)
-    return with_modules(model, made, inplace)
+    return with_modules("compress", model, made, inplace)
 
 
 def _empty(
@@ -335,7 +335,7 @@ def decompress(
     for place in places:
         with errors_of(place.path):
             made[id(place.module)] = _expanded(place.module)
-    return with_modules(collection, made, inplace) if places[0].path else made[id(collection)]
+    return with_modules("decompress", collection, made, inplace) if places[0].path else made[id(collection)]
 
 
 def _expanded(module: Any) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchrec.distributed.types import ShardedModule
 from tqdm import tqdm
 
-from torchrec_compress.convert.models import with_modules
+from torchrec_compress.convert.models import check_copied, with_modules
 from torchrec_compress.convert.safety import check_references, check_wrappers, holders_of, is_hooked, values_of
 from torchrec_compress.seams import has_own_forward, steps_uncounted
 
@@ -72,6 +72,8 @@ def compress_dense(
     found = _find_layers(model, [layers] if isinstance(layers, str) else layers)
     if inplace:
         check_references(_WHERE, model, {id(layer): path for path, layer in found.items()})
+    else:
+        check_copied(_WHERE, model)
     outputs = _watched(model, found, batches, forward, progress)
     unread = [path for path, output in outputs.items() if not output.rows]
     if set(unread) & ({layers} if isinstance(layers, str) else set(layers)) or len(unread) == len(outputs):
@@ -79,7 +81,7 @@ def compress_dense(
     if unread:
         logger.warning("%s: layers %s are never called by the forward, and stay as they are", _WHERE, unread)
     spectra = {path: _Spectrum.of(found[path], output) for path, output in outputs.items() if output.rows}
-    return with_modules(model, _fitted(found, spectra, ratio), inplace)
+    return with_modules(_WHERE, model, _fitted(found, spectra, ratio), inplace)
 
 
 def _fitted(found: Mapping[str, nn.Linear], spectra: Mapping[str, _Spectrum], ratio: float) -> dict[int, nn.Module]:

@@ -206,28 +206,50 @@ def shared_out(what: str, given: Mapping[str, Given] | None, places: Sequence[Pl
     return found
 
 
-def with_modules(model: Any, new: Mapping[int, nn.Module], inplace: bool) -> Any:
+def with_modules(where: str, model: Any, new: Mapping[int, nn.Module], inplace: bool) -> Any:
     """Return a model with other modules in place of some, wherever they stand: itself, or a copy of all else.
 
     Args:
-        model: holds them.
+        where: names the caller.
+        model: holds them; as before where one cannot be put in its place.
         new: by the `id` of the old one.
         inplace: whether to change the model.
+
+    Raises:
+        ValueError: the model cannot be copied.
     """
     if not inplace:
-        try:
-            return copy.deepcopy(model, dict(new))  # what deepcopy takes for copied already
-        except RuntimeError as error:
-            raise ValueError(
-                f"compress: the model must be one that can be copied, got {error}; pass inplace=True to change itself"
-            ) from error
+        return _copied(where, model, dict(new))
     if id(model) in new:  # which has no place to be put in
         return new[id(model)]
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in new:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, new[id(module)])
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for path, module in list(model.named_modules(remove_duplicate=False)):
+            if id(module) in new:
+                parent, _, name = path.rpartition(".")
+                owner = model.get_submodule(parent)
+                replaced.append((owner, name, module))
+                setattr(owner, name, new[id(module)])
+    except BaseException:
+        for owner, name, module in replaced:
+            owner._modules[name] = module  # past what refused the new one
+        raise
     return model
+
+
+def check_copied(where: str, model: nn.Module) -> None:
+    """Raise ValueError unless a model can be copied, as it shows without a copy of its parameters and buffers."""
+    _copied(where, model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+
+
+def _copied(where: str, model: Any, new: dict[int, Any]) -> Any:
+    """Return a copy of a model, in which others stand in place of some objects, by the `id` of the old ones."""
+    try:
+        return copy.deepcopy(model, new)  # what deepcopy takes for copied already
+    except Exception as error:  # of a lock, a generator, or whatever parts of a model raise
+        raise ValueError(
+            f"{where}: the model must be one that can be copied, got {error}; pass inplace=True to change itself"
+        ) from error
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torchrec.modules.embedding_configs import pooling_type_to_str
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.convert.collections import COMPRESSED, STOCK, Stock, empty_like
-from torchrec_compress.convert.models import PLAIN, Place
+from torchrec_compress.convert.models import PLAIN, Place, check_copied
 from torchrec_compress.modules import CompressedEmbedding, CompressedEmbeddingBag
 from torchrec_compress.seams import has_own_forward
 
@@ -54,6 +54,8 @@ def check_places(where: str, model: nn.Module, places: Sequence[Place], inplace:
     _check_ties(where, model, places)
     if inplace:
         check_references(where, model, {id(place.module): place.path for place in places})
+    elif all(place.path for place in places):  # else nothing is copied
+        check_copied(where, model)
 
 
 def check_wrappers(where: str, model: nn.Module) -> None:
@@ -86,6 +88,8 @@ def _check_module(where: str, place: Place) -> None:
     found = {name for name, _ in [*module.named_modules(), *module.named_parameters(), *module.named_buffers()]}
     if place.is_compressed:  # what lies deeper is other where it is sharded
         found = {name for name in found if "." not in name}
+    elif sharded:  # TorchRec keeps buffers there, by private names
+        found = {name for name in found if not name.startswith("_")}
     if own := sorted(found - _known(module) - {""}):
         raise ValueError(f"{where}: must hold its tables alone, got {own} beside them; leave it out")
     if isinstance(module, STOCK):

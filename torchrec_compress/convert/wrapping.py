@@ -67,7 +67,7 @@ def rewrapped(
     children = [(each, dict(each._modules)) for each in inner.modules()]
     frozen = [(place.path, hold_still(made)) for place, made in changes]
     try:
-        changed = with_modules(inner, {id(place.module): made for place, made in changes}, inplace=True)
+        changed = with_modules(where, inner, {id(place.module): made for place, made in changes}, inplace=True)
         wrapped = _wrap(changed, model) if wrap is None else wrap(changed)
         _check_wrapped(where, wrapped, model, changed, changes)
         fill(wrapped)
