@@ -73,6 +73,8 @@ __all__ = [
     "predicted_rise",
     "quantize_codebooks",
 ]
+# what the documentation calls torchrec_compress.ops.tiers and the like
+_PACKAGES = ("compression", "modules", "ops", "planner", "sharding")
 _HOMES = {
     **dict.fromkeys(("Curvature", "measure_curvature", "predicted_rise"), "convert"),
     **dict.fromkeys(
@@ -84,10 +86,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "methods" or name in _PACKAGES:
+        return import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "methods":
-        return import_module(f"{__name__}.methods")
     value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'modules')}"), name)
     globals()[name] = value
     return value

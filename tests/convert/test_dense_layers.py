@@ -176,6 +176,7 @@ class FullyShardedDataParallel(nn.Sequential):
         (net, {"layers": ["0", "1"]}, "layers must name an nn.Linear each, got '1'"),
         (net, {"layers": "3"}, r"a layer must get smaller by it, got \['3'\], which are too narrow"),
         (net, {"batches": []}, "batches must hold one, got none"),
+        (net, {"batches": correlated(5)}, r"must be a list or an iterator of batches, got one Tensor; write \[batch\]"),
         (
             net,
             {"batches": [correlated(5) * float("nan")]},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,9 @@ def _counted(path: Path, column: str | None, num_rows: int) -> Tensor:
     return torch.from_numpy(found)
 
 
-def counts_of_optimizer(where: str, checkpoint: Checkpoint, keys: Mapping[str, Any], num_rows: int) -> Tensor:
+def counts_of_optimizer(
+    where: str, checkpoint: Checkpoint, keys: Mapping[str, Any], num_rows: int, numbered: Sequence[str] = ()
+) -> Tensor:
     """Return what Adagrad has summed up per row, which grows with look-ups; the mean of those above zero is 1.
 
     Args:
@@ -162,6 +164,7 @@ def counts_of_optimizer(where: str, checkpoint: Checkpoint, keys: Mapping[str, A
         checkpoint: that holds the optimizer's state.
         keys: of the state of the table's weight.
         num_rows: N.
+        numbered: optimizers that call parameters by numbers, of which nobody knows whose sums are whose.
 
     Raises:
         ValueError: there is no such state, or several.
@@ -174,8 +177,9 @@ def counts_of_optimizer(where: str, checkpoint: Checkpoint, keys: Mapping[str, A
         )
     if len(found) != 1:
         raise ValueError(
-            f"{where}: counts: must be the sums of one Adagrad in the checkpoint, got {found or 'none'}; give files "
-            "of look-ups, or null"
+            f"{where}: counts: must be the sums of one Adagrad in the checkpoint, got {found or 'none'}"
+            + (f" by its name, {list(numbered)} by numbers; save these by names" if numbered and not found else "")
+            + "; give files of look-ups, or null"
         )
     sums = _row_means(checkpoint.tensors[found[0]])
     if first_wrong(sums) is not None:

@@ -55,6 +55,11 @@ def build_report(
             }
     return {
         "tables": tables,
+        "orders": {
+            change.home.path: [table.name for table in change.home.tables]
+            for change in changes
+            if change.new is not None and len(change.home.tables) > 1
+        },
         "copied_bit_for_bit": len(fate.places) - len({*fate.renamed, *fate.changed, *fate.lost}),
         "changed": fate.changed,
         "not_in_a_folder": fate.lost,
@@ -130,6 +135,11 @@ def as_text(report: Mapping[str, Any]) -> str:
         lines.append(
             f"{key}: {about['rows']:,} x {about['columns']}{kind}, {how}, {about['bytes_before']:,} -> "
             f"{about['bytes_after']:,} bytes" + (f", rounded {about['rounding']}" if about["rounding"] else "")
+        )
+    for path, names in report["orders"].items():
+        lines.append(
+            f"collection {path!r} has its tables in the order {', '.join(names)}: name them in 'tables' where the model "
+            "that loads it has another"
         )
     if report["counts_change_nothing"]:
         lines.append(f"counts change nothing, as methods are set, of {', '.join(report['counts_change_nothing'])}")

@@ -240,7 +240,8 @@ class _Conversion:
             return None
         (key,) = change.keys_of(table, False).values()
         states = states_of(self._checkpoint, str(self._checkpoint.places[key][-1]))
-        return counts_of_optimizer(where, self._checkpoint, dict.fromkeys(states), table.num_embeddings)
+        with_numbers = self.fate.numbered
+        return counts_of_optimizer(where, self._checkpoint, dict.fromkeys(states), table.num_embeddings, with_numbers)
 
     def _check_memory(self, memory: int) -> None:
         needs = {}

@@ -321,4 +321,11 @@ def choose(
     try:
         return [(by_place[id(place)], methods) for place, methods in chosen(places, compression)]
     except ValueError as error:
-        raise ValueError(f"{error}{'' if has_source else _how(_compressed(checkpoint))}") from None
+        mine = {table.key for home in homes for table in home.tables}
+        others = [
+            key for key, each in checkpoint.tensors.items()
+            if key not in mine and len(each.shape) == 2 and _LAST.search(key)
+        ]  # fmt: skip
+        is_key = "every key must fit" in str(error) and others
+        plain = f"; modules of PyTorch's own must be named in 'tables', as {others[:3]}" if is_key else ""
+        raise ValueError(f"{error}{plain}{'' if has_source else _how(_compressed(checkpoint))}") from None

@@ -67,6 +67,9 @@ def compress_dense(
         >>> sum(weight.numel() for weight in small.parameters()) < 0.51 * (64 * 128 + 128 * 32) + 128 + 32
         True
     """
+    if isinstance(batches, Tensor | Mapping):
+        got = type(batches).__name__
+        raise ValueError(f"{_WHERE}: batches must be a list or an iterator of batches, got one {got}; write [batch]")
     if not ratio > 1.0:
         raise ValueError(f"{_WHERE}: ratio must be above 1, got {ratio}; 2 halves the weights")
     found = _find_layers(model, [layers] if isinstance(layers, str) else layers)

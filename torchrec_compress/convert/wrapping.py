@@ -78,7 +78,7 @@ def rewrapped(
         _set_modes(modes)
         raise
     hooks = communication_hooks(model)
-    let_go(model)
+    let_go(model, where)
     if hooks and not communication_hooks(wrapped) and environment_of(model).rank == 0:
         logger.warning(
             "gradients were sent by %s: the model is wrapped anew, and sends them in float32; register it again, or "

@@ -74,6 +74,13 @@ class StateFormat:
         """Raise as `check`; return tables of which an earlier version said less, and those of another data type."""
         if len(found) != len(self.layout):
             raise ValueError(f"{prefix}layout: must be of {len(self.layout)} tables, got {len(found)}")
+        if found != self.layout and sorted(found) == sorted(self.layout):
+            mine = [table.name for table in self._blueprint.tables]
+            theirs = [mine[self.layout.index(each)] for each in found]
+            raise ValueError(
+                f"{prefix}layout: tables must stand in the order of the checkpoint, {theirs}, got {mine}; build the "
+                "collection in that order, or name all tables in 'tables' where the checkpoint was converted"
+            )
         unsaid, other_type = [], []
         for number, (table, theirs, ours) in enumerate(zip(self._blueprint.tables, found, self.layout, strict=True)):
             part = self._blueprint.parts[table.name].codes

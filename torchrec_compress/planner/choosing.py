@@ -142,7 +142,7 @@ class PlannedChoice(Mapping[str, MethodConfig]):
         step = sum(each.way.step for each in self.tables.values())
         rows.append(["all", "", size(stored), size(self.planned_bytes), f"{self.loss:.3g}", f"{step:.3g}", "", ""])
         lines = columns(rows, left=(0, 1, 6, 7))
-        more = f"one more GiB: -{self.one_more:.2g} {self.unit}"
+        more = f"one more GiB: {f'-{self.one_more:.2g}' if self.one_more else 'no less'} {self.unit}"
         lines += ["", f"budget {size(self.budget_bytes)} over all ranks; {more}"]
         return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 from torch import nn
 from torchrec.distributed.planner.storage_reservations import HeuristicalStorageReservation
@@ -18,6 +19,13 @@ from torchrec.distributed.types import ModuleSharder
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.planner.lookups import decode_bytes
 from torchrec_compress.seams import reserved_share
+
+
+def _as_stock() -> StorageReservation:
+    """Return the stock planner's default, without its advice to give another one: the user gave none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return HeuristicalStorageReservation(percentage=0.15)
 
 
 class DecodeReservation(StorageReservation):
@@ -36,7 +44,7 @@ class DecodeReservation(StorageReservation):
     """
 
     def __init__(self, inner: StorageReservation | None = None) -> None:
-        self.inner = HeuristicalStorageReservation(percentage=0.15) if inner is None else inner
+        self.inner = _as_stock() if inner is None else inner
         self._percentage = reserved_share(self.inner)
         self._last_reserved_topology: Topology | None = None  # TorchRec 1.6 hashes it by this name
         self.decoded: dict[str, int] = {}

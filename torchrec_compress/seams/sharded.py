@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -122,9 +122,24 @@ def environment_of(model: DistributedModelParallel) -> ShardingEnv:
     return model._env
 
 
-def let_go(model: DistributedModelParallel) -> None:
-    """Have a model hold no wrapper any more, whose hooks on its parameters would be called beside those of another."""
+def let_go(model: DistributedModelParallel, where: str) -> None:
+    """Have a wrapper hold no other any more, whose hooks would be called beside those of the next, and not be called.
+
+    Without the hooks of `DistributedDataParallel` ranks would train apart, and nothing would show.
+
+    Args:
+        model: that is used up.
+        where: names what used it up.
+    """
     model._dmp_wrapped_module = model.module
+
+    def forward(*given: Any, **named: Any) -> NoReturn:
+        raise RuntimeError(
+            f"{where}: this DistributedModelParallel is used up, and its ranks would drift apart; call what {where} "
+            f"returned, as in model = {where}(model, ...)"
+        )
+
+    model.forward = forward
 
 
 def copy_to_host(value: ShardedTensor) -> ShardedTensor:
