@@ -302,8 +302,8 @@ def decompress(
         tables serve; a model for a model, for a `DistributedModelParallel` a new one.
 
     Raises:
-        ValueError: nothing of it is compressed; a module would lose what it has (hooks, ties); of a sharded one, rows travel in another
-            type than they have, or no feature looks up all rows of a table.
+        ValueError: nothing of it is compressed; a module would lose what it has (hooks, ties); of a sharded one, rows
+            travel in another type than they have, or no feature looks up all rows of a table.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig
