@@ -138,8 +138,8 @@ def as_text(report: Mapping[str, Any]) -> str:
         )
     for path, names in report["orders"].items():
         lines.append(
-            f"collection {path!r} has its tables in the order {', '.join(names)}: name them in 'tables' where the model "
-            "that loads it has another"
+            f"collection {path!r} has its tables in the order {', '.join(names)}: name them in 'tables' where the "
+            "model that loads it has another"
         )
     if report["counts_change_nothing"]:
         lines.append(f"counts change nothing, as methods are set, of {', '.join(report['counts_change_nothing'])}")

@@ -145,7 +145,7 @@ def compress(
 
     Raises:
         ValueError: there is no table to compress, one cannot be stored or fitted as asked, or would lose what it has
-            (tied weights, hooks, `max_norm`); counts and the like are not what they should be. The source is as before.
+            (tied weights, hooks, settings); counts and the like are not what they should be. The source is as before.
 
     Example:
         >>> from torchrec_compress.methods import PQConfig
@@ -304,8 +304,8 @@ def decompress(
         tables serve; a model for a model, for a `DistributedModelParallel` a new one.
 
     Raises:
-        ValueError: nothing of it is compressed; a module of a model has hooks; of a sharded one, rows travel in another
-            type than they have, or no feature looks up all rows of a table.
+        ValueError: nothing of it is compressed; a module would lose what it has (hooks, ties); of a sharded one, rows
+            travel in another type than they have, or no feature looks up all rows of a table.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig

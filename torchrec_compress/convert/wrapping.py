@@ -9,11 +9,13 @@ from typing import Any, TypeAlias
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import Topology
+from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.convert.collections import STOCK
 from torchrec_compress.convert.models import PLAIN, Place, with_modules
 from torchrec_compress.convert.safety import is_hooked
+from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.seams import environment_of, freeze, has_own_forward, hold_still, let_go, sharded_configs
 from torchrec_compress.sharding import get_default_sharders
@@ -127,11 +129,13 @@ def _check_wrapped(
 
 
 def _stands_for(now: Any, made: Any) -> bool:
-    """Return whether one module is another, or what a sharder of TorchRec makes of it."""
-    if now is made or not isinstance(made, STOCK) or (found := sharded_configs(now)) is None:
+    """Return whether one module is another, or what a sharder makes of it, as far as its configs tell."""
+    if now is made or isinstance(made, CompressedParts) or not isinstance(now, ShardedModule):
         return now is made
+    if not isinstance(made, STOCK) or (found := sharded_configs(now)) is None:
+        return True
     configs = made.embedding_bag_configs() if isinstance(made, EmbeddingBagCollection) else made.embedding_configs()
-    return all(one is other for one, other in zip(found[0], configs, strict=True))
+    return len(found[0]) == len(configs) and all(one is other for one, other in zip(found[0], configs, strict=True))
 
 
 def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:

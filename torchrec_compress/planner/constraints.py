@@ -121,10 +121,7 @@ def translate_constraints(
     """
     wishes = dict(constraints or {})
     for name, wish in wishes.items():
-        _check_names(f"constraints[{name!r}].sharding_types", wish.sharding_types, ShardingType)
-        _check_names(f"constraints[{name!r}].compute_kernels", wish.compute_kernels, EmbeddingComputeKernel)
-        for field in ("pooling_factors", "num_poolings", "batch_sizes"):
-            _check_numbers(f"constraints[{name!r}].{field}", getattr(wish, field))
+        _check_wish(f"constraints[{name!r}]", wish)
     wishes |= _of_shared(module, wishes)
     found: dict[str, list[ParameterConstraints]] = {}
     used = set()
@@ -223,6 +220,14 @@ def _with_lookups(
 def _table_of(part: nn.Module, name: str) -> str:
     """Return the user's table of a native table that is one of several; what is planned otherwise has its own name."""
     return name.partition(".")[0] if isinstance(part, RemappedEmbeddingBagCollection) else name
+
+
+def _check_wish(where: str, wish: ParameterConstraints) -> None:
+    """Raise ValueError for what no part of any table could be planned by."""
+    _check_names(f"{where}.sharding_types", wish.sharding_types, ShardingType)
+    _check_names(f"{where}.compute_kernels", wish.compute_kernels, EmbeddingComputeKernel)
+    for field in ("pooling_factors", "num_poolings", "batch_sizes"):
+        _check_numbers(f"{where}.{field}", getattr(wish, field))
 
 
 def _check_names(where: str, names: Sequence[str] | None, known: type[Enum]) -> None:
