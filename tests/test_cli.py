@@ -154,3 +154,10 @@ def test_a_training_on_a_column_that_is_no_table_ends_at_once(tmp_path, capsys):
     assert "eight.parquet: column 'type': must not be an attribute of torch.nn.ModuleDict" in _error(
         capsys, "train", *options
     )
+
+
+def test_packages_are_there_by_their_dotted_names():
+    """As the documentation writes them, without an import of their own."""
+    program = "import torchrec_compress as t; print([getattr(t, name).__name__ for name in t._PACKAGES])"
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, capture_output=True, text=True)
+    assert "torchrec_compress.compression" in found.stdout and "torchrec_compress.sharding" in found.stdout

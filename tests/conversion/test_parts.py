@@ -15,6 +15,7 @@ from torchrec_compress.conversion import work
 from torchrec_compress.conversion.checkpoints import Checkpoint
 from torchrec_compress.conversion.counts import counts_of_optimizer
 from torchrec_compress.conversion.entries import Chunk, Chunked, Held
+from torchrec_compress.conversion.report import as_text
 from torchrec_compress.methods import HashConfig, PQConfig
 
 PQ, HASH = PQConfig(num_codes=4, codebook_size=16), HashConfig(num_buckets=40)
@@ -83,6 +84,21 @@ def test_look_ups_of_other_tables_count_as_memory(tmp_path, monkeypatch):
         run(tmp_path / "dense.pt", tmp_path / f"{len(names)}.pt", {**told, "counts": counts})
         found.append(needs["a.weight"])
     assert found[1] - found[0] == NUM_ROWS * 8
+
+
+def test_what_a_newcomer_stumbles_over_is_said(tmp_path):
+    """The order of a collection's tables, an optimizer of numbers, and a module that only `compression` names."""
+    keys = [f"ebc.embedding_bags.{name}.weight" for name in "ba"]
+    state = {"state": {0: {"sum": torch.rand(NUM_ROWS, DIM)}}, "param_groups": [{"params": [0, 1]}]}
+    torch.save({"model": {key: rows() for key in [*keys, "own.weight"]}, "opt": state}, tmp_path / "dense.pt")
+    by_counts = PQConfig(num_codes=4, codebook_size=16, popularity="count").to_dict()
+    with pytest.raises(ValueError, match=r"got none by its name, \['opt'\] by numbers; save these by names"):
+        run(tmp_path / "dense.pt", tmp_path / "x.pt", {"compression": {"*": by_counts}, "counts": "optimizer"})
+    with pytest.raises(ValueError, match=r"PyTorch's own must be named in 'tables', as \['model.own.weight'\]"):
+        run(tmp_path / "dense.pt", tmp_path / "x.pt", {"compression": {"own": PQ.to_dict(), "*.a": PQ.to_dict()}})
+    report = run(tmp_path / "dense.pt", tmp_path / "small.pt", {"compression": {"*": PQ.to_dict()}})
+    assert report["orders"] == {"model.ebc": ["b", "a"]}
+    assert "'model.ebc' has its tables in the order b, a: name them in 'tables'" in as_text(report)
 
 
 class Killed(BaseException):

@@ -5,10 +5,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
 from tests.cases import NUM_ROWS, batch, fit, fresh
 from tests.methods.throwaway import registered
+from torchrec_compress import CompressedEmbeddingBagCollection
 from torchrec_compress.methods import CafeConfig, CceConfig, HashConfig, NarrowConfig, Parts
 from torchrec_compress.methods.storage import Remap
 
@@ -96,3 +97,19 @@ def test_what_are_no_integers_is_refused_by_name(config):
             with pytest.raises((ValueError, RuntimeError)) as told:
                 fresh(config).load_state_dict({**saved, name: other})
             assert name in str(told.value) or "table 'item': rows must be" in str(told.value)
+
+
+def test_another_order_of_the_tables_is_named():
+    """Where tables differ, so that it shows; the same tables in another order are others only by their names."""
+    sizes = {"a": 300, "b": 200}
+
+    def made(names: str) -> CompressedEmbeddingBagCollection:
+        tables = [
+            EmbeddingBagConfig(name=name, num_embeddings=sizes[name], embedding_dim=8, feature_names=[name])
+            for name in names
+        ]
+        return CompressedEmbeddingBagCollection(tables, compression=HashConfig(num_buckets=20))
+
+    with pytest.raises(ValueError, match=r"must stand in the order of the checkpoint, \['a', 'b'\], got \['b', 'a'\]"):
+        made("ba").load_state_dict(made("ab").state_dict())
+    made("ab").load_state_dict(made("ab").state_dict())

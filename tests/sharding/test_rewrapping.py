@@ -160,12 +160,16 @@ def frozen(config: Any, kind: str, own_wrap: bool) -> list[list[Tensor]]:
         inner, device=CPU, sharders=[] if kind == "unsharded" else get_default_sharders()
     )
     given = {f"sparse.{name}": counts() for name in NAMES}
+    old = None
     if kind != "compressed":
-        model = compress(model, methods, inplace=True, seed=3, counts=given, **options)
+        old, model = model, compress(model, methods, inplace=True, seed=3, counts=given, **options)
     found = []
     for how in ("compressed", "expanded"):
         if how == "expanded":
-            model = decompress(model, inplace=True, **options)
+            old, model = model, decompress(model, inplace=True, **options)
+        if old is not None:  # whose ranks would train apart
+            with pytest.raises(RuntimeError, match="this DistributedModelParallel is used up, .* call what"):
+                old(batch())
         found.append(rows(model))
         step(model)
         found.append(rows(model))
