@@ -168,7 +168,7 @@ def frozen(config: Any, kind: str, own_wrap: bool) -> list[list[Tensor]]:
         if how == "expanded":
             old, model = model, decompress(model, inplace=True, **options)
         if old is not None:  # whose ranks would train apart
-            with pytest.raises(RuntimeError, match="this DistributedModelParallel is used up, .* call what"):
+            with pytest.raises(RuntimeError, match=r"this DistributedModelParallel is used up, .* call what"):
                 old(batch())
         found.append(rows(model))
         step(model)

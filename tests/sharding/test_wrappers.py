@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
 
 from tests.sharding.test_compress import Model, batch, shard
 from tests.sharding.test_rewrapping import HASH, tables
 from torchrec_compress import CompressedEmbeddingBagCollection, compress, decompress, get_default_sharders
+from torchrec_compress.sharding.gradients import communication_hooks
 
 CPU = torch.device("cpu")
 
@@ -175,3 +177,26 @@ def kept(kind: str, how: str) -> str:
 def test_what_a_wrapper_has_of_its_own_is_not_lost(two_ranks, kind, message, how):
     for said in two_ranks.run(kept, kind, how):
         assert re.search(f"^{how}: {message}", said), said
+
+
+def settings(how: str) -> list[Any]:
+    """Return what the wrapper of the dense part is told, afterwards."""
+    given = DefaultDataParallelWrapper(
+        bucket_cap_mb=7, static_graph=False, find_unused_parameters=True, allreduce_comm_precision="fp16"
+    )
+    inner = Model(True)
+    if how == "decompress":
+        inner.sparse = CompressedEmbeddingBagCollection(tables(), compression=HASH)
+    model = DistributedModelParallel(inner, device=CPU, sharders=get_default_sharders(), data_parallel_wrapper=given)
+    reducer: Any = next(iter(changed(how, model, None).children()))
+    return [
+        reducer.bucket_bytes_cap,
+        reducer.static_graph,
+        reducer.find_unused_parameters,
+        communication_hooks(reducer),
+    ]
+
+
+@pytest.mark.parametrize("how", ["compress", "decompress"])
+def test_the_dense_part_is_wrapped_as_it_was(two_ranks, how):
+    assert two_ranks.run(settings, how) == [[7 * 2**20, False, True, ["fp16_compress_hook"]]] * 2

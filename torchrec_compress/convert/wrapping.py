@@ -17,7 +17,15 @@ from torchrec_compress.convert.models import PLAIN, Place, with_modules
 from torchrec_compress.convert.safety import is_hooked
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.planner import EmbeddingShardingPlanner
-from torchrec_compress.seams import environment_of, freeze, has_own_forward, hold_still, let_go, sharded_configs
+from torchrec_compress.seams import (
+    data_parallel_wrapper_of,
+    environment_of,
+    freeze,
+    has_own_forward,
+    hold_still,
+    let_go,
+    sharded_configs,
+)
 from torchrec_compress.sharding import get_default_sharders
 from torchrec_compress.sharding.gradients import communication_hooks
 
@@ -144,10 +152,12 @@ def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
 
 
 def _wrap(inner: nn.Module, model: DistributedModelParallel) -> DistributedModelParallel:
-    """Return a model planned and wrapped by default, on the ranks and the device that it was on."""
+    """Return a model planned by default, and wrapped as it was, on the same ranks and device."""
     environment, sharders = environment_of(model), get_default_sharders()
     assert environment.process_group is not None
     topology = Topology(world_size=environment.world_size, compute_device=model.device.type)
     planner = EmbeddingShardingPlanner(topology)
     plan = planner.collective_plan(inner, sharders, environment.process_group)
-    return DistributedModelParallel(inner, environment, model.device, plan, sharders)
+    return DistributedModelParallel(
+        inner, environment, model.device, plan, sharders, data_parallel_wrapper=data_parallel_wrapper_of(model)
+    )

@@ -40,6 +40,7 @@ from torchrec_compress.seams.planner import (
 from torchrec_compress.seams.sharded import (
     as_dtype,
     copy_to_host,
+    data_parallel_wrapper_of,
     environment_of,
     forget_inputs,
     has_codecs,
@@ -65,6 +66,7 @@ __all__ = [
     "backward_settings",
     "copy_backward_optimizer",
     "copy_to_host",
+    "data_parallel_wrapper_of",
     "environment_of",
     "forget_inputs",
     "freeze",

@@ -10,7 +10,7 @@ from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, TensorProperties
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import DataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import (
     ParameterSharding,
     ShardedModule,
@@ -120,6 +120,11 @@ def is_cut_by_rows(value: object) -> bool:
 def environment_of(model: DistributedModelParallel) -> ShardingEnv:
     """Return the ranks of a model and their process group."""
     return model._env
+
+
+def data_parallel_wrapper_of(model: DistributedModelParallel) -> DataParallelWrapper:
+    """Return what wraps a model's dense part, with the settings that it was given."""
+    return model._data_parallel_wrapper
 
 
 def let_go(model: DistributedModelParallel, where: str) -> None:
