@@ -39,7 +39,9 @@ def compare(out, wanted):
 
 def test_variants_have_the_defaults_that_they_are_documented_with():
     found = {
-        variant.__name__: variant.default_compression for variant in CompressedEmbeddingBagCollection.__subclasses__()
+        variant.__name__: variant.default_compression
+        for variant in CompressedEmbeddingBagCollection.__subclasses__()
+        if variant.__module__.startswith("torchrec_compress.")  # other tests have some of their own
     }
     assert found == {
         "MECEmbeddingBagCollection": MECConfig(num_codes=8),
