@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_configs import pooling_type_to_str
@@ -178,9 +179,11 @@ def holders_of(model: nn.Module) -> dict[Any, list[tuple[str, nn.Module]]]:
 
 def values_of(tensor: Tensor) -> Any:
     """Return what two tensors of the same values have in common."""
+    if isinstance(tensor, ShardedTensor):  # which has none, and warns of itself when it is asked
+        return id(tensor)
     try:
         place = tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # of another kind, as shards are
+    except (NotImplementedError, RuntimeError):  # of another kind
         return id(tensor)
     return (tensor.device, place) if place else id(tensor)
 
