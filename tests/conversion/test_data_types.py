@@ -218,6 +218,7 @@ def test_a_plain_module_in_half_precision(config, dtype, kind, padding, tmp_path
     report = run(tmp_path / "dense.pt", tmp_path / "small.pt", {"compression": {"*": config.to_dict()}, **told})
     small = compress(model, config)
     assert_same(torch.load(tmp_path / "small.pt"), small.state_dict())
+    assert report["tables"]["item.weight"]["bytes_after"] == small["item"].footprint().total_bytes
     run(tmp_path / "small.pt", tmp_path / "back.pt", report["back"])
     assert_same(torch.load(tmp_path / "back.pt"), decompress(small).state_dict())
 

@@ -37,8 +37,9 @@ def build_report(
     tables = {}
     for change in changes:
         for table in change.home.tables:
-            old = [before[key] for key in set(change.keys_of(table, False).values()) if key in before]
-            new = [after[key] for key in set(change.keys_of(table, True).values()) if key in after]
+            padding = f"{change.home.prefix}padding_row"  # of a plain module that is compressed
+            old = [before[key] for key in {*change.keys_of(table, False).values(), padding} if key in before]
+            new = [after[key] for key in {*change.keys_of(table, True).values(), padding} if key in after]
             tables[table.key] = {
                 "name": table.name,
                 "rows": table.num_embeddings,
