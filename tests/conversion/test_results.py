@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
@@ -156,7 +158,6 @@ def large_header() -> bytes:
 
 
 def test_ids_are_counted_over_all_batches(tmp_path, monkeypatch):
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"id": [0, 1, 1, 1, 2, 1, 0]}), tmp_path / "ids.parquet")
     monkeypatch.setattr(counts_module, "_BATCH", 3)
     assert read_counts("table 'emb'", f"{tmp_path}/ids.parquet:id", 4).tolist() == [2, 4, 1, 0]

@@ -15,11 +15,11 @@ from torchrec.distributed.types import ShardedModule
 from tqdm import tqdm
 
 from torchrec_compress.convert.curvature_sums import CurvatureSums
+from torchrec_compress.convert.evaluated import evaluated
 from torchrec_compress.convert.losses import Loss, probes_of
 from torchrec_compress.convert.taps import Tapped, Taps, find_collections
 from torchrec_compress.fit.checks import check_seed
 from torchrec_compress.fit.curvature import Curvature
-from torchrec_compress.seams import steps_uncounted
 
 Forward = Callable[[Any, Any], Any]
 _WHERE = "measure_curvature"
@@ -78,7 +78,7 @@ def measure_curvature(
     sums = CurvatureSums(collections, _group_of(model) if group is None else group)
     generator = torch.Generator().manual_seed((check_seed(_WHERE, seed) + sums.rank) % 2**63)
     bar = tqdm(batches, desc="curvature", unit="batch", disable=not progress or sums.rank > 0, leave=False)
-    with _left_as_it_was(model), Taps(collections) as taps, bar:
+    with evaluated(model, with_gradients=True), _unwrapped(model), Taps(collections) as taps, bar:
         for batch in bar:
             output = model(batch) if forward is None else forward(model, batch)
             given = None if weights is None else weights(batch)
@@ -91,19 +91,6 @@ def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
     """Return all ranks where a model is of many."""
     of_many = any(isinstance(module, ShardedModule | DistributedDataParallel) for module in model.modules())
     return dist.group.WORLD if of_many and dist.is_initialized() else None
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Evaluate a model with gradients on, and give it its modes and counts back."""
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.inference_mode(False), torch.enable_grad(), steps_uncounted(model), _unwrapped(model):
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
 
 @contextmanager

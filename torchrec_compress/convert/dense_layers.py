@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torchrec.distributed.types import ShardedModule
 from tqdm import tqdm
 
+from torchrec_compress.convert.evaluated import evaluated
 from torchrec_compress.convert.models import check_copied, with_modules
 from torchrec_compress.convert.safety import check_references, check_wrappers, holders_of, is_hooked, values_of
-from torchrec_compress.seams import has_own_forward, steps_uncounted
+from torchrec_compress.seams import has_own_forward
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ def _watched(
     """Return what layers returned on batches; the model is evaluated, and left as it was."""
     outputs = {path: _Outputs(path, layer.out_features) for path, layer in found.items()}
     number = 0
-    with _evaluated(model), ExitStack() as hooks:
+    with evaluated(model, with_gradients=False), ExitStack() as hooks:
         for path, layer in found.items():
             hook = layer.register_forward_hook(partial(_note, outputs[path]))
             hooks.callback(hook.remove)
@@ -195,18 +196,6 @@ def _watched(
 
 def _note(outputs: _Outputs, layer: nn.Module, given: Any, output: Tensor) -> None:
     outputs.add(output)
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.inference_mode(False), torch.no_grad(), steps_uncounted(model):
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
 
 @dataclass(frozen=True)
