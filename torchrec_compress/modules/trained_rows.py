@@ -31,7 +31,7 @@ from torchrec_compress.seams import optimizers_in_backward
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_ROWS = 65536  # rows that are floats at once
+_BLOCK_ROWS = 8192  # rows that are floats at once, and integers of 64 bits while they are rounded
 _MOST_STEPS = 2**62  # so that counting on from a checkpoint does not overflow
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 TrainedOptimizer = Literal["sgd", "rowwise_adagrad", "adagrad", "adam", "partial_rowwise_adam"]
 _SIGN = 0x7FFFFFFF  # all bits but the sign
 _INFINITY = 0x7F800000
-_BLOCK_ROWS = 65536  # rows that are integers of 32 bits at once
+_BLOCK_ROWS = 8192  # rows that are integers of 64 bits at once
 
 
 @dataclass(frozen=True)
