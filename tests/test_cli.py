@@ -70,6 +70,48 @@ def test_bad_arguments_are_one_line(tmp_path, capsys):
     assert "data.path" in _error(capsys, "train", "--data.kind", "parquet", "--output", str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\x00", "must be YAML, text in UTF-8, got other bytes"),
+        (b"a: {", "must be YAML of plain data, got an error"),
+        (b"[]", "must hold keys and values, got list"),
+        (None, "must be a config file, got a folder"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "compare", "plan", "convert", "launch"])
+def test_files_that_are_no_config_are_named(tmp_path, capsys, command, content, message):
+    path = tmp_path / "a.yaml"
+    _ = path.mkdir() if content is None else path.write_bytes(content)
+    rest = {"launch": ["--scheduler", "local_cwd", "-j", "1x1"], "convert": []}.get(command, [])
+    given = ["convert", "in.pt", "out.pt", "--to", str(path)] if command == "convert" else [command, str(path), *rest]
+    text = _error(capsys, *given)
+    assert f"{path}: " in text and (message in text or (command, content) == ("convert", None))
+
+
+def test_folders_that_cannot_be_made_are_told_before_anything_is_run(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "plan.yaml").write_text("tables: {user: {num_embeddings: 100}}")
+    for place in ("file", "file/deeper/still"):
+        path = str(tmp_path / place)
+        wanted = f"output: must be a folder, or one that can be made, got {path!r}, where {tmp_path / 'file'} is a file"
+        for command in (["train"], ["compare"], ["plan", str(tmp_path / "plan.yaml")]):
+            assert wanted in _error(capsys, *command, "--output", path)
+        assert "data criteo: OUT: must be a folder, or o" in _error(capsys, "data", "criteo", str(tmp_path), path)
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_errors_of_the_system_have_no_numbers(capsys, monkeypatch):
+    def fail(*_):
+        raise PermissionError(13, "Permission denied", "there/report.md")
+
+    monkeypatch.setattr("torchrec_compress.train.compare.report.write_report", fail)
+    text = _error(capsys, "report", "there")
+    assert (
+        "error: there/report.md: must be a file that can be read, or written, got an error: Permission denied" in text
+    )
+
+
 def test_the_resolved_config_is_printed_and_read_back(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_run(["--seed", "5", "--print_config"])

@@ -50,6 +50,21 @@ def _located(error: str, command: str, arguments: Sequence[str]) -> str:
     return origin(error, arguments, [field.name for kind in (RunConfig, PlanConfig) for field in fields(kind)])
 
 
+def _told(error: ValueError | OSError) -> str:
+    """Return the text of an error, of the system's with its file in front and without its number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: must be a file that can be read, or written, got an error: {error.strerror}"
+    return str(error)
+
+
+def _check_folder(where: str, path: str | None) -> None:
+    """Raise ValueError where a folder could not be made, before anything is run that it is for."""
+    parts = [] if path is None else [Path(path), *Path(path).parents]
+    found = next((part for part in parts if part.exists() or part.is_symlink()), None)
+    if found is not None and not found.is_dir():
+        raise ValueError(f"{where}: must be a folder, or one that can be made, got {path!r}, where {found} is a file")
+
+
 def _fail(message: str) -> NoReturn:
     sys.stderr.write(f"torchrec-compress: error: {message}\n")
     raise SystemExit(2)
@@ -144,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             _run(command, parse_run(rest, command))
     except (ValueError, OSError) as error:
-        _fail(_located(str(error), command, rest))
+        _fail(_located(_told(error), command, rest))
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues")
 
@@ -152,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(command: str, config: RunConfig) -> None:
     from torchrec_compress.train.machine import prepare
 
+    _check_folder("output", config.output)
     prepare(config.num_threads)
     if command == "compare":
         from torchrec_compress.train.compare.runs import compare
@@ -208,6 +224,7 @@ def _train(config: RunConfig) -> None:
 def _plan(config: PlanConfig) -> None:
     from torchrec_compress.dry_run.plan import run
 
+    _check_folder("output", config.output)
     print(run(config))
 
 
@@ -250,6 +267,7 @@ def _data(arguments: Sequence[str]) -> None:
     given = parser.parse_args(list(arguments))
     from torchrec_compress.train.data.criteo_tsv import convert
 
+    _check_folder("data criteo: OUT", given.target)
     for path in convert(Path(given.source), Path(given.target), given.frequency_threshold):
         print(path)
 

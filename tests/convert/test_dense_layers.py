@@ -148,6 +148,11 @@ def hooked(model):
     return model
 
 
+def compiled(model):
+    model[0].compile(backend="eager")
+    return model
+
+
 def tied(model):
     model.append(nn.Linear(48, 64))
     model[4].weight = model[0].weight
@@ -193,6 +198,18 @@ class FullyShardedDataParallel(nn.Sequential):
             {"forward": lambda model, batch: model[0](batch), "layers": ["0", "2"]},
             r"must be called by the forward, got \['2'\] that never are",
         ),
+        (
+            net,
+            {"batches": [correlated(5), torch.ones(5, 47)]},
+            r"batch 2: inputs of '0' must be .* 48\), got \(5, 47\)",
+        ),
+        (net, {"batches": [correlated(5), torch.ones(())]}, r"batch 2: inputs of '0' must be \(..., 48\), got \(\)"),
+        (
+            net,
+            {"forward": lambda model, batch: model[3](model[0](batch)), "layers": "0"},
+            r"batch 1: inputs of '3' must be \(..., 40\), got \(100, 64\)",
+        ),
+        (lambda: compiled(net()), {}, "'0' must not be compiled, as others take its place"),
         (lambda: hooked(net()), {}, "'0' must have no hooks, parametrization or forward of its own"),
         (lambda: tied(net()), {}, r"layers must not share weights, got \['0.weight', '4.weight'\] tied"),
         (lambda: held(net()), {"inplace": True}, "'0' must be held as a submodule alone"),

@@ -1,5 +1,6 @@
 """What tables of a collection are told by hand, beside their configs, is refused by name; so is what is not a table."""
 
+import copy
 import logging
 import warnings
 from functools import partial
@@ -111,6 +112,7 @@ def test_of_a_module_itself(make, alone):
         (lambda source: source.register_parameter("scale", nn.Parameter(torch.ones(1))), r"got \['scale'\] beside"),
         (lambda source: source.register_buffer("seen", torch.ones(1)), r"got \['seen'\] beside"),
         (partial(set_to, forward=lambda ids: ids), "must have the forward of its class, got one of its own"),
+        (lambda source: source.compile(backend="eager"), "a module that is replaced must not be compiled, as another"),
     ):
         source = make()
         change_kind(source if alone else nn.Sequential(source))
@@ -157,6 +159,44 @@ def test_weights_that_a_hook_makes_are_refused():
             weight_norm(source.embedding_bags["user"] if isinstance(source, EmbeddingBagCollection) else source)
             with pytest.raises(ValueError, match="a module that is replaced must have no hooks"):
                 compress(source, PQ)
+
+
+def test_a_table_that_is_compiled_is_refused():
+    source = pooled("user", "item")
+    source.embedding_bags["user"].compile(backend="eager")
+    for each in (source, nn.Sequential(source)):
+        with pytest.raises(ValueError, match="must not be compiled, as another takes its place, got one after compile"):
+            compress(each, PQ)
+    assert isinstance(compress(copy.deepcopy(source), PQ), CompressedEmbeddingBagCollection)  # as the error says
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_copy_is_not_compiled_which_is_told(inplace, caplog):
+    model = nn.Sequential(nn.Embedding(N, D), nn.Linear(D, D), nn.Linear(D, D))
+    model[1].compile(backend="eager")
+    model.compile(backend="eager")
+    small = compress(model, PQ, inplace=inplace)
+    told = [record.message for record in caplog.records if "compiled no more" in record.message]
+    assert (told == []) == inplace == (small[1]._compiled_call_impl is not None)
+    assert inplace or told[0].startswith("compress: ['the model', '1'] are compiled no more in the copy")
+
+
+def test_attributes_that_are_gone_are_told(caplog):
+    sources = [nn.Embedding(N, D), nn.EmbeddingBag(N, D), pooled("user"), unpooled("user")]
+    with caplog.at_level(logging.WARNING, "torchrec_compress.convert.safety"):
+        for source in sources:
+            decompress(compress(source, PQ))
+    assert caplog.records == []
+    with caplog.at_level(logging.WARNING, "torchrec_compress.convert.safety"):
+        for source in sources:
+            source.label, small = "shops", compress(copy.copy(source), PQ)
+            small.owner = "us"
+            compress(source, PQ)
+            decompress(small)
+    assert [record.message.split(": ")[2] for record in caplog.records] == [
+        "attributes ['label'] that were set on the module are gone",
+        "attributes ['owner'] that were set on the module are gone",
+    ] * len(sources)
 
 
 def test_sparse_gradients_are_told(caplog):

@@ -16,6 +16,19 @@ from torchrec_compress.ops import unpack_codes
 CONFIG = LMAConfig(num_codes=4, codebook_size=16)
 
 
+def test_errors_of_a_sketch_name_its_table():
+    sketch = CONFIG.sketch(table(), 0)
+    for use in (
+        lambda: sketch.add(torch.tensor([NUM_ROWS]), torch.tensor([0])),
+        lambda: sketch.add(torch.tensor([1.5]), torch.tensor([0])),
+        lambda: sketch.add([1], torch.tensor([0])),  # type: ignore[arg-type]
+        lambda: sketch.join(sketch.minima[1:]),
+        lambda: sketch.join(sketch),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=r"^table 'item': sketch: "):
+            use()
+
+
 def streamed(config: LMAConfig, seed: int = 0, size: int = 100) -> MinHashSketch:
     sketch = config.sketch(table(), seed)
     for ids, others in zip(*(part.split(size) for part in contexts()), strict=True):

@@ -1,7 +1,9 @@
 import copy
 
+import pytest
 import torch
 
+from tests.cases import CONFIGS, IDS, fresh
 from tests.modules.batches import KEYS, batch, collection, tables
 from torchrec_compress import Footprint, optimizer_bytes
 from torchrec_compress.modules import TableFootprint
@@ -18,6 +20,14 @@ def test_totals_are_sums_and_codes_are_counted():
     assert user.native_bytes == 0
     assert footprint.tables["item"].native_bytes == 30 * 8 * 4
     assert footprint.tables["ctx"].ratio == 1.0
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_all_of_a_state_dict_is_counted_but_its_format_and_layout(config):
+    made = fresh(config)
+    state = made.state_dict()
+    assert sum(tensor.nbytes for tensor in state.values()) == made.footprint().total_bytes + 8 + 24
+    assert state["decoder.format_version"].nbytes + state["decoder.layout"].nbytes == 8 + 24
 
 
 def test_compressed_ratio_leaves_dense_tables_out():

@@ -236,13 +236,23 @@ def test_by_config(tmp_path):
     for options, message in (
         ({"frontier": None, "budget": "1MB"}, "budget: must come with a frontier to choose from"),
         ({"compression": {"method": "int8"}}, "frontier: must come without compression"),
-        ({"frontier": str(tmp_path / "none.json")}, "frontier: .*none.json must be a file that measure_frontier made"),
+        ({"frontier": str(tmp_path / "none.json")}, r"none.json: must be a file that meas.*, got none \(No such file"),
+        ({"frontier": str(tmp_path)}, r"frontier: .*: must be a file that measure.*, got none \(Is a directory\)"),
         ({"budget": "lots"}, "budget: must be a size such as"),
-        ({"budget": "1KB"}, "budget_bytes must be at least"),
+        ({"budget": "1KB"}, "^budget: must be at least .* over all ranks, got 1,024, of weights"),
+        ({"hbm": "1KB"}, "^hbm: must be at least .*, all that 2 ranks have left"),
+        ({"hbm": "1KB", "budget": "1MB"}, "^hbm: must be at least .*, all that 2 ranks have left"),
+        ({"ddr": "1KB", "device": "cpu"}, "^ddr: must be at least .*, all that 2 ranks have left"),
     ):
         with pytest.raises(ValueError, match=message):
             run(spec(path, **options))
-    for wrong in ("{", "[]", '{"unit": "loss", "tables": {}}', "[" * 100_000):
-        path.write_text(wrong)
-        with pytest.raises(ValueError, match="frontier"):
+    for wrong, message in (
+        (b"{", "got other content"),
+        (b"", "got other content"),
+        (b"\xff\xfe\x00", "got other content"),
+        (b"[" * 100_000, "got other content"),
+        (b"[]", "got frontier: must have tables"),
+    ):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=f"frontier: .*: must be a file that measure_frontier.*{message}"):
             run(spec(path))

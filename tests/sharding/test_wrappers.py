@@ -12,6 +12,7 @@ from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
+from torchrec.distributed.model_tracker.types import DeltaTrackerConfig
 
 from tests.sharding.test_compress import Model, batch, shard
 from tests.sharding.test_rewrapping import HASH, tables
@@ -143,17 +144,25 @@ def kept(kind: str, how: str) -> str:
         model.module.sparse.register_buffer("seen", torch.zeros(1))
     if kind == "forward":
         model.forward = lambda features: model.module(features)
+    if kind == "compiled":
+        model.compile(backend="eager")
+    if kind == "tracker":
+        model.init_torchrec_delta_tracker(DeltaTrackerConfig())
     if kind == "buffer":
         model.register_buffer("seen", torch.zeros(1))
     if kind == "subclass":
         inner = Model(True)
         if how == "decompress":
             inner.sparse = CompressedEmbeddingBagCollection(tables(), compression=HASH)
-        model, again = Own(inner, device=CPU, sharders=get_default_sharders()), None
+        model = Own(inner, device=CPU, sharders=get_default_sharders())
+    if kind in ("subclass", "tracker"):
+        again = None
     before = model(batch()).detach()
     with pytest.raises(ValueError) as error:
         changed(how, model, again)
     assert torch.equal(model(batch()).detach(), before)
+    if kind == "tracker":  # as a `wrap` may give new ones
+        assert not changed(how, model, wrapped).model_trackers
     if kind == "subclass":  # as what makes another says what it has
         again = lambda inner: Own(inner, device=CPU, sharders=get_default_sharders())  # noqa: E731
         assert isinstance(changed(how, model, again), Own)
@@ -171,6 +180,11 @@ def kept(kind: str, how: str) -> str:
         ("buffer of a collection", r"'sparse': must hold its tables alone, got \['seen'\] beside them"),
         ("forward", "a DistributedModelParallel must have the forward of its class, got one of its own"),
         ("buffer", r"a DistributedModelParallel must hold a model alone, got \['seen'\] beside it"),
+        ("compiled", "a DistributedModelParallel must not be compiled, as another takes its place"),
+        (
+            "tracker",
+            r"model trackers of a Distri.* are gone with it, .* got \['DELTA_TRACKER'\]; read them",
+        ),
         ("subclass", "a Own must come with what makes one again, got none; pass wrap="),
     ],
 )

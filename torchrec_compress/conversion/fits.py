@@ -14,7 +14,7 @@ from torchrec_compress.conversion.work import Work
 from torchrec_compress.convert.collections import check_range
 from torchrec_compress.methods import MethodConfig, TableData, TableState
 from torchrec_compress.methods.learned import BLOCK_ROWS, Learned, RowReader
-from torchrec_compress.ops import first_infinite, mark_of, total_of
+from torchrec_compress.ops import mark_of, total_of
 from torchrec_compress.train.machine import give_back
 
 # seconds between two notes of how far a table is; a killed conversion loses no more
@@ -80,7 +80,7 @@ def _expand(job: Job, work: Work, step: Callable[[int], object]) -> dict[str, Te
     step(first)
     for ids in _blocks(first, job.num_rows):
         rows = job.read(ids)
-        _check_rows(job.label, ids, rows, target.dtype)
+        check_range(job.label, rows, target.dtype, ids)
         target[int(ids[0]) : int(ids[0]) + len(ids)] = rows
         step(len(ids))
         if time.monotonic() - last_note >= NOTE_EVERY:
@@ -90,16 +90,6 @@ def _expand(job: Job, work: Work, step: Callable[[int], object]) -> dict[str, Te
     work.sync(name)
     work.save(note, {_AT: torch.tensor(job.num_rows)})
     return {key: target}
-
-
-def _check_rows(label: str, ids: Tensor, rows: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError, as `decompress` does, where a row would be infinite, and name it."""
-    try:
-        check_range(label, rows, dtype)
-    except ValueError as error:
-        found = first_infinite(rows, dtype)
-        assert found is not None
-        raise ValueError(f"{error}; the first is that of id {int(ids[found[0]])}") from None
 
 
 def _noted(work: Work, name: str) -> int:

@@ -209,12 +209,16 @@ def expand(collection: Compressed) -> Stock:
     return dense
 
 
-def check_range(name: str, rows: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError where finite values of served rows, (L, D) float32, would be infinite in a table's dtype."""
+def check_range(name: str, rows: Tensor, dtype: torch.dtype, ids: Tensor | None = None) -> None:
+    """Raise ValueError where finite values of served rows, (L, D) float32, would be infinite in a table's dtype.
+
+    It names the first row where their `ids`, (L,) integer, are given.
+    """
     if (found := first_infinite(rows, dtype)) is not None:
         raise ValueError(
             f"decompress: table {name!r}: rows must be in +-{torch.finfo(dtype).max:.0f} to be stored as {dtype}, got "
             f"up to {found[1]:g}; give the table data_type FP32"
+            + ("" if ids is None else f"; the first is that of id {int(ids[found[0]])}")
         )
 
 
@@ -224,7 +228,7 @@ def fill(weight: nn.Parameter, collection: Compressed, name: str) -> None:
     for first in range(0, len(weight), _ROWS_AT_ONCE):
         ids = torch.arange(first, min(first + _ROWS_AT_ONCE, len(weight)), device=collection.device)
         rows = collection.table_rows(name, ids)
-        check_range(name, rows, weight.dtype)
+        check_range(name, rows, weight.dtype, ids)
         weight[first : first + len(ids)] = rows
     weight.requires_grad_(not is_frozen_table(collection, name))
 

@@ -17,7 +17,7 @@ from torchrec.distributed.types import ShardedModule
 from tqdm import tqdm
 
 from torchrec_compress.convert.evaluated import evaluated
-from torchrec_compress.convert.models import check_copied, with_modules
+from torchrec_compress.convert.models import check_copied, is_compiled, with_modules
 from torchrec_compress.convert.safety import check_references, check_wrappers, holders_of, is_hooked, values_of
 from torchrec_compress.seams import has_own_forward
 
@@ -59,8 +59,9 @@ def compress_dense(
 
     Raises:
         ValueError: no layer fits a name or gets smaller, one that was named is never called, the ratio cannot be
-            reached, outputs are not finite (layer and batch are named), a layer has hooks or tied weights, or the model
-            is wrapped for many ranks: compress it before. The model is as before.
+            reached, inputs are of another width than a layer's or outputs are not finite (layer and batch are named), a
+            layer has hooks, is compiled or has tied weights, or the model is wrapped for many ranks: compress it
+            before. The model is as before.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32))
@@ -126,6 +127,11 @@ def _find_layers(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Line
                 f"{_WHERE}: {path!r} must have no hooks, parametrization or forward of its own, got some; remove them, "
                 "or leave the layer out"
             )
+        if is_compiled([layer]):
+            raise ValueError(
+                f"{_WHERE}: {path!r} must not be compiled, as others take its place, got one after compile(); leave "
+                "the layer out, or compile the model that is returned"
+            )
         for weight in layer.parameters():
             if len(mine := holders[values_of(weight)]) > 1:
                 paths = [each for each, _ in mine]
@@ -182,7 +188,18 @@ def _watched(
     """Return what layers returned on batches; the model is evaluated, and left as it was."""
     outputs = {path: _Outputs(path, layer.out_features) for path, layer in found.items()}
     number = 0
+
+    def check(path: str, layer: nn.Linear, given: tuple[Any, ...]) -> None:
+        if given and isinstance(given[0], Tensor) and given[0].shape[-1:] != (layer.in_features,):
+            raise ValueError(
+                f"{_WHERE}: batch {number + 1}: inputs of {path!r} must be (..., {layer.in_features}), got "
+                f"{tuple(given[0].shape)}; give batches that the model takes"
+            )
+
     with evaluated(model, with_gradients=False), ExitStack() as hooks:
+        for path, layer in model.named_modules():
+            if type(layer) is nn.Linear:
+                hooks.callback(layer.register_forward_pre_hook(partial(check, path)).remove)
         for path, layer in found.items():
             hook = layer.register_forward_hook(partial(_note, outputs[path]))
             hooks.callback(hook.remove)

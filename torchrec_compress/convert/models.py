@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
@@ -219,6 +219,9 @@ def with_modules(where: str, model: Any, new: Mapping[int, nn.Module], inplace: 
         ValueError: the model cannot be copied.
     """
     if not inplace:
+        compiled = [path or "the model" for path, each in model.named_modules() if is_compiled([each])]
+        if compiled:
+            logger.warning("%s: %s are compiled no more in the copy; call compile() again", where, compiled)
         return _copied(where, model, dict(new))
     if id(model) in new:  # which has no place to be put in
         return new[id(model)]
@@ -235,6 +238,11 @@ def with_modules(where: str, model: Any, new: Mapping[int, nn.Module], inplace: 
             owner._modules[name] = module  # past what refused the new one
         raise
     return model
+
+
+def is_compiled(parts: Iterable[nn.Module]) -> bool:
+    """Return whether a user has called `compile()` of one of some modules, which another one or a copy forgets."""
+    return any(getattr(part, "_compiled_call_impl", None) is not None for part in parts)
 
 
 def check_copied(where: str, model: nn.Module) -> None:

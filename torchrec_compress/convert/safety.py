@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.types import ShardedModule
-from torchrec.modules.embedding_configs import pooling_type_to_str
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, pooling_type_to_str
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.convert.collections import COMPRESSED, STOCK, Stock, empty_like
-from torchrec_compress.convert.models import PLAIN, Place, check_copied
+from torchrec_compress.convert.models import PLAIN, Place, check_copied, is_compiled
 from torchrec_compress.modules import CompressedEmbedding, CompressedEmbeddingBag
 from torchrec_compress.seams import has_own_forward
 
@@ -80,6 +80,11 @@ def _check_module(where: str, place: Place) -> None:
             f"{where}: a module that is replaced must have no hooks, on its weight neither, got some; remove them, and "
             "register them on the new one"
         )
+    if is_compiled([*module.modules()]):
+        raise ValueError(
+            f"{where}: a module that is replaced must not be compiled, as another takes its place, got one after "
+            "compile(); hand over a copy (copy.deepcopy), which is not, and compile what is returned"
+        )
     sharded = [part for part in module.modules() if isinstance(part, ShardedModule)]
     parts = [module, *sharded] if sharded else [*module.modules()]
     kind: Any = next((kind for kind in _KINDS if isinstance(module, kind)), type(module))
@@ -95,6 +100,8 @@ def _check_module(where: str, place: Place) -> None:
         raise ValueError(f"{where}: must hold its tables alone, got {own} beside them; leave it out")
     if isinstance(module, STOCK):
         _check_settings(where, module)
+    if not sharded and (gone := sorted(name for name in set(vars(module)) - _attributes(module) if name[0] != "_")):
+        logger.warning("%s: attributes %s that were set on the module are gone", where, gone)
     if any(getattr(part, "sparse", False) for part in module.modules() if isinstance(part, PLAIN)):
         logger.warning("%s: gradients are dense now, of what is small; sparse=True is gone", where)
 
@@ -114,6 +121,24 @@ def _known(module: Any) -> set[str]:
     stored = "embedding_bags" if hasattr(module, "embedding_bags") else "embeddings"
     tables = [f"{stored}.{name}" for name in getattr(module, stored)]
     return {stored, *tables, *(f"{table}.weight" for table in tables)}
+
+
+def _attributes(module: Any) -> set[str]:
+    """Return what attributes a module that holds tables has when it is made."""
+    if isinstance(module, COMPRESSED):
+        return set(vars(empty_like(module, torch.device("meta"), module.methods(), module.seed)))
+    if isinstance(module, STOCK):
+        return _attributes_of(type(module))
+    is_bag = isinstance(module, nn.EmbeddingBag | CompressedEmbeddingBag)
+    return {*vars(PLAIN[is_bag](1, 1, device="meta")), "collection", "dtype", "name"}
+
+
+@cache
+def _attributes_of(kind: type[Stock]) -> set[str]:
+    """Return what attributes a stock collection has when it is made."""
+    sizes: Any = {"name": "t", "num_embeddings": 1, "embedding_dim": 4, "feature_names": ["t"]}
+    table = (EmbeddingBagConfig if issubclass(kind, EmbeddingBagCollection) else EmbeddingConfig)(**sizes)
+    return set(vars(kind([table], device=torch.device("meta"))))  # type: ignore[list-item]
 
 
 def _check_settings(where: str, source: Stock) -> None:

@@ -13,7 +13,7 @@ from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.convert.collections import STOCK
-from torchrec_compress.convert.models import PLAIN, Place, with_modules
+from torchrec_compress.convert.models import PLAIN, Place, is_compiled, with_modules
 from torchrec_compress.convert.safety import is_hooked
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.planner import EmbeddingShardingPlanner
@@ -44,8 +44,19 @@ def check_wrapper(where: str, model: DistributedModelParallel, wrap: object) -> 
             f"{where}: a DistributedModelParallel must have no hooks of its own, as another takes its place, got some; "
             "remove them, and register them on what is returned"
         )
+    if is_compiled(wrappers):
+        raise ValueError(
+            f"{where}: a DistributedModelParallel must not be compiled, as another takes its place, got one after "
+            "compile(); compile what is returned"
+        )
     if any(has_own_forward(each) for each in wrappers):
         raise ValueError(f"{where}: a DistributedModelParallel must have the forward of its class, got one of its own")
+    trackers = sorted(getattr(model, "model_trackers", {}))
+    if trackers and wrap is None:
+        raise ValueError(
+            f"{where}: model trackers of a DistributedModelParallel are gone with it, as those of another begin anew, "
+            f"got {trackers}; read them, and pass wrap= that gives new ones"
+        )
     own = [*model._parameters, *model._buffers, *list(model._modules)[1:]]  # what names them asks the model
     if own:
         raise ValueError(f"{where}: a DistributedModelParallel must hold a model alone, got {own} beside it")

@@ -23,6 +23,7 @@ from torchrec_compress.dry_run.config import PlanConfig, TableSpec, rank_batch_s
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, native_parameters
 from torchrec_compress.planner import EmbeddingShardingPlanner, PlannedChoice, PlanReport
 from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS, fused_state_bytes
+from torchrec_compress.planner.choosing import TooSmallBudget
 
 _META = torch.device("meta")
 
@@ -68,7 +69,12 @@ def plan_and_choose(config: PlanConfig) -> tuple[PlanReport, PlannedChoice | Non
         planner.plan(model)
     else:
         budget = None if config.budget is None else _bytes(config.budget, "budget")
-        choice = planner.choose(model, read_frontier(Path(config.frontier)), budget)
+        frontier = read_frontier(Path(config.frontier))
+        try:
+            choice = planner.choose(model, frontier, budget)
+        except TooSmallBudget as error:
+            key = "budget" if budget == error.got else ("hbm" if config.device == "cuda" else "ddr")
+            raise ValueError(str(error).replace("choose: budget_bytes", f"{key}:", 1)) from error
     assert planner.report is not None
     if config.output is not None:
         planner.report.save(Path(config.output))
@@ -94,10 +100,17 @@ def read_frontier(path: Path) -> Frontier:
     Raises:
         ValueError: there is no such file, or it is no frontier.
     """
+    wanted = f"frontier: {path}: must be a file that measure_frontier(...).to_dict() was written to as JSON"
     try:
-        return Frontier.from_dict(json.loads(path.read_text()))
-    except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise ValueError(f"frontier: {path} must be a file that measure_frontier made, got {error}") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{wanted}, got none ({error.strerror}); name that file") from error
+    except (ValueError, RecursionError) as error:  # cut short, no text, or no JSON
+        raise ValueError(f"{wanted}, got other content ({error}); write it again") from error
+    try:
+        return Frontier.from_dict(found)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{wanted}, got {error}; measure it again") from error
 
 
 def run(config: PlanConfig) -> str:

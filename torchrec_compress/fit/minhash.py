@@ -33,6 +33,7 @@ class MinHashSketch:
         num_rows: N, ids.
         num_hashes: H, independent hashes of an id's contexts.
         salt: of the hashes.
+        where: names it in errors; sketches of a method name their table.
 
     Attributes:
         minima: (N, H) int32, the least hash of the contexts of each id; 2**31 - 1 where it has none.
@@ -51,6 +52,7 @@ class MinHashSketch:
     num_rows: int
     num_hashes: int
     salt: int
+    where: str = "MinHashSketch"
     minima: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -58,7 +60,7 @@ class MinHashSketch:
         for name in ("num_rows", "num_hashes"):
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"MinHashSketch: {name} must be an int of at least 1, got {size!r}")
+                raise ValueError(f"{self.where}: {name} must be an int of at least 1, got {size!r}")
         self.minima = torch.full((self.num_rows, self.num_hashes), _NEVER, dtype=torch.int32)
 
     def add(self, ids: Tensor, contexts: Tensor) -> None:
@@ -74,7 +76,7 @@ class MinHashSketch:
         """
         if all(isinstance(part, Tensor) and part.shape == (0,) for part in (ids, contexts)):
             return
-        ids, contexts = check_contexts("MinHashSketch", (ids, contexts), self.num_rows)
+        ids, contexts = check_contexts(self.where, (ids, contexts), self.num_rows)
         for some, others in zip(ids.split(_PAIRS_AT_ONCE), contexts.split(_PAIRS_AT_ONCE), strict=True):
             for number in range(self.num_hashes):
                 found = hash_ids(others, _NEVER, self.salt + _SALT_STEP * number).to(torch.int32)
@@ -89,9 +91,11 @@ class MinHashSketch:
         Raises:
             ValueError: they are of another shape or dtype.
         """
+        if not isinstance(minima, Tensor):
+            raise ValueError(f"{self.where}: minima must be a tensor, got {type(minima).__name__}; join sketch.minima")
         if minima.shape != self.minima.shape or minima.dtype != torch.int32:
             raise ValueError(
-                f"MinHashSketch: minima must be {tuple(self.minima.shape)} of torch.int32, got {tuple(minima.shape)} "
+                f"{self.where}: minima must be {tuple(self.minima.shape)} of torch.int32, got {tuple(minima.shape)} "
                 f"of {minima.dtype}; join sketches of one table"
             )
         torch.minimum(self.minima, minima.to(self.minima.device), out=self.minima)

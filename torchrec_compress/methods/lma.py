@@ -53,7 +53,10 @@ class LMAConfig(ContextCodesConfig):
     def sketch(self, table: BaseEmbeddingConfig, seed: int) -> MinHashSketch:
         """Return a sketch of the table's pairs, without any yet; `seed` is that of the fit."""
         self.check(table)
-        return MinHashSketch(**self._sizes(table, seed))
+        return self._sketch(table, seed)
+
+    def _sketch(self, table: BaseEmbeddingConfig, seed: int) -> MinHashSketch:
+        return MinHashSketch(**self._sizes(table, seed), where=f"table {table.name!r}: sketch")
 
     def sketch_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return 4 bytes a hash of every id."""
@@ -86,7 +89,7 @@ class LMAConfig(ContextCodesConfig):
         if not isinstance(sketch, MinHashSketch):
             assert sketch is not None
             ids, contexts = sketch
-            sketch = MinHashSketch(**self._sizes(table, data.seed))
+            sketch = self._sketch(table, data.seed)
             sketch.add(ids, contexts)
         others = HashEncoder(self.num_codes, self.codebook_size, sketch.salt, self.first_size)
         return MinHashEncoder(sketch, others)

@@ -19,7 +19,7 @@ from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.decoder import Decoder, decode_pooled
 from torchrec_compress.modules.features import IdRange
 from torchrec_compress.modules.footprint import Footprint, count
-from torchrec_compress.modules.format import check_fits, check_loaded_fit, check_scales
+from torchrec_compress.modules.format import check_fits, check_loaded_fit, check_scales, noting_faults
 from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.modules.outputs import output_dtype
 from torchrec_compress.modules.remapped import RemappedEmbeddingCollection, found_rows
@@ -87,9 +87,10 @@ class CompressedParts(nn.Module):
         return dict(self.code_tables.banks.items()) if self.code_tables is not None else {}
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        self._refuse_others(state_dict, prefix)  # before any part takes its tensors
-        self.decoder.check_format(state_dict, prefix + "decoder.")
-        check_loaded_fit(self, state_dict, prefix)
+        with noting_faults(self):
+            self._refuse_others(state_dict, prefix)  # before any part takes its tensors
+            self.decoder.check_format(state_dict, prefix + "decoder.")
+            check_loaded_fit(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedParts:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.methods.base import TableDecoder
@@ -169,6 +171,24 @@ class StateFormat:
             method += ("trained",)
             sizes += (parts.trained.width, parts.trained.bits)
         return [zlib.crc32(repr(field).encode()) for field in (method, sizes, [p.remap.salt for p in native])]
+
+
+@contextmanager
+def noting_faults(collection: nn.Module) -> Iterator[None]:
+    """Enclose the checks of a state dict, whose ValueError sharded parts note: all ranks raise it with the next batch.
+
+    Other ranks may have loaded what this one has not.
+    """
+    sharded: list[Any] = [part for part in collection.modules() if isinstance(part, ShardedModule)]
+    fault = None
+    try:
+        yield
+    except ValueError as error:
+        fault = str(error)
+        raise
+    finally:
+        for part in sharded:
+            part.load_fault = fault
 
 
 def check_loaded_fit(module: nn.Module, state_dict: dict, prefix: str) -> None:

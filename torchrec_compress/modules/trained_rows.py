@@ -66,6 +66,7 @@ class TrainedRows(nn.Module):
         num_steps: (1,) int64 on the host, look-ups in training, which number the steps of the dither.
         defers_faults: whether what is wrong with gradients is raised by `raise_fault`, on all ranks, rather than in the
             backward of the one rank that owns the id, for which the others would wait.
+        load_fault: what was wrong with the optimizer's state that was loaded last, or None.
     """
 
     def __init__(self, table: TrainedTable, first_row: int, num_rows: int, device: torch.device | None) -> None:
@@ -79,6 +80,7 @@ class TrainedRows(nn.Module):
         self.num_steps = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.defers_faults = False
         self._fault: ValueError | None = None
+        self.load_fault: str | None = None
         self._optimizer: RowOptimizer | None = None
         self.reset_parameters()
 
@@ -252,7 +254,9 @@ class TrainedRows(nn.Module):
         self.note()
 
     def raise_fault(self) -> None:
-        """Raise the ValueError, once, of a backward whose gradients were wrong; it has written nothing."""
+        """Raise ValueError, once, of a backward whose gradients were wrong, which has written nothing; or of a load."""
+        if self.load_fault is not None:
+            raise ValueError(self.load_fault)
         fault, self._fault = self._fault, None
         if fault is not None:
             raise fault

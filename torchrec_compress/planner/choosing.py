@@ -338,6 +338,18 @@ def _check_near(tables: Mapping[str, TablePlan], settings: Settings) -> None:
             )
 
 
+class TooSmallBudget(ValueError):
+    """A budget with which not even the smallest ways fit.
+
+    Attributes:
+        got: bytes, as given, or all that there are.
+    """
+
+    def __init__(self, text: str, got: int) -> None:
+        super().__init__(text)
+        self.got = got
+
+
 def choose(
     planner: Any,
     module: nn.Module,
@@ -355,12 +367,13 @@ def choose(
     room = sum(storage.ddr if left.compute_device == "cpu" else storage.hbm for storage in storages)
     budget = room if budget_bytes is None else min(room, int(budget_bytes))
     if budget < ways.least_bytes:
-        raise ValueError(
+        raise TooSmallBudget(
             f"choose: budget_bytes must be at least the {ways.least_bytes:,} bytes ({size(ways.least_bytes)}) of the "
             f"smallest way of every table, over all ranks, got {budget:,}"
             + (f", all that {settings.topology.world_size} ranks have left" if budget == room else "")
             + f", of weights, states and what batches of {settings.batch_size} make; give more, measure smaller ways, "
-            "or plan smaller batches"
+            "or plan smaller batches",
+            budget,
         )
     most = min(budget, ways.most_bytes)
     # what fits in all may not fit on each: less, until it does

@@ -33,6 +33,7 @@ from torchrec_compress.seams import (
     sharded_tensor,
 )
 from torchrec_compress.sharding.agree import run_together
+from torchrec_compress.sharding.loads import NotesLoads
 
 Table = TypeVar("Table", bound=LookedUpTable | CodeTableConfig)
 Context = TypeVar("Context", bound=EmbeddingCollectionContext)
@@ -40,7 +41,9 @@ Found = TypeVar("Found")
 Checked = TypeVar("Checked")
 
 
-class ShardedExchange(ShardedEmbeddingModule[KJTList, list[Tensor], Found, Context], Generic[Table, Found, Context]):
+class ShardedExchange(
+    NotesLoads, ShardedEmbeddingModule[KJTList, list[Tensor], Found, Context], Generic[Table, Found, Context]
+):
     """Tables over many ranks, table by table.
 
     Args:
@@ -123,7 +126,7 @@ class ShardedExchange(ShardedEmbeddingModule[KJTList, list[Tensor], Found, Conte
         if self._has_uninitialized_input_dist:
             self._input_dists = [exchange.create_input_dist() for exchange in self._exchanges]
             self._has_uninitialized_input_dist = False
-        asked = self.agreed(lambda: self.asked_by(ctx, features))
+        asked = self.agreed(lambda: self._asked(ctx, features))
         awaitables = []
         for exchange, tables in zip(self._input_dists, self._tables, strict=True):
             flat = self._flat(tables, asked)
@@ -131,6 +134,10 @@ class ShardedExchange(ShardedEmbeddingModule[KJTList, list[Tensor], Found, Conte
             ctx.sharding_contexts.append(sequence_context(flat, exchange))  # which knows the order from the call
             self.expect_rows(ctx, ctx.sharding_contexts[-1], tables)
         return KJTListSplitsAwaitable(awaitables, ctx)
+
+    def _asked(self, ctx: Context, features: KeyedJaggedTensor) -> Mapping[str, Tensor]:
+        self.check_loaded()
+        return self.asked_by(ctx, features)
 
     def _flat(self, tables: list[Table], asked: Mapping[str, Tensor]) -> KeyedJaggedTensor:
         """Return what is asked of the tables of an exchange as a batch of one bag."""

@@ -19,6 +19,7 @@ from torchrec.distributed.batched_embedding_kernel import (
 )
 from torchrec.distributed.embedding_sharding import USE_ONE_TBE_PER_TABLE
 from torchrec.distributed.fused_params import FUSED_PARAM_IS_SSD_TABLE, FUSED_PARAM_SSD_TABLE_LIST
+from torchrec.distributed.types import ParameterSharding
 from torchrec.modules.embedding_configs import DataType
 
 # what TorchRec reads of them itself, and takes out before it makes a table
@@ -33,7 +34,8 @@ _TORCHRECS = {
     "max_l1_cache_size",
 }
 # what it says of a table itself; given twice, it is Python's TypeError on the ranks that hold one
-_SAID = {"self", "embedding_specs", "feature_table_map", "pooling_mode", "device", "table_names", "weights_precision"}
+_SAID = {"self", "embedding_specs", "feature_table_map", "pooling_mode", "device", "table_names"}
+_PRECISION = "weights_precision"  # of a table in memory it says it too, by the table's data type
 # of which TorchRec takes its own data types as well
 _DATA_TYPES = {"output_dtype", "cache_precision"}
 
@@ -70,6 +72,36 @@ def check_fused_params(where: str, fused_params: object) -> None:
         if kinds and not any(_fits(value, kind) for kind in kinds):
             wanted = " or ".join(dict.fromkeys(_told(kind) for kind in kinds))
             raise ValueError(f"{where}: fused_params[{name!r}] must be {wanted}, got {value!r}; mend its type")
+
+
+def check_kernels(where: str, fused_params: Mapping[str, Any] | None, plan: Mapping[str, ParameterSharding]) -> None:
+    """Raise ValueError, on every rank alike, for parameters that FBGEMM's tables on an SSD alone take, of others.
+
+    FBGEMM, or Python, says so by a TypeError on the ranks that hold such a table.
+
+    Args:
+        where: names the module in errors.
+        fused_params: that `check_fused_params` has seen.
+        plan: by table name.
+    """
+    only = sorted((fused_params or {}).keys() & _of_ssd())
+    others = sorted(name for name, each in plan.items() if each.compute_kernel.startswith("fused"))
+    if only and others:
+        told = "the table's data_type says it" if only == [_PRECISION] else "leave them out, or constrain the kernel"
+        raise ValueError(
+            f"{where}: fused_params {only} must be of tables on an SSD (kernel key_value), got tables {others} in "
+            f"memory; {told}"
+        )
+
+
+@cache
+def _of_ssd() -> frozenset[str]:
+    """Return what tables on an SSD alone take."""
+    in_memory, on_ssd = (
+        set(inspect.signature(kind.__init__).parameters)
+        for kind in (SplitTableBatchedEmbeddingBagsCodegen, SSDTableBatchedEmbeddingBags)
+    )
+    return frozenset(on_ssd - in_memory - _TORCHRECS | {_PRECISION})
 
 
 @cache

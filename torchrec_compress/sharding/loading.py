@@ -41,13 +41,13 @@ def copy_whole(name: str, source: Tensor, target: object) -> None:
     Raises:
         ValueError: shapes do not fit, or values do not fit into the dtype.
     """
+    check_fits(name, source, target.dtype)  # type: ignore[attr-defined]  # the whole, so that all ranks raise alike
     for local, offsets in local_shards(target):
         part = source
         for axis, first in enumerate(offsets or []):
             part = part.narrow(axis, int(first), local.shape[axis])
         if part.shape != local.shape:
             raise ValueError(f"load_plain: {name!r} must have shape {tuple(local.shape)}, got {tuple(part.shape)}")
-        check_fits(name, part, local.dtype)
         local.copy_(part)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
 
 from torchrec_compress.modules.managed import ManagedBagRows, ManagedCollection
+from torchrec_compress.sharding.fused_params import check_kernels
 from torchrec_compress.sharding.managed import ShardedManagedCollection
 from torchrec_compress.sharding.native import RowSharder
 
@@ -20,6 +21,7 @@ class ManagedCollectionSharder(RowSharder[ManagedCollection]):
         self, module: ManagedCollection, params: dict[str, ParameterSharding], env: ShardingEnv, device: torch.device
     ) -> ShardedManagedCollection:
         """Return the sharded collection."""
+        check_kernels("tables with managers", self.fused_params, params)
         return ShardedManagedCollection(module, params, env, device, self._stock)
 
     def marked(self, module: ManagedCollection) -> Iterable[nn.Parameter]:

@@ -28,11 +28,12 @@ from torchrec_compress.modules.shared import SeededInit
 from torchrec_compress.ops import TableRows
 from torchrec_compress.seams import EmbeddingCollectionContext, KJTList, KJTListSplitsAwaitable, local_shards
 from torchrec_compress.sharding.agree import run_together
+from torchrec_compress.sharding.loads import NotesLoads
 
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
 
 
-class ShardedRemappedEmbeddingBagCollection(ShardedEmbeddingModule[Any, Any, KeyedTensor, Any]):
+class ShardedRemappedEmbeddingBagCollection(NotesLoads, ShardedEmbeddingModule[Any, Any, KeyedTensor, Any]):
     """`RemappedEmbeddingBagCollection` over many ranks: TorchRec's own sharded collection behind rewritten ids.
 
     Ids are rewritten inside `input_dist`, so that the train pipelines can run ahead with it.
@@ -77,6 +78,7 @@ class ShardedRemappedEmbeddingBagCollection(ShardedEmbeddingModule[Any, Any, Key
         """Rewrite the ids and send them to the owners of their rows."""
 
         def rewritten() -> KeyedJaggedTensor:
+            self.check_loaded()
             check_ranges(split_features(features), self._also_checked)
             return remap_features(features, self._remaps)
 
@@ -142,7 +144,9 @@ class _Weights(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
-class ShardedRemappedEmbeddingCollection(ShardedEmbeddingModule[Any, Any, dict[str, FoundRows], RowContext]):
+class ShardedRemappedEmbeddingCollection(
+    NotesLoads, ShardedEmbeddingModule[Any, Any, dict[str, FoundRows], RowContext]
+):
     """`RemappedEmbeddingCollection` over many ranks.
 
     Only flat lists of rewritten ids travel, not bags. Data-parallel tables are kept as plain parameters, which the
@@ -207,6 +211,7 @@ class ShardedRemappedEmbeddingCollection(ShardedEmbeddingModule[Any, Any, dict[s
         """Rewrite the ids and send those of sharded tables to the owners of their rows."""
 
         def rewritten() -> dict[str, Tensor]:
+            self.check_loaded()
             check_ranges(split_features(features), self._also_checked)
             return remapped_ids(features, self._remaps)
 

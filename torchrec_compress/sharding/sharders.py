@@ -36,6 +36,7 @@ from torchrec_compress.sharding.checks import (
     tell_of_missing_codec,
 )
 from torchrec_compress.sharding.code_tables import ShardedCodeTableCollection
+from torchrec_compress.sharding.fused_params import check_kernels
 from torchrec_compress.sharding.native import Module, NativeSharder, output_type, rows_of_bags
 from torchrec_compress.sharding.remapped import (
     ShardedRemappedEmbeddingBagCollection,
@@ -113,6 +114,7 @@ class _RemappedSharder(NativeSharder[Module]):
         self, module: Module, params: dict[str, ParameterSharding], device: torch.device, path: str | None
     ) -> dict[str, ParameterSharding]:
         check_names(path or "native tables", params, self._native_names(module), optional=False)
+        check_kernels(path or "native tables", self.fused_params, params)
         if device.type == "cpu":
             check_no_empty_shard(params)
         tell_of_defaults(module.native.parameters(), sorted(params), self.fused_params)  # type: ignore[union-attr]

@@ -27,6 +27,7 @@ from torchrec_compress.ops import pool_rows
 from torchrec_compress.seams import RowTable, rescaled, shard_bounds, sharded_tensor
 from torchrec_compress.sharding.agree import hears_of_errors
 from torchrec_compress.sharding.bag_parts import marked, opened
+from torchrec_compress.sharding.loads import failed
 from torchrec_compress.sharding.rows import RowContext, ShardedRowCollection
 
 
@@ -58,10 +59,17 @@ class FusedRowOptimizer(FusedOptimizer):
     def post_load_state_dict(self) -> None:
         """Raise ValueError where the state that was loaded is not one that the table's optimizer keeps.
 
+        So does the next batch, on all ranks.
+
         TorchRec calls it after a load, in which it gives tensors the size of what is loaded.
         """
         for table in self._rows.values():
-            table.check_state()
+            try:
+                table.check_state()
+            except ValueError as error:
+                table.load_fault = failed(str(error))
+                raise
+            table.load_fault = None
 
 
 class ShardedTrainedCollection(ShardedRowCollection[TrainedTable], FusedOptimizerModule):

@@ -111,11 +111,17 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is missing, or is not a YAML file with keys.
     """
+    if path.is_dir():
+        raise ValueError(f"{path}: must be a config file, got a folder; name a file in it")
     if not path.is_file():
         raise ValueError(f"{path}: no such config file")
     try:
         found = plain(load_yaml(path.read_text(encoding="utf-8")), "")
-    except (OSError, ValueError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be YAML, text in UTF-8, got other bytes; name a config file") from error
+    except OSError as error:
+        raise ValueError(f"{path}: must be a file that can be read, got an error: {error.strerror}") from error
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if found is not None and not isinstance(found, dict):
         raise ValueError(f"{path}: must hold keys and values, got {type(found).__name__}")

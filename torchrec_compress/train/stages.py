@@ -312,7 +312,7 @@ def _compressed(
     if in_shards:
         return model
     on_first(lambda: fit(config, data, source, kept, model, counts, curvature), ranks)
-    _fill(model, kept)
+    agree(lambda: _fill(model, kept), ranks)
     return model
 
 

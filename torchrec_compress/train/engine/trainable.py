@@ -39,7 +39,7 @@ from torchrec_compress.train.engine.checkpoint_reader import read
 from torchrec_compress.train.engine.objective import Loss, TrainStep
 from torchrec_compress.train.engine.rarity import Rarity
 from torchrec_compress.train.models.recommender import Recommender
-from torchrec_compress.train.ranks import Ranks, gather
+from torchrec_compress.train.ranks import Ranks, agree, gather
 
 _FUSED = ("rowwise_adagrad", "adagrad", "sgd")  # Adam trains replicated tables: element-wise, and with l2
 _RESERVED = 0.15  # of the memory, for activations and buffers
@@ -206,7 +206,7 @@ class Trainable:
                 tqdm.write(f"{saved.path}: what gradients of {before} ranks had left to send is dropped")
         store.load(saved, state, random=True)
         self._load_model_state(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        agree(lambda: self.optimizer.load_state_dict(state["optimizer"]), self.ranks)
 
     def load_model(self, path: Path) -> None:
         """Take the model alone from a checkpoint's folder."""
@@ -218,7 +218,8 @@ class Trainable:
         return {name.removeprefix(_PREFIX): value for name, value in self.module.state_dict().items()}
 
     def _load_model_state(self, state: dict[str, Any]) -> None:
-        self.module.load_state_dict(OrderedDict((_PREFIX + name, value) for name, value in state.items()))
+        values = OrderedDict((_PREFIX + name, value) for name, value in state.items())
+        agree(lambda: self.module.load_state_dict(values), self.ranks)
 
 
 class Skippable:
