@@ -42,3 +42,15 @@ def test_codebooks_of_few_bits_are_something_to_train_where_they_are_dequantized
         check_run(config, check_config(config), data)
     config = override(config, {"retrain.dequantize": True})
     check_run(config, check_config(config), data)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "partial_rowwise_adam"])
+def test_rows_that_add_up_no_squares_cannot_average_them(data, optimizer):
+    narrow = {"method": "narrow", "width": 4, "bits": 8}
+    changes = {"pretrain_compression": {"*": narrow}, "pretrain.optim.average_squares": True}
+    for chosen in (narrow, {**narrow, "optimizer": "adagrad"}):
+        fine = override(RunConfig(), {**changes, "pretrain_compression": {"*": chosen}})
+        check_run(fine, check_config(fine), data)
+    bad = override(RunConfig(), {**changes, "pretrain_compression": {"*": {**narrow, "optimizer": optimizer}}})
+    with pytest.raises(ValueError, match=rf"pretrain\.optim\.average_squares: table '\w+': .* by '{optimizer}'"):
+        check_run(bad, check_config(bad), data)

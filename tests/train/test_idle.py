@@ -98,6 +98,11 @@ ALL = OptimConfig(tables="adagrad", table_lr=0.9, lookup_l2=0.1, dense_lr=0.9, d
             RunConfig(pretrain=StageConfig(optim=OptimConfig(decay_patience=1))),
             ["pretrain.optim.decay_patience: changes nothing with pretrain.optim.decay = 'linear'"],
         ),
+        (RunConfig(pretrain=StageConfig(optim=OptimConfig(average_squares=True))), []),
+        (
+            RunConfig(pretrain=StageConfig(train_tables=False, optim=OptimConfig(average_squares=True))),
+            ["pretrain.optim.average_squares: changes nothing with pretrain.train_tables = false"],
+        ),
         (RunConfig(start="scratch", pretrain=StageConfig(patience=7)), []),
         (
             RunConfig(compression=PQ, retrain=StageConfig(epochs=0, distill_weight=0.5)),

@@ -23,6 +23,7 @@ from torchrec_compress.schema import nearest
 from torchrec_compress.train.byte_budget import Budget, budget_of
 from torchrec_compress.train.check_sequence import check_sequence
 from torchrec_compress.train.check_stored import (
+    ADAGRADS,
     check_row_optimizer,
     check_shared,
     check_small_tables,
@@ -351,6 +352,11 @@ def check_optim(config: OptimConfig, where: str) -> None:
         raise ValueError(
             f"{where}.table_l2: must be 0 with {where}.tables = {config.tables!r} (FBGEMM's CPU kernels ignore it), "
             f"got {config.table_l2}; use 'adam', adaptive_l2 or lookup_l2"
+        )
+    if config.average_squares and config.tables not in ADAGRADS:
+        raise ValueError(
+            f"{where}.average_squares: must be false with {where}.tables = {config.tables!r}, which adds up no "
+            f"squares; use one of {', '.join(ADAGRADS)}"
         )
 
 

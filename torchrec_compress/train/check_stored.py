@@ -14,6 +14,8 @@ from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS
 from torchrec_compress.train.config import RunConfig
 from torchrec_compress.train.width_trial import WidthTrial
 
+ADAGRADS = ("rowwise_adagrad", "adagrad")  # optimizers of tables that add up squares of gradients
+
 
 def check_small_tables(config: RunConfig, tables: list[EmbeddingBagConfig], chosen: Mapping[str, MethodConfig]) -> None:
     """Raise ValueError where tables cannot train from the start as stage 1 says."""
@@ -71,6 +73,11 @@ def check_row_optimizer(
             raise ValueError(
                 f"{where}.optim.tables: table {table.name!r}: rows of {part.bits} bits must train in the backward, "
                 "got 'adam', which replicates tables and trains them after it; choose sgd, adagrad or rowwise_adagrad"
+            )
+        if getattr(config, where).optim.average_squares and part.optimizer not in (None, *ADAGRADS):
+            raise ValueError(
+                f"{where}.optim.average_squares: table {table.name!r}: must be false with rows that train by "
+                f"{part.optimizer!r}, which adds up no squares; use one of {', '.join(ADAGRADS)}"
             )
         RowOptimizer.of(FUSED_OPTIMIZERS[kind].__name__, {}, part, f"{where}.optim.tables: table {table.name!r}")
 

@@ -151,6 +151,10 @@ class OptimConfig:
         adaptive_l2: the same, each id by the inverse of its share of train, so that what a rare id learns is pulled as
             hard as what a frequent one does: over an epoch what `table_l2` does to whole tables, with any optimizer.
             Training holds a byte an id for it. (Frequency-adaptive regularisation, as in arXiv 2511.06374.)
+        average_squares: Adagrad of native tables alone: squares of gradients are averaged over the steps so far, as in
+            RMSprop and Adam, not added up, which shortens steps for good: the rate of tables grows with the root of the
+            number of steps, and falls by `decay` alone. A batch without an id counts as a gradient of zero, so that one
+            which is in a share p of batches takes steps that are 1 / sqrt(p) as long, as with Adam over whole tables.
         dense: optimizer of everything that is not a fused table: the dense net, codebooks, replicated tables.
         dense_lr: learning rate of the dense net.
         dense_l2: l2 of the dense net.
@@ -167,6 +171,7 @@ class OptimConfig:
     table_l2: NonNegative = 0.0
     lookup_l2: NonNegative = 0.0
     adaptive_l2: NonNegative = 0.0
+    average_squares: bool = False
     dense: Literal["adam", "adagrad"] = "adam"
     dense_lr: NonNegative = 1e-3
     dense_l2: NonNegative = 0.0
@@ -341,7 +346,8 @@ def override(config: Config, changes: Mapping[str, Any], where: str = "") -> Con
 
 
 # keys that earlier versions did not have, which stand for nothing, or the only way there was, where they are left out
-_LATER = ("input_dropout", "pretrain_compression", "curvature_rows", "adaptive_l2", "decay_patience", "dequantize")
+_LATER = ("input_dropout", "pretrain_compression", "curvature_rows", "adaptive_l2", "average_squares", "decay_patience")
+_LATER += ("dequantize",)
 _LATER_WITH = (
     ("gradients", "float32"),
     ("sequence", dataclasses.asdict(SequenceConfig())),

@@ -61,7 +61,7 @@ def _stage_lines(name: str, stage: StageConfig, has_decoders: bool, without: str
     """Yield what is idle in a stage that trains, of a model with codebooks or other decoders, or `without`."""
     changed, reasons = set(_changed(stage, StageConfig(epochs=stage.epochs))), {}
     if not stage.train_tables:
-        keys = ["optim.table_lr", "optim.table_l2"]
+        keys = ["optim.table_lr", "optim.table_l2", "optim.average_squares"]
         if stage.optim.tables != "adam":  # which says how tables are laid out too
             keys.append("optim.tables")
         if not (has_decoders and stage.train_codebooks):

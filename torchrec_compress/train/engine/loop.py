@@ -213,6 +213,8 @@ class _Stage:
         while progress.step < stop:
             started = time.perf_counter()
             self._trainable.set_rate(self._rate())
+            if stage.optim.average_squares:
+                self._trainable.set_table_rate(self._rate() * math.sqrt(progress.step + 1))
             loss, _, batch = pipeline.progress(batches)
             progress.step += 1
             ends = self._note(float(loss), batch, asked)

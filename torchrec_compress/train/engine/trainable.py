@@ -161,6 +161,12 @@ class Trainable:
         for group, rate in self._groups:
             group["lr"] = rate * factor  # type: ignore[index]
 
+    def set_table_rate(self, factor: float) -> None:
+        """Set the rate of tables that train in the backward to `factor` times its configured value."""
+        fused = self.module.fused_optimizer.param_groups
+        for group, rate in self._groups[: len(fused)]:  # which come first
+            group["lr"] = rate * factor  # type: ignore[index]
+
     @property
     def was_skipped(self) -> bool:
         """Whether the last batch was left out for a loss that is not finite, on all ranks alike."""
