@@ -20,6 +20,7 @@ from torchrec_compress.convert.losses import Loss, probes_of
 from torchrec_compress.convert.taps import Tapped, Taps, find_collections
 from torchrec_compress.fit.checks import check_seed
 from torchrec_compress.fit.curvature import Curvature
+from torchrec_compress.modules.arguments import check_batches, check_forward, check_model
 
 Forward = Callable[[Any, Any], Any]
 _WHERE = "measure_curvature"
@@ -62,8 +63,8 @@ def measure_curvature(
         and no look-ups.
 
     Raises:
-        ValueError: no collection, no example, logits that depend on no table, or a gradient that is not finite (table
-            and batch are named, on every rank).
+        ValueError: no model, no collection, no list of batches, no example, logits that depend on no table, or a
+            gradient that is not finite (table and batch are named, on every rank).
 
     Example:
         >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
@@ -74,6 +75,9 @@ def measure_curvature(
         >>> found["user"].matrix[0, :2].round()  # of the squared sum of a row
         tensor([2., 2.], dtype=torch.float64)
     """
+    check_model(_WHERE, model)
+    check_batches(_WHERE, batches)
+    check_forward(_WHERE, forward)
     collections = find_collections(model)
     sums = CurvatureSums(collections, _group_of(model) if group is None else group)
     generator = torch.Generator().manual_seed((check_seed(_WHERE, seed) + sums.rank) % 2**63)
