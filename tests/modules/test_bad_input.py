@@ -357,9 +357,7 @@ def test_rows_that_are_asked_of_a_table(config):
         ):
             with pytest.raises(ValueError, match=r"must name one of \['item'\], got "):
                 call(wrong)
-    with pytest.raises(
-        ValueError, match="load_table: table 'item': must be given the state that a fit returns, got No"
-    ):
+    with pytest.raises(ValueError, match="load_table: table 'item': must be given what a fit returns, got NoneType"):
         collection.load_table("item", None)
     assert collection.table_rows("item", torch.empty(0, dtype=torch.int32)).shape == (0, 16)
 

@@ -18,16 +18,13 @@ def check_model(where: str, model: object) -> None:
         raise ValueError(f"{where}: model must be a torch.nn.Module, got {_told(model)}")
 
 
-def check_batches(where: str, batches: object) -> None:
-    """Raise ValueError unless something yields batches: one batch itself is none."""
+def check_call(where: str, model: object, batches: object, forward: object) -> None:
+    """Raise ValueError for what is no model, yields no batches (one batch itself does not), or cannot be called."""
+    check_model(where, model)
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise ValueError(
             f"{where}: batches must be a list or an iterator of batches, got one {_told(batches)}; write [batch]"
         )
-
-
-def check_forward(where: str, forward: object) -> None:
-    """Raise ValueError unless something is None, or can be called."""
     if forward is not None and not callable(forward):
         raise ValueError(f"{where}: forward must be a function of model and batch, or None, got {_told(forward)}")
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_compress.ops import can_check, check_ids, check_weights
-from torchrec_compress.ops.checks import INDICES
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("check_ids")
 
 HALF = (torch.float16, torch.bfloat16)
+_INDICES = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ def check_features(features: KeyedJaggedTensor, wanted: list[str], where: str) -
     if not isinstance(features, KeyedJaggedTensor):
         raise ValueError(f"{where}: a batch must be a KeyedJaggedTensor, got {type(features).__name__}")
     ids, lengths, weights = features.values(), features.lengths(), features.weights_or_none()
-    if lengths.dtype not in INDICES or lengths.dim() < 1:
+    if lengths.dtype not in _INDICES or lengths.dim() < 1:
         raise ValueError(
             f"{where}: lengths must be a list of int32 or int64, got {lengths.dtype} of shape {tuple(lengths.shape)}"
         )
-    if ids.dtype not in INDICES or ids.dim() != 1:
+    if ids.dtype not in _INDICES or ids.dim() != 1:
         raise ValueError(f"{where}: ids must be a list of int32 or int64, got {ids.dtype} of shape {tuple(ids.shape)}")
     if lengths.is_cpu and can_check(lengths) and (count := int(lengths.sum())) != len(ids):
         raise ValueError(f"{where}: lengths must add up to the {len(ids)} ids of the batch, got {count}")

@@ -15,6 +15,7 @@ from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.methods.base import TableDecoder
+from torchrec_compress.methods.learned import TableState
 from torchrec_compress.methods.storage import CodePart, NativePart
 from torchrec_compress.modules.blueprint import Blueprint
 from torchrec_compress.ops import SCALE_BYTES, first_infinite, first_not_finite
@@ -214,10 +215,13 @@ def check_loaded_fit(module: nn.Module, state_dict: dict, prefix: str) -> None:
         logger.warning("%s: the state dict has wider numbers than these, which are rounded as they are loaded", rounded)
 
 
-def check_name(where: str, name: object, known: Collection[str]) -> None:
-    """Raise ValueError unless something is the name of a table; `where` names the call."""
+def check_table(where: str, name: object, known: Collection[str], *states: object) -> None:
+    """Raise ValueError unless something is the name of a table, and each of the others what a fit returns for one."""
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"{where}: must name one of {sorted(known)}, got {name!r}")
+    for state in states:
+        if not isinstance(state, TableState):
+            raise ValueError(f"{where}: table {name!r}: must be given what a fit returns, got {type(state).__name__}")
 
 
 def check_fits(where: str, values: Tensor, dtype: torch.dtype) -> None:
