@@ -317,12 +317,61 @@ def test_tensors_of_a_batch_that_do_not_go_together(config):
         "on one device, got": (ids, lengths.to("meta"), weights),
         "one per id, 6": (ids, lengths, weights[:5]),
         "int32 or int64, got torch.int16": (ids, lengths.to(torch.int16), weights),
+        "ids must be a list of int32 or int64, got torch.int16": (ids.short(), lengths, weights),
+        "ids must be a list of int32 or int64, got torch.float32": (ids.float(), lengths, weights),
+        r"ids must be a list of int32 or int64, got torch.int64 of shape \(6, 1\)": (ids[:, None], lengths, weights),
+        "lengths must add up to the 6 ids of the batch, got 5": (ids, lengths - torch.tensor([1, 0, 0]), weights),
+        "lengths must add up to the 6 ids of the batch, got 7": (ids, lengths + torch.tensor([1, 0, 0]), weights),
         r"of shape \(\)": (ids, torch.tensor(6), weights),
     }
     for message, (values, counts, factors) in wrong.items():
         batch = KeyedJaggedTensor(keys=["item"], values=values, lengths=counts, weights=factors)
         with pytest.raises(ValueError, match=message):
             collection(batch)
+
+
+@every
+@pytest.mark.parametrize("wrong", [None, torch.tensor([1]), {"item": torch.tensor([1])}], ids=["none", "ids", "dict"])
+def test_a_batch_that_is_none(config, wrong):
+    with pytest.raises(ValueError, match="CompressedEmbeddingBagCollection: a batch must be a KeyedJaggedTensor, got "):
+        fitted(config)(wrong)
+
+
+@every
+def test_rows_that_are_asked_of_a_table(config):
+    collection = fitted(config)
+    for wrong in (
+        [1],
+        None,
+        torch.zeros(1, dtype=torch.int64, device="meta"),
+        torch.tensor([1.0]),
+        torch.tensor([[1]]),
+    ):
+        with pytest.raises(ValueError, match="table_rows: table 'item': ids must be"):
+            collection.table_rows("item", wrong)
+    for wrong in (["item"], None, 3, {}):
+        for call in (
+            lambda name: collection.table_rows(name, torch.tensor([1])),
+            collection.table_state,
+            lambda name: collection.load_table(name, TableState()),
+        ):
+            with pytest.raises(ValueError, match=r"must name one of \['item'\], got "):
+                call(wrong)
+    with pytest.raises(ValueError, match="load_table: table 'item': must be given what a fit returns, got NoneType"):
+        collection.load_table("item", None)
+    assert collection.table_rows("item", torch.empty(0, dtype=torch.int32)).shape == (0, 16)
+
+
+@every
+def test_a_state_dict_of_other_numbers_is_named(config):
+    made = fresh(config)
+    for name, parameter in made.named_parameters():
+        if name not in made.state_dict():
+            continue  # it stands for rows that train in their backward
+        with pytest.raises(ValueError, match=f"{name}: must be real numbers, got torch.complex64"):
+            made.load_state_dict({**made.state_dict(), name: parameter.detach().to(torch.complex64)})
+        with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+            made.load_state_dict({**made.state_dict(), name: parameter.detach()[:0]})
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**70, True, 1.0, "1", None])

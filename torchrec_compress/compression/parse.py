@@ -26,6 +26,8 @@ def parse(text: Mapping[str, Any]) -> Compression:
         >>> parse({"user": {"method": "pq", "num_codes": 4}, "*": {"method": "dense"}})["user"].num_codes
         4
     """
+    if not isinstance(text, Mapping):
+        raise ValueError(f"compression: must be a mapping with the key 'method', or of such by table, got {text!r:.60}")
     if "method" in text and not isinstance(text["method"], Mapping):  # which would be a table called "method"
         return _parse_method(text, "compression")
     if not text:

@@ -20,6 +20,7 @@ from torchrec_compress.convert.losses import Loss, probes_of
 from torchrec_compress.convert.taps import Tapped, Taps, find_collections
 from torchrec_compress.fit.checks import check_seed
 from torchrec_compress.fit.curvature import Curvature
+from torchrec_compress.modules.arguments import check_call
 
 Forward = Callable[[Any, Any], Any]
 _WHERE = "measure_curvature"
@@ -44,8 +45,7 @@ def measure_curvature(
 
     Args:
         model: trained; its embedding collections may be stock, compressed, or sharded by `DistributedModelParallel`,
-            and plain `nn.Embedding` and `nn.EmbeddingBag` of it are tables too.
-            It is evaluated, and left as it was: modes, gradients, hooks, tables and optimizers.
+            and plain `nn.Embedding(Bag)` of it are tables too. It is evaluated, and left as it was in all it holds.
         batches: whatever `forward` takes, any number, on many ranks equally many; of validation rather than training.
         forward: (model, batch) -> logits, (B,) or (B, T) floating point; None: `model(batch)`.
         loss: "bce" with logits, each of T a task; "softmax" cross-entropy over T classes; "mse", without a factor 1/2;
@@ -62,8 +62,8 @@ def measure_curvature(
         and no look-ups.
 
     Raises:
-        ValueError: no collection, no example, logits that depend on no table, or a gradient that is not finite (table
-            and batch are named, on every rank).
+        ValueError: no model, no collection, no example, logits that depend on no table, or a gradient that is not
+            finite (table and batch are named, on every rank).
 
     Example:
         >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
@@ -74,6 +74,7 @@ def measure_curvature(
         >>> found["user"].matrix[0, :2].round()  # of the squared sum of a row
         tensor([2., 2.], dtype=torch.float64)
     """
+    check_call(_WHERE, model, batches, forward)
     collections = find_collections(model)
     sums = CurvatureSums(collections, _group_of(model) if group is None else group)
     generator = torch.Generator().manual_seed((check_seed(_WHERE, seed) + sums.rank) % 2**63)

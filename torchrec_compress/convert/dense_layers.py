@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torchrec.distributed.types import ShardedModule
 from tqdm import tqdm
 
 from torchrec_compress.convert.evaluated import evaluated
-from torchrec_compress.convert.models import check_copied, is_compiled, with_modules
+from torchrec_compress.convert.models import check_copied, with_modules
 from torchrec_compress.convert.safety import check_references, check_wrappers, holders_of, is_hooked, values_of
-from torchrec_compress.seams import has_own_forward
+from torchrec_compress.modules.arguments import check_call
+from torchrec_compress.seams import has_own_forward, is_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +71,10 @@ def compress_dense(
         >>> sum(weight.numel() for weight in small.parameters()) < 0.51 * (64 * 128 + 128 * 32) + 128 + 32
         True
     """
-    if isinstance(batches, Tensor | Mapping):
-        got = type(batches).__name__
-        raise ValueError(f"{_WHERE}: batches must be a list or an iterator of batches, got one {got}; write [batch]")
-    if not ratio > 1.0:
+    check_call(_WHERE, model, batches, forward)
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not ratio > 1.0:
         raise ValueError(f"{_WHERE}: ratio must be above 1, got {ratio}; 2 halves the weights")
-    found = _find_layers(model, [layers] if isinstance(layers, str) else layers)
+    found = _find_layers(model, layers)
     if inplace:
         check_references(_WHERE, model, {id(layer): path for path, layer in found.items()})
     else:
@@ -103,8 +103,11 @@ def _fitted(found: Mapping[str, nn.Linear], spectra: Mapping[str, _Spectrum], ra
     return new
 
 
-def _find_layers(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
+def _find_layers(model: nn.Module, layers: str | Sequence[str]) -> dict[str, nn.Linear]:
     """Return the layers that patterns fit and that can get smaller, by path, all of them safe to replace."""
+    patterns = [layers] if isinstance(layers, str) else layers
+    if not isinstance(patterns, list | tuple) or not all(isinstance(each, str) for each in patterns):
+        raise ValueError(f"{_WHERE}: layers must be a path or pattern, or a list of them, got {layers!r:.80}")
     check_wrappers(_WHERE, model)
     sharded = [path for path, module in model.named_modules() if isinstance(module, ShardedModule)]
     if sharded:
@@ -190,10 +193,12 @@ def _watched(
     number = 0
 
     def check(path: str, layer: nn.Linear, given: tuple[Any, ...]) -> None:
-        if given and isinstance(given[0], Tensor) and given[0].shape[-1:] != (layer.in_features,):
+        rows = given[0] if given else None
+        if given and (not isinstance(rows, Tensor) or rows.shape[-1:] != (layer.in_features,)):
+            got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
             raise ValueError(
-                f"{_WHERE}: batch {number + 1}: inputs of {path!r} must be (..., {layer.in_features}), got "
-                f"{tuple(given[0].shape)}; give batches that the model takes"
+                f"{_WHERE}: batch {number + 1}: inputs of {path!r} must be (..., {layer.in_features}), got {got}; give "
+                "batches that the model takes"
             )
 
     with evaluated(model, with_gradients=False), ExitStack() as hooks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
@@ -25,7 +25,7 @@ from torchrec_compress.methods import MethodConfig
 from torchrec_compress.modules import CompressedEmbedding, CompressedEmbeddingBag
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.schema import nearest
-from torchrec_compress.seams import sharded_configs
+from torchrec_compress.seams import is_compiled, sharded_configs
 
 logger = logging.getLogger(__name__)
 
@@ -238,11 +238,6 @@ def with_modules(where: str, model: Any, new: Mapping[int, nn.Module], inplace: 
             owner._modules[name] = module  # past what refused the new one
         raise
     return model
-
-
-def is_compiled(parts: Iterable[nn.Module]) -> bool:
-    """Return whether a user has called `compile()` of one of some modules, which another one or a copy forgets."""
-    return any(getattr(part, "_compiled_call_impl", None) is not None for part in parts)
 
 
 def check_copied(where: str, model: nn.Module) -> None:

@@ -18,9 +18,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.convert.collections import COMPRESSED, STOCK, Stock, empty_like
-from torchrec_compress.convert.models import PLAIN, Place, check_copied, is_compiled
+from torchrec_compress.convert.models import PLAIN, Place, check_copied
 from torchrec_compress.modules import CompressedEmbedding, CompressedEmbeddingBag
-from torchrec_compress.seams import has_own_forward
+from torchrec_compress.seams import has_own_forward, is_compiled
 
 logger = logging.getLogger(__name__)
 

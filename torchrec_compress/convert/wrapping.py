@@ -13,7 +13,7 @@ from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_compress.convert.collections import STOCK
-from torchrec_compress.convert.models import PLAIN, Place, is_compiled, with_modules
+from torchrec_compress.convert.models import PLAIN, Place, with_modules
 from torchrec_compress.convert.safety import is_hooked
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.planner import EmbeddingShardingPlanner
@@ -23,6 +23,7 @@ from torchrec_compress.seams import (
     freeze,
     has_own_forward,
     hold_still,
+    is_compiled,
     let_go,
     sharded_configs,
 )

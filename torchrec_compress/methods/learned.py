@@ -99,8 +99,14 @@ def with_sample(data: TableData, weights: Tensor, num_rows: int, read: RowReader
     if len(weights) > num_rows:
         ids, mine = sample_points(weights, num_rows, torch.Generator().manual_seed(data.seed))
     wanted = torch.arange(len(weights)) if ids is None else ids
-    rows = torch.cat([read(block).detach().float() for block in wanted.split(BLOCK_ROWS)])
+    rows = torch.cat([_floats(read(block)) for block in wanted.split(BLOCK_ROWS)])
     return dataclasses.replace(data, rows=rows, ids=ids, weights=mine)
+
+
+def _floats(block: object) -> Tensor:
+    if not isinstance(block, Tensor):
+        raise ValueError(f"rows: a function of ids must return a tensor, (L, D), got {type(block).__name__}")
+    return block.detach().float()
 
 
 def check_sample(table: BaseEmbeddingConfig, data: TableData) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from torchrec_compress.modules.arguments import check_model
 from torchrec_compress.modules.changing_codes import change_codes, code_managers, discard_codes
 from torchrec_compress.modules.collection import CompressedParts
 from torchrec_compress.modules.managed import ManagedOwner
@@ -59,6 +60,7 @@ def after_step(model: nn.Module, step: int, optimizer: Any = None) -> None:
         >>> int(model.managed.managers["user"].hot_ids.count_nonzero())
         2
     """
+    check_model("after_step", model)
     if isinstance(step, bool) or not isinstance(step, Integral) or step < 0:
         raise ValueError(f"after_step: step must be an int of at least 0, got {step!r}")
     for owner in managed_owners(model):
@@ -75,7 +77,11 @@ def discard(model: nn.Module) -> None:
 
     Args:
         model: under DistributedModelParallel or not.
+
+    Raises:
+        ValueError: it is no model.
     """
+    check_model("discard", model)
     for owner in managed_owners(model):
         owner.discard()
     for collection in _collections(model):

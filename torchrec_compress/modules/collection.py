@@ -17,9 +17,9 @@ from torchrec_compress.methods import MethodConfig, TableState
 from torchrec_compress.modules.blueprint import MANAGED, Blueprint
 from torchrec_compress.modules.code_tables import CodeTableCollection
 from torchrec_compress.modules.decoder import Decoder, decode_pooled
-from torchrec_compress.modules.features import IdRange
+from torchrec_compress.modules.features import IdRange, check_here
 from torchrec_compress.modules.footprint import Footprint, count
-from torchrec_compress.modules.format import check_fits, check_loaded_fit, check_scales, noting_faults
+from torchrec_compress.modules.format import check_fits, check_loaded_fit, check_scales, check_table, noting_faults
 from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.modules.outputs import output_dtype
 from torchrec_compress.modules.remapped import RemappedEmbeddingCollection, found_rows
@@ -201,8 +201,7 @@ class CompressedParts(nn.Module):
                 the integers of a manager do not go together.
         """
         check_unsharded(self, "load_table")
-        if name not in self.blueprint.methods:
-            raise ValueError(f"load_table: must name one of {sorted(self.blueprint.methods)}, got {name!r}")
+        check_table("load_table", name, self.blueprint.methods, state)
         bank, mine = self._code_banks().get(name), self._stored(name)
         targets = {**mine.native, **mine.decoder, **mine.managed, **mine.trained}
         common = self.blueprint.common(name)
@@ -261,8 +260,7 @@ class CompressedParts(nn.Module):
             RuntimeError: its codes were never filled.
         """
         check_unsharded(self, "table_state")
-        if name not in self.blueprint.methods:
-            raise ValueError(f"table_state: must name one of {sorted(self.blueprint.methods)}, got {name!r}")
+        check_table("table_state", name, self.blueprint.methods)
         bank = self._code_banks().get(name)
         if bank is not None:
             check_filled(bank.is_set, f"table {name!r}")
@@ -298,10 +296,13 @@ class CompressedParts(nn.Module):
 
         Returns:
             (L, D) float32.
+
+        Raises:
+            ValueError: there is no such table, the collection is sharded, or ids are no such integers.
         """
         check_unsharded(self, "table_rows")
-        if name not in self.blueprint.methods:
-            raise ValueError(f"table_rows: must name one of {sorted(self.blueprint.methods)}, got {name!r}")
+        check_table("table_rows", name, self.blueprint.methods)
+        check_here(ids, self.decoder.get_buffer("layout").device, f"table_rows: table {name!r}")
         (table,) = [table for table in self.blueprint.tables if table.name == name]
         check_ids(ids, table.num_embeddings, f"table_rows: table {name!r}")
         parts, weights = self.blueprint.parts[name], dict(self._native_weights(name))

@@ -12,6 +12,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_compress.compression import Compression
+from torchrec_compress.modules.arguments import check_tables
 from torchrec_compress.modules.blueprint import Blueprint
 from torchrec_compress.modules.collection import CompressedParts, as_device
 from torchrec_compress.modules.features import check_features, split_features
@@ -68,6 +69,7 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
         if compression is None:
             raise ValueError(f"{type(self).__name__}: compression must be given, got None; pass compression=...")
         device = as_device(device, type(self).__name__)
+        check_tables(type(self).__name__, tables, EmbeddingConfig)
         blueprint = Blueprint.of(tables, compression, seed)
         widths = {table.name: table.embedding_dim for table in blueprint.tables}
         if len(set(widths.values())) > 1:

@@ -19,6 +19,7 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_compress.compression import Compression
 from torchrec_compress.methods import MECConfig, MEmComConfig, PQConfig, RandomCodesConfig
+from torchrec_compress.modules.arguments import check_model, check_tables
 from torchrec_compress.modules.blueprint import Blueprint
 from torchrec_compress.modules.collection import CompressedParts, as_device
 from torchrec_compress.modules.features import check_batch_weights, check_features, widened
@@ -98,6 +99,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
                 f"with a default: {sorted(variant.__name__ for variant in type(self).__subclasses__())}"
             )
         device = as_device(device, type(self).__name__)
+        check_tables(type(self).__name__, tables, EmbeddingBagConfig)
         blueprint = Blueprint.of(tables, compression, seed)
         for table in blueprint.tables:
             if is_weighted and table.pooling == PoolingType.MEAN:
@@ -246,7 +248,7 @@ def native_parameters(module: nn.Module) -> list[nn.Parameter]:
     frozen.
 
     Raises:
-        ValueError: the model is sharded already, so that a fused optimizer comes too late.
+        ValueError: it is no model, or is sharded already, so that a fused optimizer comes too late.
 
     Example:
         >>> from torchrec_compress.methods import PQConfig
@@ -254,6 +256,7 @@ def native_parameters(module: nn.Module) -> list[nn.Parameter]:
         >>> native_parameters(CompressedEmbeddingBagCollection([table], compression=PQConfig(num_codes=4)))
         []
     """
+    check_model("native_parameters", module)
     late = sorted(
         path
         for path, child in module.named_modules()

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_compress.ops import check_ids, check_weights
+from torchrec_compress.ops import can_check, check_ids, check_weights
 
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("check_ids")
 
 HALF = (torch.float16, torch.bfloat16)
+_INDICES = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,29 @@ def check_ranges(jagged: dict[str, JaggedTensor], ranges: Sequence[IdRange]) -> 
         check_ids(jagged[wanted.feature].values(), wanted.num_embeddings, where)
 
 
+def check_here(ids: object, device: torch.device, where: str) -> None:
+    """Raise ValueError unless ids are a tensor with values, where a table has some; `where` names the call."""
+    if not isinstance(ids, Tensor) or (ids.is_meta and device.type != "meta"):
+        got = "a tensor on the meta device" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"{where}: ids must be a tensor of integers, (L,), with values, got {got}")
+
+
 def check_features(features: KeyedJaggedTensor, wanted: list[str], where: str) -> None:
-    """Raise ValueError when the batch lacks a feature of the collection, or its tensors do not go together."""
+    """Raise ValueError for no batch, for one that lacks a feature, or for tensors of it that do not go together.
+
+    Whether there are as many ids as lengths say is looked at on a CPU alone, as no device is waited for.
+    """
+    if not isinstance(features, KeyedJaggedTensor):
+        raise ValueError(f"{where}: a batch must be a KeyedJaggedTensor, got {type(features).__name__}")
     ids, lengths, weights = features.values(), features.lengths(), features.weights_or_none()
-    if lengths.dtype not in (torch.int32, torch.int64) or lengths.dim() < 1:
+    if lengths.dtype not in _INDICES or lengths.dim() < 1:
         raise ValueError(
             f"{where}: lengths must be a list of int32 or int64, got {lengths.dtype} of shape {tuple(lengths.shape)}"
         )
+    if ids.dtype not in _INDICES or ids.dim() != 1:
+        raise ValueError(f"{where}: ids must be a list of int32 or int64, got {ids.dtype} of shape {tuple(ids.shape)}")
+    if lengths.is_cpu and can_check(lengths) and (count := int(lengths.sum())) != len(ids):
+        raise ValueError(f"{where}: lengths must add up to the {len(ids)} ids of the batch, got {count}")
     if weights is not None and weights.shape[:1] != ids.shape[:1]:
         raise ValueError(f"{where}: weights must be one per id, {len(ids)}, got shape {tuple(weights.shape)}")
     devices = {str(tensor.device) for tensor in (ids, lengths, weights) if tensor is not None}

@@ -233,6 +233,8 @@ def optimizer_bytes(optimizer: KeyedOptimizer | torch.optim.Optimizer) -> int:
         >>> optimizer_bytes(optimizer)  # two moments and the step count
         84
     """
+    if not isinstance(getattr(optimizer, "state", None), Mapping):
+        raise ValueError(f"optimizer_bytes: must be given an optimizer, got {type(optimizer).__name__}")
     return sum(_state_bytes(state) for state in optimizer.state.values())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
 from torchrec_compress.methods.base import TableDecoder
+from torchrec_compress.methods.learned import TableState
 from torchrec_compress.methods.storage import CodePart, NativePart
 from torchrec_compress.modules.blueprint import Blueprint
 from torchrec_compress.ops import SCALE_BYTES, first_infinite, first_not_finite
@@ -204,6 +205,8 @@ def check_loaded_fit(module: nn.Module, state_dict: dict, prefix: str) -> None:
         found = state_dict.get(prefix + name)
         if isinstance(found, Tensor) and parameter.is_floating_point():
             dtype = shape_and_dtype(found)[1]
+            if dtype.is_complex:
+                raise ValueError(f"{prefix}{name}: must be real numbers, got {dtype}; load a checkpoint not damaged")
             if torch.promote_types(dtype, parameter.dtype) != parameter.dtype:
                 rounded.append(name)
             for local, _ in local_shards(found):
@@ -212,9 +215,20 @@ def check_loaded_fit(module: nn.Module, state_dict: dict, prefix: str) -> None:
         logger.warning("%s: the state dict has wider numbers than these, which are rounded as they are loaded", rounded)
 
 
+def check_table(where: str, name: object, known: Collection[str], *states: object) -> None:
+    """Raise ValueError unless something is the name of a table, and each of the others what a fit returns for one."""
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{where}: must name one of {sorted(known)}, got {name!r}")
+    for state in states:
+        if not isinstance(state, TableState):
+            raise ValueError(f"{where}: table {name!r}: must be given what a fit returns, got {type(state).__name__}")
+
+
 def check_fits(where: str, values: Tensor, dtype: torch.dtype) -> None:
     """Raise ValueError where values are NaN or infinite, or would be in the dtype of what they are copied to."""
     if not values.is_floating_point() or not dtype.is_floating_point or values.is_meta:
+        return
+    if not values.numel():
         return
     rows = values.reshape(len(values), -1) if values.dim() else values.reshape(1, 1)
     if (row := first_not_finite(rows)) is not None:

@@ -137,6 +137,8 @@ def _check_bags(ids: Tensor, offsets: Tensor | None, weights: Tensor | None, cal
             raise ValueError(f"{call.where}: offsets must have 1 dimension, got shape {list(offsets.shape)}")
     if weights is None:
         return
+    if not isinstance(weights, Tensor):
+        raise ValueError(f"{call.where}: per_sample_weights must be a tensor, got {type(weights).__name__}")
     if call.mode != "sum":
         raise ValueError(
             f"{call.where}: per_sample_weights must be None with mode {call.mode!r}, as in torch.nn.EmbeddingBag, got "

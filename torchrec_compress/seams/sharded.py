@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -68,6 +69,11 @@ def has_own_forward(module: nn.Module) -> bool:
     """Return whether a module is called otherwise than its class is, as by a train pipeline until it is detached."""
     forward = vars(module).get("forward")
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def is_compiled(parts: Iterable[nn.Module]) -> bool:
+    """Return whether a user has called `compile()` of one of some modules, which another one or a copy forgets."""
+    return any(getattr(part, "_compiled_call_impl", None) is not None for part in parts)
 
 
 def sharded_tensor(local: Tensor, num_rows: int, sharding: ParameterSharding, env: ShardingEnv) -> ShardedTensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -56,6 +56,7 @@ def compressed_sharders(
         >>> [sharder.fused_params for sharder in compressed_sharders(mine)][1]
         {'learning_rate': 0.1}
     """
+    _check_registry("compressed_sharders", qcomm_codecs_registry)
     is_stated = fused_params is not None or qcomm_codecs_registry is not None
     if (stock is None) != is_stated:
         raise ValueError(
@@ -84,6 +85,12 @@ def compressed_sharders(
         *native,
         DecoderSharder(_of_tables(rows) | _of_tables(bags), outputs),
     ]  # type: ignore[list-item]
+
+
+def _check_registry(where: str, registry: object) -> None:
+    """Raise ValueError unless codecs are by the name of what travels, or None."""
+    if registry is not None and not isinstance(registry, Mapping):
+        raise ValueError(f"{where}: qcomm_codecs_registry must be a dict of codecs by name, got {registry!r:.80}")
 
 
 def _of_both(stock: Iterable[ModuleSharder[Any]]) -> tuple[Any, Any]:
@@ -148,6 +155,7 @@ def get_default_sharders(
         >>> [type(sharder).__name__ for sharder in get_default_sharders()][-1]
         'DecoderSharder'
     """
+    _check_registry("get_default_sharders", qcomm_codecs_registry)
     settings: dict[str, Any] = {"fused_params": fused_params, "qcomm_codecs_registry": qcomm_codecs_registry}
     rows = {**settings, "use_index_dedup": use_index_dedup}
     settings |= {
