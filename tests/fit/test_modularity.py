@@ -118,6 +118,14 @@ def test_the_order_of_edges_is_no_matter_and_the_salt_is() -> None:
     assert not torch.equal(cluster_order(graph, salt=6), order)
 
 
+@pytest.mark.parametrize("current", [0, 1])
+def test_of_equally_good_clusters_a_node_keeps_its_own(current: int) -> None:
+    nodes, degrees, volumes = torch.tensor([0, 0]), torch.tensor([2.0]).double(), torch.tensor([3.0, 3.0]).double()
+    for salt in range(5):
+        found = modularity._best(nodes, torch.tensor([0, 1]), degrees, volumes, torch.tensor([current]), salt)
+        assert found.tolist() == [current]
+
+
 def test_one_cluster_is_one_cluster() -> None:
     graph = Graph(torch.arange(50), torch.zeros(50, dtype=torch.int64), 50, 1)
     found = find_clusters(graph, salt=0)
