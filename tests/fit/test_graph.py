@@ -35,11 +35,16 @@ def sketched(*batches: tuple[Tensor, Tensor], num_contexts: int = 64, num_rows: 
 
 
 def coded(
-    sketch: GraphSketch, num_codes: int, codebook_size: int, clusterings: int = 1, first: int | None = None
+    sketch: GraphSketch,
+    num_codes: int,
+    codebook_size: int,
+    clusterings: int = 1,
+    first: int | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Return the codes of all ids."""
     others = HashEncoder(num_codes, codebook_size, 7, codebook_size if first is None else first)
-    return learn_graph_codes(sketch, others, clusterings)(torch.arange(sketch.num_rows), None)
+    return learn_graph_codes(sketch, others, clusterings, counts)(torch.arange(sketch.num_rows), None)
 
 
 @pytest.mark.parametrize("num_contexts", [1, 5, 64])
@@ -126,6 +131,34 @@ def test_clusters_are_of_equally_many_ids_and_no_codeword_is_left_over(codebook_
     for m in range(clusterings, 3):
         sizes = torch.bincount(codes[:, m], minlength=codebook_size)
         assert len(sizes) == codebook_size and sizes.max() < 800 / codebook_size + 6 * (800 / codebook_size) ** 0.5
+
+
+@pytest.mark.parametrize("steep", [0.5, 1.0, 3.0])
+def test_clusters_are_of_equally_many_look_ups(steep: float) -> None:
+    order = torch.randperm(NUM_ROWS, generator=torch.Generator().manual_seed(2))
+    counts = (10_000 / (order + 1) ** steep).long()
+    codes = coded(sketched(pairs()), 3, 16, 2, counts=counts)[:800]
+    weights = counts[:800].double().clamp(min=1)
+    while weights.max() > weights.sum() / 16 * (1 + 1e-9):
+        weights = weights.clamp(max=float(weights.sum()) / 16)
+    for m in range(2):
+        found = torch.zeros(16).double().index_add_(0, codes[:, m], weights)
+        share = weights.sum() / 16
+        assert found.min() > 0 and (found - share).abs().max() <= weights.max() * (1 + 1e-9)
+    if steep == 0.5:
+        plain = torch.zeros(16).double().index_add_(0, coded(sketched(pairs()), 3, 16, 2)[:800, 0], weights)
+        assert plain.std() > 3 * torch.zeros(16).double().index_add_(0, codes[:, 0], weights).std()
+
+
+@pytest.mark.parametrize("number", [5, 16, 17, 400])
+def test_parts_of_any_weights_are_all_used(number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    for spread in (0, 1, 10, 30):
+        weights = torch.exp2(spread * torch.rand(number, generator=generator, dtype=torch.float64))
+        parts = graph._parts(weights, 16)
+        assert len(parts.unique()) == min(number, 16) and parts[0] >= 0 and parts[-1] <= 15
+        assert (parts.diff() >= 0).all()
+    assert graph._parts(torch.ones(800).double(), 16).bincount().tolist() == [50] * 16
 
 
 def test_planted_groups_share_their_first_code_and_nothing_else() -> None:

@@ -69,6 +69,16 @@ def test_ids_of_a_cluster_share_their_first_codes_alone_and_others_keep_those_of
     assert torch.equal(found[unseen], unpack_codes(random.codes, 4).long()[unseen])
 
 
+def test_counts_share_clusters_out_by_look_ups():
+    seen = counts().clamp(min=1)
+    without = CONFIG.fit(table(), TableData(None, contexts=contexts()))
+    uniform = CONFIG.fit(table(), TableData(None, torch.full_like(seen, 7), contexts=contexts()))
+    steep = CONFIG.fit(table(), TableData(None, seen, contexts=contexts()))
+    assert torch.equal(without.codes, uniform.codes) and not torch.equal(without.codes, steep.codes)
+    looked_up = [torch.zeros(16).index_add_(0, codes(each)[:, 0], seen.float()) for each in (without, steep)]
+    assert looked_up[1].max() < looked_up[0].max() and looked_up[1].min() > looked_up[0].min()
+
+
 def test_more_codes_may_be_clusters():
     data = TableData(None, contexts=contexts(), seed=0)
     one, two = (GraphCodesConfig(num_codes=4, codebook_size=16, num_clusterings=number) for number in (1, 2))

@@ -15,6 +15,7 @@ from torchrec_compress.ops import hash_ids
 _SALT_STEP = 7919
 _BITS = 31  # of a hash
 _ROWS_AT_ONCE = 2**12
+_MOST_CUTS = 100
 EDGE_BYTES = 160  # of an edge while clusters are found, as measured: both ends, sorted pairs, their scores and ties
 
 
@@ -104,18 +105,22 @@ class GraphSketch(ContextSketch):
             self.kept[some[owner[stays]], rank[stays]] = (keys[stays] & NEVER).to(torch.int32)
 
 
-def learn_graph_codes(sketch: GraphSketch, others: HashEncoder, num_clusterings: int) -> SeenEncoder:
+def learn_graph_codes(
+    sketch: GraphSketch, others: HashEncoder, num_clusterings: int, counts: Tensor | None = None
+) -> SeenEncoder:
     """Code ids by clusters of the graph, and so that those of one cluster differ.
 
-    Codes that are clusters are parts of one order of all ids, of equally many each (sizes differ by at most one), see
-    `fit.modularity`. A code that follows numbers the ids that have all former codes in common, from a number drawn for
-    them, in a drawn order: they share it only where they are more than K. So two ids share all codes only where more
-    than K^(codes that follow) are in one cluster. Ids without contexts have hashed codes.
+    Codes that are clusters are parts of one order of all ids, see `fit.modularity`: of equally many look-ups, of which
+    an id counts at most one part's, or without counts of equally many ids (sizes differ by at most one). A code that
+    follows numbers the ids that have all former codes in common, from a number drawn for them, in a drawn order: they
+    share it only where they are more than K. So two ids share all codes only where more than K^(codes that follow) are
+    in one cluster. Ids without contexts have hashed codes.
 
     Args:
         sketch: has seen pairs.
         others: codes of ids without; its sizes are those of all codes.
         num_clusterings: codes that are clusters, the first ones.
+        counts: (N,) look-ups per id, or None. An id with contexts counts at least one.
 
     Returns:
         The encoder.
@@ -129,6 +134,7 @@ def learn_graph_codes(sketch: GraphSketch, others: HashEncoder, num_clusterings:
         (tensor(True), tensor(True), 4)
     """
     ids, graph = sketch.graph()
+    weights = torch.ones(len(ids)).double() if counts is None else counts[ids].double().clamp(min=1)
     codes = torch.empty(len(ids), others.num_codes, dtype=torch.int32)
     group = torch.zeros(len(ids), dtype=torch.int64)
     for m in range(others.num_codes):
@@ -136,13 +142,29 @@ def learn_graph_codes(sketch: GraphSketch, others: HashEncoder, num_clusterings:
         salt = sketch.salt + _SALT_STEP * (m + 1)
         if m < num_clusterings:
             order = cluster_order(graph, salt)
-            parts = torch.arange(len(ids)) * size // len(ids)
-            code = torch.empty_like(order).scatter_(0, order, parts)
+            code = torch.empty_like(order).scatter_(0, order, _parts(weights[order], size))
         else:
             code = _numbered(group, ids, size, salt)
         codes[:, m] = code.to(torch.int32)
         group = torch.unique(group * size + code, return_inverse=True)[1]
     return SeenEncoder(ids, codes, others, others.first_size)
+
+
+def _parts(weights: Tensor, size: int) -> Tensor:
+    """Return numbers below `size`, ascending, that share the weights out evenly: (S,) float64 > 0 -> (S,) int64.
+
+    A weight counts at most one part's, so none of them is left over where there are so many; fewer have one each.
+    """
+    if len(weights) < size:
+        return torch.arange(len(weights)) * size // len(weights)
+    ends = weights.cumsum(0)
+    for _ in range(_MOST_CUTS):
+        share = float(ends[-1]) / size
+        if float(weights.max()) <= share:
+            break
+        weights = weights.clamp(max=share)  # which makes the share smaller again, and the next cut as well
+        ends = weights.cumsum(0)
+    return ((ends - weights / 2) * size / ends[-1]).long().clamp_(max=size - 1)
 
 
 def _numbered(group: Tensor, ids: Tensor, size: int, salt: int) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.fit.codes import Encoder
@@ -59,8 +60,8 @@ class SketchedCodesConfig(ContextCodesConfig):
         """Return what a sketch of the table is made with."""
 
     @abstractmethod
-    def encoder_of(self, sketch: Any) -> Encoder:
-        """Learn codes from a sketch of this table, method and seed that has seen pairs."""
+    def encoder_of(self, sketch: Any, counts: Tensor | None) -> Encoder:
+        """Learn codes from a sketch of this table, method and seed that has seen pairs, and look-ups per id or None."""
 
     def sketch(self, table: BaseEmbeddingConfig, seed: int) -> Any:
         """Return a sketch of the table's pairs, without any yet; `seed` is that of the fit."""
@@ -91,4 +92,4 @@ class SketchedCodesConfig(ContextCodesConfig):
             ids, contexts = sketch
             sketch = self.sketch_type(**self.sketch_sizes(table, data.seed))
             sketch.add(ids, contexts)
-        return self.encoder_of(sketch)
+        return self.encoder_of(sketch, data.counts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.fit.codes import HashEncoder, SeenEncoder
@@ -19,12 +20,12 @@ from torchrec_compress.ops import stable_salt
 class GraphCodesConfig(SketchedCodesConfig):
     """Ids of one cluster of the graph of ids and contexts share a codeword; the other codes tell them apart.
 
-    Clusters are of most modularity, and of equally many ids each, so that no codeword is left over and none is
-    crowded, which BACO (arXiv 2604.18351) asks for. GraphHash stores one row for a cluster, or a hashed row beside it;
-    here a row has M codes, of which the first are clusters and the others differ within them where they can. Pairs are
-    a stream, of which 4 C N bytes are kept until codes are made: give `compress` all of them, or a sketch that they
-    were added to. Codebooks are then trained with the model; where a pre-trained table is at hand as well, it starts
-    them. Bytes: see `CodebookConfig`.
+    Clusters are of most modularity, and of equally many look-ups each (without counts: of ids), so that no codeword is
+    left over and none is crowded, which BACO (arXiv 2604.18351) asks for. GraphHash stores one row for a cluster, or a
+    hashed row beside it; here a row has M codes, of which the first are clusters and the others differ within them
+    where they can. Pairs are a stream, of which 4 C N bytes are kept until codes are made: give `compress` all of them,
+    or a sketch that they were added to. Codebooks are then trained with the model; where a pre-trained table is at hand
+    as well, it starts them. Bytes: see `CodebookConfig`.
 
     Args:
         num_clusterings: codes that are clusters, of 1 to M; each breaks ties its own way, so that they differ somewhat.
@@ -70,7 +71,7 @@ class GraphCodesConfig(SketchedCodesConfig):
         sizes = {"num_rows": table.num_embeddings, "num_contexts": self.num_contexts}
         return {**sizes, "salt": stable_salt(seed, table.name)}
 
-    def encoder_of(self, sketch: GraphSketch) -> SeenEncoder:
+    def encoder_of(self, sketch: GraphSketch, counts: Tensor | None) -> SeenEncoder:
         """Cluster the graph; ids of no pair keep their start codes."""
         others = HashEncoder(self.num_codes, self.codebook_size, sketch.salt, self.first_size)
-        return learn_graph_codes(sketch, others, self.num_clusterings)
+        return learn_graph_codes(sketch, others, self.num_clusterings, counts)

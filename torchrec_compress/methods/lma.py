@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.fit.codes import HashEncoder
@@ -60,7 +61,7 @@ class LMAConfig(SketchedCodesConfig):
         num_hashes = self.num_codes * self.hashes_per_code
         return {"num_rows": table.num_embeddings, "num_hashes": num_hashes, "salt": stable_salt(seed, table.name)}
 
-    def encoder_of(self, sketch: MinHashSketch) -> MinHashEncoder:
+    def encoder_of(self, sketch: MinHashSketch, counts: Tensor | None) -> MinHashEncoder:
         """Hash the minima; ids of no pair keep their start codes."""
         others = HashEncoder(self.num_codes, self.codebook_size, sketch.salt, self.first_size)
         return MinHashEncoder(sketch, others)
