@@ -17,6 +17,7 @@ from torchrec_compress.methods import (
     CceConfig,
     DenseConfig,
     GivenCodesConfig,
+    GraphCodesConfig,
     HashConfig,
     HashEmbeddingsConfig,
     Int4Config,
@@ -49,6 +50,10 @@ CASES: dict[str, list[MethodConfig]] = {
     "given": [
         GivenCodesConfig(codes=CODES.format(NUM_ROWS), num_codes=4, codebook_size=16),
         GivenCodesConfig(codes=CODES.format(NUM_ROWS), num_codes=4, codebook_size=40, structure="residual"),
+    ],
+    "graph": [
+        GraphCodesConfig(num_codes=4, codebook_size=16),
+        GraphCodesConfig(num_codes=3, codebook_size=32, structure="residual", num_clusterings=2, num_hot_rows=20),
     ],
     "hash": [HashConfig(num_buckets=40)],
     "hash_embeddings": [

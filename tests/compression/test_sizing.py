@@ -40,6 +40,7 @@ WASTE = {
     "mec": 0.55,
     "pq": 0.55,
     "quantile": 0.55,
+    "graph": 0.55,
     "lma": 0.55,
     "random": 0.55,
     "cce": 0.3,

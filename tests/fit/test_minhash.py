@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torchrec_compress.fit import minhash
+from torchrec_compress.fit import contexts as streams
 from torchrec_compress.fit.codes import HashEncoder
 from torchrec_compress.fit.minhash import MinHashEncoder, MinHashSketch
 from torchrec_compress.ops import hash_codes
@@ -88,7 +88,7 @@ def test_batches_are_as_all_at_once_to_the_bit(size: int) -> None:
 
 def test_blocks_of_pairs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sketched(pairs())
-    monkeypatch.setattr(minhash, "_PAIRS_AT_ONCE", 7)
+    monkeypatch.setattr(streams, "_PAIRS_AT_ONCE", 7)
     assert torch.equal(sketched(pairs()).minima, whole.minima)
 
 

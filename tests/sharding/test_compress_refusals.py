@@ -17,7 +17,8 @@ from torchrec.distributed import DistributedModelParallel
 from tests.cases import contexts, counts
 from tests.sharding.test_compress import GIVEN, NAMES, D, Model, N, batch, shard, wrap
 from torchrec_compress import CompressedEmbeddingBagCollection, compress, get_default_sharders, measure_curvature
-from torchrec_compress.methods import LMAConfig, PQConfig, QuantileCodesConfig
+from torchrec_compress.fit import MinHashSketch
+from torchrec_compress.methods import GraphCodesConfig, LMAConfig, PQConfig, QuantileCodesConfig
 
 CONFIG = PQConfig(num_codes=2, codebook_size=16)
 
@@ -85,16 +86,20 @@ def test_a_difference_is_told_on_all_ranks(two_ranks, kind, message):
         assert first == f"rank 1: {second}"
 
 
-def of_streams(joins: bool) -> Tensor | str:
+def of_streams(config: LMAConfig | GraphCodesConfig, joins: bool) -> Tensor | str:
     """Return what a model serves whose ranks have each seen half of the pairs, and the same without ranks, stacked."""
-    config, rank = LMAConfig(num_codes=4, codebook_size=16), dist.get_rank()
+    rank = dist.get_rank()
     plain = Model(True)
     tables = {each.name: each for each in plain.sparse.embedding_bag_configs()}  # type: ignore[operator, union-attr]
     sketches = {name: config.sketch(table, seed=3) for name, table in tables.items()}
     for sketch in sketches.values():
         sketch.add(*(part.chunk(2)[rank] for part in contexts()))
-        if joins:
+        if joins and isinstance(sketch, MinHashSketch):
             dist.all_reduce(sketch.minima, dist.ReduceOp.MIN)
+        elif joins:
+            found = [torch.empty_like(sketch.kept) for _ in range(2)]
+            dist.all_gather(found, sketch.kept)
+            sketch.join(found[1 - rank])
     given: dict[str, Any] = {"seed": 3, "inplace": True}
     try:
         small = compress(shard(True, "row_wise"), config, contexts=sketches, **given)
@@ -104,10 +109,14 @@ def of_streams(joins: bool) -> Tensor | str:
     return torch.stack([each(batch()).detach() for each in (small, alone)])
 
 
-def test_ranks_that_saw_a_stream_together_join_their_sketches(two_ranks):
-    for told in two_ranks.run(of_streams, False):
-        assert re.search(r"contexts must be the same on all ranks, got others on ranks \[1\].* join the minima", told)
-    for found in two_ranks.run(of_streams, True):
+@pytest.mark.parametrize("method", [LMAConfig, GraphCodesConfig])
+def test_ranks_that_saw_a_stream_together_join_their_sketches(two_ranks, method):
+    config = method(num_codes=4, codebook_size=16)
+    for told in two_ranks.run(of_streams, config, False):
+        assert re.search(
+            r"contexts must be the same on all ranks, got others on ranks \[1\].* join their sketches", told
+        )
+    for found in two_ranks.run(of_streams, config, True):
         torch.testing.assert_close(found[0], found[1])
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from tests.sharding.suite import CASES, run_case
 from torchrec_compress.methods import (
+    GraphCodesConfig,
     HashConfig,
     Int4Config,
     Int8Config,
@@ -23,6 +24,7 @@ METHODS: dict[str, MethodConfig] = {
     "residual": RandomCodesConfig(num_codes=2, codebook_size=2, structure="residual"),
     "random": RandomCodesConfig(num_codes=4, codebook_size=4),
     "quantile": QuantileCodesConfig(num_codes=4, codebook_size=4),
+    "graph": GraphCodesConfig(num_codes=4, codebook_size=4),
     "lma": LMAConfig(num_codes=4, codebook_size=4),
     "memcom": MEmComConfig(num_buckets=4, bias=True),
     "hash": HashConfig(num_buckets=4),

@@ -140,11 +140,11 @@ ALL = OptimConfig(tables="adagrad", table_lr=0.9, lookup_l2=0.1, dense_lr=0.9, d
         (RunConfig(compression={"budget_ratio": 9}, retrain=TRAINED), []),
         (
             RunConfig(compression={"budget_ratio": 9}, context={"user": "item"}),
-            ["context: changes nothing without a table that is fitted to contexts (quantile, lma)"],
+            ["context: changes nothing without a table that is fitted to contexts (quantile, lma, graph)"],
         ),
         (
             RunConfig(compression=HASH, context={"user": "item"}),
-            ["context: changes nothing without a table that is fitted to contexts (quantile, lma)"],
+            ["context: changes nothing without a table that is fitted to contexts (quantile, lma, graph)"],
         ),
         (RunConfig(compression={"method": "quantile", "num_codes": 2}, context={"user": "item"}), []),
     ],

@@ -56,7 +56,7 @@ def test_three_stages_end_with_a_summary(config, tmp_path, method, tables):
     assert (tmp_path / "a" / "config.yaml").is_file() and (tmp_path / "a" / "versions.json").is_file()
 
 
-@pytest.mark.parametrize("method", ["hash", "lma", "random", "quantile", "narrow"])
+@pytest.mark.parametrize("method", ["hash", "lma", "graph", "random", "quantile", "narrow"])
 def test_tables_that_need_no_full_model_start_from_scratch(config, tmp_path, method):
     options = {"num_codes": 2, "codebook_size": 16}
     options = {"hash": {"num_buckets": 20}, "narrow": {"width": 4, "bits": 8}}.get(method, options)

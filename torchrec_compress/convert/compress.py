@@ -37,8 +37,8 @@ from torchrec_compress.convert.plain import empty_plain, expanded_plain
 from torchrec_compress.convert.safety import check_places
 from torchrec_compress.convert.served import decompress_sharded
 from torchrec_compress.convert.sharded import compress_sharded
+from torchrec_compress.fit.contexts import Contexts
 from torchrec_compress.fit.curvature import Curvature
-from torchrec_compress.fit.minhash import Contexts
 from torchrec_compress.modules import (
     CompressedEmbedding,
     CompressedEmbeddingBag,
@@ -128,8 +128,8 @@ def compress(
         compression: a method for all tables, or methods by table name or pattern; in a model also by "path.name", for a
             plain module by its path. Modules of a model of which no table fits a key are left as they are.
         counts: look-ups per id in training, (N,) by table name. Popularity weights and hot rows need them.
-        contexts: pairs (ids, context ids), ((P,), (P,)) int64 by table name, which quantile codes need; for LMA a
-            sketch of a stream of them as well (`LMAConfig.sketch`).
+        contexts: pairs (ids, context ids), ((P,), (P,)) int64 by table name, which codes of them need; for LMA and
+            graph codes a sketch of a stream of them as well (`LMAConfig.sketch`).
         curvature: of `measure_curvature`, by table name: errors count as the loss feels them, where a method can
             (`uses_curvature`); a table of which too little is known is fitted to squared error, which the log says.
         seed: of the fit.

@@ -13,8 +13,8 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from tqdm import tqdm
 
 from torchrec_compress.convert.metrics import metrics_of
+from torchrec_compress.fit.contexts import Contexts, ContextSketch
 from torchrec_compress.fit.curvature import Curvature
-from torchrec_compress.fit.minhash import Contexts, MinHashSketch
 from torchrec_compress.methods import MethodConfig, TableData, TableState
 from torchrec_compress.methods.learned import RowReader, check_trained_rows
 from torchrec_compress.modules import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
@@ -235,6 +235,6 @@ def on_cpu(data: TableData) -> TableData:
     """Return the data of a fit, all of it in the host's memory."""
     counts = None if data.counts is None else data.counts.detach().cpu()
     contexts = data.contexts
-    if contexts is not None and not isinstance(contexts, MinHashSketch):
+    if contexts is not None and not isinstance(contexts, ContextSketch):
         contexts = (contexts[0].cpu().long(), contexts[1].cpu().long())
     return dataclasses.replace(data, counts=counts, contexts=contexts)

@@ -166,7 +166,7 @@ def _asked(
     values = {"methods": [methods for _, methods in wanted], "seed": seed, **by_place}
     advice = {
         "counts": "add them up over the ranks first",
-        "contexts": "gather pairs over the ranks first, or join the minima of their sketches",
+        "contexts": "gather pairs over the ranks first, or join their sketches",
     }
     return _Asked(found, {what: (digest(each), advice.get(what, "pass the same")) for what, each in values.items()})
 

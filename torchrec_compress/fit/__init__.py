@@ -4,6 +4,7 @@ Rows are float32 [N, D], weights [N] >= 0; every fit is a pure function of its a
 """
 
 from torchrec_compress.fit.codes import FittedCodes, weighted_error
+from torchrec_compress.fit.graph import GraphSketch
 from torchrec_compress.fit.kmeans import KMeans, kmeans, nearest
 from torchrec_compress.fit.mec import MECFit, fit_mec
 from torchrec_compress.fit.minhash import MinHashSketch
@@ -15,6 +16,7 @@ from torchrec_compress.fit.residual import fit_residual
 
 __all__ = [
     "FittedCodes",
+    "GraphSketch",
     "KMeans",
     "MECFit",
     "MinHashSketch",

@@ -77,6 +77,32 @@ class HashEncoder(Encoder):
 
 
 @dataclass(frozen=True)
+class SeenEncoder(Encoder):
+    """Codes that were made for the ids that have contexts, hashes for the others.
+
+    Attributes:
+        seen: [S] int64, ascending.
+        codes: [S, M] int32, each in [0, K).
+        others: of ids that were not seen.
+        first_size: codewords of the first codebook; codes beyond the last join it.
+    """
+
+    seen: Tensor
+    codes: Tensor
+    others: HashEncoder
+    first_size: int
+
+    def __call__(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the codes of ids; see `Encoder`."""
+        codes = self.others(ids, None)
+        place = torch.searchsorted(self.seen, ids).clamp(max=len(self.seen) - 1)
+        is_seen = self.seen[place] == ids
+        codes[is_seen] = self.codes[place[is_seen]].long()
+        codes[:, 0].clamp_(max=self.first_size - 1)
+        return codes
+
+
+@dataclass(frozen=True)
 class FittedCodes:
     """Codes of a table and the codebooks they point into.
 

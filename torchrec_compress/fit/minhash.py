@@ -8,22 +8,19 @@ memory allocation by locality-sensitive hashing (LMA; Desai et al., arXiv 2103.0
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from torchrec_compress.fit.checks import check_contexts
 from torchrec_compress.fit.codes import Encoder, HashEncoder
+from torchrec_compress.fit.contexts import NEVER, ContextSketch
 from torchrec_compress.ops import hash_ids
 
-_NEVER = 2**31 - 1  # of an id that was in no pair; hashes are below it
 _SALT_STEP = 7919
-_PAIRS_AT_ONCE = 2**16
 
 
 @dataclass(eq=False)
-class MinHashSketch:
+class MinHashSketch(ContextSketch):
     """The least hashes of the contexts that each id occurred with: all that is kept of any number of pairs.
 
     A pair counts once, however often it comes, in whatever order and batches: the minima are the same to the bit.
@@ -57,30 +54,13 @@ class MinHashSketch:
 
     def __post_init__(self) -> None:
         """Begin without pairs, or raise ValueError for sizes that are none."""
-        for name in ("num_rows", "num_hashes"):
-            size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{self.where}: {name} must be an int of at least 1, got {size!r}")
-        self.minima = torch.full((self.num_rows, self.num_hashes), _NEVER, dtype=torch.int32)
+        self._check_sizes("num_rows", "num_hashes")
+        self.minima = torch.full((self.num_rows, self.num_hashes), NEVER, dtype=torch.int32)
 
-    def add(self, ids: Tensor, contexts: Tensor) -> None:
-        """Take pairs that occurred together; a batch without any changes nothing.
-
-        Args:
-            ids: (P,) integer in [0, N).
-            contexts: (P,) integer >= 0: of the user, the session, the example ...; those of several features must be
-                in ranges of their own.
-
-        Raises:
-            ValueError: they are no two vectors of integers of one length, or one is out of range.
-        """
-        if all(isinstance(part, Tensor) and part.shape == (0,) for part in (ids, contexts)):
-            return
-        ids, contexts = check_contexts(self.where, (ids, contexts), self.num_rows)
-        for some, others in zip(ids.split(_PAIRS_AT_ONCE), contexts.split(_PAIRS_AT_ONCE), strict=True):
-            for number in range(self.num_hashes):
-                found = hash_ids(others, _NEVER, self.salt + _SALT_STEP * number).to(torch.int32)
-                self.minima[:, number].scatter_reduce_(0, some, found, "amin")
+    def _take(self, ids: Tensor, contexts: Tensor) -> None:
+        for number in range(self.num_hashes):
+            found = hash_ids(contexts, NEVER, self.salt + _SALT_STEP * number).to(torch.int32)
+            self.minima[:, number].scatter_reduce_(0, ids, found, "amin")
 
     def join(self, minima: Tensor) -> None:
         """Take what another sketch of the same sizes and salt has seen, such as that of another rank.
@@ -103,15 +83,11 @@ class MinHashSketch:
     @property
     def is_empty(self) -> bool:
         """Whether no pair was added yet."""
-        return not bool((self.minima[:, 0] != _NEVER).any())
+        return not bool((self.minima[:, 0] != NEVER).any())
 
     def is_seen(self, ids: Tensor) -> Tensor:
         """Return whether ids were in any pair, (L,) int64 -> (L,) bool."""
-        return self.minima[ids, 0] != _NEVER
-
-
-# what ids occurred with: ((P,), (P,)) int64 pairs (id, context id), or what a method keeps of a stream of them
-Contexts: TypeAlias = tuple[Tensor, Tensor] | MinHashSketch
+        return self.minima[ids, 0] != NEVER
 
 
 @dataclass(frozen=True)

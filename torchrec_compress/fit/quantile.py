@@ -1,7 +1,5 @@
 """Quantile codes: codes without a trained table, balanced by construction (RecJPQ; Petrov & Macdonald, WSDM 2024)."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import scipy.sparse as sparse
 import torch
@@ -9,37 +7,11 @@ from scipy.sparse.linalg import svds
 from torch import Tensor
 
 from torchrec_compress.fit.checks import check_seed
-from torchrec_compress.fit.codes import Encoder, HashEncoder
+from torchrec_compress.fit.codes import HashEncoder, SeenEncoder
 from torchrec_compress.ops import hash_ids, stable_salt
 
 # Below this many rows or columns LAPACK's full SVD is quick, and exact where ARPACK's iterations are not.
 SMALL_SIDE = 512
-
-
-@dataclass(frozen=True)
-class QuantileEncoder(Encoder):
-    """The quantile bins of ids that have contexts, hashes for the others.
-
-    Attributes:
-        seen: [S] int64, ascending.
-        bins: [S, M] int32, each in [0, K).
-        others: of ids that were not seen.
-        first_size: codewords of the first codebook; bins beyond the last join it.
-    """
-
-    seen: Tensor
-    bins: Tensor
-    others: HashEncoder
-    first_size: int
-
-    def __call__(self, ids: Tensor, rows: Tensor | None) -> Tensor:
-        """Return the codes of ids; see `Encoder`."""
-        codes = self.others(ids, None)
-        place = torch.searchsorted(self.seen, ids).clamp(max=len(self.seen) - 1)
-        is_seen = self.seen[place] == ids
-        codes[is_seen] = self.bins[place[is_seen]].long()
-        codes[:, 0].clamp_(max=self.first_size - 1)
-        return codes
 
 
 def quantile_codes(
@@ -84,7 +56,7 @@ def learn_quantiles(
     codebook_size: int,
     seed: int,
     first_size: int | None = None,
-) -> QuantileEncoder:
+) -> SeenEncoder:
     """Return what makes `quantile_codes`; arguments and errors as there.
 
     Where the first codebook has `first_size` codewords, its last bins join their neighbour.
@@ -109,7 +81,7 @@ def learn_quantiles(
         bins[order, m] = np.arange(len(seen)) * codebook_size // len(seen)
     others = HashEncoder(num_codes, codebook_size, salt, codebook_size)
     first_size = codebook_size if first_size is None else first_size
-    return QuantileEncoder(torch.from_numpy(seen), torch.from_numpy(bins), others, first_size)
+    return SeenEncoder(torch.from_numpy(seen), torch.from_numpy(bins), others, first_size)
 
 
 def _check(row_ids: Tensor, context_ids: Tensor, num_rows: int, num_codes: int, codebook_size: int) -> None:

@@ -7,6 +7,7 @@ from torchrec_compress.methods.codebook import CodebookConfig, as_codebook
 from torchrec_compress.methods.decoders import BagDecoder, TableDecoder
 from torchrec_compress.methods.dense import DenseConfig
 from torchrec_compress.methods.given import GivenCodesConfig
+from torchrec_compress.methods.graph import GraphCodesConfig
 from torchrec_compress.methods.hash import HashConfig
 from torchrec_compress.methods.hash_embeddings import HashEmbeddingsConfig
 from torchrec_compress.methods.lma import LMAConfig
@@ -29,6 +30,7 @@ __all__ = [
     "CodebookConfig",
     "DenseConfig",
     "GivenCodesConfig",
+    "GraphCodesConfig",
     "HashConfig",
     "HashEmbeddingsConfig",
     "Int4Config",

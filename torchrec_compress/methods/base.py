@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, BaseEmbeddingConfig, DataType
 
 from torchrec_compress.fit.checks import check_contexts, check_counts, check_seed
+from torchrec_compress.fit.contexts import ContextSketch
 from torchrec_compress.fit.curvature import check_matrix, is_flat
 from torchrec_compress.fit.kmeans import train_size
-from torchrec_compress.fit.minhash import MinHashSketch
 from torchrec_compress.fit.popularity import popularity_weights
 from torchrec_compress.methods.decoders import BagDecoder, SharedDecoder, TableDecoder
 from torchrec_compress.methods.learned import Learned, RowReader, TableData, TableState, check_sample, with_sample
@@ -229,7 +229,7 @@ class MethodConfig(ABC):
         """Raise ValueError unless contexts, which are there, are pairs of the table's ids and others."""
         check_contexts(f"table {table.name!r}", data.contexts, table.num_embeddings)
 
-    def sketch(self, table: BaseEmbeddingConfig, seed: int) -> MinHashSketch | None:
+    def sketch(self, table: BaseEmbeddingConfig, seed: int) -> ContextSketch | None:
         """Return what a stream of pairs is added to, all that a fit needs of them; None: it needs the pairs."""
         return None
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
+from torchrec_compress.fit.contexts import Contexts
 from torchrec_compress.fit.kmeans import sample_points
-from torchrec_compress.fit.minhash import Contexts
 from torchrec_compress.methods.storage import NativePart
 from torchrec_compress.ops import first_infinite, first_not_finite
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_compress.fit.codes import HashEncoder
 from torchrec_compress.fit.minhash import MinHashEncoder, MinHashSketch
-from torchrec_compress.methods.base import TableData, register
-from torchrec_compress.methods.context_codes import ContextCodesConfig
+from torchrec_compress.methods.base import register
+from torchrec_compress.methods.context_codes import SketchedCodesConfig
 from torchrec_compress.ops import stable_salt
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class LMAConfig(ContextCodesConfig):
+class LMAConfig(SketchedCodesConfig):
     """Ids share a codeword with the probability of their Jaccard similarity: of the sets that they occurred with.
 
     Of J > 0 it is J^p + (1 - J^p) / K for each code, of ids that have nothing in common 1 / K, as of random codes. The
@@ -39,6 +40,7 @@ class LMAConfig(ContextCodesConfig):
     """
 
     method: ClassVar[str] = "lma"
+    sketch_type: ClassVar[type[MinHashSketch]] = MinHashSketch
     hashes_per_code: int = 1
 
     def check(self, table: BaseEmbeddingConfig) -> None:
@@ -50,46 +52,16 @@ class LMAConfig(ContextCodesConfig):
                 "for codes that fewer ids share"
             )
 
-    def sketch(self, table: BaseEmbeddingConfig, seed: int) -> MinHashSketch:
-        """Return a sketch of the table's pairs, without any yet; `seed` is that of the fit."""
-        self.check(table)
-        return self._sketch(table, seed)
-
-    def _sketch(self, table: BaseEmbeddingConfig, seed: int) -> MinHashSketch:
-        return MinHashSketch(**self._sizes(table, seed), where=f"table {table.name!r}: sketch")
-
     def sketch_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return 4 bytes a hash of every id."""
         return 4 * table.num_embeddings * self.num_codes * self.hashes_per_code
 
-    def _sizes(self, table: BaseEmbeddingConfig, seed: int) -> dict[str, int]:
-        """Return what a sketch of the table is made with."""
+    def sketch_sizes(self, table: BaseEmbeddingConfig, seed: int) -> dict[str, int]:
+        """Return rows, hashes and salt."""
         num_hashes = self.num_codes * self.hashes_per_code
         return {"num_rows": table.num_embeddings, "num_hashes": num_hashes, "salt": stable_salt(seed, table.name)}
 
-    def check_contexts(self, table: BaseEmbeddingConfig, data: TableData) -> None:
-        """Raise ValueError unless contexts are pairs, or a sketch of this table, method and seed that has seen some."""
-        given = data.contexts
-        if not isinstance(given, MinHashSketch):
-            super().check_contexts(table, data)
-            return
-        where = f"table {table.name!r}"
-        for what, wanted in self._sizes(table, data.seed).items():
-            if getattr(given, what) != wanted:
-                raise ValueError(
-                    f"{where}: contexts' sketch must have {what} = {wanted}, got {getattr(given, what)}; make it by "
-                    f"sketch() of this method and table, and seed {data.seed}"
-                )
-        if given.is_empty:
-            raise ValueError(f"{where}: contexts' sketch must have seen a pair, got none; add pairs before the fit")
-
-    def learn_encoder(self, table: BaseEmbeddingConfig, data: TableData) -> MinHashEncoder:
-        """Add the pairs to a sketch, unless they were, and hash its minima; ids of no pair keep their start codes."""
-        sketch = data.contexts
-        if not isinstance(sketch, MinHashSketch):
-            assert sketch is not None
-            ids, contexts = sketch
-            sketch = self._sketch(table, data.seed)
-            sketch.add(ids, contexts)
+    def encoder_of(self, sketch: MinHashSketch, counts: Tensor | None) -> MinHashEncoder:
+        """Hash the minima; ids of no pair keep their start codes."""
         others = HashEncoder(self.num_codes, self.codebook_size, sketch.salt, self.first_size)
         return MinHashEncoder(sketch, others)

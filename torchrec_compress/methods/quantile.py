@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_compress.fit.quantile import QuantileEncoder, learn_quantiles
+from torchrec_compress.fit.codes import SeenEncoder
+from torchrec_compress.fit.quantile import learn_quantiles
 from torchrec_compress.methods.base import TableData, register
 from torchrec_compress.methods.context_codes import ContextCodesConfig
 
@@ -27,7 +28,7 @@ class QuantileCodesConfig(ContextCodesConfig):
 
     method: ClassVar[str] = "quantile"
 
-    def learn_encoder(self, table: BaseEmbeddingConfig, data: TableData) -> QuantileEncoder:
+    def learn_encoder(self, table: BaseEmbeddingConfig, data: TableData) -> SeenEncoder:
         """Bin the leading singular vectors of the id by context matrix."""
         assert isinstance(data.contexts, tuple | list)
         return learn_quantiles(

@@ -285,7 +285,7 @@ class RunConfig:
         curvature_rows: rows of validation over which the curvature of the loss of stage 1's model is measured, once for
             all runs that share it: tables are fitted in that metric where their method can (docs/curvature.md), and the
             rise of the loss is predicted for all; 0 fits to squared error and predicts nothing.
-        context: for quantile and LMA codes, the table whose ids are another table's contexts.
+        context: for quantile, LMA and graph codes, the table whose ids are another table's contexts.
         data: the rows.
         model: the recommender.
         pretrain: stage 1, the full model, or the small one of `pretrain_compression`.

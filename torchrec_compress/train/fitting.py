@@ -11,7 +11,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 
 from torchrec_compress import compress_into
 from torchrec_compress.convert import Curvature, predicted_rise, row_reader
-from torchrec_compress.fit.minhash import Contexts
+from torchrec_compress.fit.contexts import Contexts
 from torchrec_compress.methods import MethodConfig
 from torchrec_compress.methods.learned import RowReader
 from torchrec_compress.train.config import RunConfig

@@ -54,7 +54,7 @@ def _lines(config: RunConfig) -> Iterator[str]:
     if config.model.cross_rank is not None and not config.model.num_cross_layers:
         yield "model.cross_rank: changes nothing with model.num_cross_layers = 0"
     if config.context and not any(method.needs == "contexts" for method in methods):
-        yield "context: changes nothing without a table that is fitted to contexts (quantile, lma)"
+        yield "context: changes nothing without a table that is fitted to contexts (quantile, lma, graph)"
 
 
 def _stage_lines(name: str, stage: StageConfig, has_decoders: bool, without: str) -> Iterator[str]:
