@@ -26,6 +26,7 @@ from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 
 from torchrec_compress import CompressedEmbeddingBagCollection, after_step, compress
 from torchrec_compress.methods import (
+    BlocksConfig,
     CafeConfig,
     CceConfig,
     HashConfig,
@@ -58,6 +59,8 @@ METHODS: dict[str, MethodConfig] = {
     "cafe, 2,000 hot rows, 1,600 cold": CafeConfig(num_hot_rows=2000, num_cold_rows=1600),
     "cce, M = 4": CceConfig(num_codes=4),
     "narrow, 16 numbers": NarrowConfig(width=16),
+    "blocks of 64, 32 and 16 numbers, ids sorted": BlocksConfig(order="ids"),
+    "blocks of 64, 32 and 16 numbers": BlocksConfig(),
     "int8": Int8Config(),
     "int4": Int4Config(),
 }
@@ -86,7 +89,7 @@ def collections(steps: list[KeyedJaggedTensor]) -> dict[str, nn.Module]:
             if fitted
             else CompressedEmbeddingBagCollection(tables(), compression=config)
         )
-        if config.method == "narrow":
+        if config.method in ("blocks", "narrow"):
             _fuse(made[name])
     return made
 

@@ -13,6 +13,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 from torchrec_compress import CompressedEmbeddingBagCollection, compress
 from torchrec_compress.fit.mec import MECFit
 from torchrec_compress.methods import (
+    BlocksConfig,
     CafeConfig,
     CceConfig,
     DenseConfig,
@@ -37,6 +38,10 @@ CODES = str(Path(__file__).parent / "stored" / "codes_{}x4.npy")  # drawn at ran
 NUM_ROWS, DIM = 403, 16  # not a multiple of 4, so that packed scalars are padded
 
 CASES: dict[str, list[MethodConfig]] = {
+    "blocks": [
+        BlocksConfig(order="ids", widths=(16, 8, 4)),
+        BlocksConfig(shares=(0.2,), ratio=4),
+    ],
     "cafe": [
         CafeConfig(num_hot_rows=16, num_cold_rows=40, num_blocks=4),
         CafeConfig(num_hot_rows=8, num_cold_rows=40, num_medium_rows=16, num_blocks=4, importance="frequency"),

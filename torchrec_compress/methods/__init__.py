@@ -1,6 +1,7 @@
 """Compression methods. A new one is a file here, a line below, a test case, a config and a README row."""
 
 from torchrec_compress.methods.base import METHODS, MethodConfig, TableData, TableState, dense_bytes
+from torchrec_compress.methods.blocks import BlocksConfig
 from torchrec_compress.methods.cafe import CafeConfig
 from torchrec_compress.methods.cce import CceConfig
 from torchrec_compress.methods.codebook import CodebookConfig, as_codebook
@@ -24,6 +25,7 @@ from torchrec_compress.methods.storage import NativePart, Parts
 __all__ = [
     "METHODS",
     "BagDecoder",
+    "BlocksConfig",
     "CafeConfig",
     "CceConfig",
     "CodebookConfig",
