@@ -25,6 +25,7 @@ from torchrec_compress.methods import (
     LMAConfig,
     MECConfig,
     MEmComConfig,
+    MemRecConfig,
     MethodConfig,
     NarrowConfig,
     PQConfig,
@@ -76,6 +77,10 @@ CASES: dict[str, list[MethodConfig]] = {
         MEmComConfig(num_buckets=40, bias=True),
         MEmComConfig(num_buckets=40, scalars="grouped"),
         MEmComConfig(num_buckets=40, scalars="grouped", bias=True),
+    ],
+    "memrec": [
+        MemRecConfig(num_tokens=80, memory=None),
+        MemRecConfig(num_tokens=70, num_hashes=3, num_weights=90, num_weight_hashes=2, memory=None, bound=0.1),
     ],
     "narrow": [
         NarrowConfig(width=4),

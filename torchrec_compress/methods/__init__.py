@@ -14,6 +14,7 @@ from torchrec_compress.methods.lma import LMAConfig
 from torchrec_compress.methods.lowbit import Int4Config, Int8Config
 from torchrec_compress.methods.mec import MECConfig
 from torchrec_compress.methods.memcom import MEmComConfig
+from torchrec_compress.methods.memrec import MemRecConfig
 from torchrec_compress.methods.narrow import NarrowConfig
 from torchrec_compress.methods.pq import PQConfig
 from torchrec_compress.methods.qr import QRConfig
@@ -38,6 +39,7 @@ __all__ = [
     "LMAConfig",
     "MECConfig",
     "MEmComConfig",
+    "MemRecConfig",
     "MethodConfig",
     "NarrowConfig",
     "NativePart",
