@@ -26,6 +26,7 @@ from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 
 from torchrec_compress import CompressedEmbeddingBagCollection, after_step, compress
 from torchrec_compress.methods import (
+    BlocksConfig,
     CafeConfig,
     CceConfig,
     HashConfig,
@@ -33,6 +34,7 @@ from torchrec_compress.methods import (
     Int4Config,
     Int8Config,
     MEmComConfig,
+    MemRecConfig,
     MethodConfig,
     NarrowConfig,
     PQConfig,
@@ -53,11 +55,14 @@ METHODS: dict[str, MethodConfig] = {
     "qr, two side by side": QRConfig(num_buckets=4000, partition="remainders", op="concat"),
     "qr, products of two": QRConfig(num_buckets=2000, partition="remainders", op="mult"),
     "hash embeddings, 4,000 vectors, two hashes": HashEmbeddingsConfig(num_buckets=4000),
+    "memrec, 4,000 tokens, two hashes": MemRecConfig(num_tokens=4000),
     "robe, blocks of 32": RobeConfig(num_blocks=32_000, block_size=32),
     "robe, signed blocks of 32": RobeConfig(num_blocks=32_000, block_size=32, signs=True),
     "cafe, 2,000 hot rows, 1,600 cold": CafeConfig(num_hot_rows=2000, num_cold_rows=1600),
     "cce, M = 4": CceConfig(num_codes=4),
     "narrow, 16 numbers": NarrowConfig(width=16),
+    "blocks of 64, 32 and 16 numbers, ids sorted": BlocksConfig(order="ids"),
+    "blocks of 64, 32 and 16 numbers": BlocksConfig(),
     "int8": Int8Config(),
     "int4": Int4Config(),
 }
@@ -86,7 +91,7 @@ def collections(steps: list[KeyedJaggedTensor]) -> dict[str, nn.Module]:
             if fitted
             else CompressedEmbeddingBagCollection(tables(), compression=config)
         )
-        if config.method == "narrow":
+        if config.method in ("blocks", "narrow"):
             _fuse(made[name])
     return made
 

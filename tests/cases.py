@@ -13,6 +13,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 from torchrec_compress import CompressedEmbeddingBagCollection, compress
 from torchrec_compress.fit.mec import MECFit
 from torchrec_compress.methods import (
+    BlocksConfig,
     CafeConfig,
     CceConfig,
     DenseConfig,
@@ -25,6 +26,7 @@ from torchrec_compress.methods import (
     LMAConfig,
     MECConfig,
     MEmComConfig,
+    MemRecConfig,
     MethodConfig,
     NarrowConfig,
     PQConfig,
@@ -38,6 +40,10 @@ CODES = str(Path(__file__).parent / "stored" / "codes_{}x4.npy")  # drawn at ran
 NUM_ROWS, DIM = 403, 16  # not a multiple of 4, so that packed scalars are padded
 
 CASES: dict[str, list[MethodConfig]] = {
+    "blocks": [
+        BlocksConfig(order="ids", widths=(16, 8, 4)),
+        BlocksConfig(shares=(0.2,), ratio=4),
+    ],
     "cafe": [
         CafeConfig(num_hot_rows=16, num_cold_rows=40, num_blocks=4),
         CafeConfig(num_hot_rows=8, num_cold_rows=40, num_medium_rows=16, num_blocks=4, importance="frequency"),
@@ -76,6 +82,10 @@ CASES: dict[str, list[MethodConfig]] = {
         MEmComConfig(num_buckets=40, bias=True),
         MEmComConfig(num_buckets=40, scalars="grouped"),
         MEmComConfig(num_buckets=40, scalars="grouped", bias=True),
+    ],
+    "memrec": [
+        MemRecConfig(num_tokens=80, memory=None),
+        MemRecConfig(num_tokens=70, num_hashes=3, num_weights=90, num_weight_hashes=2, memory=None, bound=0.1),
     ],
     "narrow": [
         NarrowConfig(width=4),

@@ -26,6 +26,7 @@ class Outer:
     flag: bool = False
     sizes: Positive | dict[str, Positive] | None = None
     widths: list[Positive] = field(default_factory=list)
+    shares: tuple[float, ...] = ()
     inner: Inner = field(default_factory=lambda: Inner(4))
     many: dict[str, Inner] = field(default_factory=dict)
     free: dict[str, Any] = field(default_factory=dict)
@@ -52,6 +53,8 @@ class Outer:
         ({"sizes": "x"}, "sizes: must be int at least 1 or a mapping or null, got 'x'"),
         ({"widths": [4, 0]}, r"widths\[1\]: must be at least 1, got 0"),
         ({"widths": 4}, "widths: must be a list, got 4"),
+        ({"shares": [0.5, "x"]}, r"shares\[1\]: must be float, got 'x'"),
+        ({"shares": 0.5}, "shares: must be a list, got 0.5"),
         ({"inner.rate": 0}, r"inner.rate: must be in \(0, 1\], got 0"),
         ({"inner.rate": math.nan}, "inner.rate: must be finite, got nan"),
         ({"inner.rate": 10**400}, "inner.rate: must be finite, got an int of 1329 bits"),

@@ -31,6 +31,7 @@ _KINDS: dict[Any, str] = {
     str: "str",
     dict: "a mapping",
     list: "a list",
+    tuple: "a list",
 }
 
 
@@ -153,7 +154,7 @@ def settle_numbers(config: Any) -> None:
             if not isinstance(value, hint):  # type: ignore[arg-type]
                 raise ValueError(f"{where}: must be a {hint.__name__}, got {_short(value)}")  # type: ignore[union-attr]
             settle_numbers(value)
-        elif {bool, int, float} & set(_options(hint)):
+        elif {bool, int, float, tuple} & {get_origin(option) or option for option in _options(hint)}:
             object.__setattr__(config, field.name, _typed(value, hint, where))
         elif isinstance(value, str):
             object.__setattr__(config, field.name, str.__str__(value))
@@ -296,6 +297,8 @@ def _typed(value: Any, hint: Any, where: str, old: Any = None) -> Any:
             return {_name(key, where): _typed(part, inner, _join(where, key)) for key, part in value.items()}
         if kind is list and isinstance(value, (list, tuple)):
             return [_typed(part, get_args(option)[0], f"{where}[{n}]") for n, part in enumerate(value)]
+        if kind is tuple and isinstance(value, (list, tuple)):
+            return tuple(_typed(part, get_args(option)[0], f"{where}[{n}]") for n, part in enumerate(value))
         if kind is Literal and type(value) in {type(each) for each in get_args(option)}:
             if value not in get_args(option):
                 known = list(get_args(option))

@@ -24,7 +24,7 @@ from torchrec_compress.methods import (
 BAGS = [[1, 2, 2], [], [402, 0], [7]]
 GIVEN = {"counts": {"item": counts()}, "contexts": {"item": contexts()}}
 # numbers of one id, which train by steps that FP16 would lose
-OF_IDS = ("scalars", "biases", "weights")
+OF_IDS = ("scalars", "biases", "weights", "weight_0", "weight_1")
 
 
 def stock(data_type: DataType) -> EmbeddingBagCollection:

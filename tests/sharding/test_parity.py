@@ -18,7 +18,7 @@ from torchrec_compress.ops import NOT_SUMMED
 
 KINDS = ["row_wise", "table_wise", "data_parallel"]
 STEPS = 3
-SCALED = ("hash_embeddings", "memcom", "robe")
+SCALED = ("hash_embeddings", "memcom", "memrec", "robe")
 
 
 def one_table(config: MethodConfig) -> Model:

@@ -18,12 +18,13 @@ from tests.sharding import swaps
 from tests.sharding.models import Model, local_state, loss_of, make_plan, optimizer_of, shard, whole_state
 from tests.sharding.test_parity import KINDS, check, compare_with_unsharded, draw
 from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
-from torchrec_compress.methods import MethodConfig, PQConfig, RobeConfig
+from torchrec_compress.methods import MemRecConfig, MethodConfig, PQConfig, RobeConfig
 
 KEYS = ["i", "u", "u2"]
 SHARED: dict[str, MethodConfig] = {
     "bags": SharedHashConfig(num_buckets=50),
     "rows": RobeConfig(num_blocks=60, block_size=4, memory="memory", signs=True),
+    "tokens": MemRecConfig(num_tokens=60, num_weights=40, num_weight_hashes=2, memory="memory"),
 }
 
 
@@ -47,7 +48,9 @@ def test_shared_bags_train_as_unsharded(two_ranks, batch, how):
 
 
 @pytest.mark.parametrize("how", KINDS)
-@pytest.mark.parametrize(("kind", "pooled"), [("rows", True), ("rows", False), ("bags", False)])
+@pytest.mark.parametrize(
+    ("kind", "pooled"), [("rows", True), ("rows", False), ("tokens", True), ("tokens", False), ("bags", False)]
+)
 def test_shared_rows_train_as_unsharded(two_ranks, kind, pooled, how):
     arguments = (kind, pooled)
     check(two_ranks.run(compare_with_unsharded, build, arguments, how, "uneven", KEYS, batches.ROWS, False), 1e-5)

@@ -151,7 +151,7 @@ def test_text_stays_text(payloads, monkeypatch):
     assert (config.output, config.data.label, config.data.path) == ("${SEED}", "file://x", "memory://a.yaml")
     assert config.seed == 0 and config.model.name == "dlrm"
     for value in ("memory://a.yaml", "https://a/b.yaml", "{seed: 3}", "/dev/null/a", "."):
-        with pytest.raises(ValueError, match="no such config file|must be a config file, got a folder"):
+        with pytest.raises(ValueError, match=r"no such config file|must be a config file, got a folder"):
             read(RunConfig(), ["--config", value], "usage")
     with pytest.raises(ValueError, match=r"compression\.x: must be plain data"):
         override(read(RunConfig(), ["--compression.help", f"{MARKER}.Told"], "usage"), {"compression.x": object()})

@@ -158,6 +158,9 @@ def run(fits: Fits, progress: bool = False) -> None:
             name = table.name
             bar.set_postfix_str(f"{name}: {methods[name].method}")
             if name not in known and methods[name].needs == "nothing":
+                start = methods[name].start(table, on_cpu(inputs[name]))
+                if start is not None:
+                    collection.load_table(name, start)
                 continue  # the table trains from the start values it has
             _check_known(curvature.get(name), given := rows[name] if name in known else None)
             collection.load_table(name, _fit(methods[name], table, on_cpu(inputs[name]), given))

@@ -16,7 +16,7 @@ _SALT_STEP = 7919
 _BITS = 31  # of a hash
 _ROWS_AT_ONCE = 2**12
 _MOST_CUTS = 100
-EDGE_BYTES = (
+EDGE_BYTES = 190  # of an edge while clusters are found, at most as measured: both ends, sorted pairs, scores, ties
     190  # of an edge while clusters are found, at most, as measured: both ends, sorted pairs, their scores and ties
 )
 

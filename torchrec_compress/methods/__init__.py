@@ -1,6 +1,7 @@
 """Compression methods. A new one is a file here, a line below, a test case, a config and a README row."""
 
 from torchrec_compress.methods.base import METHODS, MethodConfig, TableData, TableState, dense_bytes
+from torchrec_compress.methods.blocks import BlocksConfig
 from torchrec_compress.methods.cafe import CafeConfig
 from torchrec_compress.methods.cce import CceConfig
 from torchrec_compress.methods.codebook import CodebookConfig, as_codebook
@@ -14,6 +15,7 @@ from torchrec_compress.methods.lma import LMAConfig
 from torchrec_compress.methods.lowbit import Int4Config, Int8Config
 from torchrec_compress.methods.mec import MECConfig
 from torchrec_compress.methods.memcom import MEmComConfig
+from torchrec_compress.methods.memrec import MemRecConfig
 from torchrec_compress.methods.narrow import NarrowConfig
 from torchrec_compress.methods.pq import PQConfig
 from torchrec_compress.methods.qr import QRConfig
@@ -25,6 +27,7 @@ from torchrec_compress.methods.storage import NativePart, Parts
 __all__ = [
     "METHODS",
     "BagDecoder",
+    "BlocksConfig",
     "CafeConfig",
     "CceConfig",
     "CodebookConfig",
@@ -38,6 +41,7 @@ __all__ = [
     "LMAConfig",
     "MECConfig",
     "MEmComConfig",
+    "MemRecConfig",
     "MethodConfig",
     "NarrowConfig",
     "NativePart",

@@ -162,6 +162,10 @@ class MethodConfig(ABC):
             )
         return self.learn(table, data).encode_all(data.rows)
 
+    def start(self, table: BaseEmbeddingConfig, data: TableData) -> TableState | None:
+        """Return what a table that trains from the start takes of look-ups per id, or None where it takes nothing."""
+        return None
+
     def fit_blocks(self, table: BaseEmbeddingConfig, data: TableData, read: RowReader) -> TableState:
         """Learn the stored tensors from a sample of rows, then encode all: the table never lies there whole."""
         return self.learn_blocks(table, data, read).encode_all(read)

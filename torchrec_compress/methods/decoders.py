@@ -22,6 +22,13 @@ class Bank(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Initialise what is trained; called at construction and after a move from the meta device."""
 
+    def make_ready(self, where: str) -> None:
+        """See that what look-ups read of it means something; called before the first of them.
+
+        Args:
+            where: names the table in what is said.
+        """
+
 
 class TableDecoder(Bank):
     """Turns codes and native rows into pooled embeddings.

@@ -12,7 +12,9 @@ from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, BaseEmbedding
 
 from torchrec_compress.managers import Blocks, CodeManager, RowManager
 from torchrec_compress.methods.start import SeededInit
-from torchrec_compress.ops import TrainedFormat, TrainedOptimizer, hash_ids
+from torchrec_compress.ops import TrainedFormat, TrainedOptimizer, coded_rows, hash_ids
+
+NO_ROW = -1  # of an id that a native table has none for
 
 
 @dataclass(frozen=True)
@@ -20,20 +22,41 @@ class Remap:
     """How an id of the user's table becomes a row number of a native table.
 
     "identity": id; "mod": id % value; "div": id // value; "digit": id // value % base; "hash": seeded hash of the id
-    into `value` buckets.
+    into `value` buckets. Two give a row to some ids alone: "range": id - value, of ids in [value, value + base);
+    "ranked": how many ids come before it in the one numbered `value` of `base` sets, of which the table's decoder holds
+    the indexes (`ops.index_coded_ids`), one below the other, as its buffer `places`. An id without a row is not looked
+    up there, and adds zeros.
 
     Example:
         >>> Remap("div", 4)(torch.tensor([3, 4, 9]))
         tensor([0, 1, 2])
+        >>> Remap("range", 4, base=3)(torch.tensor([3, 4, 6, 7]))
+        tensor([-1,  0,  2, -1])
     """
 
-    kind: Literal["identity", "mod", "div", "digit", "hash"] = "identity"
+    kind: Literal["identity", "mod", "div", "digit", "hash", "range", "ranked"] = "identity"
     value: int = 1
     salt: int = 0
     base: int = 1
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Return the row numbers: (L,) integer -> (L,), same dtype."""
+    @property
+    def is_partial(self) -> bool:
+        """Whether some ids have no row."""
+        return self.kind in ("range", "ranked")
+
+    def __call__(self, ids: Tensor, places: Tensor | None = None) -> Tensor:
+        """Return the row numbers: (L,) integer -> (L,), same dtype; `NO_ROW` for an id that has none.
+
+        Args:
+            ids: of the user's table.
+            places: (base * N / 128, 20) uint8 for "ranked", which alone reads it.
+        """
+        if self.kind == "range":
+            return torch.where((ids >= self.value) & (ids < self.value + self.base), ids - self.value, NO_ROW)
+        if self.kind == "ranked":
+            assert places is not None
+            mine = places.view(self.base, -1, places.shape[1])[self.value]
+            return (coded_rows(mine, ids) + NO_ROW).to(ids.dtype)
         if self.kind == "mod":
             return ids % self.value
         if self.kind in ("div", "digit"):

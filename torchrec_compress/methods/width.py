@@ -91,12 +91,24 @@ class Directions:
         return self.matrix * self.length
 
 
-def learn_directions(table: BaseEmbeddingConfig, data: TableData, width: int, rate: float = 1.0) -> Directions:
+def learn_directions(
+    table: BaseEmbeddingConfig, data: TableData, width: int, rate: float = 1.0, among: Tensor | None = None
+) -> Directions:
     """Return the directions that hold most of the rows of a fit, weighed by look-ups and, where known, by the loss.
 
     The one place where the subspace of rows is chosen. From a sample, hot rows, which it has none of, weigh nothing.
+
+    Args:
+        table: the user's config.
+        data: of the fit, with rows.
+        width: r.
+        rate: see `projection_length`.
+        among: (N,) bool, of the ids whose rows count, unless a sample has none of them; None: all.
     """
     kind = "none" if data.counts is None else "count"
     weights = data.row_weights(popularity_weights(data.counts, kind, table.num_embeddings))
+    if among is not None:
+        mine = weights * among[data.row_ids(table)]
+        weights = mine if bool(mine.any()) else weights
     encode, matrix = leading_subspace(data.trained_rows(table), weights, width, data.curvature)
     return Directions(encode, matrix, projection_length(width, table.embedding_dim, rate))

@@ -147,9 +147,20 @@ class Blueprint(Generic[TableConfig]):
         for table in self.tables:
             if isinstance(table, EmbeddingBagConfig):
                 for part in self.parts[table.name].bags:
-                    _merge(tables, EmbeddingBagConfig(**self._physical(table, part), pooling=table.pooling))
+                    # means of a table without a row for some ids are sums, which `whole_means` divides by all ids
+                    pooling = PoolingType.SUM if part.remap.is_partial else table.pooling
+                    _merge(tables, EmbeddingBagConfig(**self._physical(table, part), pooling=pooling))
                     remaps += self._remapped(table, part)
         return [*tables.values()], remaps
+
+    def whole_means(self) -> dict[str, str]:
+        """Return the feature of the look-ups whose bags are sums yet and are to be means, by key."""
+        means = [lookup for lookup in self.lookups if getattr(lookup.table, "pooling", None) == PoolingType.MEAN]
+        return {
+            lookup.key: lookup.feature
+            for lookup in means
+            if any(part.remap.is_partial for part in self.parts[lookup.table.name].bags)
+        }
 
     def rows(self) -> dict[str, tuple[list[EmbeddingConfig], list[RemappedFeature]]]:
         """Return the physical tables whose rows come back unpooled, and their look-ups, one group per width and part.

@@ -22,6 +22,7 @@ from torchrec_compress.modules.footprint import Footprint, count
 from torchrec_compress.modules.format import check_fits, check_loaded_fit, check_scales, check_table, noting_faults
 from torchrec_compress.modules.managed import ManagedCollection
 from torchrec_compress.modules.outputs import output_dtype
+from torchrec_compress.modules.partial_rows import some_rows
 from torchrec_compress.modules.remapped import RemappedEmbeddingCollection, found_rows
 from torchrec_compress.modules.replicated import strip_where_replicated
 from torchrec_compress.modules.trained import TrainedCollection
@@ -68,6 +69,8 @@ class CompressedParts(nn.Module):
         for name, bank in self._code_banks().items():
             if name in self.decoder.banks:
                 bank.stand_beside(self.decoder.banks[name])
+        for group in self.rows.values():
+            group.stand_beside(dict(self.decoder.banks.items()))  # type: ignore[operator]
         self.register_load_state_dict_post_hook(_check_loaded)
 
     def _unpooled_rows(self, features: Any) -> dict[str, Any]:
@@ -310,7 +313,10 @@ class CompressedParts(nn.Module):
         if parts.dense:
             return weights[""][ids].float()
         if parts.bags:
-            bags = [weights[part.name][part.remap(ids)].float() for part in parts.bags]
+            places = None if decoder is None else decoder._buffers.get("places")
+            if decoder is not None and places is not None:
+                decoder.make_ready(f"table {name!r}")
+            bags = [some_rows(weights[part.name], part.remap(ids, places)) for part in parts.bags]
             return bags[0] if decoder is None else decode_pooled(decoder, bags).float()
         if parts.trained is not None:
             assert self.trained is not None

@@ -24,6 +24,7 @@ from torchrec_compress.modules.blueprint import Blueprint
 from torchrec_compress.modules.collection import CompressedParts, as_device
 from torchrec_compress.modules.features import check_batch_weights, check_features, widened
 from torchrec_compress.modules.managed import ManagedBagRows, ManagedCollection
+from torchrec_compress.modules.partial_rows import whole_means
 from torchrec_compress.modules.remapped import (
     RemappedEmbeddingBagCollection,
     RemappedEmbeddingBagRows,
@@ -46,6 +47,7 @@ _DECODED, _OF_BAGS, _POOLED = 0, 1, 2
 
 torch.fx.wrap("check_batch_weights")
 torch.fx.wrap("check_features")
+torch.fx.wrap("whole_means")
 
 
 class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionInterface):
@@ -110,6 +112,9 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         self.dense = EmbeddingBagCollection(dense, is_weighted, device) if dense else None
         bags, bag_remaps = blueprint.bags()
         self.bags = RemappedEmbeddingBagCollection(bags, bag_remaps, is_weighted, device) if bags else None
+        self._whole_means = blueprint.whole_means()
+        if self.bags is not None:
+            self.bags.stand_beside(dict(self.decoder.banks.items()))
         self._guard_dense_tables([self.code_tables, self.bags, *self.rows.values(), self.managed, self.trained])
         self._features = sorted({lookup.feature for lookup in blueprint.lookups})
         self._sources = self._find_sources(dense)
@@ -134,6 +139,8 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
         dtype = self._output_dtype()
         decoded = self.decoder(features, codes, rows) if self.decoder.lookups else None
         of_bags = self.decoder.decode_bags(bags, trained)
+        if self._whole_means:
+            of_bags = whole_means(of_bags, features, self._whole_means)
         return assemble(
             pooled,
             decoded,

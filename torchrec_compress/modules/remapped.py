@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,10 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from torchrec_compress.methods.decoders import Bank
 from torchrec_compress.methods.storage import Remap
 from torchrec_compress.modules.features import IdRange, split_features, widened
+from torchrec_compress.modules.partial_rows import Places, put_in_place, some_rows, with_rows_alone
 from torchrec_compress.modules.replicated import strip_where_replicated, warn_of_missing_sharders
 from torchrec_compress.modules.weighted_bags import native_bags
 from torchrec_compress.ops import Rows, TableRows, check_ids, check_offsets, check_weight_count
@@ -21,7 +23,9 @@ from torchrec_compress.ops import Rows, TableRows, check_ids, check_offsets, che
 # fx.wrap patches the globals of the module that defines a function; imported ones must be wrapped where they are used
 torch.fx.wrap("remap_features")
 torch.fx.wrap("remapped_ids")
+torch.fx.wrap("some_rows")
 torch.fx.wrap("split_features")
+torch.fx.wrap("rows_in_place")
 
 FoundRows = JaggedTensor | TableRows | Tensor
 
@@ -55,8 +59,12 @@ class RemappedFeature:
         return self.planned == self.native_table
 
 
-def remapped_ids(features: KeyedJaggedTensor, remaps: Sequence[RemappedFeature]) -> dict[str, Tensor]:
+def remapped_ids(
+    features: KeyedJaggedTensor, remaps: Sequence[RemappedFeature], places: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return the rows of the native tables that a batch looks up, (L,) integer by the remaps' keys.
+
+    `NO_ROW` for an id without one; `places` are those of `Places`, by table.
 
     Raises:
         ValueError: an id is outside the range of the user's table.
@@ -68,12 +76,16 @@ def remapped_ids(features: KeyedJaggedTensor, remaps: Sequence[RemappedFeature])
         if (entry.table, entry.feature) not in checked:  # a table may have several native parts
             checked.add((entry.table, entry.feature))
             check_ids(ids, entry.num_embeddings, f"table {entry.table!r}, feature {entry.feature!r}")
-        rows[entry.key] = entry.remap(ids)
+        rows[entry.key] = entry.remap(ids, places.get(entry.table))
     return rows
 
 
-def remap_features(features: KeyedJaggedTensor, remaps: Sequence[RemappedFeature]) -> KeyedJaggedTensor:
+def remap_features(
+    features: KeyedJaggedTensor, remaps: Sequence[RemappedFeature], places: Mapping[str, Tensor]
+) -> KeyedJaggedTensor:
     """Return a batch with one key per look-up and rewritten ids; bags, weights and VBE strides are kept.
+
+    Ids that have no row in a native table are not looked up there; `places` are those of `Places`, by table.
 
     Raises:
         ValueError: an id is outside the range of the user's table, or the batch's tensors do not fit one another.
@@ -82,7 +94,7 @@ def remap_features(features: KeyedJaggedTensor, remaps: Sequence[RemappedFeature
     features = widened(features)
     order = [features.keys().index(entry.feature) for entry in remaps]
     picked = features if order == list(range(len(features.keys()))) else features.permute(order)
-    rows, weights = [*remapped_ids(features, remaps).values()], picked.weights_or_none()
+    rows, weights = [*remapped_ids(features, remaps, places).values()], picked.weights_or_none()
     if weights is not None and len({*order}) < len(order):
         # FBGEMM's gradient of a permutation that repeats a feature writes past its end
         jagged = split_features(features)
@@ -92,7 +104,7 @@ def remap_features(features: KeyedJaggedTensor, remaps: Sequence[RemappedFeature
         names, indices = inverse
         inverse = ([entry.key for entry in remaps], indices[[names.index(entry.feature) for entry in remaps]])
     variable = picked.variable_stride_per_key()
-    return KeyedJaggedTensor(
+    found = KeyedJaggedTensor(
         keys=[entry.key for entry in remaps],
         values=torch.cat(rows) if rows else picked.values(),
         weights=weights,
@@ -104,6 +116,12 @@ def remap_features(features: KeyedJaggedTensor, remaps: Sequence[RemappedFeature
         offset_per_key=picked.offset_per_key(),
         inverse_indices=inverse,
     )
+    return with_rows_alone(found) if any(entry.remap.is_partial for entry in remaps) else found
+
+
+def rows_in_place(found: dict[str, Any], numbers: Mapping[str, Tensor], keys: Sequence[str]) -> dict[str, Any]:
+    """Return rows by look-up key with zeros for the ids of these keys that have none, and were not looked up."""
+    return {**found, **{key: put_in_place(found[key].values(), numbers[key]) for key in keys}}
 
 
 def _check_lengths(features: KeyedJaggedTensor) -> None:
@@ -124,8 +142,15 @@ class _Remapped(nn.Module):
     def __init__(self, remaps: Sequence[RemappedFeature]) -> None:
         super().__init__()
         self.remaps = tuple(remaps)
+        self.places = Places({})
+        self._partial = [entry.key for entry in self.remaps if entry.remap.is_partial]
         self._is_checked = False
         self.register_forward_pre_hook(_check_sharding_once)
+
+    def stand_beside(self, banks: Mapping[str, Bank]) -> None:
+        """Name the decoders of tables, which say where ids have their rows."""
+        tables = {entry.table for entry in self.remaps if entry.remap.kind == "ranked"}
+        self.places = Places({table: banks[table] for table in tables})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Remapped:
         # the last call before DistributedDataParallel wraps tables that no sharder, TorchRec's neither, has taken
@@ -141,6 +166,7 @@ def _check_sharding_once(module: _Remapped, _: Any) -> None:
     """
     # in this order, so that no compiled graph asks whether it was checked
     if not torch.compiler.is_compiling() and not module._is_checked:
+        module.places.make_ready()
         if isinstance(module, RemappedEmbeddingCollection):
             _refuse_pooled_rows(module.native)
         module._is_checked = True
@@ -175,7 +201,8 @@ class RemappedEmbeddingBagCollection(_Remapped):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Return the pooled embeddings, (B, D) by the remaps' keys."""
-        return native_bags(self.native, remap_features(features, self.remaps), self._is_weighted)
+        rewritten = remap_features(features, self.remaps, self.places.tensors())
+        return native_bags(self.native, rewritten, self._is_weighted)
 
 
 class RemappedEmbeddingCollection(_Remapped):
@@ -195,10 +222,17 @@ class RemappedEmbeddingCollection(_Remapped):
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, FoundRows]:
         """Return the rows of every look-up, (L, width) by the remaps' keys, or where they are."""
+        places = self.places.tensors()
         if type(self.native) is EmbeddingCollection:
-            numbers, tables = remapped_ids(features, self.remaps), self.native.embeddings
-            return {e.key: TableRows(tables[e.native_table].weight, numbers[e.key]) for e in self.remaps}  # type: ignore[arg-type]
-        return self.native(remap_features(features, self.remaps))
+            numbers, tables = remapped_ids(features, self.remaps, places), self.native.embeddings
+            return {
+                e.key: (some_rows if e.remap.is_partial else TableRows)(tables[e.native_table].weight, numbers[e.key])  # type: ignore[arg-type]
+                for e in self.remaps
+            }
+        found = self.native(remap_features(features, self.remaps, places))
+        if not self._partial:
+            return found
+        return rows_in_place(found, remapped_ids(features, self.remaps, places), self._partial)
 
 
 class RemappedEmbeddingBagRows(RemappedEmbeddingCollection):
@@ -215,8 +249,10 @@ def found_rows(found: FoundRows) -> Rows:
     return found.values() if isinstance(found, JaggedTensor) else found
 
 
-def gathered_rows(found: JaggedTensor | TableRows) -> Tensor:
+def gathered_rows(found: FoundRows) -> Tensor:
     """Return rows, (L, width), without bags: float32, or the `output_dtype` of TorchRec's sharded tables."""
+    if isinstance(found, Tensor):
+        return found
     return found.gather().float() if isinstance(found, TableRows) else found.values()
 
 

@@ -17,12 +17,14 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_compress.modules.features import check_ranges, split_features
 from torchrec_compress.modules.outputs import OutputType
+from torchrec_compress.modules.partial_rows import some_rows, with_row
 from torchrec_compress.modules.remapped import (
     FoundRows,
     RemappedEmbeddingBagCollection,
     RemappedEmbeddingCollection,
     remap_features,
     remapped_ids,
+    rows_in_place,
 )
 from torchrec_compress.modules.shared import SeededInit
 from torchrec_compress.ops import TableRows
@@ -61,7 +63,7 @@ class ShardedRemappedEmbeddingBagCollection(NotesLoads, ShardedEmbeddingModule[A
     ) -> None:
         super().__init__()
         self._remaps, self._env, self._device = module.remaps, env, device
-        self._also_checked = module.also_checked
+        self._also_checked, self.places = module.also_checked, module.places
         self.native: Any = sharder.shard(module.native, plan, env, device)
         copy_values(module.native, self.native)
         self._lookups = self.native._lookups  # TorchRec's walks over the kernels stop at this name
@@ -79,8 +81,9 @@ class ShardedRemappedEmbeddingBagCollection(NotesLoads, ShardedEmbeddingModule[A
 
         def rewritten() -> KeyedJaggedTensor:
             self.check_loaded()
+            self.places.make_ready()
             check_ranges(split_features(features), self._also_checked)
-            return remap_features(features, self._remaps)
+            return remap_features(features, self._remaps, self.places.tensors())
 
         return self.native.input_dist(ctx, run_together(rewritten, self._env, self._device))
 
@@ -111,28 +114,37 @@ class RowContext(EmbeddingCollectionContext):
 
     Attributes:
         replicated: by look-up key, (L,) rows of the tables that every rank holds.
+        partial: the same of tables that are sharded and have no row for some ids, which were not sent.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.replicated: dict[str, Tensor] = {}
+        self.partial: dict[str, Tensor] = {}
 
     def record_stream(self, stream: Any) -> None:
         """Keep the tensors alive until the stream is done with them."""
         super().record_stream(stream)
-        for rows in self.replicated.values():
+        for rows in [*self.replicated.values(), *self.partial.values()]:
             rows.record_stream(stream)
 
 
 class RowsAwaitable(LazyAwaitable[dict[str, FoundRows]]):
     """Rows of sharded tables on their way back, beside rows of replicated ones."""
 
-    def __init__(self, sharded: Awaitable[dict[str, FoundRows]] | None, replicated: dict[str, FoundRows]) -> None:
+    def __init__(
+        self,
+        sharded: Awaitable[dict[str, FoundRows]] | None,
+        replicated: dict[str, FoundRows],
+        partial: dict[str, Tensor],
+    ) -> None:
         super().__init__()
-        self._sharded, self._replicated = sharded, replicated
+        self._sharded, self._replicated, self._partial = sharded, replicated, partial
 
     def _wait_impl(self) -> dict[str, FoundRows]:
-        return self._replicated if self._sharded is None else {**self._sharded.wait(), **self._replicated}
+        if self._sharded is None:
+            return self._replicated
+        return {**rows_in_place(self._sharded.wait(), self._partial, list(self._partial)), **self._replicated}
 
 
 class _Weights(nn.Module):
@@ -175,7 +187,8 @@ class ShardedRemappedEmbeddingCollection(
     ) -> None:
         super().__init__()
         self._remaps, self._env, self._device, self._kind = module.remaps, env, device, type(module)
-        self._also_checked = module.also_checked
+        self._also_checked, self.places = module.also_checked, module.places
+        self._partial = {entry.key for entry in module.remaps if entry.remap.is_partial}
         configs = module.native.embedding_configs()
         sharded = [config for config in configs if plan[config.name].sharding_type != _DATA_PARALLEL]
         self._table_of = {key: config.name for config in configs for key in config.feature_names}
@@ -212,15 +225,17 @@ class ShardedRemappedEmbeddingCollection(
 
         def rewritten() -> dict[str, Tensor]:
             self.check_loaded()
+            self.places.make_ready()
             check_ranges(split_features(features), self._also_checked)
-            return remapped_ids(features, self._remaps)
+            return remapped_ids(features, self._remaps, self.places.tensors())
 
         rows = run_together(rewritten, self._env, self._device)
         sharded = set(self._sharded_keys)
         ctx.replicated = {key: ids for key, ids in rows.items() if key not in sharded}
         if not self._is_sharded:
             return KJTListSplitsAwaitable([], ctx)
-        parts = [rows[key] for key in self._sharded_keys]
+        ctx.partial = {key: rows[key] for key in self._sharded_keys if key in self._partial}
+        parts = [rows[key] if key not in ctx.partial else with_row(rows[key]) for key in self._sharded_keys]
         counts = [len(part) for part in parts]
         flat = KeyedJaggedTensor(
             keys=self._sharded_keys,
@@ -240,8 +255,9 @@ class ShardedRemappedEmbeddingCollection(
         sharded = self.native.output_dist(ctx, output) if self._is_sharded else None
         replicated: dict[str, FoundRows] = {}
         for key, ids in ctx.replicated.items():
-            replicated[key] = TableRows(self.native.embeddings[self._table_of[key]].weight, ids)
-        return RowsAwaitable(sharded, replicated)
+            look_up = some_rows if key in self._partial else TableRows
+            replicated[key] = look_up(self.native.embeddings[self._table_of[key]].weight, ids)
+        return RowsAwaitable(sharded, replicated, ctx.partial)
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         """Yield the names of the parameters that differ over the ranks."""
