@@ -17,8 +17,6 @@ _BITS = 31  # of a hash
 _ROWS_AT_ONCE = 2**12
 _MOST_CUTS = 100
 EDGE_BYTES = 190  # of an edge while clusters are found, at most as measured: both ends, sorted pairs, scores, ties
-    190  # of an edge while clusters are found, at most, as measured: both ends, sorted pairs, their scores and ties
-)
 
 
 @dataclass(eq=False)

@@ -53,7 +53,7 @@ class ContextCodesConfig(CodebookConfig):
 class SketchedCodesConfig(ContextCodesConfig):
     """Codes of pairs that may come as a stream: a sketch of them is all that the fit needs."""
 
-    sketch_type: ClassVar[type[ContextSketch]]
+    sketch_type: ClassVar[type[Any]]  # a ContextSketch
 
     @abstractmethod
     def sketch_sizes(self, table: BaseEmbeddingConfig, seed: int) -> dict[str, int]:

@@ -173,13 +173,9 @@ class CompressedParts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise everything, start codes included; call it after materialising from the meta device."""
-        if self.code_tables is not None:
-            self.code_tables.reset_parameters()
-        self.decoder.reset_parameters()
-        if self.managed is not None:
-            self.managed.reset_parameters()
-        if self.trained is not None:
-            self.trained.reset_parameters()
+        for part in (self.code_tables, self.decoder, self.managed, self.trained):
+            if part is not None:
+                part.reset_parameters()
         for bank in self._code_banks().values():
             if bank.is_filled:
                 bank.seal()  # over low-bit rows too, which the decoder has just reset
