@@ -53,7 +53,7 @@ class ContextCodesConfig(CodebookConfig):
 class SketchedCodesConfig(ContextCodesConfig):
     """Codes of pairs that may come as a stream: a sketch of them is all that the fit needs."""
 
-    sketch_type: ClassVar[type[Any]]  # a ContextSketch
+    sketch_type: ClassVar[type[ContextSketch]]
 
     @abstractmethod
     def sketch_sizes(self, table: BaseEmbeddingConfig, seed: int) -> dict[str, int]:
@@ -69,7 +69,8 @@ class SketchedCodesConfig(ContextCodesConfig):
         return self._begun(table, seed)
 
     def _begun(self, table: BaseEmbeddingConfig, seed: int) -> Any:
-        return self.sketch_type(**self.sketch_sizes(table, seed), where=f"table {table.name!r}: sketch")
+        kind: Any = self.sketch_type
+        return kind(**self.sketch_sizes(table, seed), where=f"table {table.name!r}: sketch")
 
     def check_contexts(self, table: BaseEmbeddingConfig, data: TableData) -> None:
         """Raise ValueError unless contexts are pairs, or a sketch of this table, method and seed that has seen some."""
