@@ -41,7 +41,7 @@ NUM_ROWS, DIM = 403, 16  # not a multiple of 4, so that packed scalars are padde
 
 CASES: dict[str, list[MethodConfig]] = {
     "blocks": [
-        BlocksConfig(order="ids", widths=(16, 8, 4)),
+        BlocksConfig(order="ids"),
         BlocksConfig(shares=(0.2,), ratio=4),
     ],
     "cafe": [
@@ -84,7 +84,7 @@ CASES: dict[str, list[MethodConfig]] = {
         MEmComConfig(num_buckets=40, scalars="grouped", bias=True),
     ],
     "memrec": [
-        MemRecConfig(num_tokens=80, memory=None),
+        MemRecConfig(num_tokens=70, memory=None),
         MemRecConfig(num_tokens=70, num_hashes=3, num_weights=90, num_weight_hashes=2, memory=None, bound=0.1),
     ],
     "narrow": [
