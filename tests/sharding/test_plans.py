@@ -97,9 +97,7 @@ def test_entries_that_do_not_fit_are_refused_by_name(two_ranks):
         assert re.search(
             r"embeddings.code_tables: the plan must have .* got none for \['pq'\]", found["a table is missing"]
         )
-        assert re.search(
-            r"embeddings.bags: .* for \['blocks.block_0', .* \['hash__buckets'", found["another name"]
-        )
+        assert re.search(r"embeddings.bags: .* for \['blocks.block_0', .* \['hash__buckets'", found["another name"])
         assert "entries must be data_parallel, got {'pq.codebooks': 'row_wise'}" in found["a decoder cut"]
         assert "embeddings.decoder: the plan" in found["a decoder misspelt"] and "['pq']" in found["a decoder misspelt"]
         assert re.search(
