@@ -50,6 +50,18 @@ class ContextSketch(ABC):
         for some, others in zip(ids.split(_PAIRS_AT_ONCE), contexts.split(_PAIRS_AT_ONCE), strict=True):
             self._take(some, others)
 
+    def _check_joined(self, name: str, other: object) -> Tensor:
+        """Return what another sketch kept, under this name, or raise ValueError unless it is as what this one keeps."""
+        mine: Tensor = getattr(self, name)
+        if not isinstance(other, Tensor):
+            raise ValueError(f"{self.where}: {name} must be a tensor, got {type(other).__name__}; join sketch.{name}")
+        if other.shape != mine.shape or other.dtype != mine.dtype:
+            raise ValueError(
+                f"{self.where}: {name} must be {tuple(mine.shape)} of {mine.dtype}, got {tuple(other.shape)} of "
+                f"{other.dtype}; join sketches of one table"
+            )
+        return other.to(mine.device)
+
     @abstractmethod
     def _take(self, ids: Tensor, contexts: Tensor) -> None:
         """Take some pairs, which are checked: (P,) int64 each."""

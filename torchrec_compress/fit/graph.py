@@ -69,15 +69,9 @@ class GraphSketch(ContextSketch):
         Raises:
             ValueError: they are of another shape or dtype.
         """
-        if not isinstance(kept, Tensor):
-            raise ValueError(f"{self.where}: kept must be a tensor, got {type(kept).__name__}; join sketch.kept")
-        if kept.shape != self.kept.shape or kept.dtype != torch.int32:
-            raise ValueError(
-                f"{self.where}: kept must be {tuple(self.kept.shape)} of torch.int32, got {tuple(kept.shape)} "
-                f"of {kept.dtype}; join sketches of one table"
-            )
+        kept = self._check_joined("kept", kept)
         for first in range(0, self.num_rows, _ROWS_AT_ONCE):
-            some = kept[first : first + _ROWS_AT_ONCE].to(self.kept.device)
+            some = kept[first : first + _ROWS_AT_ONCE]
             row, place = (some != NEVER).nonzero(as_tuple=True)
             self._keep_least(row + first, some[row, place].long())
 

@@ -71,14 +71,7 @@ class MinHashSketch(ContextSketch):
         Raises:
             ValueError: they are of another shape or dtype.
         """
-        if not isinstance(minima, Tensor):
-            raise ValueError(f"{self.where}: minima must be a tensor, got {type(minima).__name__}; join sketch.minima")
-        if minima.shape != self.minima.shape or minima.dtype != torch.int32:
-            raise ValueError(
-                f"{self.where}: minima must be {tuple(self.minima.shape)} of torch.int32, got {tuple(minima.shape)} "
-                f"of {minima.dtype}; join sketches of one table"
-            )
-        torch.minimum(self.minima, minima.to(self.minima.device), out=self.minima)
+        torch.minimum(self.minima, self._check_joined("minima", minima), out=self.minima)
 
     @property
     def is_empty(self) -> bool:
