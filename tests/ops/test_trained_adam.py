@@ -105,6 +105,18 @@ def test_numbers_with_gradients_below_all_codes_take_no_leaps(form, backend):
     assert bool((state[:, form.bytes_of_numbers + (2 if form.optimizer == "adam" else 0) :] > 0).all())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", EIGHT, ids=name_of)
+def test_a_moment_of_zero_has_no_sign(form, backend):
+    rows, state = torch.zeros(1, form.row_bytes, dtype=torch.uint8), torch.zeros(1, form.state_bytes).byte()
+    state[:, 2:6] = torch.tensor([128, 0, 128, 0])  # zeros, two of them of a negative moment that was rounded to zero
+    grads = torch.tensor([[-1e-45, -1e-45, 0.0, 0.0, -1.0]])  # a tenth of the least is a zero, below it
+    grads = grads.repeat(1, 4)[:, : form.width]
+    update_trained(rows, state, torch.tensor([0]), None, grads, form, step=step_of(0), where=WHERE, backend=backend)
+    assert state[0, 2:6].tolist() == [0, 0, 0, 0]
+    assert int(state[0, 6]) > 128
+
+
 def test_codes_of_a_first_moment_are_as_wide_as_the_root_of_a_second():
     assert SIGNED_SHARE.decode(torch.tensor(127)) == 1.0 == SHARE.decode(torch.tensor(255))
     assert 0.5 < SIGNED_SHARE.smallest / SHARE.smallest**0.5 < 2

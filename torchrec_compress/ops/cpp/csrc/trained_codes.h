@@ -15,6 +15,12 @@ inline uint32_t bits_of(float value) {
   return bits & 0x7FFFFFFF;
 }
 
+inline uint32_t sign_of(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits >> 31;
+}
+
 inline float float_of(uint32_t bits) {
   float value;
   __builtin_memcpy(&value, &bits, 4);
@@ -27,7 +33,10 @@ struct SmallFloat {
   static constexpr uint32_t CUT = (1u << SHIFT) - 1;
   static constexpr uint32_t SMALLEST = uint32_t(1 + BASE) << SHIFT;
 
-  static inline float decode(uint32_t code) { return float_of(code ? (code + BASE) << SHIFT : 0); }
+  static inline float decode(uint32_t code) {
+    const uint32_t none = ((code + 255) >> 8) - 1;  // all bits where the code is 0, and no condition
+    return float_of((code + BASE) << SHIFT & ~none);
+  }
 
   static inline int round_up(float value) {
     const int code = int((bits_of(value) + CUT) >> SHIFT) - BASE;

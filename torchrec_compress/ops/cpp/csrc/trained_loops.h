@@ -20,8 +20,8 @@ inline uint32_t largest_bits(const float* values, int width) {
   return largest;
 }
 
-// Loops over the numbers of a row. WIDTH 0 is any width. What is written is told apart from what is read, or the
-// compiler would not vectorise them.
+// Loops over the numbers of a row. WIDTH 0 is any width. What is written is told apart from what is read, and signs are
+// bits, not conditions, or the compiler would not vectorise them.
 template <int WIDTH>
 struct Loops {
   static constexpr int N = WIDTH && WIDTH < SUM_LANES ? WIDTH : SUM_LANES, PARTS = WIDTH / N;
@@ -89,17 +89,17 @@ struct Loops {
 
   static inline void decode_signed(float* __restrict values, const uint8_t* __restrict codes, float largest, int any) {
     for (int j = 0; j < of(any); ++j) {
-      const float size = SignedShare::decode(codes[j] & 127) * largest;
-      values[j] = codes[j] > 127 ? -size : size;
+      const uint32_t code = codes[j];
+      values[j] = float_of(bits_of(SignedShare::decode(code & 127) * largest) | (code & 128) << 24);
     }
   }
 
   static inline void round_signed(uint8_t* __restrict codes, const float* __restrict values, float largest,
                                   uint32_t random, int any) {
     for (int j = 0; j < of(any); ++j) {
-      const float size = values[j] < 0 ? -values[j] : values[j];
-      const int code = SignedShare::round_by(spread(random, j), size / largest);
-      codes[j] = uint8_t(values[j] < 0 ? code + 128 : code);
+      const float value = values[j] + 0.0f;  // a zero has no sign
+      const int code = SignedShare::round_by(spread(random, j), float_of(bits_of(value)) / largest);
+      codes[j] = uint8_t(uint32_t(code) | sign_of(value) << 7);
     }
   }
 
