@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -348,14 +349,28 @@ def test_a_report_needs_finished_runs(tmp_path):
         write_report(tmp_path)
 
 
+def _note_run(output: Path, name: str, seed: int, auc: float, **more: Any) -> None:
+    """Write what a finished run leaves for the report."""
+    folder = output / "runs" / name / f"seed{seed}"
+    folder.mkdir(parents=True)
+    metrics = {"auc": auc, "logloss": 0.5}
+    size = {"total_bytes": 10, "dense_bytes": 20, "ratio": 2.0, "compressed_ratio": 2.0}
+    summary = {"seed": seed, "metrics": {"test": metrics, "valid": metrics}, "footprint": size, "bayes": {}}
+    write_json(folder / "summary.json", {**summary, **more})
+
+
+def test_examples_a_second_are_those_of_the_training_over_seeds(tmp_path):
+    for seed, rate in enumerate((1000.0, 4000.0)):
+        _note_run(tmp_path, "trained", seed, 0.7, training={"rows_per_second": rate})
+    _note_run(tmp_path, "fitted", 0, 0.7)
+    lines = [line.split(" | ") for line in write_report(tmp_path).read_text().splitlines() if line.startswith("| ")]
+    column = lines[0].index("examples/s")
+    assert {cells[0]: cells[column] for cells in lines[1:]} == {"| trained": "2,500", "| fitted": "-"}
+
+
 def test_spread_is_over_seeds(tmp_path):
     for seed, value in enumerate((0.7, 0.8)):
-        folder = tmp_path / "runs" / "a" / f"seed{seed}"
-        folder.mkdir(parents=True)
-        metrics = {"auc": value, "logloss": 0.5}
-        size = {"total_bytes": 10, "dense_bytes": 20, "ratio": 2.0, "compressed_ratio": 2.0}
-        summary = {"seed": seed, "metrics": {"test": metrics, "valid": metrics}, "footprint": size, "bayes": {}}
-        write_json(folder / "summary.json", summary)
+        _note_run(tmp_path, "a", seed, value)
     found = collect(Path(tmp_path))["variants"]["a"]
     assert found["test"]["auc"]["mean"] == pytest.approx(0.75)
     assert found["test"]["auc"]["spread"] == pytest.approx(0.0707106, abs=1e-6)

@@ -25,7 +25,8 @@ _NOTE = (
     "hot rows and dense tables. `smaller`: the bytes of the variant `full` over them. `ratio`: the fp32 bytes of the",
     "variant's own tables over them, of all tables and of the compressed ones alone. `held in training`: the most that",
     "tables and their optimizer state took in a stage, one copy of each; that of stage 1 where there was one.",
-    "`calibrated logloss`: of logits with the scale and the bias that are best on validation.",
+    "`calibrated logloss`: of logits with the scale and the bias that are best on validation. `examples/s`: of the",
+    "last stage that trained, validation left out, by the clock: runs side by side and other work slow it.",
 )
 
 
@@ -79,6 +80,8 @@ def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     result["held_bytes"] = runs[0].get("held_bytes")
     result["usage"] = runs[0].get("usage", {})
     result["training"] = [run["training"] for run in runs if "training" in run]
+    rates = [told["rows_per_second"] for told in result["training"]]
+    result["rows_per_second"] = statistics.fmean(rates) if rates else None
     return result
 
 
@@ -155,6 +158,7 @@ def _markdown(report: dict[str, Any], pictures: list[str]) -> str:
         *columns.values(),
         "optimizer state",
         "held in training",
+        "examples/s",
         "seeds",
     ]
     lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
@@ -167,7 +171,8 @@ def _markdown(report: dict[str, Any], pictures: list[str]) -> str:
             f"{row['compressed_ratio']:.1f}x",
         ]
         cells += [_number(row["test"].get(key), len(row["seeds"])) for key in columns]
-        cells += ["-" if row[key] is None else f"{row[key]:,}" for key in ("state_bytes", "held_bytes")]
+        numbers = (row[key] for key in ("state_bytes", "held_bytes", "rows_per_second"))
+        cells += ["-" if number is None else f"{number:,.0f}" for number in numbers]
         cells.append(str(len(row["seeds"])))
         lines.append("| " + " | ".join(cells) + " |")
     lines += _gap_lines(rows) + _predicted_lines(rows) + _training_lines(rows) + _usage_lines(rows)
