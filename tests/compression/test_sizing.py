@@ -76,13 +76,44 @@ def test_more_bytes_are_never_a_smaller_table():
 
 
 def test_all_tables_shrink_by_one_ratio():
-    chosen = sized(tables(), HashConfig(num_buckets=1), DENSE // 10)
+    chosen = sized(tables(), HashConfig(num_buckets=1), DENSE // 10, dense_share=0)
     for name in ("user", "item", "place"):
         assert SIZES[name] / chosen[name].num_buckets == pytest.approx(10, rel=0.05)
+    assert chosen["day"] == HashConfig(num_buckets=1)
+
+
+@pytest.mark.parametrize("config", [HashConfig(num_buckets=1), RobeConfig(num_blocks=1, block_size=8)])
+def test_the_smallest_tables_stay_dense_while_they_take_a_share_of_the_budget(config):
+    def dense(share, budget=DENSE // 20):
+        chosen = sized(tables(), config, budget, dense_share=share)
+        assert list(chosen) == list(SIZES) and 0.9 * budget < total(chosen) <= budget
+        return [name for name, each in chosen.items() if each == DenseConfig()]
+
+    day, place = 7 * D * 4, 300 * D * 4
+    budget = DENSE // 20
+    assert dense(0) == dense((day - 1) / budget) == []
+    assert dense(day / budget) == dense((day + place - 1) / budget) == ["day"]
+    assert dense((day + place) / budget) == dense(0.5) == ["place", "day"]
+    assert dense(1, DENSE - 1) == ["item", "place", "day"]  # never all
+
+
+def test_no_table_stays_dense_whose_bytes_others_need():
+    with pytest.raises(ValueError, match="must be at least") as told:
+        sized(tables(), QRConfig(num_buckets=2), DENSE // 10_000, dense_share=0)
+    least = int(str(told.value).split("at least ")[1].split(",")[0])
+    for budget in (least, least + 3 * 7 * D * 4):
+        chosen = sized(tables(), QRConfig(num_buckets=2), budget, dense_share=1)
+        assert total(chosen) <= budget and isinstance(chosen["day"], DenseConfig) == (budget > least)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), True, "a tenth", None])
+def test_a_share_that_is_none(share):
+    with pytest.raises(ValueError, match=r"sized: dense_share must be a number in \[0, 1\], got"):
+        sized(tables(), HashConfig(num_buckets=1), DENSE // 10, dense_share=share)
 
 
 def test_what_tables_share_has_one_size_for_all():
-    chosen = sized(tables(), RobeConfig(num_blocks=1, block_size=8), DENSE // 20)
+    chosen = sized(tables(), RobeConfig(num_blocks=1, block_size=8), DENSE // 20, dense_share=0)
     assert len(set(chosen.values())) == 1 and total(chosen) <= DENSE // 20
 
 
@@ -108,7 +139,7 @@ def test_hashes_into_one_table_of_its_own_are_not_shared():
         (HashEmbeddingsConfig(num_buckets=1), "num_buckets"),
         (RobeConfig(num_blocks=1, block_size=8, memory=None), "num_blocks"),
     ):
-        chosen = sized(tables(), config, DENSE // 3)
+        chosen = sized(tables(), config, DENSE // 3, dense_share=0)
         sizes = [getattr(chosen[name], field) for name in ("user", "item", "place")]
         assert sizes[0] > 3 * sizes[1] > 3 * sizes[2]
         made = CompressedEmbeddingBagCollection(tables(), compression=chosen)

@@ -22,42 +22,88 @@ class _Size(NamedTuple):
     method: MethodConfig
 
 
-def sized(tables: Sequence[BaseEmbeddingConfig], method: MethodConfig, budget_bytes: float) -> dict[str, MethodConfig]:
+def sized(
+    tables: Sequence[BaseEmbeddingConfig], method: MethodConfig, budget_bytes: float, *, dense_share: float = 0.1
+) -> dict[str, MethodConfig]:
     """Return a method for every table, the same but for its size, so that all of them together fit a budget.
 
-    All tables become smaller by one ratio, the least with which they fit; one that the method cannot make so small has
-    its smallest size, one that it cannot make smaller at all is dense. What tables share, as the array of `RobeConfig`,
-    has one size for all.
+    The smallest tables stay dense, as many as take no more than `dense_share` of the budget: a few weekdays that share
+    a row lose far more than their bytes bring. The others become smaller by one ratio, the least with which all fit;
+    one that the method cannot make so small has its smallest size, one that it cannot make smaller at all is dense.
+    What tables share, as the array of `RobeConfig`, has one size for all.
 
     Args:
         tables: the user's configs.
         method: whose sizes (buckets, blocks, rows, a width, codes and codewords) are replaced.
         budget_bytes: for all tables, everything counted.
+        dense_share: of the budget, in [0, 1], for the smallest tables; 0 gives the method to all.
 
     Returns:
         The method by table name, as `compress` and compressed collections take it.
 
     Raises:
         ValueError: no tables, two of one name; no method, or one that can store none of them at any size; the budget is
-            no number of bytes, or below the least that the method can do, which is named.
+            no number of bytes, or below the least that the method can do, which is named; a share that is none.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig
         >>> from torchrec_compress.methods import HashConfig
         >>> tables = [EmbeddingBagConfig(name=name, num_embeddings=rows, embedding_dim=16) for name, rows in
         ...           (("user", 10_000), ("day", 7))]
-        >>> {name: each.num_buckets for name, each in sized(tables, HashConfig(num_buckets=1), 64_000).items()}
-        {'user': 998, 'day': 1}
+        >>> found = sized(tables, HashConfig(num_buckets=1), 64_000)
+        >>> found["user"], found["day"]
+        (HashConfig(num_buckets=993), DenseConfig())
     """
     check_budget("sized", budget_bytes)
     _check_asked(tables, method)
+    if isinstance(dense_share, bool) or not isinstance(dense_share, int | float) or not 0 <= dense_share <= 1:
+        raise ValueError(f"sized: dense_share must be a number in [0, 1], got {dense_share!r}")
+    small = _smallest(tables, dense_share * budget_bytes)
+    while True:
+        dense = {table.name: DenseConfig() for table in small}
+        rest = [table for table in tables if table.name not in dense]
+        try:
+            found = _fitted(rest, method, budget_bytes - sum(map(dense_bytes, small)))
+        except _TooLittle:
+            if not small:
+                raise
+            small.pop()  # its bytes are needed
+        else:
+            return {table.name: dense.get(table.name) or found[table.name] for table in tables}
+
+
+class _TooLittle(ValueError):
+    """A budget is below the least that a method can do."""
+
+    def __init__(self, method: MethodConfig, least: int, budget_bytes: float) -> None:
+        super().__init__(
+            f"sized: budget_bytes must be at least {least}, the least that method {method.method!r} can store these "
+            f"tables in, got {budget_bytes:g}; choose another method"
+        )
+
+
+def _smallest(tables: Sequence[BaseEmbeddingConfig], num_bytes: float) -> list[BaseEmbeddingConfig]:
+    """Return the smallest tables, ascending, as many as take so many bytes dense; never all."""
+    found: list[BaseEmbeddingConfig] = []
+    for table in sorted(tables, key=dense_bytes)[:-1]:
+        num_bytes -= dense_bytes(table)
+        if num_bytes < 0:
+            break
+        found.append(table)
+    return found
+
+
+def _fitted(
+    tables: Sequence[BaseEmbeddingConfig], method: MethodConfig, budget_bytes: float
+) -> dict[str, MethodConfig]:
+    """Return the method of each table, all of one ratio; arguments as in `sized`."""
     if _share(tables, method):
         return _sized_together(tables, method, budget_bytes)
     found = {table.name: _sizes(table, method) for table in tables}
     full = {table.name: dense_bytes(table) for table in tables}
     least = sum(sizes[0].num_bytes for sizes in found.values())
     if least > budget_bytes:
-        raise _too_little(method, least, budget_bytes)
+        raise _TooLittle(method, least, budget_bytes)
 
     def at(ratio: float) -> dict[str, _Size]:
         """Return what every table is stored as, when all are to be so many times smaller."""
@@ -129,12 +175,5 @@ def _sized_together(
         if total <= budget_bytes:
             fitting.append((total, chosen))
     if not fitting:
-        raise _too_little(method, least or sum(map(dense_bytes, tables)), budget_bytes)
+        raise _TooLittle(method, least or sum(map(dense_bytes, tables)), budget_bytes)
     return max(fitting, key=lambda each: each[0])[1]
-
-
-def _too_little(method: MethodConfig, least: int, budget_bytes: float) -> ValueError:
-    return ValueError(
-        f"sized: budget_bytes must be at least {least}, the least that method {method.method!r} can store these tables "
-        f"in, got {budget_bytes:g}; choose another method"
-    )
