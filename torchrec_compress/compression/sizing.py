@@ -52,7 +52,7 @@ def sized(
         ...           (("user", 10_000), ("day", 7))]
         >>> found = sized(tables, HashConfig(num_buckets=1), 64_000)
         >>> found["user"], found["day"]
-        (HashConfig(num_buckets=993), DenseConfig())
+        (HashConfig(num_buckets=979), DenseConfig())
     """
     check_budget("sized", budget_bytes)
     _check_asked(tables, method)
