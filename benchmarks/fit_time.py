@@ -65,6 +65,11 @@ def faiss_residual(rows: Tensor, weights: Tensor) -> Tensor:
     return torch.from_numpy(quantiser.decode(quantiser.compute_codes(rows.numpy())))
 
 
+def residual_of_more_rows(rows: Tensor, weights: Tensor) -> Tensor:
+    """Fit residual codes to a sample four times as large as usual."""
+    return fit_residual(rows, 4, 256, max_points_per_centroid=1024).reconstruct()
+
+
 def measure(result: Result, rows: Tensor, weights: Tensor) -> None:
     """Run one fit once and note its time, load and errors."""
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -134,6 +139,7 @@ def main() -> None:
         Result("product M=8 K=256, counts", lambda x, w: fit_product(x, 8, 256, weights=w).reconstruct(), 8),
         Result("residual M=4 K=256", lambda x, w: fit_residual(x, 4, 256).reconstruct(), 4),
         Result("faiss ResidualQuantizer M=4 K=256", faiss_residual, 4),
+        Result("residual M=4 K=256, 1,024 rows a codeword", residual_of_more_rows, 4),
         Result("residual M=4 K=256, counts", lambda x, w: fit_residual(x, 4, 256, weights=w).reconstruct(), 4),
         Result("product M=4 K=256", lambda x, w: fit_product(x, 4, 256).reconstruct(), 4),
         Result("MEC M=8 K=256, counts", lambda x, w: fit_mec(x, 8, 256, weights=w).reconstruct(), 8),
