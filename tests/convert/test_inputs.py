@@ -380,6 +380,10 @@ def test_half_precision_tables_hold_what_they_are_given():
 def test_a_table_without_rows():
     with pytest.raises(ValueError, match="table 'item' must have rows and columns, got 0 x 16; leave it out"):
         fresh(PQ, num_embeddings=0, init_fn=nn.init.zeros_)
+    with pytest.raises(
+        ValueError, match=r"table 'item' must have fewer than 2\*\*63 numbers, got 9223372036854775808 x"
+    ):
+        fresh(PQ, num_embeddings=2**63)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)

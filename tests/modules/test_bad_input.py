@@ -331,6 +331,18 @@ def test_tensors_of_a_batch_that_do_not_go_together(config):
 
 
 @every
+def test_a_batch_without_values(config):
+    """TorchRec's own tables return what lay in memory."""
+    ids, lengths, weights = torch.arange(6), torch.tensor([2, 1, 3]), torch.ones(6)
+    batch = KeyedJaggedTensor(keys=["item"], values=ids, lengths=lengths, weights=weights).to(torch.device("meta"))
+    collection = CompressedEmbeddingBagCollection([table()], is_weighted=True, compression=config)
+    with pytest.raises(ValueError, match="the batch must have values, got one on the meta device"):
+        collection(batch)
+    if config.method != "blocks":  # how many ids a block is asked for is a matter of values
+        assert collection.to("meta")(batch).values().is_meta
+
+
+@every
 @pytest.mark.parametrize("wrong", [None, torch.tensor([1]), {"item": torch.tensor([1])}], ids=["none", "ids", "dict"])
 def test_a_batch_that_is_none(config, wrong):
     with pytest.raises(ValueError, match="CompressedEmbeddingBagCollection: a batch must be a KeyedJaggedTensor, got "):

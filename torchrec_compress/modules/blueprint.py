@@ -317,6 +317,11 @@ def _check_names(tables: Sequence[BaseEmbeddingConfig]) -> None:
                 f"compressed collection: table {table.name!r} must have rows and columns, got {table.num_embeddings} x "
                 f"{table.embedding_dim}; leave it out"
             )
+        if table.num_embeddings * table.embedding_dim >= 2**63:
+            raise ValueError(
+                f"compressed collection: table {table.name!r} must have fewer than 2**63 numbers, got "
+                f"{table.num_embeddings} x {table.embedding_dim}; hash ids to fewer"
+            )
         check_feature_names(table.feature_names, f"compressed collection: table {table.name!r}: feature")
 
 

@@ -301,7 +301,7 @@ class CompressedParts(nn.Module):
         """
         check_unsharded(self, "table_rows")
         check_table("table_rows", name, self.blueprint.methods)
-        check_here(ids, self.decoder.get_buffer("layout").device, f"table_rows: table {name!r}")
+        check_here(ids, self.decoder.on_meta, f"table_rows: table {name!r}")
         (table,) = [table for table in self.blueprint.tables if table.name == name]
         check_ids(ids, table.num_embeddings, f"table_rows: table {name!r}")
         parts, weights = self.blueprint.parts[name], dict(self._native_weights(name))

@@ -135,6 +135,11 @@ class Decoder(nn.Module):
         return self._decoded
 
     @property
+    def on_meta(self) -> bool:
+        """Whether tables have no values yet."""
+        return self.get_buffer("layout").is_meta
+
+    @property
     def bagged(self) -> list[Lookup]:
         """The look-ups that `decode_bags` returns."""
         return self._bagged

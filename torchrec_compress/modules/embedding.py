@@ -91,7 +91,7 @@ class CompressedEmbeddingCollection(CompressedParts, EmbeddingCollectionInterfac
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Return the rows of every feature's ids."""
         features = maybe_td_to_kjt(features, None)
-        check_features(features, self._features, type(self).__name__)
+        check_features(features, self._features, type(self).__name__, self.decoder.on_meta)
         codes = self.code_tables(features) if self.code_tables is not None else None
         rows = self._unpooled_rows(features)
         jagged = split_features(features)

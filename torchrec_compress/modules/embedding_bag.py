@@ -122,7 +122,7 @@ class CompressedEmbeddingBagCollection(CompressedParts, EmbeddingBagCollectionIn
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Return the pooled embeddings of a batch."""
         features = maybe_td_to_kjt(features, None)
-        check_features(features, self._features, type(self).__name__)
+        check_features(features, self._features, type(self).__name__, self.decoder.on_meta)
         if self._is_weighted:
             check_batch_weights(features, type(self).__name__)
             features = widened(features)

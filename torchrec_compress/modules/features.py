@@ -67,16 +67,17 @@ def check_ranges(jagged: dict[str, JaggedTensor], ranges: Sequence[IdRange]) -> 
         check_ids(jagged[wanted.feature].values(), wanted.num_embeddings, where)
 
 
-def check_here(ids: object, device: torch.device, where: str) -> None:
+def check_here(ids: object, on_meta: bool, where: str) -> None:
     """Raise ValueError unless ids are a tensor with values, where a table has some; `where` names the call."""
-    if not isinstance(ids, Tensor) or (ids.is_meta and device.type != "meta"):
+    if not isinstance(ids, Tensor) or (ids.is_meta and not on_meta):
         got = "a tensor on the meta device" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"{where}: ids must be a tensor of integers, (L,), with values, got {got}")
 
 
-def check_features(features: KeyedJaggedTensor, wanted: list[str], where: str) -> None:
+def check_features(features: KeyedJaggedTensor, wanted: list[str], where: str, on_meta: bool = False) -> None:
     """Raise ValueError for no batch, for one that lacks a feature, or for tensors of it that do not go together.
 
+    A batch without values is for tables without (`on_meta`): of it, TorchRec's own tables return what lay in memory.
     Whether there are as many ids as lengths say is looked at on a CPU alone, as no device is waited for.
     """
     if not isinstance(features, KeyedJaggedTensor):
@@ -95,6 +96,8 @@ def check_features(features: KeyedJaggedTensor, wanted: list[str], where: str) -
     devices = {str(tensor.device) for tensor in (ids, lengths, weights) if tensor is not None}
     if len(devices) > 1:
         raise ValueError(f"{where}: the batch must be on one device, got {sorted(devices)}")
+    if ids.is_meta and not on_meta:
+        raise ValueError(f"{where}: the batch must have values, got one on the meta device; move it to the tables'")
     missing = [name for name in wanted if name not in features.keys()]  # noqa: SIM118 (keys() is a list)
     if missing:
         raise ValueError(f"{where}: the batch must have the features {missing}, got only {features.keys()}")
