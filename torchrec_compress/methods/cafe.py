@@ -224,6 +224,7 @@ class CafeConfig(MethodConfig):
         assert data.counts is not None
         counts, part = data.counts, self.parts(table, data.seed).managed
         assert part is not None
+        directions = None if self.width is None else learn_directions(table, data, self.width, self.rate)
         sizes = self._sizes(stable_salt(data.seed, table.name))
         manager = _manager(part.blocks, sizes, self.num_blocks, None)
         placed = counts.new_zeros(part.blocks.num_places)
@@ -231,7 +232,6 @@ class CafeConfig(MethodConfig):
             mine = counts[first : first + BLOCK_ROWS]
             placed[part.blocks.places(torch.arange(first, first + len(mine)))] = mine
         manager.fill(placed)
-        directions = None if self.width is None else learn_directions(table, data, self.width, self.rate)
         return ManagedTable(table, part, sizes, manager, counts, directions)
 
     def _sizes(self, salt: int) -> HotColdSizes:
