@@ -47,6 +47,7 @@ CASES: dict[str, list[MethodConfig]] = {
     "cafe": [
         CafeConfig(num_hot_rows=16, num_cold_rows=40, num_blocks=4),
         CafeConfig(num_hot_rows=8, num_cold_rows=40, num_medium_rows=16, num_blocks=4, importance="frequency"),
+        CafeConfig(num_hot_rows=60, num_cold_rows=80, num_blocks=4, width=8, rate=0.5),
     ],
     "cce": [
         CceConfig(num_codes=4, codebook_size=16, cluster_every=2),

@@ -60,6 +60,7 @@ method = {
     "shared": PQConfig(num_codes=2, popularity="log2", num_coded=4 * 10**6),
     "narrow": NarrowConfig(width=4),
     "cafe": CafeConfig(num_hot_rows=1600, num_cold_rows=1600),
+    "cafe, narrow": CafeConfig(num_hot_rows=1600, num_cold_rows=1600, width=4),
 }[sys.argv[1]]
 small = CompressedEmbeddingBagCollection([table], torch.device("meta"), compression=method, will_fit=True)
 counts = (1 / (1 - torch.rand(10**7))).long()
@@ -70,7 +71,7 @@ print(meter.anonymous, needed(table, method, small, has_counts=True))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pq", "shared", "narrow", "cafe"])
+@pytest.mark.parametrize("name", ["pq", "shared", "narrow", "cafe", "cafe, narrow"])
 def test_learning_by_look_ups_takes_no_more_than_was_said(name):
     command = [sys.executable, "-W", "ignore", "-c", LEARNING, name]
     found, said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()

@@ -190,8 +190,10 @@ def test_a_linear_layer_takes_the_projection_in(config):
     assert_near(layer(got(BAGS).values()), linear(source(BAGS).values()), scale=5)
     before, after = source.table_state("item"), got.table_state("item")
     assert "projection" not in after.decoder
-    ours = {**after.decoder, **after.trained, "codes": after.codes, "rows": after.native.get("")}
-    theirs = {**before.decoder, **before.trained, "codes": before.codes, "rows": before.native.get("rows")}
+    rows = after.native.get("", after.native.get("rows"))
+    ours = {**after.decoder, **after.trained, **after.managed, "codes": after.codes, "rows": rows}
+    rows = before.native.get("rows")
+    theirs = {**before.decoder, **before.trained, **before.managed, "codes": before.codes, "rows": rows}
     for name, tensor in ours.items():
         assert tensor is theirs[name] is None or torch.equal(tensor, theirs[name]), name
     stored = source.footprint().total_bytes - 4 * width * DIM

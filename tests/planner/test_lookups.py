@@ -27,3 +27,5 @@ def test_decoded_bytes_are_floats_of_bags_and_where_they_are_made_of_rows(pooled
     table = kind(name="t", num_embeddings=9, embedding_dim=16, feature_names=["a", "b"])
     rows = (27 if pooled else 0) + (64 if makes_rows or not pooled else 0)
     assert decoded_bytes(table, FOUND, makes_rows) == 4 * 16 * rows
+    narrow = 4 * 64 * (16 - 4) if pooled and makes_rows else 0  # rows of 4 numbers before a projection
+    assert decoded_bytes(table, FOUND, makes_rows, row_width=4) == 4 * 16 * rows - narrow

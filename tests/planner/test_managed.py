@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -11,6 +13,7 @@ from tests.cases import fresh, table
 from tests.planner.plans import BATCH, topology
 from torchrec_compress.methods import CafeConfig
 from torchrec_compress.planner import EmbeddingShardingPlanner
+from torchrec_compress.planner.lookups import decode_bytes
 from torchrec_compress.sharding import get_default_sharders
 
 CAFE = CafeConfig(num_hot_rows=16, num_cold_rows=40, num_blocks=4)
@@ -35,6 +38,25 @@ def test_what_is_held_in_training_and_what_is_served(how):
     assert found.optimizer_bytes == 56 * 4
     assert found.held_bytes == found.stored_bytes + found.optimizer_bytes
     assert {"served_bytes", "held_bytes", "managed_bytes"} <= found.to_dict().keys()
+
+
+def test_a_width_is_planned_as_narrow_rows_and_a_projection_on_every_rank():
+    config = replace(CAFE, width=8)
+    planner = planned(config, 2, "row_wise")
+    found = planner.report.tables["item"]
+    kinds = {part.kind: (part.sharding_type, part.stored_bytes, part.training_bytes) for part in found.parts}
+    matrix = 8 * 16 * 4
+    assert kinds == {
+        "managed": ("row_wise", 56 * 8 * 4 + STATE, STATE - 64 * 8),
+        "decoder": ("data_parallel", matrix, 0),
+    }
+    assert found.stored_bytes == config.stored_bytes(table())
+    assert found.served_bytes == config.served_bytes(table()) == 56 * 8 * 4 + 64 * 8 + matrix
+    assert found.optimizer_bytes == 56 * 4 + 2 * (2 * matrix + 4)  # of two ranks' Adam
+    assert [rank.managed_bytes for rank in planner.report.ranks] == [(56 * 8 * 4 + STATE) // 2] * 2
+    wish = {"item": ParameterConstraints(pooling_factors=[20.0])}
+    decoded = 4 * BATCH * (16 + 20 * 8)  # bags, and rows of the width
+    assert decode_bytes(torch.nn.ModuleDict({"sparse": fresh(config)}), wish, BATCH) == {"item": decoded}
 
 
 def test_every_rank_holds_the_state_of_its_blocks():

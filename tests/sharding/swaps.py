@@ -28,13 +28,14 @@ from torchrec_compress import (
     get_default_sharders,
     native_parameters,
 )
-from torchrec_compress.methods import TableData
+from torchrec_compress.methods import CafeConfig, TableData
 from torchrec_compress.planner import EmbeddingShardingPlanner
 from torchrec_compress.sharding.loading import load_plain
 
 ROWS, DIM, BAGS, STEPS = 90, 8, 4, 2
 STORED = {method: configs[0] for method, configs in CASES.items()}
 STORED["given"] = replace(STORED["given"], codes=CODES.format(ROWS))  # type: ignore[call-arg]
+STORED["cafe_narrow"] = CafeConfig(num_hot_rows=16, num_cold_rows=40, num_blocks=4, width=4)
 # no loop is changed
 METHODS = {method: config for method, config in STORED.items() if not (steps_itself(config) or has_manager(config))}
 SHARDERS = ("TorchRec's", "bags alone", "ours")

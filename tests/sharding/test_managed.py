@@ -33,12 +33,15 @@ CAFE = CafeConfig(num_hot_rows=8, num_cold_rows=20, num_blocks=4, threshold=1.5,
 TWO = CafeConfig(
     num_hot_rows=8, num_cold_rows=20, num_medium_rows=8, num_blocks=4, importance="frequency", medium_threshold=1.5
 )
-MIXED = {"item": CAFE, "user": TWO, "word": PQConfig(num_codes=2, codebook_size=8), "*": DenseConfig()}
+NARROW = CafeConfig(
+    num_hot_rows=8, num_cold_rows=20, num_blocks=4, importance="frequency", threshold=1.5, width=4, rate=0.5
+)
+MIXED = {"item": CAFE, "user": TWO, "shop": NARROW, "word": PQConfig(num_codes=2, codebook_size=8), "*": DenseConfig()}
 
 
 def model_of(pooled: bool, weighted: bool) -> Model:
     torch.manual_seed(0)
-    sizes = {"item": 120, "user": 90, "word": 80, "day": 7}
+    sizes = {"item": 120, "user": 90, "shop": 100, "word": 80, "day": 7}
     kind: Any = EmbeddingBagConfig if pooled else EmbeddingConfig
     features = {name: [name, "also_item"] if name == "item" else [name] for name in sizes}
     tables = [
@@ -50,7 +53,7 @@ def model_of(pooled: bool, weighted: bool) -> Model:
     return Model(CompressedEmbeddingCollection(tables, compression=MIXED))
 
 
-KEYS = {"item": 120, "also_item": 120, "user": 90, "word": 80, "day": 7}
+KEYS = {"item": 120, "also_item": 120, "user": 90, "shop": 100, "word": 80, "day": 7}
 
 
 def draw(kind: str, step: int, rank: int, weighted: bool) -> KeyedJaggedTensor:
@@ -72,7 +75,7 @@ def train_sharded(how: str, kind: str, pooled: bool, weighted: bool) -> tuple[li
     model = model_of(pooled, weighted)
     apply_optimizer_in_backward(torch.optim.SGD, native_parameters(model), {"lr": RATE})
     values = {name: value.clone() for name, value in model.state_dict().items()}
-    wishes = {name: ParameterConstraints(sharding_types=[how]) for name in ("item", "user", "word")}
+    wishes = {name: ParameterConstraints(sharding_types=[how]) for name in ("item", "user", "shop", "word")}
     wishes["day"] = ParameterConstraints(sharding_types=["table_wise"])
     planner = EmbeddingShardingPlanner(
         Topology(world_size=dist.get_world_size(), compute_device="cpu"), 8, wishes, stats=[]
@@ -122,7 +125,8 @@ def test_values_and_gradients_are_those_of_the_unsharded_tables(two_ranks, how, 
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
-    assert kind == "empty" or expected["embeddings.managed.managers.item.hot_ids"].any()
+    hot = [expected[f"embeddings.managed.managers.{name}.hot_ids"].any() for name in ("item", "shop")]
+    assert kind == "empty" or all(hot)
 
 
 def refusal(case: str, config: MethodConfig) -> str:
@@ -195,7 +199,7 @@ def numbered(first: int) -> Model:
 def taken(how: str) -> tuple[dict, dict]:
     """Return the states that a sharded model takes from the one that it is made of, and from a state dict."""
     model = numbered(0)
-    wishes = {name: ParameterConstraints(sharding_types=[how]) for name in ("item", "user", "word")}
+    wishes = {name: ParameterConstraints(sharding_types=[how]) for name in ("item", "user", "shop", "word")}
     machines = Topology(world_size=dist.get_world_size(), compute_device="cpu")
     planner = EmbeddingShardingPlanner(machines, 8, wishes, stats=[])
     sharders = get_default_sharders(fused_params={})
@@ -225,7 +229,7 @@ def promoted() -> int:
         buffer.zero_()
     apply_optimizer_in_backward(RowWiseAdagrad, native_parameters(model), {"lr": 0.5})
     machines, sharders = Topology(world_size=dist.get_world_size(), compute_device="cpu"), get_default_sharders()
-    wishes = {name: ParameterConstraints(sharding_types=["row_wise"]) for name in ("item", "user", "word")}
+    wishes = {name: ParameterConstraints(sharding_types=["row_wise"]) for name in ("item", "user", "shop", "word")}
     planner = EmbeddingShardingPlanner(machines, 8, wishes, stats=[])
     plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
     sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
@@ -245,7 +249,7 @@ def promoted() -> int:
         after_step(sharded, step)
         for name in owner.managers:
             (was, served, state), (rows, serves, has) = before[name], now(name)
-            per_block = 28 if name == "item" else 36
+            per_block = 36 if name == "user" else 28
             gained = (rows != was) & (rows % per_block < 2)
             assert torch.equal(served[gained], serves[gained])
             assert torch.equal(state[gained], has[gained])

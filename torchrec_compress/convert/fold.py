@@ -100,8 +100,9 @@ def fold_into_linear(
 ) -> tuple[CompressedEmbeddingBagCollection, nn.Linear]:
     """Multiply projections into the linear layer that reads the embeddings side by side.
 
-    W [x, z P] = W_x x + (W_z P^T) z, so a table that projects r numbers (`narrow`, codes of a `width`) returns just
-    these, and the layer has r columns for each of its keys in place of D. Rows, codes and codebooks stay bit for bit.
+    W [x, z P] = W_x x + (W_z P^T) z, so a table that projects r numbers (`narrow`, codes or rows of a `width`) returns
+    just these, and the layer has r columns for each of its keys in place of D. Rows, codes and codebooks stay bit for
+    bit.
     Only for embeddings that nothing but this layer reads: a dot product or a cross layer wants all D numbers.
 
     Args:

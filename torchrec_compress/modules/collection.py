@@ -320,7 +320,7 @@ class CompressedParts(nn.Module):
             return bag if decoder is None else decode_pooled(decoder, [bag]).float()
         if parts.managed is not None:
             assert self.managed is not None
-            return self.managed.served(name, ids)
+            return decoder(ids, None, None, None, [self.managed.served(name, ids)]).float()
         codes = None
         if parts.codes is not None:
             assert self.code_tables is not None

@@ -76,22 +76,24 @@ class Lookups:
         return list(zip(self.pooling_factors, self.num_poolings, self.batch_sizes, strict=True))
 
 
-def decoded_bytes(table: BaseEmbeddingConfig, lookups: Lookups, makes_rows: bool) -> int:
+def decoded_bytes(table: BaseEmbeddingConfig, lookups: Lookups, makes_rows: bool, row_width: int | None = None) -> int:
     """Return the bytes of a step's embeddings of one table on the rank that asked: float32, of the user's width.
 
     Args:
         table: the user's config; bags are pooled, other tables are not.
         lookups: of a local batch.
         makes_rows: whether the decoder makes a row per id before it pools.
+        row_width: numbers of these rows, which a projection follows; None: the user's width.
 
     Example:
         >>> table = EmbeddingBagConfig(name="user", num_embeddings=9, embedding_dim=16, feature_names=["user"])
         >>> decoded_bytes(table, Lookups([3.0], [1.0], [10]), makes_rows=True)
         2560
     """
-    pooled = isinstance(table, EmbeddingBagConfig)
-    num_rows = lookups.num_bags * pooled + lookups.num_ids * (makes_rows or not pooled)
-    return 4 * num_rows * table.embedding_dim
+    if not isinstance(table, EmbeddingBagConfig):
+        return 4 * lookups.num_ids * table.embedding_dim
+    each = table.embedding_dim if row_width is None else row_width
+    return 4 * (lookups.num_bags * table.embedding_dim + makes_rows * lookups.num_ids * each)
 
 
 def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size: int) -> dict[str, int]:
@@ -100,7 +102,7 @@ def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size:
     Low-bit rows, MEmCom and bags with a decoder are decoded without codebooks, so the estimators have no option to
     charge it to. MEmCom makes a row per id before it pools; low-bit rows are pooled where they lie, on a GPU a piece at
     a time; bags are decoded when they are pooled. What a projection makes of pooled codewords is beside what codebooks
-    are charged.
+    are charged; rows per id before a projection are of the width.
 
     Args:
         module: the model.
@@ -119,5 +121,6 @@ def decode_bytes(module: nn.Module, constraints: Constraints | None, batch_size:
                     lookups = Lookups.of(name, constraints, batch_size)
                     makes_rows = part.blueprint.methods[name].makes_rows and not part.blueprint.parts[name].are_bags
                     makes_rows &= name not in charged
-                    found[name] = found.get(name, 0) + decoded_bytes(table, lookups, makes_rows)
+                    width = part.blueprint.methods[name].projected_width(table)
+                    found[name] = found.get(name, 0) + decoded_bytes(table, lookups, makes_rows, width)
     return found
