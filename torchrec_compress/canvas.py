@@ -33,7 +33,7 @@ def figure(path: Path, width: float, height: float, dpi: int) -> Iterator[Figure
     # a user's matplotlibrc may want LaTeX, which is slow or missing
     usual: Any = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
     with matplotlib.rc_context(usual):
-        drawn = Figure(figsize=(width, height), layout="constrained")
+        drawn = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
         FigureCanvasAgg(drawn)
         yield drawn
         drawn.savefig(path, dpi=dpi, format="png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,13 +21,10 @@ from torchrec_compress.methods import (
     NativePart,
     Parts,
     TableData,
-    TableDecoder,
     TableState,
 )
-from torchrec_compress.methods.buckets import BucketSums
 from torchrec_compress.methods.learned import LearnedWhole
 from torchrec_compress.methods.storage import Remap
-from torchrec_compress.ops import Rows, TableRows, pool_rows, stable_salt
 
 
 @contextmanager
@@ -115,54 +111,6 @@ class LowRankConfig(MethodConfig):
         return LearnedWhole(table, state)
 
 
-class Sum(BagDecoder):
-    """Add two pooled rows."""
-
-    def forward(self, bags: list[Tensor]) -> Tensor:
-        """Return (B, D) of two (B, D)."""
-        first, second = bags
-        return first + second
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuotientRemainderConfig(MethodConfig):
-    """A row of the quotient of an id plus one of its remainder (arXiv 1909.02107, section 3, with a sum)."""
-
-    method: ClassVar[str] = "quotient_remainder"
-    needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "nothing"
-    new_ids: ClassVar[str] = "a row of two that others trained"
-    divisor: int
-
-    def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
-        """Return the two tables."""
-        quotients = math.ceil(table.num_embeddings / self.divisor)
-        sizes = (("quotient", quotients, "div"), ("remainder", self.divisor, "mod"))
-        return Parts(
-            bags=tuple(NativePart(name, n, table.embedding_dim, Remap(kind, self.divisor)) for name, n, kind in sizes)
-        )
-
-    def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> Sum:
-        """Return the sum."""
-        return Sum()
-
-    def learn(self, table: BaseEmbeddingConfig, data: TableData) -> LearnedWhole:
-        """Return the mean row of every quotient, and of what is left of every remainder."""
-        self.check_fit(table, data)
-        quotient, remainder = self.parts(table, data.seed).bags
-        ids, rows = torch.arange(table.num_embeddings), data.all_rows(table)
-        first = _means(rows, quotient, ids)
-        rest = rows - first[quotient.remap(ids)]
-        second = _means(rest, remainder, ids)
-        return LearnedWhole(table, TableState(native={"quotient": first, "remainder": second}))
-
-
-def _means(rows: Tensor, part: NativePart, ids: Tensor) -> Tensor:
-    """Return the mean of the rows that share each row of a part."""
-    sums = BucketSums(part.num_embeddings, rows.shape[1])
-    sums.add(rows, part.remap(ids), None)
-    return sums.means()
-
-
 @dataclass(frozen=True, kw_only=True)
 class SharedHashConfig(HashConfig):
     """Hashed rows that all tables share."""
@@ -173,50 +121,3 @@ class SharedHashConfig(HashConfig):
         """Return the buckets."""
         (bag,) = super().parts(table, seed).bags
         return Parts(bags=(replace(bag, shared="memory"),))
-
-
-class SideBySide(TableDecoder):
-    """Lay the rows of an id side by side, and pool."""
-
-    def forward(
-        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, codes: Tensor | None, rows: list[Rows]
-    ) -> Tensor:
-        """Return the sums over bags."""
-        found = torch.cat([part.gather() if isinstance(part, TableRows) else part for part in rows], dim=1)
-        if offsets is not None:
-            return pool_rows(found, offsets, weights)
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharedPiecesConfig(MethodConfig):
-    """Rows of two pieces each, all of one memory that all tables share (ROBE, arXiv 2108.02191, in blocks)."""
-
-    method: ClassVar[str] = "shared_pieces"
-    needs: ClassVar[Literal["rows", "contexts", "nothing"]] = "nothing"
-    new_ids: ClassVar[str] = "pieces that others trained"
-    num_pieces: int
-
-    def parts(self, table: BaseEmbeddingConfig, seed: int) -> Parts:
-        """Return two ways into the memory."""
-        return Parts(
-            rows=tuple(
-                NativePart(
-                    name,
-                    self.num_pieces,
-                    table.embedding_dim // 2,
-                    Remap("hash", self.num_pieces, stable_salt(seed, f"{table.name}:{name}")),
-                    shared="memory",
-                )
-                for name in ("left", "right")
-            )
-        )
-
-    def decoder(self, table: BaseEmbeddingConfig, device: torch.device | None) -> SideBySide:
-        """Return what puts rows together."""
-        return SideBySide()
-
-    def learn(self, table: BaseEmbeddingConfig, data: TableData) -> LearnedWhole:
-        """Return nothing: the memory is trained."""
-        self.check_fit(table, data)
-        return LearnedWhole(table, TableState())

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, PoolingType
 
 from tests.cases import DIM, NUM_ROWS, dense_collection, fresh, rows, table
-from tests.methods.throwaway import LowRankConfig, QuotientRemainderConfig, registered
+from tests.methods.throwaway import LowRankConfig, registered
 from torchrec_compress import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
@@ -23,11 +23,11 @@ from torchrec_compress import (
     decompress,
     native_parameters,
 )
-from torchrec_compress.methods import DenseConfig, HashConfig, MethodConfig, NativePart, Parts, PQConfig
+from torchrec_compress.methods import DenseConfig, HashConfig, MethodConfig, NativePart, Parts, PQConfig, QRConfig
 from torchrec_compress.methods.storage import Remap
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-LOW_RANK, SUM_OF_TWO = LowRankConfig(width=4), QuotientRemainderConfig(divisor=20)
+LOW_RANK, SUM_OF_TWO = LowRankConfig(width=4), QRConfig(num_buckets=20)
 METHODS = {"low": LOW_RANK, "two": SUM_OF_TWO, "hashed": HashConfig(num_buckets=30), "coded": PQConfig(num_codes=2)}
 EITHER = pytest.mark.parametrize("config", [LOW_RANK, SUM_OF_TWO], ids=["low rank", "quotient, remainder"])
 # "y" is looked up in two tables, and two tables look up two features
@@ -72,7 +72,7 @@ def row_of(name: str, number: int, stored: dict[str, Tensor]) -> Tensor:
     """Return the row of an id, written out."""
     if name == "low":
         return stored["low__factors"][number] @ stored["projection"]
-    return stored["two__quotient"][number // 20] + stored["two__remainder"][number % 20]
+    return stored["two__quotient"][number // 20] + stored["two__remainder_0"][number % 20]
 
 
 def by_hand(stored: dict[str, Tensor], features: KeyedJaggedTensor, mean: bool = False) -> dict[str, Tensor]:
@@ -151,7 +151,7 @@ def test_state_dict_keys():
         "bags.native.embedding_bags.hashed__buckets.weight",
         "bags.native.embedding_bags.low__factors.weight",
         "bags.native.embedding_bags.two__quotient.weight",
-        "bags.native.embedding_bags.two__remainder.weight",
+        "bags.native.embedding_bags.two__remainder_0.weight",
         "decoder.banks.low.projection",
         "decoder.format_version",
         "decoder.layout",
@@ -164,7 +164,7 @@ def test_state_dict_keys():
 
 @EITHER
 def test_bytes_are_those_of_the_real_tensors(config):
-    with registered(type(config)):
+    with registered(LowRankConfig):
         ours = fresh(config)
         real = sum(tensor.nbytes for tensor in ours.parameters())
         assert config.stored_bytes(table()) == ours.footprint().total_bytes == real

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, PoolingType
 
-from tests.methods.throwaway import SharedHashConfig, SharedPiecesConfig, registered
+from tests.methods.throwaway import SharedHashConfig, registered
 from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, compress
-from torchrec_compress.methods import MethodConfig, Parts
+from torchrec_compress.methods import MethodConfig, Parts, RobeConfig
 from torchrec_compress.methods.start import SeededInit
 from torchrec_compress.modules.shared import cut
 
-HASH, PIECES = SharedHashConfig(num_buckets=50), SharedPiecesConfig(num_pieces=60)
+HASH = SharedHashConfig(num_buckets=50)
+PIECES = RobeConfig(num_blocks=60, block_size=4, memory="memory", signs=True)  # which come back unpooled
 EITHER = pytest.mark.parametrize("config", [HASH, PIECES], ids=["bags", "rows"])
 SIZES = {"a": 300, "b": 200, "c": 100}
 
@@ -38,20 +39,19 @@ def batch() -> KeyedJaggedTensor:
 def test_one_weight_serves_all_and_gets_all_gradients(config):
     ours, features = pooled(config), batch()
     (weight,) = ours.parameters()
-    out = ours(features)
+    out, uses = ours(features), torch.zeros_like(weight)
     for name in SIZES:
-        jagged, (part, *_) = features[f"f_{name}"], ours.blueprint.parts[name].native
+        jagged, parts = features[f"f_{name}"], ours.blueprint.parts[name].native
         rows = ours.table_rows(name, jagged.values())
-        assert torch.equal(rows[:, : part.embedding_dim], weight[part.remap(jagged.values())])
+        for part, piece in zip(parts, rows.split(parts[0].embedding_dim, dim=1), strict=True):
+            stored = weight[part.remap(jagged.values())]
+            signs = torch.sign(piece * stored) if config is PIECES else torch.ones_like(piece)
+            assert torch.equal(piece, signs * stored)
+            uses.index_add_(0, part.remap(jagged.values()), signs.detach())
         expected = torch.stack([mine.sum(0) for mine in rows.split(jagged.lengths().tolist())])
         torch.testing.assert_close(out[f"f_{name}"], expected, rtol=1e-5, atol=1e-6)
     out.values().sum().backward()
-    uses = sum(
-        torch.bincount(part.remap(features[f"f_{name}"].values()), minlength=len(weight))
-        for name in SIZES
-        for part in ours.blueprint.parts[name].native
-    )
-    torch.testing.assert_close(weight.grad, uses.float().unsqueeze(1).expand_as(weight))
+    torch.testing.assert_close(weight.grad, uses)
 
 
 @EITHER
@@ -66,7 +66,7 @@ def test_unpooled_tables_share_as_well(config):
 @EITHER
 def test_one_key_and_counted_once(config):
     ours = pooled(config)
-    with registered(SharedHashConfig, SharedPiecesConfig):
+    with registered(SharedHashConfig):
         footprint = ours.footprint()
         (weight,) = ours.parameters()
         assert sum("memory" in key for key in ours.state_dict()) == 1
@@ -143,7 +143,7 @@ class Odd(SharedHashConfig):
         (Odd(num_buckets=40), "num_embeddings"),
         (Odd(num_buckets=50, decay=True), "decay"),
         (Odd(num_buckets=50, init=True), "init_fn"),
-        (SharedPiecesConfig(num_pieces=50), "embedding_dim"),
+        (replace(PIECES, num_blocks=50), "embedding_dim"),
     ],
 )
 def test_parts_that_disagree_are_refused_by_name(other, field):
@@ -163,9 +163,9 @@ def test_pooling_that_differs_and_names_that_are_taken_are_refused():
 
 
 def test_tables_that_take_more_together_than_dense_stay_dense():
-    few = SharedPiecesConfig(num_pieces=1200)  # two pieces a row: as much as all rows together
+    few = replace(PIECES, num_blocks=1200)  # two pieces a row: as much as all rows together
     assert {config.method for config in pooled(few).methods().values()} == {"dense"}
-    assert {config.method for config in pooled(replace(few, num_pieces=1100)).methods().values()} == {"shared_pieces"}
+    assert {config.method for config in pooled(replace(few, num_blocks=1100)).methods().values()} == {"robe"}
 
 
 def test_a_fit_of_one_table_does_not_overwrite_what_others_share():

@@ -7,15 +7,15 @@ from torchrec.distributed.planner import ParameterConstraints
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from tests.methods.throwaway import LowRankConfig, QuotientRemainderConfig
+from tests.methods.throwaway import LowRankConfig
 from tests.planner.plans import BATCH, DIM, META, RANKS, model, options, topology
 from torchrec_compress import CompressedEmbeddingBagCollection, native_parameters
-from torchrec_compress.methods import HashConfig, NarrowConfig, PQConfig
+from torchrec_compress.methods import HashConfig, NarrowConfig, PQConfig, QRConfig
 from torchrec_compress.planner import EmbeddingShardingPlanner, translate_constraints
 from torchrec_compress.planner.lookups import decode_bytes
 
 ROWS, POOLING, WIDTH = 1_000_000, 20, 8
-LOW_RANK, SUM_OF_TWO = LowRankConfig(width=WIDTH), QuotientRemainderConfig(divisor=1000)
+LOW_RANK, SUM_OF_TWO = LowRankConfig(width=WIDTH), QRConfig(num_buckets=1000)
 METHODS = {"low": LOW_RANK, "two": SUM_OF_TWO, "hashed": HashConfig(num_buckets=1000)}
 WISH = {name: ParameterConstraints(sharding_types=["row_wise"], pooling_factors=[float(POOLING)]) for name in METHODS}
 
@@ -29,7 +29,7 @@ def test_every_native_table_may_be_sharded_as_torchrec_shards_bags():
     found = options(model(METHODS))
     ways = {name: {key[1] for key in found if key[0] == name} for name, _, _ in found}
     assert ways["bags.hashed"] >= {"row_wise", "table_wise", "column_wise", "data_parallel"}
-    assert ways["bags.low"] == ways["bags.two.quotient"] == ways["bags.two.remainder"] == ways["bags.hashed"]
+    assert ways["bags.low"] == ways["bags.two.quotient"] == ways["bags.two.remainder_0"] == ways["bags.hashed"]
     assert ways["decoder.low.projection"] == {"data_parallel"}
     assert "bags.two" not in ways
 
@@ -107,18 +107,18 @@ def test_constraints_of_a_table_reach_all_its_bags_and_those_of_a_part_only_that
     of = model(METHODS)
     found = translate_constraints(of, WISH, "cuda")
     assert {name: found[name] for name in WISH} == WISH
-    assert found["two.quotient"] == found["two.remainder"] == WISH["two"]
+    assert found["two.quotient"] == found["two.remainder_0"] == WISH["two"]
     assert not caplog.records
-    mine = {**WISH, "two.remainder": ParameterConstraints(sharding_types=["data_parallel"], pooling_factors=[20.0])}
+    mine = {**WISH, "two.remainder_0": ParameterConstraints(sharding_types=["data_parallel"], pooling_factors=[20.0])}
     found = translate_constraints(of, mine, "cuda")
-    assert (found["two.quotient"], found["two.remainder"]) == (WISH["two"], mine["two.remainder"])
+    assert (found["two.quotient"], found["two.remainder_0"]) == (WISH["two"], mine["two.remainder_0"])
     planner = EmbeddingShardingPlanner(topology(), BATCH, mine, stats=[])
     plan = planner.plan(of).plan["sparse.bags"]
     assert {name: how.sharding_type for name, how in plan.items()} == {
         "hashed": "row_wise",
         "low": "row_wise",
         "two.quotient": "row_wise",
-        "two.remainder": "data_parallel",
+        "two.remainder_0": "data_parallel",
     }
 
 

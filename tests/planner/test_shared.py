@@ -9,15 +9,17 @@ from torchrec.distributed.planner import ParameterConstraints
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from tests.methods.throwaway import SharedHashConfig, SharedPiecesConfig, registered
+from tests.methods.throwaway import SharedHashConfig, registered
 from tests.planner.plans import BATCH, DIM, RANKS, model, options, topology
 from torchrec_compress import native_parameters
-from torchrec_compress.methods import PQConfig
+from torchrec_compress.methods import PQConfig, RobeConfig
 from torchrec_compress.planner import EmbeddingShardingPlanner, translate_constraints
 from torchrec_compress.sharding import CodeTableCollectionSharder
 
 BUCKETS, POOLING = 1000, {"a": 20.0, "b": 3.0, "c": 1.0}
-HASH, PIECES = SharedHashConfig(num_buckets=BUCKETS), SharedPiecesConfig(num_pieces=2 * BUCKETS)
+HASH = SharedHashConfig(num_buckets=BUCKETS)
+# blocks of signs, which come back unpooled
+PIECES = RobeConfig(num_blocks=2 * BUCKETS, block_size=DIM // 2, memory="memory", signs=True)
 WEIGHTS = 4 * BUCKETS * DIM
 WISH = {
     name: ParameterConstraints(sharding_types=["table_wise"], pooling_factors=[factor])
@@ -80,7 +82,7 @@ def test_the_report_is_the_footprint_and_counts_it_once(config, pooled, sharders
     apply_optimizer_in_backward(RowWiseAdagrad, native_parameters(of), {"lr": 0.1})
     planner = EmbeddingShardingPlanner(topology(), BATCH, WISH, stats=[])
     planner.plan(of, sharders)
-    with registered(SharedHashConfig, SharedPiecesConfig):
+    with registered(SharedHashConfig):
         real = of.sparse.footprint()
     report = planner.report
     assert list(report.tables) == [*POOLING, "own"]

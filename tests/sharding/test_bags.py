@@ -12,7 +12,7 @@ from torchrec import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints, Topology
 
-from tests.methods.throwaway import LowRankConfig, QuotientRemainderConfig
+from tests.methods.throwaway import LowRankConfig
 from tests.modules import batches
 from tests.sharding import swaps
 from tests.sharding.models import Model, local_state, whole_state
@@ -23,13 +23,13 @@ from torchrec_compress import (
     CompressedEmbeddingCollection,
     get_default_sharders,
 )
-from torchrec_compress.methods import DenseConfig, HashConfig, PQConfig
+from torchrec_compress.methods import DenseConfig, HashConfig, PQConfig, QRConfig
 from torchrec_compress.planner import EmbeddingShardingPlanner, translate_constraints
 
 COMPRESSION = {
     "user": LowRankConfig(width=4),
-    "item": QuotientRemainderConfig(divisor=17),
-    "shop": QuotientRemainderConfig(divisor=20),
+    "item": QRConfig(num_buckets=17),
+    "shop": QRConfig(num_buckets=20),
     "tag": LowRankConfig(width=8),
     "word": PQConfig(num_codes=2, codebook_size=16),
     "*": DenseConfig(),
@@ -105,7 +105,7 @@ def test_unpooled_tables_train_as_unsharded(two_ranks, how):
 
 
 def in_scripts(pooled: bool) -> dict[tuple[str, ...], str]:
-    more = {"low": LowRankConfig(width=4), "two": QuotientRemainderConfig(divisor=9)}
+    more = {"low": LowRankConfig(width=4), "two": QRConfig(num_buckets=9)}
     swaps.STORED.update(more)
     try:
         return swaps.all_swaps([*more, "hash", "pq"], pooled, ("TorchRec's planner",))

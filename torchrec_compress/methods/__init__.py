@@ -1,4 +1,4 @@
-"""Compression methods. A new one is a file here, a line below, a test case, a config and a README row."""
+"""Compression methods. A new one is a file, a line below, a test case, a config, a row and a section in the docs."""
 
 from torchrec_compress.methods.base import METHODS, MethodConfig, TableData, TableState, dense_bytes
 from torchrec_compress.methods.blocks import BlocksConfig

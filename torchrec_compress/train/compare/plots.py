@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from torchrec_compress.canvas import figure
-from torchrec_compress.train.evaluate.metrics import QUALITY
+from torchrec_compress.train.compare.pareto import Variant, draw_pareto
+from torchrec_compress.train.evaluate.metrics import LESS_IS_BETTER, QUALITY
+
+_SIZES = {
+    "bytes": "bytes of all tables, everything counted",
+    "held_bytes": "bytes held in training: tables and their optimizer state",
+}
 
 
 def draw(report: dict[str, Any], folder: Path) -> list[str]:
-    """Draw quality against bytes, and code usage where there are codes.
+    """Draw quality against bytes, served and held in training where known, and code usage where there are codes.
 
     Args:
         report: as `collect` returns it.
@@ -23,9 +30,21 @@ def draw(report: dict[str, Any], folder: Path) -> list[str]:
     for metric, title in QUALITY.items():
         if not all(metric in row["test"] for row in report["variants"].values()):
             continue
-        names.append(f"{metric}_against_bytes.png")
-        with figure(folder / names[-1], 8, 5, dpi=130) as drawn:
-            _quality(drawn.subplots(), report, metric, f"test {title}")
+        best_possible = report["bayes"][f"bayes_{metric}"] if report["bayes"] else None
+        for size, label in _SIZES.items():
+            variants = _variants(report, metric, size)
+            if not variants:
+                continue
+            names.append(f"{metric}_against_{size}.png")
+            with figure(folder / names[-1], 9, 6, dpi=130) as drawn:
+                draw_pareto(
+                    drawn,
+                    variants,
+                    sizes=label,
+                    metric=f"test {title}",
+                    less_is_better=metric in LESS_IS_BETTER,
+                    best_possible=best_possible,
+                )
     bars = [
         (f"{name}: {table}", use) for name, row in report["variants"].items() for table, use in row["usage"].items()
     ]
@@ -36,21 +55,14 @@ def draw(report: dict[str, Any], folder: Path) -> list[str]:
     return names
 
 
-def _quality(axes: Any, report: dict[str, Any], metric: str, title: str) -> None:
-    for number, (name, row) in enumerate(report["variants"].items()):
-        value = row["test"][metric]
-        colour, marker = f"C{number % 10}", "osD^vPX*"[number // 10 % 8]
-        axes.errorbar(row["bytes"], value["mean"], value["spread"], fmt=marker, color=colour, capsize=3)
-        place = {"textcoords": "offset points", "xytext": (5, 4), "fontsize": 7, "parse_math": False}
-        axes.annotate(name, (row["bytes"], value["mean"]), **place)
-    if report["bayes"]:
-        best = report["bayes"][f"bayes_{metric}"]
-        axes.axhline(best, color="grey", linestyle=":", linewidth=1)
-        axes.annotate("best possible", (0.01, best), xycoords=("axes fraction", "data"), fontsize=7, color="grey")
-    axes.set_xscale("log")
-    axes.set_xlabel("bytes of all tables, everything counted")
-    axes.set_ylabel(title)
-    axes.grid(alpha=0.3)
+def _variants(report: dict[str, Any], metric: str, size: str) -> list[Variant]:
+    """Return the variants whose bytes and quality are known."""
+    found = [
+        Variant(name, row[size], row["test"][metric]["mean"], row["test"][metric]["spread"])
+        for name, row in report["variants"].items()
+        if row.get(size)
+    ]
+    return [variant for variant in found if not math.isnan(variant.value)]
 
 
 def _usage(axes: Any, bars: list[tuple[str, dict[str, float]]]) -> None:

@@ -9,6 +9,7 @@ from torchrec_compress.train.data.memory import Split
 
 # what runs are judged by; those of clicks have some, those of sequences others
 QUALITY = {"auc": "AUC", "ndcg10": "nDCG@10", "hr10": "HR@10", "logloss": "logloss"}
+LESS_IS_BETTER = ("logloss",)
 
 
 def auc(labels: NDArray, scores: NDArray) -> float:
