@@ -5,8 +5,9 @@ Run: python benchmarks/methods.py        (CPU, one thread; writes methods.md bes
 Four tables of 200,000 rows x 64, batches of 2,048 bags, Zipf(1.05) ids. All methods live in one process and take turns
 batch by batch, so that a busy machine slows all of them; ratios are medians of the ratios of neighbours, with the 10th
 and the 90th percentile. A step is forward, backward and SGD: fused in FBGEMM's kernel for the dense tables (TorchRec's
-FusedEmbeddingBagCollection, and narrow rows in one like it), plain for codebooks, projections and shared rows; frozen
-codes and rows take none. A step of cafe and of cce ends with `after_step`, here without a clustering.
+FusedEmbeddingBagCollection, and narrow rows in one like it), plain for codebooks, projections, shared rows and the
+queries of dpq; frozen codes and rows take none. A step of cafe and of cce ends with `after_step`, here without a
+clustering.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torchrec_compress.methods import (
     BlocksConfig,
     CafeConfig,
     CceConfig,
+    DPQConfig,
     HashConfig,
     HashEmbeddingsConfig,
     Int4Config,
@@ -47,6 +49,7 @@ NUM_TABLES, NUM_ROWS, WIDTH, BATCH = 4, 200_000, 64, 2048
 METHODS: dict[str, MethodConfig] = {
     "codes, M = 8 (mec, pq, quantile, random)": RandomCodesConfig(num_codes=8),
     "codes, M = 16": RandomCodesConfig(num_codes=16),
+    "dpq in training, M = 8": DPQConfig(num_codes=8),
     "residual codes, M = 4": RandomCodesConfig(num_codes=4, structure="residual"),
     "tiers, M = 4, 10,000 int4 rows": PQConfig(num_codes=4, num_hot_rows=10_000, hot_dtype="int4", popularity="count"),
     "memcom, 4,000 buckets": MEmComConfig(num_buckets=4000),

@@ -17,6 +17,7 @@ from torchrec_compress.methods import (
     CafeConfig,
     CceConfig,
     DenseConfig,
+    DPQConfig,
     GivenCodesConfig,
     GraphCodesConfig,
     HashConfig,
@@ -54,6 +55,10 @@ CASES: dict[str, list[MethodConfig]] = {
         CceConfig(num_codes=2, codebook_size=64, optimizer_state="mean"),
     ],
     "dense": [DenseConfig()],
+    "dpq": [
+        DPQConfig(num_codes=4, codebook_size=16),
+        DPQConfig(num_codes=2, codebook_size=64, bound=0.1),
+    ],
     "given": [
         GivenCodesConfig(codes=CODES.format(NUM_ROWS), num_codes=4, codebook_size=16),
         GivenCodesConfig(codes=CODES.format(NUM_ROWS), num_codes=4, codebook_size=40, structure="residual"),

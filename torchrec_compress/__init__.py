@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         compress_into,
         decompress,
         dequantize_codebooks,
+        export_codes,
         fold_into_linear,
         fold_projections,
         measure_curvature,
@@ -63,6 +64,7 @@ __all__ = [
     "decompress",
     "dequantize_codebooks",
     "discard",
+    "export_codes",
     "fold_into_linear",
     "fold_projections",
     "get_default_sharders",
@@ -80,7 +82,7 @@ _HOMES = {
     **dict.fromkeys(
         ("compress", "compress_dense", "compress_into", "decompress", "fold_into_linear", "fold_projections"), "convert"
     ),
-    **dict.fromkeys(("dequantize_codebooks", "quantize_codebooks"), "convert"),
+    **dict.fromkeys(("dequantize_codebooks", "export_codes", "quantize_codebooks"), "convert"),
     **dict.fromkeys(("compress_gradients", "get_default_sharders"), "sharding"),
 }
 

@@ -50,7 +50,7 @@ def test_rows_of_native_tables_are_of_the_tables_type(config: MethodConfig, data
         with pytest.raises(ValueError, match=rf"table 'item': data_type must be FP32.*, got {data_type.value}"):
             fresh(config, data_type=data_type)
         return
-    is_kept = config.is_compressed and config.stored_bytes(half) < NUM_ROWS * 16 * 2
+    is_kept = config.is_compressed and config.exported().stored_bytes(half) < NUM_ROWS * 16 * 2
     if not is_kept and data_type == DataType.BF16:  # else dense, and lost
         with pytest.raises(ValueError, match=r"table 'item': data_type must be FP32 or FP16 where rows lie"):
             fresh(config, data_type=data_type)

@@ -4,6 +4,7 @@ import pytest
 
 from tests.sharding.suite import CASES, run_case
 from torchrec_compress.methods import (
+    DPQConfig,
     GraphCodesConfig,
     HashConfig,
     Int4Config,
@@ -26,6 +27,7 @@ METHODS: dict[str, MethodConfig] = {
     "quantile": QuantileCodesConfig(num_codes=4, codebook_size=4),
     "graph": GraphCodesConfig(num_codes=4, codebook_size=4),
     "lma": LMAConfig(num_codes=4, codebook_size=4),
+    "dpq": DPQConfig(num_codes=4, codebook_size=2),
     "memcom": MEmComConfig(num_buckets=4, bias=True),
     "hash": HashConfig(num_buckets=4),
     "int8": Int8Config(),

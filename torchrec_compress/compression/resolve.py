@@ -97,8 +97,8 @@ def _or_dense(table: BaseEmbeddingConfig, config: MethodConfig) -> MethodConfig:
 
 
 def _own_bytes(table: BaseEmbeddingConfig, config: MethodConfig) -> int:
-    """Return what a table adds beside what it may share with others."""
-    return config.stored_bytes(table) - sum(shared_bytes(config, table).values())
+    """Return what a table adds, once it was trained, beside what it may share with others."""
+    return config.exported().stored_bytes(table) - sum(shared_bytes(config, table).values())
 
 
 def _leave_costly_shares(tables: Mapping[str, BaseEmbeddingConfig], chosen: dict[str, MethodConfig]) -> None:

@@ -35,7 +35,7 @@ def sized(
     Args:
         tables: the user's configs.
         method: whose sizes (buckets, blocks, rows, a width, codes and codewords) are replaced.
-        budget_bytes: for all tables, everything counted.
+        budget_bytes: for all tables, everything counted, as they are stored once they were trained.
         dense_share: of the budget, in [0, 1], for the smallest tables; 0 gives the method to all.
 
     Returns:
@@ -152,7 +152,7 @@ def _sizes(table: BaseEmbeddingConfig, method: MethodConfig) -> list[_Size]:
     full = _Size(DenseConfig().stored_bytes(table), DenseConfig())
     by_bytes: dict[int, _Size] = {}
     for each in method.resized(table):
-        if can_store(each, table) and (num_bytes := each.stored_bytes(table)) < full.num_bytes:
+        if can_store(each, table) and (num_bytes := each.exported().stored_bytes(table)) < full.num_bytes:
             by_bytes.setdefault(num_bytes, _Size(num_bytes, each))
     return [by_bytes[num_bytes] for num_bytes in sorted(by_bytes)] or [full]
 

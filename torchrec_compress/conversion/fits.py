@@ -145,7 +145,7 @@ def _stored(value: Tensor, like: Tensor) -> Tensor:
 
 def _kept_at(job: Job, method: MethodConfig) -> str | None:
     """Return the key of what is stored by id: of what has as many rows as ids, or as coded ids."""
-    for part in (("codes", ""), ("trained", "rows"), ("native", "rows")):
+    for part in (("codes", ""), ("trained", "rows"), ("native", "rows"), ("native", "queries")):
         if part in job.keys and method.parts(job.config, job.data.seed).managed is None:
             return job.keys[part]
     return None

@@ -3,6 +3,7 @@
 from torchrec_compress.convert.compress import compress, decompress
 from torchrec_compress.convert.curvature import measure_curvature
 from torchrec_compress.convert.dense_layers import compress_dense
+from torchrec_compress.convert.export import export_codes
 from torchrec_compress.convert.fold import fold_into_linear, fold_projections, why_unfolded
 from torchrec_compress.convert.into import compress_into, row_reader
 from torchrec_compress.convert.quantize import dequantize_codebooks, dequantized, quantize_codebooks
@@ -16,6 +17,7 @@ __all__ = [
     "decompress",
     "dequantize_codebooks",
     "dequantized",
+    "export_codes",
     "fold_into_linear",
     "fold_projections",
     "measure_curvature",

@@ -56,7 +56,7 @@ def dequantize_codebooks(collection: Compressed) -> Compressed:
     left = [name for name, method in chosen.items() if method.dequantized() != method]
     if left:
         logger.warning("tables %s stay in few bits: in float32 they would take as much as dense", left)
-    return _stored_by(collection, {name: method for name, method in chosen.items() if method != methods[name]})
+    return stored_by(collection, {name: method for name, method in chosen.items() if method != methods[name]})
 
 
 @torch.no_grad()
@@ -94,10 +94,10 @@ def quantize_codebooks(collection: Compressed, methods: Mapping[str, MethodConfi
     for table in collection.table_configs():
         if table.name in changed:
             changed[table.name].check(table)
-    return _stored_by(collection, changed)
+    return stored_by(collection, changed)
 
 
-def _stored_by(collection: Compressed, methods: Mapping[str, MethodConfig]) -> Compressed:
+def stored_by(collection: Compressed, methods: Mapping[str, MethodConfig]) -> Compressed:
     """Return a copy of a collection with some tables stored by other methods."""
     changed, before = {}, collection.methods()
     for table in collection.table_configs():

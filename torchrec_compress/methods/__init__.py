@@ -7,6 +7,7 @@ from torchrec_compress.methods.cce import CceConfig
 from torchrec_compress.methods.codebook import CodebookConfig, as_codebook
 from torchrec_compress.methods.decoders import BagDecoder, TableDecoder
 from torchrec_compress.methods.dense import DenseConfig
+from torchrec_compress.methods.dpq import DPQConfig
 from torchrec_compress.methods.given import GivenCodesConfig
 from torchrec_compress.methods.graph import GraphCodesConfig
 from torchrec_compress.methods.hash import HashConfig
@@ -31,6 +32,7 @@ __all__ = [
     "CafeConfig",
     "CceConfig",
     "CodebookConfig",
+    "DPQConfig",
     "DenseConfig",
     "GivenCodesConfig",
     "GraphCodesConfig",

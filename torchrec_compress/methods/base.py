@@ -278,12 +278,19 @@ class MethodConfig(ABC):
         return self
 
     def stored_as(self, table: BaseEmbeddingConfig, state: TableState, other: MethodConfig) -> TableState:
-        """Return the tensors as another method stores them, of the same `dequantized`.
+        """Return the tensors as another method stores them: of the same `dequantized`, or `exported`.
 
         Raises:
             ValueError: rows have no scale in few bits.
         """
         return state
+
+    def exported(self) -> MethodConfig:
+        """Return how the table is stored once trained: as it trains, or what serves the same rows in fewer bytes.
+
+        `stored_as` makes that of it; whether a table saves bytes is asked of it, not of what trains.
+        """
+        return self
 
     def decoder_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return the bytes of the decoder's tensors."""
@@ -311,6 +318,8 @@ class MethodConfig(ABC):
 
     def served_bytes(self, table: BaseEmbeddingConfig) -> int:
         """Return the bytes that look-ups of a trained table read: `stored_bytes` without what only training needs."""
+        if self.exported() != self:
+            return self.exported().served_bytes(table)
         managed = self.parts(table, seed=0).managed
         return self.stored_bytes(table) - (0 if managed is None else managed.training_bytes)
 

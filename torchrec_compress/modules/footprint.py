@@ -33,7 +33,8 @@ class TableFootprint:
         native_bytes: rows of native tables, and trained rows. Of what several tables share, here and in the decoder,
             the share by dense bytes.
         managed_bytes: what the manager of a table keeps, as a sketch.
-        training_bytes: of `managed_bytes`, those that no look-up of a trained model reads.
+        training_bytes: of all, those that serving a trained table does not take: of a manager what no look-up of it
+            reads, of queries (DPQ) what their codes save.
     """
 
     method: str
@@ -186,16 +187,16 @@ def count(state: Mapping[str, Any], blueprint: Blueprint) -> Footprint:
     return Footprint(
         {
             table.name: TableFootprint(
-                method=blueprint.methods[table.name].method,
+                method=method.method,
                 dense_bytes=dense_bytes(table),
                 code_bytes=sizes["code", table.name],
                 decoder_bytes=sizes["decoder", table.name],
                 native_bytes=sum(sizes[kind, table.name] for kind in ("native", "dense", "trained")),
                 managed_bytes=sizes["managed", table.name],
-                training_bytes=0 if managed is None else managed.training_bytes,
+                training_bytes=method.stored_bytes(table) - method.served_bytes(table),
             )
             for table in blueprint.tables
-            for managed in (blueprint.parts[table.name].managed,)
+            for method in (blueprint.methods[table.name],)
         }
     )
 

@@ -41,6 +41,7 @@ from torchrec_compress.ops.lowbit import SCALE_BYTES, dequantize_rows, quantize_
 from torchrec_compress.ops.lowbit_bags import low_bit_bag
 from torchrec_compress.ops.nearest import BLOCK_FLOATS, centroid_sums, nearest_with_distance
 from torchrec_compress.ops.pooling import check_offsets, check_weights, pool_rows, scale_rows
+from torchrec_compress.ops.slices import quantize_slices, slice_codes
 from torchrec_compress.ops.table_bags import Rows, TableRows, gathered, pool_table
 from torchrec_compress.ops.trained import (
     TrainedFormat,
@@ -112,9 +113,11 @@ __all__ = [
     "pool_rows",
     "pool_table",
     "quantize_rows",
+    "quantize_slices",
     "quantized_row_bytes",
     "requested_backend",
     "scale_rows",
+    "slice_codes",
     "stable_salt",
     "tiers",
     "total_of",

@@ -141,9 +141,11 @@ class Counting:
     def _training_bytes(self, option: ShardingOption) -> int:
         path, name = self._table_of(option)
         collection = self._collections.get(path)
-        parts = None if collection is None else collection.blueprint.parts.get(name)  # none: of several tables
-        managed = None if parts is None else parts.managed
-        return 0 if managed is None else managed.training_bytes
+        method = None if collection is None else collection.methods().get(name)  # none: of several tables
+        if collection is None or method is None or isinstance(option.module[1], Decoder):
+            return 0
+        table = collection.blueprint.by_table[name][0].table
+        return method.stored_bytes(table) - method.served_bytes(table)
 
     def _shard(self, option: ShardingOption, shard: Shard) -> tuple[int, int, int, int]:
         """Return weights, optimizer state, gradient and activations of a shard."""

@@ -24,7 +24,7 @@ class PartPlan:
         optimizer_bytes: state of the optimizer that trains it.
         gradient_bytes: which are DDP's buckets too.
         activation_bytes: ids, codes and embeddings of a step, and caches before the host's memory.
-        training_bytes: of `stored_bytes`, those that no look-up of a trained model reads.
+        training_bytes: of `stored_bytes`, those that serving a trained table does not take.
     """
 
     kind: Kind

@@ -25,6 +25,13 @@ def check_small_tables(config: RunConfig, tables: list[EmbeddingBagConfig], chos
             f"pretrain_compression: must be methods that train from the start, got others for {unfit}, which are "
             "fitted to trained tables; name them in compression, and 'narrow' here"
         )
+    others = sorted(name for name, method in chosen.items() if method.exported() != method)
+    if others:
+        raise ValueError(
+            "pretrain_compression: must be methods that are served as they train, got "
+            f"{sorted({chosen[name].method for name in others})} for {others}; name them in compression, with start = "
+            "'scratch'"
+        )
     check_trains(config, "pretrain", tables, chosen)
     check_row_optimizer(config, "pretrain", tables, chosen)
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from torchrec_compress.compression import Compression
-from torchrec_compress.convert import Curvature, dequantize_codebooks, quantize_codebooks
+from torchrec_compress.convert import Curvature, dequantize_codebooks, export_codes, quantize_codebooks
 from torchrec_compress.methods import MethodConfig
 from torchrec_compress.train.asked import curvature_of, teacher_logits
 from torchrec_compress.train.check import Wanted, check_config, check_run
@@ -214,7 +214,7 @@ def _run_compressed(
     assert isinstance(collection, CompressedTables)
     methods, path = collection.methods(), None
     summary: dict[str, Any] = {"seed": config.seed, "fit_seconds": time.perf_counter() - started}
-    summary["footprint"] = collection.footprint().to_dict()
+    summary["footprint"] = _footprint(_as_exported(config, methods, data) or model)
     if config.parallel.init == "host":
         summary["usage"] = code_usage(collection, counts)
     if source is not None:
@@ -225,15 +225,43 @@ def _run_compressed(
             summary["fitted_to"] = on_first(lambda: read_json(source / "summary.json", keys=("metrics",)), ranks)[
                 "metrics"
             ]
-    held = summary["footprint"]["total_bytes"]
+    held = collection.footprint().total_bytes
     if config.retrain.epochs > 0:
         path, held = _train_on(config, task, model, source, folder, summary, ranks)
     before = 0 if source is None else held_bytes(source)
     summary["held_bytes"] = None if before is None else max(held, before)
     if config.parallel.init == "host":
-        stored = partial(_stored, config, data, methods, path, folder)
-        on_first(lambda: save_tensors(folder / "model.pt", dict(stored().state_dict())), ranks)
+        usage = on_first(partial(_keep, config, data, methods, path, folder, counts), ranks)
+        if _are_exported(methods):  # no codes before
+            summary["usage"] |= usage
     return summary
+
+
+def _keep(
+    config: RunConfig,
+    data: ClickSource,
+    methods: Mapping[str, MethodConfig],
+    trained: Path | None,
+    folder: Path,
+    counts: dict[str, Tensor],
+) -> dict[str, dict[str, float]]:
+    """Write `model.pt`, tables as they are served, and return how evenly their codewords are used; see `_stored`."""
+    model = _stored(config, data, methods, trained, folder)
+    save_tensors(folder / "model.pt", dict(model.state_dict()))
+    assert isinstance(model.embeddings, CompressedTables)
+    return code_usage(model.embeddings, counts)
+
+
+def _are_exported(methods: Mapping[str, MethodConfig]) -> bool:
+    """Return whether tables train otherwise than they are served."""
+    return any(method.exported() != method for method in methods.values())
+
+
+def _as_exported(config: RunConfig, methods: Mapping[str, MethodConfig], data: ClickSource) -> Recommender | None:
+    """Return the model whose tables are as they are served, without values; None where they train so."""
+    if not _are_exported(methods):
+        return None
+    return untrained(config, {name: each.exported() for name, each in methods.items()}, data, in_shards=True)
 
 
 def _train_on(
@@ -293,6 +321,8 @@ def _stored(
         read_model(trained, model)
         if in_floats:
             model.embeddings = quantize_codebooks(model.embeddings, methods)
+    if _are_exported(methods):
+        model.embeddings = export_codes(model.embeddings)
     return model
 
 

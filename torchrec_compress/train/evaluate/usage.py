@@ -23,8 +23,8 @@ def code_usage(collection: CompressedTables, counts: dict[str, Tensor]) -> dict[
     """
     usage = {}
     for name, method in collection.methods().items():
-        if not method.codewords:
-            continue
+        if not method.codewords or collection.blueprint.parts[name].codes is None:
+            continue  # its codes are made where it is exported
         assert collection.code_tables is not None
         bank: CodeBank = collection.code_tables.banks[name]
         codes, seen = bank.codes, counts[name].double()
