@@ -135,7 +135,7 @@ class Counting:
         stored = option.tensor.numel() * option.tensor.element_size() + MARK_BYTES * (kind == "codes")
         stored += managed_bytes(option)
         ranks = tuple(sorted({int(shard.rank or 0) for shard in option.shards if shard.size[0]}))
-        how, extra = (option.sharding_type, option.compute_kernel), self._training_bytes(option) * (kind == "managed")
+        how, extra = (option.sharding_type, option.compute_kernel), self._training_bytes(option)
         return PartPlan(kind, option.fqn, *how, ranks, stored, *totals, training_bytes=extra)
 
     def _training_bytes(self, option: ShardingOption) -> int:
