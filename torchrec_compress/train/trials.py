@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec_compress.methods import DenseConfig, MethodConfig, NarrowConfig
 from torchrec_compress.methods.base import dense_bytes
 from torchrec_compress.methods.width import LANES
+from torchrec_compress.ops import TrainedFormat
 from torchrec_compress.train.config import fingerprint, lasting
 from torchrec_compress.train.engine.loop import Task, train
 from torchrec_compress.train.models.recommender import Recommender
@@ -23,13 +25,18 @@ from torchrec_compress.train.width_trial import WidthTrial, least_bytes
 logger = logging.getLogger(__name__)
 
 
-def candidates(trial: WidthTrial, table: EmbeddingBagConfig) -> list[NarrowConfig]:
-    """Return the ways to store a table that are tried, the whole width last.
+def candidates(trial: WidthTrial, table: EmbeddingBagConfig, optimizer: str) -> list[NarrowConfig]:
+    """Return the ways to store a table that are tried, last the whole width with the state of the run's optimizer.
+
+    Args:
+        trial: widths and bits of narrow rows.
+        table: of the full model.
+        optimizer: that the run trains tables with.
 
     Example:
         >>> table = EmbeddingBagConfig(name="user", num_embeddings=100, embedding_dim=16, feature_names=["user"])
-        >>> [(each.width, each.bits) for each in candidates(WidthTrial(trial_epochs=1.0), table)]
-        [(8, 8), (16, 8)]
+        >>> [(each.width, each.optimizer) for each in candidates(WidthTrial(trial_epochs=1.0), table, "adagrad")]
+        [(8, 'rowwise_adagrad'), (16, 'rowwise_adagrad'), (16, 'adagrad')]
     """
     widths = [width for width in trial.widths if width < table.embedding_dim and width % LANES == 0]
     narrow: list[NarrowConfig] = []
@@ -39,7 +46,11 @@ def candidates(trial: WidthTrial, table: EmbeddingBagConfig) -> list[NarrowConfi
             narrow.append(
                 NarrowConfig(width=width, bits=bits, optimizer="rowwise_adagrad", state_bits=state, rate=trial.rate)
             )
-    return [*narrow, NarrowConfig(width=table.embedding_dim, bits=8, optimizer="adagrad", state_bits=8)]
+    whole = [
+        NarrowConfig(width=table.embedding_dim, bits=8, optimizer="rowwise_adagrad"),
+        NarrowConfig(width=table.embedding_dim, bits=8, optimizer="adagrad", state_bits=8),
+    ]
+    return [*narrow, *sorted(whole, key=lambda each: each.optimizer == optimizer)]
 
 
 class Trials:
@@ -75,18 +86,20 @@ class Trials:
             ValueError: what was kept is damaged, or a loss is not finite.
             OSError: something could not be written.
         """
+        optimizer, least_loss = self._task.stage.optim.tables, math.inf
         total = sum(dense_bytes(table) for table in tables)
         large = [table for table in tables if dense_bytes(table) >= self._trial.min_share * total]
         chosen: dict[str, MethodConfig] = {table.name: DenseConfig() for table in tables}
-        chosen |= {table.name: candidates(self._trial, table)[-1] for table in large}
+        chosen |= {table.name: candidates(self._trial, table, optimizer)[-1] for table in large}
         for table in sorted(large, key=lambda table: (-dense_bytes(table), table.name)):
-            tried = candidates(self._trial, table)
+            tried = candidates(self._trial, table, optimizer)
             losses = {number: self._loss({**chosen, table.name: method}) for number, method in enumerate(tried)}
-            sizes = {number: method.stored_bytes(table) for number, method in enumerate(tried)}
-            best = least_bytes(losses, sizes, self._trial.tolerance)
+            sizes = {number: _held_bytes(method, table) for number, method in enumerate(tried)}
+            least_loss = min(least_loss, *losses.values())
+            best = least_bytes(losses, sizes, least_loss + self._trial.tolerance)
             chosen[table.name] = tried[best]
-            told = ", ".join(f"{tried[n].width} x {tried[n].bits} bits {loss:.5f}" for n, loss in losses.items())
-            logger.info("table %r: %d numbers of %d bits, of %s", table.name, tried[best].width, tried[best].bits, told)
+            told = ", ".join(f"{_told(tried[n])} {loss:.5f}" for n, loss in losses.items())
+            logger.info("table %r: %s, of %s", table.name, _told(tried[best]), told)
         return chosen
 
     def _loss(self, methods: Mapping[str, MethodConfig]) -> float:
@@ -102,3 +115,14 @@ class Trials:
             on_first(lambda: write_json(self._kept, self._found), self._ranks)
             on_first(lambda: shutil.rmtree(folder, ignore_errors=True), self._ranks)
         return float(self._found[key])
+
+
+def _held_bytes(method: NarrowConfig, table: EmbeddingBagConfig) -> int:
+    """Return the bytes of a table's rows, projection and optimizer state."""
+    assert method.bits != 32 and method.optimizer is not None
+    form = TrainedFormat(method.width, method.bits, method.optimizer, method.state_bits)
+    return method.stored_bytes(table) + table.num_embeddings * form.state_bytes
+
+
+def _told(method: NarrowConfig) -> str:
+    return f"{method.width} x {method.bits} bits, {method.optimizer}"

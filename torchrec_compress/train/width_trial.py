@@ -17,8 +17,10 @@ class WidthTrial:
     """A `compression` that names no methods but how long each candidate is trained before one is chosen.
 
     Tables are taken by size, the largest first. Of its widths, in rows of `narrow`, one is kept: that of the fewest
-    bytes whose logloss on validation is within `tolerance` of the best. Narrow rows have row-wise state, those of the
-    whole width element-wise state in 8 bits; tables that are too small to matter stay dense.
+    bytes held (rows, projection and optimizer state) whose logloss on validation is within `tolerance` of the best of
+    all that was tried so far, so that tables do not each lose as much. Narrow rows have row-wise state, those of the
+    whole width are tried with that and with element-wise state in 8 bits; until a table's turn it has its whole width
+    and the state of `retrain.optim.tables`. Tables that are too small to matter stay dense.
 
     Args:
         trial_epochs: how long a candidate is trained, as `retrain` would train it but for that. Too short a trial
@@ -26,7 +28,7 @@ class WidthTrial:
         widths: numbers per id that are tried beside the whole width; those that a table cannot have are left out.
         bits: of a number, 8 or 4; each is tried with each width.
         rate: of narrow rows, see `NarrowConfig.rate`.
-        tolerance: logloss that fewer bytes may cost, of one table.
+        tolerance: logloss that fewer bytes may cost, of all tables together.
         min_share: of the bytes of all tables; a smaller table stays dense.
     """
 
@@ -60,17 +62,19 @@ def width_trial_of(compression: Mapping[str, Any]) -> WidthTrial | None:
     return found
 
 
-def least_bytes(found: Mapping[int, float], sizes: Mapping[int, int], tolerance: float) -> int:
-    """Return the candidate of the fewest bytes whose loss is within the tolerance of the best.
+def least_bytes(found: Mapping[int, float], sizes: Mapping[int, int], most: float) -> int:
+    """Return the candidate of the fewest bytes whose loss is not above `most`, or, if all are, that of the least loss.
 
     Args:
         found: loss by candidate.
         sizes: bytes by candidate.
-        tolerance: in units of the loss.
+        most: that is still good enough.
 
     Example:
-        >>> least_bytes({0: 0.4003, 1: 0.4000, 2: 0.4100}, {0: 10, 1: 20, 2: 5}, 0.0005)
+        >>> least_bytes({0: 0.4003, 1: 0.4000, 2: 0.4100}, {0: 10, 1: 20, 2: 5}, 0.4005)
         0
     """
-    best = min(found.values())
-    return min((number for number, loss in found.items() if loss <= best + tolerance), key=lambda n: (sizes[n], n))
+    enough = [number for number, loss in found.items() if loss <= most]
+    if enough:
+        return min(enough, key=lambda number: (sizes[number], number))
+    return min(found, key=lambda number: (found[number], sizes[number], number))
