@@ -96,6 +96,9 @@ def test_the_smallest_tables_stay_dense_while_they_take_a_share_of_the_budget(co
     assert dense(day / budget) == dense((day + place - 1) / budget) == ["day"]
     assert dense((day + place) / budget) == dense(0.5) == ["place", "day"]
     assert dense(1, DENSE - 1) == ["item", "place", "day"]  # never all
+    for most in (day / 0.1 + 1, day / 0.1 - 1):  # a tenth, where nothing is said
+        assert sized(tables(), config, most) == sized(tables(), config, most, dense_share=0.1)
+        assert (sized(tables(), config, most)["day"] == DenseConfig()) == (most > day / 0.1)
 
 
 def test_no_table_stays_dense_whose_bytes_others_need():

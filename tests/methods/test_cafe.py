@@ -17,7 +17,9 @@ from torchrec_compress import (
 )
 from torchrec_compress.compression import sized
 from torchrec_compress.methods import CafeConfig, NarrowConfig, TableData
+from torchrec_compress.methods.cafe import ManagedRowsDecoder
 from torchrec_compress.methods.width import learn_directions
+from torchrec_compress.ops import pool_rows
 
 WHOLE = CafeConfig(num_hot_rows=24, num_cold_rows=40, num_blocks=4, decay=1.0)
 NARROW = replace(WHOLE, width=8)
@@ -168,10 +170,20 @@ def test_embeddings_of_a_width_may_be_of_any_number():
     assert model(batch(BAGS)).values().shape == (4, 14)
 
 
+def test_rows_that_come_back_in_half_precision_are_projected_in_float32():
+    bank = ManagedRowsDecoder(8, DIM, None, 1.0)
+    found, offsets = torch.randn(3, 8).bfloat16(), torch.tensor([0, 1, 1, 3])
+    pooled = pool_rows(found, offsets, None).float()
+    bags = bank(torch.arange(3), offsets, None, None, [found])
+    assert bags.dtype == torch.float32 and torch.equal(bags, pooled @ bank.projection)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rate": 0.0, "width": 8}, r"cafe: rate must be in \[0.001, 1000\], got 0.0"),
+        ({"rate": 9e-4, "width": 8}, r"cafe: rate must be in \[0.001, 1000\], got 0.0009"),
+        ({"rate": 1001.0, "width": 8}, r"cafe: rate must be in \[0.001, 1000\], got 1001.0"),
         ({"rate": 0.5}, "cafe: rate must be left out without a width, as there is no projection then, got 0.5"),
         ({"width": 8.0}, r"CafeConfig\.width: must be int or null, got 8.0"),
     ],

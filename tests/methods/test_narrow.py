@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from tests.cases import DIM, NUM_ROWS, batch, counts, dense_collection, fresh, rows, table
-from torchrec_compress import compress, decompress
+from torchrec_compress import CompressedEmbeddingBagCollection, compress, decompress, native_parameters
 from torchrec_compress.methods import NarrowConfig, TableData
 
 
@@ -110,6 +111,7 @@ def test_smaller_widths_are_multiples_of_four():
         ({"bits": 8, "optimizer": "lamb"}, "optimizer must be one of .*got 'lamb'"),
         ({"optimizer": "adagrad"}, "optimizer must be left out with bits=32"),
         ({"state_bits": 8}, "state_bits must be left out with bits=32"),
+        ({"bits": 8, "state_bits": 8, "optimizer": "sgd"}, "state_bits must be left out with optimizer='sgd'"),
         ({"rate": 0.0}, r"rate must be in \[0.001, 1000\], got 0.0"),
         ({"rate": float("nan")}, r"NarrowConfig\.rate: must be finite, got nan"),
     ],
@@ -146,3 +148,12 @@ def test_rows_that_few_bits_do_not_hold_are_named_with_their_table_and_id():
         learned.encode(torch.tensor([7, 3]), large[[7, 3]])
     with pytest.raises(ValueError, match="table 'item': the values of id 0 must be finite and at most 15240"):
         fresh(config, init_fn=lambda weight: weight.fill_(1e6))
+
+
+def test_a_state_of_few_bits_that_is_none_is_told(caplog):
+    config = NarrowConfig(width=DIM, bits=8, state_bits=8)
+    made = CompressedEmbeddingBagCollection([table()], compression=config)
+    apply_optimizer_in_backward(torch.optim.SGD, native_parameters(made), {"lr": 0.1})
+    with caplog.at_level("INFO"):
+        made(batch([[1, 2], [3]]))
+    assert "table 'item': state_bits changes nothing, as sgd keeps no state" in caplog.text

@@ -30,7 +30,7 @@ def floats(state: TableState) -> list[tuple[str, str, Tensor]]:
     """Return field, name and values of the floats that a table is stored as."""
     return [
         (field, name, values)
-        for field in ("decoder", "native")
+        for field in ("decoder", "native", "managed")
         for name, values in getattr(state, field).items()
         if values.is_floating_point()
     ]
@@ -57,13 +57,13 @@ def test_a_table_takes_none(config, bad):
 @every
 def test_a_state_dict_has_none(config, bad):
     made = fresh(config)
-    for name, parameter in made.named_parameters():
-        if not parameter.numel():
+    for name, values in (*made.named_parameters(), *made.named_buffers()):  # of buffers, scores of managers
+        if not values.numel() or not values.is_floating_point():
             continue
-        saved = {**made.state_dict(), name: spoilt(parameter, bad)}
+        saved = {**made.state_dict(), name: spoilt(values, bad)}
         with pytest.raises(ValueError, match=rf"{name}: values must be finite, got NaN or infinity in row"):
             made.load_state_dict(saved)
-        assert torch.isfinite(parameter).all()
+        assert torch.isfinite(values).all()
 
 
 @BAD

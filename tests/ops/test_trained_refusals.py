@@ -68,9 +68,9 @@ def test_tables(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_steps(backend):
-    for wrong in (math.nan, math.inf):
-        refused("learning_rate must be finite", backend, step=step_of(learning_rate=wrong))
-        refused("eps must be finite", backend, step=step_of()._replace(eps=wrong))
+    for wrong in (math.nan, math.inf, -0.1):
+        refused("learning_rate must be finite and at least 0", backend, step=step_of(learning_rate=wrong))
+        refused("eps must be finite and at least 0", backend, step=step_of()._replace(eps=wrong))
     for name in ("beta1", "beta2"):
         for wrong in (-0.1, 1.0, math.nan):
             refused(rf"{name} must be in \[0, 1\), got", backend, step=step_of()._replace(**{name: wrong}))

@@ -54,3 +54,12 @@ def test_rows_that_add_up_no_squares_cannot_average_them(data, optimizer):
     bad = override(RunConfig(), {**changes, "pretrain_compression": {"*": {**narrow, "optimizer": optimizer}}})
     with pytest.raises(ValueError, match=rf"pretrain\.optim\.average_squares: table '\w+': .* by '{optimizer}'"):
         check_run(bad, check_config(bad), data)
+
+
+def test_rows_without_a_state_have_no_bits_of_one(data):
+    narrow = {"method": "narrow", "width": 4, "bits": 8, "state_bits": 8}
+    config = override(RunConfig(), {"pretrain_compression": {"*": narrow}, "pretrain.optim.tables": "sgd"})
+    with pytest.raises(ValueError, match=r"pretrain\.optim\.tables: table '\w+': state_bits must be left out .* got 8"):
+        check_run(config, check_config(config), data)
+    fine = override(config, {"pretrain_compression": {"*": {**narrow, "state_bits": 32}}})
+    check_run(fine, check_config(fine), data)

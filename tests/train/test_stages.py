@@ -361,11 +361,13 @@ def _note_run(output: Path, name: str, seed: int, auc: float, **more: Any) -> No
 
 def test_examples_a_second_are_those_of_the_training_over_seeds(tmp_path):
     for seed, rate in enumerate((1000.0, 4000.0)):
-        _note_run(tmp_path, "trained", seed, 0.7, training={"rows_per_second": rate})
+        told = {"training": {"rows_per_second": rate}, "state_bytes": 7, "held_bytes": 17}
+        _note_run(tmp_path, "trained", seed, 0.7, **told)
     _note_run(tmp_path, "fitted", 0, 0.7)
     lines = [line.split(" | ") for line in write_report(tmp_path).read_text().splitlines() if line.startswith("| ")]
-    column = lines[0].index("examples/s")
-    assert {cells[0]: cells[column] for cells in lines[1:]} == {"| trained": "2,500", "| fitted": "-"}
+    columns = [lines[0].index(title) for title in ("optimizer state", "held in training", "examples/s")]
+    found = {cells[0]: [cells[column] for column in columns] for cells in lines[1:]}
+    assert found == {"| trained": ["7", "17", "2,500"], "| fitted": ["-", "-", "-"]}
 
 
 def test_spread_is_over_seeds(tmp_path):

@@ -39,6 +39,8 @@ def test_a_trial_is_read_in_one_place():
     [
         ({"start": "pretrained", "pretrain.epochs": 1}, "start: must be 'scratch' with a trial"),
         ({"retrain.optim.tables": "adam"}, r"retrain.optim.tables: must be one of .*'adagrad'.*got 'adam'"),
+        ({"retrain.optim.tables": "sgd"}, r"retrain.optim.tables: must be one of .*'adagrad'.*got 'sgd'"),
+        ({"retrain.train_tables": False}, r"retrain.train_tables: must be true with a trial"),
         ({"retrain.epochs": 0}, r"retrain.epochs: must be over 0"),
     ],
 )

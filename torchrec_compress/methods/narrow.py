@@ -100,6 +100,10 @@ class NarrowConfig(MethodConfig):
                 f"narrow: {name} must be left out with bits=32, whose rows are a stock table with the optimizer that "
                 f"tables are given, got {getattr(self, name)!r}; set bits to 8 or 4"
             )
+        if self.optimizer == "sgd" and self.state_bits != 32:
+            raise ValueError(
+                f"narrow: state_bits must be left out with optimizer='sgd', which keeps no state, got {self.state_bits}"
+            )
 
     def check(self, table: BaseEmbeddingConfig) -> None:
         """Raise ValueError unless the width is a multiple of 4 below the embedding's, and name the nearest one."""

@@ -193,7 +193,7 @@ def noting_faults(collection: nn.Module) -> Iterator[None]:
 
 
 def check_loaded_fit(module: nn.Module, state_dict: dict, prefix: str) -> None:
-    """Raise ValueError where a parameter would be NaN or infinite; say which ones are rounded to its dtype.
+    """Raise ValueError where a parameter, or a manager's score, would be NaN or infinite; say what is rounded.
 
     Args:
         module: that is loaded.
@@ -201,7 +201,7 @@ def check_loaded_fit(module: nn.Module, state_dict: dict, prefix: str) -> None:
         prefix: of its names there.
     """
     rounded = []
-    for name, parameter in module.named_parameters():
+    for name, parameter in (*module.named_parameters(), *module.named_buffers()):
         found = state_dict.get(prefix + name)
         if isinstance(found, Tensor) and parameter.is_floating_point():
             dtype = shape_and_dtype(found)[1]

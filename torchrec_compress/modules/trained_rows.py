@@ -162,6 +162,8 @@ class TrainedRows(nn.Module):
                 optimizer.kind,
                 optimizer.given,
             )
+        if self._optimizer is None and optimizer.kind == "sgd" and self._table.part.state_bits != 32:
+            logger.info("%s: state_bits changes nothing, as %s keeps no state", self._table.where, optimizer.given)
         if self.state.shape[1] != wanted.state_bytes or self.state.device != self.rows.device:
             if self._optimizer is not None and self._optimizer.kind != optimizer.kind:
                 raise ValueError(

@@ -97,8 +97,8 @@ class TrainedStep(NamedTuple):
     """What one update of trained rows needs to know.
 
     Args:
-        learning_rate: finite.
-        eps: added to the square root of a sum of squares; finite.
+        learning_rate: finite, at least 0.
+        eps: added to the square root of a sum of squares; finite, at least 0.
         seed: of the dither, in [0, 2**63): numbers are rounded by a hash of (seed, global id, step, number).
         step: number of the step, in [0, 2**63): what is rounded twice is rounded anew.
         first_id: the global id of row 0, where the table is a shard.

@@ -257,8 +257,8 @@ def _check_step(step: Step, where: str) -> None:
         return  # it is asked in the backward
     for name in ("learning_rate", "eps"):
         value = getattr(step, name)
-        if not math.isfinite(value):
-            raise ValueError(f"{where}: {name} must be finite, got {value}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{where}: {name} must be finite and at least 0, got {value}")
     for name in ("beta1", "beta2"):
         value = getattr(step, name)
         if not 0 <= value < 1:

@@ -18,7 +18,6 @@ from torchrec_compress.compression.budget import maybe_dense, smallest_bytes
 from torchrec_compress.compression.candidates import Tried
 from torchrec_compress.methods import as_codebook
 from torchrec_compress.names import check_feature_names, check_folder_names, check_table_names
-from torchrec_compress.planner.accounting import FUSED_OPTIMIZERS
 from torchrec_compress.schema import nearest
 from torchrec_compress.train.byte_budget import Budget, budget_of
 from torchrec_compress.train.check_sequence import check_sequence
@@ -28,6 +27,7 @@ from torchrec_compress.train.check_stored import (
     check_shared,
     check_small_tables,
     check_trains,
+    check_trial,
     check_widths,
 )
 from torchrec_compress.train.config import (
@@ -68,7 +68,7 @@ def check_config(config: RunConfig) -> Wanted:
             raise ValueError("compression.num_codes: must hold a code length, got none")
         tried_by(wanted)
     if isinstance(wanted, WidthTrial):
-        _check_width_trial(config)
+        check_trial(config)
     _check_small(config, wanted)
     for name, stage in used_stages(config).items():
         _check_stage(name, stage, bool(config.pretrain_compression))
@@ -373,17 +373,6 @@ def _check_stage(name: str, stage: StageConfig, is_small: bool) -> None:
     if name == "pretrain" and not is_small and not (stage.train_dense or stage.train_tables):
         raise ValueError(
             "pretrain: must train something, got train_dense and train_tables false; the full model has no codebooks"
-        )
-
-
-def _check_width_trial(config: RunConfig) -> None:
-    """Raise ValueError where rows of few bits cannot be trained as the run says."""
-    if config.start != "scratch":
-        raise ValueError(f"start: must be 'scratch' with a trial in compression, got {config.start!r}")
-    if config.retrain.optim.tables == "adam":
-        raise ValueError(
-            f"retrain.optim.tables: must be one of {sorted(set(FUSED_OPTIMIZERS) - {'adam'})} with a trial in "
-            "compression, whose rows of few bits train in the backward, got 'adam'"
         )
 
 

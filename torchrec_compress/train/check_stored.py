@@ -86,7 +86,29 @@ def check_row_optimizer(
                 f"{where}.optim.average_squares: table {table.name!r}: must be false with rows that train by "
                 f"{part.optimizer!r}, which adds up no squares; use one of {', '.join(ADAGRADS)}"
             )
-        RowOptimizer.of(FUSED_OPTIMIZERS[kind].__name__, {}, part, f"{where}.optim.tables: table {table.name!r}")
+        found = RowOptimizer.of(
+            FUSED_OPTIMIZERS[kind].__name__, {}, part, f"{where}.optim.tables: table {table.name!r}"
+        )
+        if found.kind == "sgd" and part.state_bits != 32:
+            raise ValueError(
+                f"{where}.optim.tables: table {table.name!r}: state_bits must be left out with rows that train by "
+                f"'sgd', which keeps no state, got {part.state_bits}; use one of {', '.join(ADAGRADS)}"
+            )
+
+
+def check_trial(config: RunConfig) -> None:
+    """Raise ValueError where a trial of widths could not train its candidates as the run says."""
+    if config.start != "scratch":
+        raise ValueError(f"start: must be 'scratch' with a trial in compression, got {config.start!r}")
+    if config.retrain.optim.tables not in ADAGRADS:
+        raise ValueError(
+            f"retrain.optim.tables: must be one of {sorted(ADAGRADS)} with a trial in compression, whose candidates "
+            f"add up squares of gradients in the backward, got {config.retrain.optim.tables!r}"
+        )
+    if not config.retrain.train_tables:
+        raise ValueError(
+            "retrain.train_tables: must be true with a trial in compression, which compares widths by training them"
+        )
 
 
 def check_widths(trial: WidthTrial, tables: list[EmbeddingBagConfig]) -> None:
