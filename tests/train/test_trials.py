@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import pytest
@@ -15,13 +16,13 @@ from torchrec_compress.train.ranks import start
 from torchrec_compress.train.sealed import read_json
 from torchrec_compress.train.width_trial import WidthTrial, least_bytes, width_trial_of
 
-TRIAL = {"trial_epochs": 0.5, "widths": [4], "min_share": 0.1}
+TRIAL = {"trial_epochs": 0.5, "widths": [4], "min_share": 0.1, "confirm": False}
 
 
 def test_a_trial_is_read_in_one_place():
     assert width_trial_of({"user": {"method": "int8"}}) is None and width_trial_of({}) is None
     assert width_trial_of({"trial_epochs": {"method": "int8"}}) is None, "a table may be called so"
-    assert compression_of(TRIAL) == WidthTrial(trial_epochs=0.5, widths=[4], min_share=0.1)
+    assert compression_of(TRIAL) == WidthTrial(trial_epochs=0.5, widths=[4], min_share=0.1, confirm=False)
     for wrong, message in (
         ({"trial_epochs": 0}, r"compression.trial_epochs: must be in \(0, 100\], got 0"),
         ({"trial_epochs": None}, "compression.trial_epochs: must be a number, got null"),
@@ -86,11 +87,12 @@ class Asked(trials.Trials):
     def __init__(self, losses, trial, optimizer="rowwise_adagrad"):
         stage = override(StageConfig(), {"optim.tables": optimizer})
         self._trial, self._task, self._losses, self.asked = trial, types.SimpleNamespace(stage=stage), losses, []
+        self._whole_task = "to the end"
 
-    def _loss(self, methods):
+    def _loss(self, methods, task):
         key = tuple((methods[name].width, methods[name].optimizer == "adagrad") for name in "ab")
         self.asked.append(key)
-        return self._losses[key]
+        return self._losses[key if task is self._task else (*key, task)]
 
 
 ROW, EACH, FEW = (16, False), (16, True), (8, False)
@@ -102,17 +104,42 @@ TWO = [
 
 def test_tables_lose_the_tolerance_together():
     losses = {(FEW, ROW): 0.4004, (EACH, ROW): 0.4001, (ROW, ROW): 0.4000, (FEW, FEW): 0.4006, (FEW, EACH): 0.4002}
-    found = Asked(losses, WidthTrial(trial_epochs=1.0, widths=[8], tolerance=0.0005)).choose(TWO)
+    trial = WidthTrial(trial_epochs=1.0, widths=[8], tolerance=0.0005, confirm=False)
+    found = Asked(losses, trial).choose(TWO)
     assert (found["a"].width, found["b"].width) == (8, 16), "narrow rows of both would be .0006 above the best"
-    found = Asked(losses, WidthTrial(trial_epochs=1.0, widths=[8], tolerance=0.0006)).choose(TWO)
+    found = Asked(losses, dataclasses.replace(trial, tolerance=0.0006)).choose(TWO)
     assert (found["a"].width, found["b"].width) == (8, 8)
+
+
+@pytest.mark.parametrize(("by_choice", "kept"), [(0.3, 8), (0.3005, 8), (0.3006, 16)])
+def test_the_choice_is_held_against_whole_rows_for_all_by_trainings_to_the_end(by_choice, kept):
+    """Short trainings favour narrow rows."""
+    losses = {(FEW, ROW): 0.4, (EACH, ROW): 0.5, (ROW, ROW): 0.5, (FEW, FEW): 0.4, (FEW, EACH): 0.5}
+    losses |= {(FEW, FEW, "to the end"): by_choice, (ROW, ROW, "to the end"): 0.3}
+    asked = Asked(losses, WidthTrial(trial_epochs=1.0, widths=[8], tolerance=0.00051))
+    assert {each.width for each in asked.choose(TWO).values()} == {kept}
+    assert asked.asked[-2:] == [(FEW, FEW), (ROW, ROW)]
+
+
+def test_whole_rows_that_are_the_choice_need_no_confirming():
+    losses = dict.fromkeys([(FEW, ROW), (EACH, ROW), (ROW, FEW), (ROW, EACH)], 0.5) | {(ROW, ROW): 0.4}
+    asked = Asked(losses, WidthTrial(trial_epochs=1.0, widths=[8]))
+    assert {each.width for each in asked.choose(TWO).values()} == {16} and len(asked.asked) == 6
+
+
+def test_a_run_confirms_its_choice_as_it_trains_itself(by_trial, tmp_path, monkeypatch):
+    tasks, train = [], trials.train
+    monkeypatch.setattr(trials, "train", lambda model, task, ranks: (tasks.append(task), train(model, task, ranks))[1])
+    _run(override(by_trial, {"compression": {**TRIAL, "confirm": True, "tolerance": 1.0}}), tmp_path)
+    assert [task.stage.epochs for task in tasks] == [0.5] * 5 + [1.0] * 2
+    assert {task.stage.monitor for task in tasks} == {"logloss"}
 
 
 def test_bytes_are_those_that_are_held_with_the_state():
     """Whole rows by element-wise state in 8 bits hold 18 bytes of state, by row 4; served they are alike."""
     losses = dict.fromkeys([(FEW, EACH), (ROW, EACH), (EACH, EACH), (ROW, FEW), (ROW, ROW)], 0.4)
     losses |= {(FEW, EACH): 0.5, (ROW, FEW): 0.5}
-    asked = Asked(losses, WidthTrial(trial_epochs=1.0, widths=[8]), "adagrad")
+    asked = Asked(losses, WidthTrial(trial_epochs=1.0, widths=[8], confirm=False), "adagrad")
     assert {each.optimizer for each in asked.choose(TWO).values()} == {"rowwise_adagrad"}
     assert asked.asked == [(FEW, EACH), (ROW, EACH), (EACH, EACH), (ROW, FEW), (ROW, ROW), (ROW, EACH)]
 
@@ -148,9 +175,9 @@ def _counted(loss, losses):
     """Train as asked, then report the loss that the test wants, the same for the same methods."""
     told: dict[str, float] = {}
 
-    def found(self, methods):
+    def found(self, methods, task):
         before = len(self._found)
-        loss(self, methods)
+        loss(self, methods, task)
         key = str(methods)
         if len(self._found) > before:
             told[key] = next(losses)

@@ -71,6 +71,8 @@ class Trials:
         # one validation, at the end: the best of several would be chosen by luck
         short = {"epochs": trial.trial_epochs, "evals_per_epoch": 1, "monitor": "logloss", "patience": 0}
         self._task = dataclasses.replace(task, stage=dataclasses.replace(task.stage, **short), teacher=None)
+        whole = dataclasses.replace(task.stage, monitor="logloss")
+        self._whole_task = dataclasses.replace(task, stage=whole, teacher=None)
         self._folder = task.folder.parent / "trials"
         self._kept = self._folder / "found.json"
         kept = on_first(lambda: read_json(self._kept) if is_done(self._kept) else {}, ranks)
@@ -91,25 +93,33 @@ class Trials:
         large = [table for table in tables if dense_bytes(table) >= self._trial.min_share * total]
         chosen: dict[str, MethodConfig] = {table.name: DenseConfig() for table in tables}
         chosen |= {table.name: candidates(self._trial, table, optimizer)[-1] for table in large}
+        whole = dict(chosen)
         for table in sorted(large, key=lambda table: (-dense_bytes(table), table.name)):
             tried = candidates(self._trial, table, optimizer)
-            losses = {number: self._loss({**chosen, table.name: method}) for number, method in enumerate(tried)}
+            losses = {
+                number: self._loss({**chosen, table.name: method}, self._task) for number, method in enumerate(tried)
+            }
             sizes = {number: _held_bytes(method, table) for number, method in enumerate(tried)}
             least_loss = min(least_loss, *losses.values())
             best = least_bytes(losses, sizes, least_loss + self._trial.tolerance)
             chosen[table.name] = tried[best]
             told = ", ".join(f"{_told(tried[n])} {loss:.5f}" for n, loss in losses.items())
             logger.info("table %r: %s, of %s", table.name, _told(tried[best]), told)
+        if self._trial.confirm and chosen != whole:
+            by_choice, by_whole = (self._loss(methods, self._whole_task) for methods in (chosen, whole))
+            logger.info("trained to the end: the choice %.5f, whole rows for all %.5f", by_choice, by_whole)
+            if by_whole < by_choice - self._trial.tolerance:
+                return whole
         return chosen
 
-    def _loss(self, methods: Mapping[str, MethodConfig]) -> float:
-        """Return the logloss on validation after a short training, done now unless it is kept."""
+    def _loss(self, methods: Mapping[str, MethodConfig], task: Task) -> float:
+        """Return the logloss on validation after a training, done now unless it is kept."""
         plain = {name: method.to_dict() for name, method in methods.items()}
         # all that a loss depends on: a run that was killed among its trials may go on with other settings
-        key = fingerprint(plain, lasting(self._task.stage), self._task.seed, self._task.identity)
+        key = fingerprint(plain, lasting(task.stage), task.seed, task.identity)
         if key not in self._found:
             folder = self._folder / key
-            task = dataclasses.replace(self._task, folder=folder, label=f"trial {len(self._found) + 1}")
+            task = dataclasses.replace(task, folder=folder, label=f"trial {len(self._found) + 1}")
             trained = train(self._build(methods), task, self._ranks)
             self._found[key] = trained.best
             on_first(lambda: write_json(self._kept, self._found), self._ranks)

@@ -20,16 +20,19 @@ class WidthTrial:
     bytes held (rows, projection and optimizer state) whose logloss on validation is within `tolerance` of the best of
     all that was tried so far, so that tables do not each lose as much. Narrow rows have row-wise state, those of the
     whole width are tried with that and with element-wise state in 8 bits; until a table's turn it has its whole width
-    and the state of `retrain.optim.tables`. Tables that are too small to matter stay dense.
+    and the state of `retrain.optim.tables`. Tables that are too small to matter stay dense. Short trainings favour
+    narrow rows, which learn faster, so in the end the choice is held against the whole width for all.
 
     Args:
         trial_epochs: how long a candidate is trained, as `retrain` would train it but for that. Too short a trial
-            favours narrow rows, which learn faster.
+            chooses narrow rows that a longer training would not.
         widths: numbers per id that are tried beside the whole width; those that a table cannot have are left out.
         bits: of a number, 8 or 4; each is tried with each width.
         rate: of narrow rows, see `NarrowConfig.rate`.
         tolerance: logloss that fewer bytes may cost, of all tables together.
         min_share: of the bytes of all tables; a smaller table stays dense.
+        confirm: whether the choice and the whole width for all are trained as the run itself will be, and the whole
+            width kept where its logloss is better by more than `tolerance`: two trainings more.
     """
 
     trial_epochs: Annotated[float, Range(0, 100, above=True)] | None = None
@@ -38,6 +41,7 @@ class WidthTrial:
     rate: Annotated[float, Range(0.001, 1000)] = 1.0
     tolerance: NonNegative = 0.0005
     min_share: Annotated[float, Range(0, 1)] = 0.02
+    confirm: bool = True
 
 
 def width_trial_of(compression: Mapping[str, Any]) -> WidthTrial | None:
