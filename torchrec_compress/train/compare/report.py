@@ -26,7 +26,7 @@ _NOTE = (
     "variant's own tables over them, of all tables and of the compressed ones alone. `held in training`: the most that",
     "tables and their optimizer state took in a stage, one copy of each; that of stage 1 where there was one.",
     "`calibrated logloss`: of logits with the scale and the bias that are best on validation. `examples/s`: of the",
-    "last stage that trained, validation left out, by the clock: runs side by side and other work slow it.",
+    "last stage that a variant trained (-: none), validation left out, by the clock: other work slows it.",
 )
 
 
