@@ -9,6 +9,7 @@ from torch import nn
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, PoolingType
 
 from tests.cases import NUM_ROWS, batch, counts, fresh, rows, table
+from tests.tolerances import assert_trains_alike
 from torchrec_compress import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from torchrec_compress.methods import MemRecConfig, TableData
 from torchrec_compress.ops import hash_ids, stable_salt
@@ -60,13 +61,9 @@ def test_values_and_gradients_are_those_written_out(config, kind):
             row = row_of(config, *leaves, int(features.values()[place]))
             total = total + (row if factors is None else row * factors[place])
         expected.append(total / max(last - first, 1) if kind == "mean" else total)
-    got, loss = ours(features).values(), torch.randn(5, 16)
-    torch.testing.assert_close(got, torch.stack(expected), rtol=1e-5, atol=1e-5)
     wanted = [] if factors is None else [factors]
-    mine = torch.autograd.grad((got * loss).sum(), [*native(ours), *wanted])
-    theirs = torch.autograd.grad((torch.stack(expected) * loss).sum(), [*leaves, *wanted])
-    for one, other in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    got = ours(features).values()
+    assert_trains_alike(got, torch.stack(expected), [*native(ours), *wanted], [*leaves, *wanted])
 
 
 @every
